@@ -1,0 +1,50 @@
+"""Which samples, and in which order: functions of the labels and of explicit seeds alone."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+
+def balanced_subset(labels: np.ndarray, per_class: int, *, seed: int) -> np.ndarray:
+    """Indices of ``per_class`` samples of every class, ascending.
+
+    The choice is a function of the labels, ``per_class`` and ``seed``; subsets of the same seed are nested.
+
+    Args:
+        labels: the class of each sample, (N,).
+        per_class: samples wanted of each class.
+        seed: of the draw.
+
+    Raises:
+        ValueError: a class has fewer samples.
+    """
+    generator = np.random.default_rng(seed)
+    order = generator.permutation(len(labels))
+    chosen = []
+    for label in np.unique(labels):
+        members = order[labels[order] == label]
+        if len(members) < per_class:
+            raise ValueError(f"{per_class} samples of class {label} asked for, there are {len(members)}")
+        chosen.append(members[:per_class])
+    return np.sort(np.concatenate(chosen))
+
+
+def epoch_batches(
+    size: int, batch_size: int, *, seed: int, epoch: int, rank: int = 0, world_size: int = 1
+) -> Iterator[np.ndarray]:
+    """Index batches of one epoch: a permutation drawn from ``(seed, epoch)``, the incomplete batch left out.
+
+    With ``world_size`` > 1 every joint batch is cut into equal consecutive parts; ``rank`` gets its own, so
+    that the union over the ranks is what a single process sees.
+
+    Raises:
+        ValueError: ``batch_size`` is no multiple of ``world_size``, or exceeds ``size``.
+    """
+    if batch_size % world_size:
+        raise ValueError(f"batch_size={batch_size} cannot be cut into world_size={world_size} equal parts")
+    if batch_size > size:
+        raise ValueError(f"batch_size={batch_size} exceeds the {size} training samples")
+    order = np.random.default_rng([seed, epoch]).permutation(size)
+    share = batch_size // world_size
+    for start in range(0, size - batch_size + 1, batch_size):
+        yield order[start + rank * share : start + (rank + 1) * share]
