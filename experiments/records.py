@@ -1,0 +1,319 @@
+"""Run records: one JSON object a line, written so that a kill at any moment loses the line in flight at most.
+
+A record is a `Manifest`, an `Epoch` for the untrained model (epoch 0) and for every epoch that was trained,
+a `Resumed` wherever a run was taken up again, and an `End`. Every line carries its ``event``. Numbers that
+are not finite are written as ``null``, which is what JSON has for them.
+"""
+
+import dataclasses
+import errno
+import fcntl
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from experiments.errors import UserError
+from experiments.settings import plain, read_settings
+from experiments.tasks.protocol import DatasetInfo, Metric
+
+SCHEMA = 1
+
+
+class RecordError(UserError):
+    """A record that cannot be read or written; the message names the file and, where there is one, the line."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What was run, on what, and with which code: the first line.
+
+    Attributes:
+        schema: version of this format.
+        task: the task's name.
+        scale: ``"tiny"``, ``"small"`` or ``"paper"``.
+        optimizer: the optimizer's name in the recipe, with its suffix.
+        seed: of the initial weights and of the order of batches.
+        recipe: the settings in full, defaults included: tables ``task``, ``run`` and ``optimizer``.
+        git_sha: the commit, ``None`` outside a git checkout.
+        git_dirty: whether tracked files other than results differed from it.
+        versions: of Python and the packages that matter.
+        device: e.g. ``"cpu"`` or the GPU's name.
+        threads: CPU threads a process.
+        world_size: number of data-parallel processes.
+        dataset: the data really used.
+        metric: what ``Epoch.metric`` is.
+        target: the value of the metric that counts as reached, ``None`` for no target.
+        epochs: how many epochs the run was asked for.
+        started_at: ISO 8601, UTC.
+    """
+
+    event: ClassVar = "manifest"
+    schema: int
+    task: str
+    scale: str
+    optimizer: str
+    seed: int
+    recipe: Mapping[str, Any]
+    git_sha: str | None
+    git_dirty: bool | None
+    versions: Mapping[str, str]
+    device: str
+    threads: int
+    world_size: int
+    dataset: DatasetInfo
+    metric: Metric
+    target: float | None
+    epochs: int
+    started_at: str
+
+    def __post_init__(self) -> None:
+        if self.schema != SCHEMA:
+            raise ValueError(f"schema = {self.schema}: this version reads schema {SCHEMA}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Epoch:
+    """The state after ``epoch`` epochs; epoch 0 is the untrained model.
+
+    Attributes:
+        epoch: number of epochs trained.
+        step: number of optimizer steps taken.
+        train_loss: mean training loss over the epoch; ``None`` in epoch 0 and where it is not finite.
+        eval_loss: mean loss on the reported split.
+        metric: the task's metric on the reported split.
+        seconds: on the training clock since the start: everything the optimizer does and the loading of
+            data; not evaluation, not checkpoints. Carried on when a run is resumed.
+        peak_memory_mb: MiB; on CUDA the most that tensors took, on a CPU the most the process took.
+        curvature_s: cumulative seconds of ``seconds`` spent on curvature, ``None`` if not reported.
+        inverse_s: the same for inversions.
+        apply_s: the same for applying the preconditioner.
+        lr: the first parameter group's learning rate for the next step.
+        damping: its damping, ``None`` for an optimizer without one.
+    """
+
+    event: ClassVar = "epoch"
+    epoch: int
+    step: int
+    train_loss: float | None
+    eval_loss: float | None
+    metric: float | None
+    seconds: float
+    peak_memory_mb: float
+    curvature_s: float | None
+    inverse_s: float | None
+    apply_s: float | None
+    lr: float
+    damping: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resumed:
+    """A run taken up again, ``step`` optimizer steps in, with ``seconds`` on its clock."""
+
+    event: ClassVar = "resumed"
+    epoch: int
+    step: int
+    seconds: float
+    at: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class End:
+    """The last line: all epochs done, or the loss stopped being a number."""
+
+    event: ClassVar = "end"
+    reason: Literal["finished", "diverged"]
+    seconds: float
+
+
+Event = Manifest | Epoch | Resumed | End
+_EVENTS: dict[str, type[Event]] = {cls.event: cls for cls in (Manifest, Epoch, Resumed, End)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One record file as read.
+
+    Attributes:
+        path: the file.
+        manifest: its first line.
+        epochs: in order, from epoch 0.
+        resumed: where it was taken up again.
+        end: ``None`` while it is unfinished.
+        truncated: whether a cut-off last line was left out.
+    """
+
+    path: Path
+    manifest: Manifest
+    epochs: tuple[Epoch, ...]
+    resumed: tuple[Resumed, ...]
+    end: End | None
+    truncated: bool
+
+
+def record_path(results_dir: Path, task: str, scale: str, optimizer: str, seed: int) -> Path:
+    """Where the record of a run lies."""
+    return results_dir / task / scale / "runs" / f"{optimizer}-seed{seed}.jsonl"
+
+
+def read_run(path: Path) -> Run:
+    """Read one record, leaving out a last line that was cut off.
+
+    Raises:
+        RecordError: for a file that is no record, or a damaged line.
+    """
+    lines = list(_lines(path))
+    truncated = bool(lines) and not lines[-1].endswith(b"\n")
+    events = [_parse(line, path, number) for number, line in enumerate(lines[: -1 if truncated else None], 1)]
+    if not events or not isinstance(events[0], Manifest):
+        raise RecordError(f"{path}, line 1: not a run record: it must begin with a manifest")
+    _check_order(events, path)
+    last = events[-1]
+    return Run(
+        path=path,
+        manifest=events[0],
+        epochs=tuple(event for event in events if isinstance(event, Epoch)),
+        resumed=tuple(event for event in events if isinstance(event, Resumed)),
+        end=last if isinstance(last, End) else None,
+        truncated=truncated,
+    )
+
+
+def read_runs(folder: Path) -> tuple[list[Run], list[str]]:
+    """All records of a folder, in the order of their names, and a complaint for each that is not whole."""
+    runs, complaints = [], []
+    for path in sorted(folder.glob("*.jsonl")):
+        try:
+            run = read_run(path)
+        except RecordError as error:
+            complaints.append(str(error))
+            continue
+        runs.append(run)
+        if run.truncated:
+            complaints.append(f"{path}: the last line was cut off and is left out")
+    return runs, complaints
+
+
+class RecordWriter:
+    """Appends events to a record; each line is on the disk before `write` returns.
+
+    Holds a lock on the file, so that two processes cannot run the same run.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("ab", buffering=0)
+        except OSError as error:
+            raise RecordError(f"{path}: cannot be written: {error.strerror}") from error
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise RecordError(f"{path}: another process is writing this run") from None
+
+    def rewind(self, epoch: int | None) -> None:
+        """Drop what follows the line of `epoch`, and a line that was cut off; ``None`` drops everything."""
+        end = 0 if epoch is None else _end_of_epoch(self.path, epoch)
+        self._file.truncate(end)
+
+    def write(self, event: Event) -> None:
+        """Append one event.
+
+        Raises:
+            RecordError: when the disk is full or fails; the lines before are kept whole.
+        """
+        fields = {"event": event.event} | _finite(plain(event))
+        line = json.dumps(fields, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        before = os.fstat(self._file.fileno()).st_size
+        try:
+            _write_all(self._file.fileno(), line)
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            self._file.truncate(before)
+            raise RecordError(write_failure(self.path, error)) from error
+
+    def close(self) -> None:
+        """Release the file and its lock."""
+        self._file.close()
+
+    def __enter__(self) -> "RecordWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def write_failure(path: Path, error: OSError) -> str:
+    """What to tell a user whose disk did not take a line or a checkpoint."""
+    what = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error.strerror or error)
+    return (
+        f"{path}: could not be written: {what}; nothing written before is lost: "
+        "make room, and the same command goes on from the last checkpoint"
+    )
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    try:
+        with path.open("rb") as file:
+            yield from file
+    except OSError as error:
+        raise RecordError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _parse(line: bytes, path: Path, number: int) -> Event:
+    where = f"{path}, line {number}"
+    try:
+        fields = json.loads(line)
+    except ValueError:
+        raise RecordError(f"{where}: not JSON") from None
+    event = fields.pop("event", None) if isinstance(fields, dict) else None
+    if event not in _EVENTS:
+        raise RecordError(f"{where}: not a line of a run record (event = {event!r})")
+    try:
+        return read_settings(_EVENTS[event], fields, where)
+    except UserError as error:
+        raise RecordError(str(error)) from None
+
+
+def _check_order(events: list[Event], path: Path) -> None:
+    epochs = 0
+    for number, event in enumerate(events, 1):
+        where = f"{path}, line {number}"
+        if number > 1 and isinstance(event, Manifest):
+            raise RecordError(f"{where}: a second manifest")
+        if isinstance(events[number - 2], End) and number > 1:
+            raise RecordError(f"{where}: something follows the end")
+        if isinstance(event, Epoch):
+            if event.epoch != epochs:
+                raise RecordError(f"{where}: epoch {event.epoch} where epoch {epochs} should be")
+            epochs += 1
+
+
+def _end_of_epoch(path: Path, epoch: int) -> int:
+    """The offset behind the line of `epoch`."""
+    offset = 0
+    for number, line in enumerate(_lines(path), 1):
+        offset += len(line)
+        event = _parse(line, path, number)
+        if isinstance(event, Epoch) and event.epoch == epoch:
+            return offset
+    raise RecordError(f"{path}: no line for epoch {epoch}")
