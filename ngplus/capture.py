@@ -1,0 +1,411 @@
+"""Watching the layers of a model on curvature steps, and only then.
+
+While armed, a `TorchFunctionMode` is on inside the forward pass of the model (or of one of its layers, where
+layers are called one by one). It sees every function call that takes a layer's weight, whoever makes it: the layer
+itself, a subclass that wraps more around it, attention, or a functional use of another module's weight. The call's
+output gets a tensor hook; when its gradient comes back, the sample's factors are reduced to L or R on the spot and
+nothing is kept. Tensor hooks survive in-place activations, and a forward whose backward never comes leaves nothing
+behind, since everything hangs on its graph.
+
+Nothing is registered on the model itself, so that it can be copied and pickled at any time.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+from ngplus import gfim
+from ngplus.gfim import Part, Shape
+from ngplus.layers import AttentionCall, Call, Layer, UnsupportedCall, read_call, weight_argument
+from ngplus.options import LossReduction, Samples
+from ngplus.times import Stopwatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """What a sample is, how many are used and in which form their sum is kept.
+
+    Attributes:
+        samples: "batch" or "rows", see `NGPlus`.
+        loss_reduction: "mean" or "sum".
+        max_samples: most samples that a curvature step uses of each layer, or None.
+        block_size: p of (18), or None.
+        max_rank: most columns of U, as a fraction of the matrix's side, for which the sum of rank-one products is
+            kept as U (14); 0 keeps none.
+        sketch_size: columns of 𝒢ᵢ to draw (17) where U is not kept, or None for all.
+    """
+
+    samples: Samples
+    loss_reduction: LossReduction
+    max_samples: int | None
+    block_size: int | None
+    max_rank: float
+    sketch_size: int | None
+
+
+@dataclass(eq=False)
+class Statistic:
+    """Sums over the samples of one layer on one curvature step.
+
+    Attributes:
+        shape: of what is summed.
+        moments: Σ of products of the gradients that backward returned, one tensor a stack of blocks.
+        columns: the same sum as UUᵀ, while that is the cheaper form.
+        seen: samples N that went through the layer.
+        used: samples |S| that were summed.
+    """
+
+    shape: Shape
+    moments: list[Tensor] = field(default_factory=list)
+    columns: list[Tensor] = field(default_factory=list)
+    seen: int = 0
+    used: int = 0
+
+    def scale(self, loss_reduction: LossReduction) -> float:
+        """Factor from the sum to (4): backward of a mean loss returns 𝒢ᵢ/N, so that (4) is N² Σ / |S|."""
+        return (self.seen**2 if loss_reduction == "mean" else 1) / max(1, self.used)
+
+    def add(self, moments: list[Tensor]) -> None:
+        """Add to the sum."""
+        self.moments = gfim.added([self.moments, moments]) if self.moments else moments
+
+    def densify(self) -> None:
+        """Turn UUᵀ into moments."""
+        if self.columns:
+            self.add(gfim.product_of_columns(self.shape, torch.cat(self.columns, dim=1).unsqueeze(0)))
+            self.columns = []
+
+
+@dataclass(eq=False)
+class _Use:
+    """A call on its way: seen in forward, its gradient not back yet."""
+
+    call: Call
+    accumulator: torch.autograd.graph.Node
+    returned: bool = False
+
+
+@dataclass(eq=False)
+class _Record:
+    """What is known of a layer since the last `Capture.clear`."""
+
+    layer: Layer
+    statistic: Statistic
+    pending: weakref.WeakSet[_Use] = field(default_factory=weakref.WeakSet)
+    parts: list[Part] = field(default_factory=list)
+    backward: int = -1
+    opaque: str | None = None
+
+
+class Capture:
+    """Sums the curvature statistics of a model's layers while it is armed.
+
+    Args:
+        model: whose forward passes are watched.
+        layers: whose weights are looked for.
+        sampling: see `Sampling`.
+        stopwatch: gets the seconds spent on curvature.
+        generator: draws the columns of (17).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Iterable[Layer],
+        sampling: Sampling,
+        stopwatch: Stopwatch,
+        generator: torch.Generator,
+    ) -> None:
+        self._layers = {id(layer.weight): layer for layer in layers}
+        self._model = model
+        self._sampling = sampling
+        self._stopwatch = stopwatch
+        self._generator = generator
+        self._records: dict[Layer, _Record] = {}
+        self._watched: frozenset[int] = frozenset()
+        self._wanted: frozenset[int] = frozenset()
+        self._mode = _Watcher(self)
+        self._entered_by: nn.Module | None = None
+        self._handles: list[RemovableHandle] = []
+        self._eager: Any = None
+
+    @property
+    def armed(self) -> bool:
+        """Whether forward passes are watched now."""
+        return bool(self._handles)
+
+    def arm(self, layers: Iterable[Layer]) -> None:
+        """Watch the forward passes from now on, for these layers."""
+        self._wanted = frozenset(id(layer.weight) for layer in layers)
+        self._watched = frozenset(id(module) for module in self._model.modules())
+        self.clear()
+        if self.armed:
+            return
+        capture = weakref.ref(self)
+
+        def enter(module: nn.Module, _: Any) -> None:
+            if (alive := capture()) is not None:
+                alive._enter(module)
+
+        def leave(module: nn.Module, _args: Any, _output: Any) -> None:
+            if (alive := capture()) is not None:
+                alive._leave(module)
+
+        self._handles = [
+            nn.modules.module.register_module_forward_pre_hook(enter),
+            nn.modules.module.register_module_forward_hook(leave, always_call=True),
+        ]
+        self._finalizer = weakref.finalize(self, _remove, self._handles)
+        if "torch._dynamo" in sys.modules:
+            self._force_eager()
+
+    def disarm(self) -> None:
+        """Stop watching and forget everything."""
+        if self.armed:
+            self._finalizer()
+            self._handles = []
+        if self._eager is not None:
+            self._eager.__exit__(None, None, None)
+            self._eager = None
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget what was summed so far."""
+        self._records = {}
+
+    def collect(self) -> dict[Layer, Statistic]:
+        """What was summed since the last `clear`, for the layers whose gradients came back."""
+        for record in self._records.values():
+            self._reduce(record)
+        return {
+            layer: record.statistic
+            for layer, record in self._records.items()
+            if record.statistic.used and record.opaque is None
+        }
+
+    def opaque(self) -> dict[Layer, str]:
+        """The layers whose weight was used in a way that is not understood, with the reason."""
+        return {layer: record.opaque for layer, record in self._records.items() if record.opaque is not None}
+
+    def _force_eager(self) -> None:
+        """Run compiled modules uncompiled while armed: compiled code calls no function that could be seen."""
+        if self._eager is None:
+            self._eager = torch.compiler.set_stance("force_eager")
+
+    def _enter(self, module: nn.Module) -> None:
+        if self._entered_by is not None or id(module) not in self._watched or not torch.is_grad_enabled():
+            return
+        if type(module).__name__ == "OptimizedModule":
+            self._force_eager()
+        self._entered_by = module
+        self._mode.__enter__()  # type: ignore[no-untyped-call]
+
+    def _leave(self, module: nn.Module) -> None:
+        if module is self._entered_by:
+            self._entered_by = None
+            self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+    def _layer_of(self, argument: Any) -> Layer | None:
+        """The wanted layer whose weight this is, or is a view of."""
+        if not isinstance(argument, Tensor):
+            return None
+        owner = argument if argument._base is None else argument._base
+        return self._layers.get(id(owner)) if id(owner) in self._wanted and owner.requires_grad else None
+
+    def _record(self, layer: Layer) -> _Record:
+        if layer not in self._records:
+            statistic = Statistic(layer.shape(self._sampling.block_size))
+            self._records[layer] = _Record(layer, statistic)
+        return self._records[layer]
+
+    def look(
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+        attention: AttentionCall | None,
+    ) -> None:
+        """See a function call that the forward pass made."""
+        weight = weight_argument(function, args, kwargs)
+        for argument in _flat((*args, *kwargs.values())):
+            layer = self._layer_of(argument)
+            if layer is None or not _has_gradient(output, argument):
+                continue
+            try:
+                if argument is not weight:
+                    raise UnsupportedCall(f"is used by {getattr(function, '__name__', function)}")
+                call = read_call(layer, function, args, kwargs, argument, attention)
+                self._expect(call, output)
+            except UnsupportedCall as reason:
+                self._record(layer).opaque = str(reason)
+
+    def _expect(self, call: Call, output: Tensor) -> None:
+        accumulator = torch.autograd.graph.get_gradient_edge(call.layer.weight).node
+        use = _Use(call, accumulator)
+        self._record(call.layer).pending.add(use)
+        hook = partial(self._receive, use)
+        output.register_hook(hook)  # type: ignore[no-untyped-call]
+
+    def _receive(self, use: _Use, gradient: Tensor) -> None:
+        """Take the gradient of a call's output, in a backward that also reaches the weight."""
+        layer = use.call.layer
+        if use.returned or layer not in self._records:
+            return
+        if not torch._C._will_engine_execute_node(use.accumulator):  # autograd.grad for something else
+            return
+        use.returned = True
+        record = self._records[layer]
+        backward = torch._C._current_graph_task_id()
+        if record.backward != backward:
+            self._reduce(record)
+            record.backward = backward
+        record.pending.discard(use)
+        with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
+            record.parts.append(use.call.factors(use.call.source, gradient.detach()))
+        use.call.source = None
+        if not record.pending or self._sampling.samples == "rows":
+            self._reduce(record)
+
+    def _reduce(self, record: _Record) -> None:
+        """Sum the samples of the parts that are back; parts of equally many samples are uses by the same ones."""
+        parts, record.parts = record.parts, []
+        if not parts or record.opaque is not None:
+            return
+        device = record.layer.weight.device.type
+        with torch.no_grad(), torch.autocast(device, enabled=False), self._stopwatch.measure("curvature"):
+            if self._sampling.samples == "rows":
+                for part in parts:
+                    self._add_rows(record.statistic, part)
+            else:
+                for together in _by_samples(parts):
+                    self._add_samples(record.statistic, together)
+
+    def _room(self, statistic: Statistic, samples: int) -> int:
+        """How many of ``samples`` more are to be used."""
+        limit = self._sampling.max_samples
+        return samples if limit is None else max(0, min(samples, limit - statistic.used))
+
+    def _add_samples(self, statistic: Statistic, parts: list[Part]) -> None:
+        samples = parts[0].rows.samples
+        room = self._room(statistic, samples)
+        statistic.seen += samples
+        statistic.used += room
+        if not room:
+            return
+        parts = [Part(part.rows.slice(0, room), part.columns.slice(0, room)) for part in parts]
+        if len(parts) == 1 and parts[0].rows.positions == 1:
+            self._add_rank_one(statistic, parts[0])
+        else:
+            parts = [self._sketched(statistic.shape, part) for part in parts]
+            statistic.add(gfim.second_moment(statistic.shape, parts))
+
+    def _add_rows(self, statistic: Statistic, part: Part) -> None:
+        part = gfim.positions_as_samples(part)
+        samples = part.rows.samples
+        room = self._room(statistic, samples)
+        statistic.seen += samples
+        statistic.used += room
+        if room:
+            self._add_rank_one(statistic, Part(part.rows.slice(0, room), part.columns.slice(0, room)))
+
+    def _add_rank_one(self, statistic: Statistic, part: Part) -> None:
+        shape = statistic.shape
+        limit = self._sampling.max_rank * shape.short
+        rank = part.rows.samples + sum(columns.shape[1] for columns in statistic.columns)
+        if shape.groups == 1 and rank <= limit and not statistic.moments:
+            statistic.columns.append(gfim.scaled_columns(shape, part))
+            return
+        statistic.densify()
+        statistic.add(gfim.second_moment(shape, [part]))
+
+    def _sketched(self, shape: Shape, part: Part) -> Part:
+        """Draw columns of 𝒢ᵢ (rows, where R is built) uniformly with replacement, equation (17)."""
+        size = self._sampling.sketch_size
+        if size is None or size >= shape.long:
+            return part
+        drawn = torch.randint(shape.long, (size,), generator=self._generator)
+        return gfim.sample_long_side(shape, part, drawn)
+
+
+class _Watcher(TorchFunctionMode):
+    """Shows every function call of a forward pass to a `Capture`."""
+
+    def __init__(self, capture: Capture) -> None:
+        super().__init__()
+        self._capture = weakref.ref(capture)
+        self._attention: AttentionCall | None = None
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.multi_head_attention_forward:
+            return self._inside_attention(args, kwargs)
+        output = func(*args, **kwargs)
+        if (capture := self._capture()) is not None:
+            capture.look(func, args, kwargs, output, self._attention)
+        return output
+
+    def _inside_attention(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run attention with this mode on inside it too, so that its projections are seen."""
+        query = args[0] if args else kwargs["query"]
+        outer, self._attention = self._attention, AttentionCall(query.shape[1] if query.dim() == 3 else 1)
+        try:
+            with self:
+                return _undispatched(F.multi_head_attention_forward)(*args, **kwargs)
+        finally:
+            self._attention = outer
+
+
+def _undispatched(function: Any) -> Callable[..., Any]:
+    """``function`` without its first step, which hands the whole call to the mode that is on."""
+    namespace = {**function.__globals__, "has_torch_function": lambda _: False}
+    copy = types.FunctionType(
+        function.__code__, namespace, function.__name__, function.__defaults__, function.__closure__
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+def _remove(handles: Iterable[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
+
+
+def _flat(arguments: Iterable[Any]) -> Iterator[Any]:
+    """Arguments, and the members of those that are lists or tuples."""
+    for argument in arguments:
+        if isinstance(argument, (list, tuple)):
+            yield from argument
+        else:
+            yield argument
+
+
+def _has_gradient(output: Any, argument: Tensor) -> bool:
+    """Whether a gradient can come back through ``output``, which is not only a view of ``argument``."""
+    owner = argument if argument._base is None else argument._base
+    return any(
+        isinstance(tensor, Tensor) and tensor.requires_grad and tensor is not owner and tensor._base is not owner
+        for tensor in _flat((output,))
+    )
+
+
+def _by_samples(parts: Iterable[Part]) -> list[list[Part]]:
+    """Parts together that have equally many samples."""
+    groups: dict[int, list[Part]] = {}
+    for part in parts:
+        groups.setdefault(part.rows.samples, []).append(part)
+    return list(groups.values())

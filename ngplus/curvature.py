@@ -1,0 +1,326 @@
+"""From a curvature step's sums to preconditioners: scale, average over processes and time, invert."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ngplus import distributed, gfim, preconditioner
+from ngplus.capture import Sampling, Statistic
+from ngplus.factors import statistics_dtype
+from ngplus.gfim import Shape
+from ngplus.inverse import Request, invert
+from ngplus.layers import Layer, as_matrix
+from ngplus.options import Options
+from ngplus.preconditioner import DenseInverse, Preconditioner
+
+LOW_RANK_BELOW = 2**0.5 - 1
+"""Rank/p under which applying (14), 4prq + 2r²q operations, is cheaper than the p×p inverse, 2p²q."""
+
+
+@dataclass(eq=False)
+class LayerState:
+    """What NG+ keeps of one layer.
+
+    Attributes:
+        shape: of the layer's matrix.
+        preconditioner: (λI + L)⁻¹.
+        average: L̄ of (11), kept only with ``ema > 0``.
+        damping: λ that was added, which is more than the group's where a matrix would not factorise.
+        updates: curvature steps so far.
+    """
+
+    shape: Shape
+    preconditioner: Preconditioner
+    average: list[Tensor] | None = None
+    damping: float = 0.0
+    updates: int = 0
+
+    def __repr__(self) -> str:
+        side = "λI + L" if self.shape.side == "left" else "λI + R"
+        kind = type(self.preconditioner).__name__
+        size = f"{self.shape.groups}×" if self.shape.groups > 1 else ""
+        return (
+            f"LayerState(matrix {size}{self.shape.rows}×{self.shape.columns}, {kind} of {side}, "
+            f"damping {self.damping:.4g}, {self.updates} updates, {self.numel():,} numbers kept)"
+        )
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that is kept."""
+        return [*self.preconditioner.tensors().values(), *(self.average or [])]
+
+    def numel(self) -> int:
+        """Numbers kept."""
+        return sum(tensor.numel() for tensor in self.tensors())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers, lists and tensors."""
+        return {
+            "matrix": [self.shape.groups, self.shape.rows, self.shape.columns],
+            "block_size": self.shape.block_size,
+            "preconditioner": self.preconditioner.tensors(),
+            "average": self.average,
+            "damping": self.damping,
+            "updates": self.updates,
+        }
+
+    @classmethod
+    def from_state_dict(cls, layer: Layer, packed: Mapping[str, Any]) -> LayerState:
+        """What `state_dict` gave, on the device of the layer's weight.
+
+        Raises:
+            ValueError: where the layer's matrix has another shape.
+        """
+        groups, rows, columns = packed["matrix"]
+        shape = Shape(groups=groups, rows=rows, columns=columns, block_size=packed["block_size"])
+        if layer.shape(shape.block_size) != shape:
+            ours = layer.shape(shape.block_size)
+            raise ValueError(
+                f"the state of {layer.name} is for a matrix {groups}×{rows}×{columns} (groups × rows × columns), "
+                f"but the model's is {ours.groups}×{ours.rows}×{ours.columns}"
+            )
+        made = preconditioner.from_tensors(packed["preconditioner"], shape)
+        state = cls(shape, made, packed["average"], packed["damping"], packed["updates"])
+        state.to(layer.weight.device)
+        return state
+
+    def to(self, device: torch.device) -> None:
+        """Follow a model that was moved."""
+        moved = {name: tensor.to(device) for name, tensor in self.preconditioner.tensors().items()}
+        self.preconditioner = preconditioner.from_tensors(moved, self.shape)
+        self.average = None if self.average is None else [stack.to(device) for stack in self.average]
+
+
+def sampling(options: Options) -> Sampling:
+    """How a curvature step is sampled under these options."""
+    exact_rank = options.ema == 0 and options.block_size is None and distributed.world_size() == 1
+    ranks = {"auto": LOW_RANK_BELOW, "dense": 0.0, "low_rank": 1.0, "sketched": 1.0}
+    return Sampling(
+        samples=options.samples,
+        loss_reduction=options.loss_reduction,
+        max_samples=options.max_samples,
+        block_size=options.block_size,
+        max_rank=ranks[options.solver] if exact_rank else 0.0,
+        sketch_size=options.sketch_size,
+    )
+
+
+class Curvature:
+    """The curvature of all layers.
+
+    Args:
+        options: of the optimizer.
+        generator: draws the rows of (16).
+    """
+
+    def __init__(self, options: Options, generator: torch.Generator) -> None:
+        self._options = options
+        self._generator = generator
+        self.states: dict[Layer, LayerState] = {}
+
+    def update(
+        self,
+        layers: Sequence[Layer],
+        statistics: Mapping[Layer, Statistic],
+        damping: Mapping[Layer, float],
+        loss_scale: float,
+    ) -> list[Layer]:
+        """Take the sums of a curvature step into the preconditioners.
+
+        Args:
+            layers: for which this is a curvature step, the same on every process.
+            statistics: what was summed; a layer without samples may be missing.
+            damping: λ of each layer.
+            loss_scale: factor by which all gradients were larger than the loss's.
+
+        Returns:
+            Layers whose sums were not finite. They keep what they had.
+        """
+        sums = {layer: self._scaled(statistics[layer], loss_scale) for layer in layers if layer in statistics}
+        if distributed.world_size() > 1:
+            self._average_over_processes(layers, sums)
+        finite, rejected = _finite(sums)
+        requests = {layer: self._prepare(layer, sums[layer], damping[layer]) for layer in finite}
+        self._invert([request for stacks in requests.values() for request in stacks])
+        for layer, stacks in requests.items():
+            self._finish(layer, sums[layer], stacks, damping[layer])
+        return rejected
+
+    def _scaled(self, statistic: Statistic, loss_scale: float) -> Statistic:
+        scale = statistic.scale(self._options.loss_reduction) / loss_scale**2
+        statistic.moments = [stack * scale for stack in statistic.moments]
+        statistic.columns = [columns * scale**0.5 for columns in statistic.columns]
+        return statistic
+
+    def _average_over_processes(self, layers: Sequence[Layer], sums: dict[Layer, Statistic]) -> None:
+        """Average over processes; afterwards ``sums`` has the same layers on all of them."""
+        ours = [sums.get(layer) or _empty(layer, self._options.block_size) for layer in layers]
+        moments = [statistic.moments for statistic in ours]
+        totals = distributed.average(moments, [statistic.used for statistic in ours])
+        for layer, statistic, total in zip(layers, ours, totals, strict=True):
+            statistic.used = int(total)
+            if total:
+                sums[layer] = statistic
+
+    def _prepare(self, layer: Layer, statistic: Statistic, damping: float) -> list[Request]:
+        """The matrices to invert for a layer; none where it is kept as columns."""
+        if statistic.columns:
+            return []
+        average = self._moving_average(layer, statistic)
+        return [Request(stack, self._shift(damping)) for stack in average]
+
+    def _shift(self, damping: float) -> float:
+        return damping**0.5 if self._options.damping_rule == "released" else damping
+
+    def _moving_average(self, layer: Layer, statistic: Statistic) -> list[Tensor]:
+        """L̄ₖ = β L̄ₖ₋₁ + (1 − β) Lₖ, which starts from L₀, equation (11)."""
+        before = self.states.get(layer)
+        if not self._options.ema or before is None or before.average is None or before.shape != statistic.shape:
+            return statistic.moments
+        beta = self._options.ema
+        return [
+            old.mul(beta).add_(new, alpha=1 - beta) for old, new in zip(before.average, statistic.moments, strict=True)
+        ]
+
+    def _invert(self, requests: Sequence[Request]) -> None:
+        if distributed.world_size() > 1 and requests:
+            distributed.invert_shared(requests)
+        else:
+            invert(requests)
+
+    def _finish(self, layer: Layer, statistic: Statistic, requests: Sequence[Request], damping: float) -> None:
+        made = self._made(statistic, requests, damping)
+        if made is None:
+            warnings.warn(
+                f"the curvature matrix of {layer.name} would not factorise, even with its damping raised from "
+                f"{damping:g} tenfold several times; what it had before is kept",
+                stacklevel=5,
+            )
+            return
+        used = max([self._shift(damping), *(request.used_damping for request in requests)])
+        if used > self._shift(damping):
+            warnings.warn(
+                f"the damping of {layer.name} was raised from {self._shift(damping):g} to {used:g} for this "
+                "curvature step: the matrix would not factorise with less",
+                stacklevel=5,
+            )
+        before = self.states.get(layer)
+        average = [request.matrices for request in requests] if self._options.ema else None
+        updates = 1 + (before.updates if before else 0)
+        self.states[layer] = LayerState(statistic.shape, made, average, used, updates)
+
+    def _made(self, statistic: Statistic, requests: Sequence[Request], damping: float) -> Preconditioner | None:
+        if statistic.columns:
+            return self._from_columns(torch.cat(statistic.columns, dim=1), self._shift(damping))
+        inverses = [request.inverse for request in requests if request.inverse is not None]
+        return DenseInverse(inverses, statistic.shape) if len(inverses) == len(requests) else None
+
+    def _from_columns(self, columns: Tensor, damping: float) -> Preconditioner | None:
+        size = self._options.sketch_size
+        if self._options.solver == "sketched" and size is not None and size < columns.shape[0]:
+            drawn = torch.randint(columns.shape[0], (size,), generator=self._generator)
+            return preconditioner.sketched(columns, damping, drawn)
+        return preconditioner.low_rank(columns, damping)
+
+    def precondition(self, layer: Layer) -> None:
+        """Replace the layer's gradients by the direction (6), if the layer has a preconditioner."""
+        state, gradient = self.states.get(layer), layer.weight.grad
+        if state is None or gradient is None:
+            return
+        if layer.shape(state.shape.block_size) != state.shape:  # its bias was frozen or freed meanwhile
+            del self.states[layer]
+            return
+        if any(tensor.device != gradient.device for tensor in state.tensors()[:1]):
+            state.to(gradient.device)
+        if gradient.is_sparse:
+            layer.weight.grad = _sparse_direction(state, gradient)
+        else:
+            _precondition_dense(layer, state, gradient)
+
+
+def _empty(layer: Layer, block_size: int | None) -> Statistic:
+    shape = layer.shape(block_size)
+    dtype = statistics_dtype(layer.weight.dtype)
+    zeros = [torch.zeros(size, dtype=dtype, device=layer.weight.device) for size in shape.stack_shapes]
+    return Statistic(shape, moments=zeros)
+
+
+def _finite(sums: Mapping[Layer, Statistic]) -> tuple[list[Layer], list[Layer]]:
+    """Layers whose sums are finite, and the others. Waits for the device once: NaN must not be factorised."""
+    if not sums:
+        return [], []
+    flags = [
+        torch.stack([stack.isfinite().all() for stack in (*statistic.moments, *statistic.columns)]).all().cpu()
+        for statistic in sums.values()
+    ]
+    good = torch.stack(flags).tolist()
+    finite = [layer for layer, fine in zip(sums, good, strict=True) if fine]
+    return finite, [layer for layer, fine in zip(sums, good, strict=True) if not fine]
+
+
+def _precondition_dense(layer: Layer, state: LayerState, gradient: Tensor) -> None:
+    matrix = as_matrix(layer, gradient)
+    bias = layer.trained_bias
+    dtype = state.tensors()[0].dtype
+    G = matrix.to(dtype)  # (groups, m, n)
+    if bias is None:
+        gradient.copy_(_direction(state, G).view(gradient.shape))
+        return
+    column = torch.zeros_like(bias) if bias.grad is None else bias.grad
+    column = column[layer.bias_slice].reshape(*matrix.shape[:2], 1).to(dtype)
+    D = _direction(state, torch.cat([G, column], dim=2))  # (groups, m, n + 1)
+    gradient.copy_(D[:, :, :-1].reshape(gradient.shape))
+    if bias.grad is not None:
+        bias.grad[layer.bias_slice].copy_(D[:, :, -1].flatten())
+
+
+def _direction(state: LayerState, G: Tensor) -> Tensor:
+    """(λI + L)⁻¹G or G(λI + R)⁻¹, equation (6)."""
+    if state.shape.side == "left":
+        return state.preconditioner.apply(G)
+    return state.preconditioner.apply(G.mT).mT
+
+
+def _sparse_direction(state: LayerState, gradient: Tensor) -> Tensor:
+    """The direction for a table's sparse gradient, which stays sparse: each row times (λI + R)⁻¹."""
+    dtype = state.tensors()[0].dtype
+    if state.shape.side == "right":
+        indices, values = gradient._indices(), gradient._values()
+        direction = _direction(state, values.to(dtype).unsqueeze(0))[0]
+    else:
+        indices = torch.arange(gradient.shape[0], device=gradient.device).unsqueeze(0)
+        values = gradient.to_dense()
+        direction = _direction(state, values.to(dtype).unsqueeze(0))[0]
+    return torch.sparse_coo_tensor(indices, direction.to(values.dtype), gradient.shape, check_invariants=False)
+
+
+def layer_statistic(layer: Layer, options: Options, generator: torch.Generator) -> Statistic | None:
+    """The mini-batch form (12): G Gᵀ (or GᵀG) of the gradient that is there, as a `Statistic` of one sample."""
+    gradient = layer.weight.grad
+    if gradient is None:
+        return None
+    shape = layer.shape(options.block_size)
+    dtype = statistics_dtype(gradient.dtype)
+    if gradient.is_sparse and shape.side == "right":
+        G = gradient.coalesce()._values().to(dtype).unsqueeze(0)
+    else:
+        dense = gradient.to_dense() if gradient.is_sparse else gradient
+        G = as_matrix(layer, dense).to(dtype)
+    bias = layer.trained_bias
+    if bias is not None:
+        column = torch.zeros_like(bias) if bias.grad is None else bias.grad
+        G = torch.cat([G, column[layer.bias_slice].reshape(*G.shape[:2], 1).to(dtype)], dim=2)
+    short_first = G if shape.side == "left" else G.mT
+    if options.sketch_size is not None and options.sketch_size < short_first.shape[2]:
+        drawn = torch.randint(short_first.shape[2], (options.sketch_size,), generator=generator)
+        scale = (short_first.shape[2] / options.sketch_size) ** 0.5
+        short_first = short_first.index_select(2, drawn.to(G.device)) * scale
+    return Statistic(shape, moments=gfim.product_of_columns(shape, short_first), seen=1, used=1)
+
+
+__all__ = ["Curvature", "LayerState", "layer_statistic", "sampling"]

@@ -1,0 +1,563 @@
+"""The two factors of a per-sample gradient: 𝒢ᵢ = Gᵢ Aᵢᵀ, equation (8).
+
+A factor is one side of that product for b samples at once: ``groups`` independent matrices of ``size`` rows
+and κ = ``positions`` columns each, shape (b, groups, size, κ). What a curvature matrix needs of a factor is
+either its entries, its Gram matrix over positions, or (κ = 1) its squared norm; the classes here give each in
+the cheapest way that their structure allows.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Factor(Protocol):
+    """One side of 𝒢ᵢ = Gᵢ Aᵢᵀ for b samples."""
+
+    @property
+    def samples(self) -> int:
+        """Number of samples b."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Rows d of the factor, a constant row for the bias included."""
+        ...
+
+    @property
+    def positions(self) -> int:
+        """Columns κ of the factor."""
+        ...
+
+    def gram_cost(self) -> int:
+        """Floating-point operations of `gram` for one sample."""
+        ...
+
+    def dense(self) -> Tensor:
+        """The entries, (b, groups, d, κ), at least in float32."""
+        ...
+
+    def gram(self) -> Tensor:
+        """Inner products of every two positions, (b, groups, κ, κ)."""
+        ...
+
+    def squared_norms(self) -> Tensor:
+        """Squared norm of every position, (b, groups, κ)."""
+        ...
+
+    def slice(self, start: int, stop: int) -> Factor:
+        """The samples ``start`` to ``stop``."""
+        ...
+
+    def flat(self) -> Factor:
+        """The same with every position a sample of its own: b·κ samples, κ = 1."""
+        ...
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Float64 stays, everything else (autocast's bf16 and fp16 too) is taken in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _with_tail(entries: Tensor, tail: float | None) -> Tensor:
+    """``entries`` (b, groups, d, κ) with one more row of a constant below."""
+    return entries if tail is None else F.pad(entries, (0, 0, 0, 1), value=tail)
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A factor given by its entries.
+
+    Attributes:
+        entries: (b, groups, d, κ), any strides.
+        tail: value of one more row: 1.0 where the bias is a column of the layer's matrix and this call added
+            it, 0.0 where this call did not, None where there is no such column.
+        first_row: where these rows stand in a factor of ``full_size`` rows; the others are zero. Used where
+            a call multiplies by a slice of the weight only (the packed projections of attention).
+        full_size: rows of the whole factor; None where ``entries`` is the whole.
+    """
+
+    entries: Tensor
+    tail: float | None = None
+    first_row: int = 0
+    full_size: int | None = None
+
+    @property
+    def samples(self) -> int:
+        """Number of samples b."""
+        return self.entries.shape[0]
+
+    @property
+    def size(self) -> int:
+        """Rows of the factor."""
+        return (self.full_size or self.entries.shape[2]) + (self.tail is not None)
+
+    @property
+    def positions(self) -> int:
+        """Columns κ."""
+        return self.entries.shape[3]
+
+    def gram_cost(self) -> int:
+        """2κ²d for a sample and group."""
+        return 2 * self.positions**2 * self.entries.shape[2]
+
+    def _entries(self) -> Tensor:
+        return self.entries.to(statistics_dtype(self.entries.dtype))
+
+    def dense(self) -> Tensor:
+        """The entries, zero rows and the constant row put in."""
+        entries = self._entries()
+        if self.full_size is not None:
+            below = self.full_size - self.first_row - entries.shape[2]
+            entries = F.pad(entries, (0, 0, self.first_row, below))
+        return _with_tail(entries, self.tail)
+
+    def gram(self) -> Tensor:
+        """AᵀA, to which a constant row adds its square."""
+        entries = self._entries()
+        gram = entries.mT @ entries
+        return gram + 1.0 if self.tail else gram
+
+    def squared_norms(self) -> Tensor:
+        """Sum of squares over the rows."""
+        norms = self._entries().square().sum(dim=2)
+        return norms + 1.0 if self.tail else norms
+
+    def slice(self, start: int, stop: int) -> Dense:
+        """The samples ``start`` to ``stop``."""
+        return replace(self, entries=self.entries[start:stop])
+
+    def flat(self) -> Dense:
+        """Every position a sample."""
+        return replace(self, entries=self.entries.permute(0, 3, 1, 2).flatten(0, 1).unsqueeze(-1))
+
+
+@dataclass(frozen=True)
+class OneHot:
+    """Rows of an embedding table: position p of sample i is the unit vector of ``index[i, p]``.
+
+    Attributes:
+        index: (b, κ), integers.
+        table_size: rows of the table.
+        dtype: of the entries, when they are asked for.
+    """
+
+    index: Tensor
+    table_size: int
+    dtype: torch.dtype
+
+    @property
+    def samples(self) -> int:
+        """Number of samples b."""
+        return self.index.shape[0]
+
+    @property
+    def size(self) -> int:
+        """Rows of the table."""
+        return self.table_size
+
+    @property
+    def positions(self) -> int:
+        """Columns κ."""
+        return self.index.shape[1]
+
+    def gram_cost(self) -> int:
+        """One comparison for every two positions."""
+        return self.positions**2
+
+    def dense(self) -> Tensor:
+        """The unit vectors written out, (b, 1, table_size, κ)."""
+        hot = torch.zeros(self.samples, self.table_size, self.positions, dtype=self.dtype, device=self.index.device)
+        return hot.scatter_(1, self.index.unsqueeze(1), 1.0).unsqueeze(1)
+
+    def gram(self) -> Tensor:
+        """1 where two positions name the same row, else 0."""
+        equal = self.index.unsqueeze(2) == self.index.unsqueeze(1)
+        return equal.to(self.dtype).unsqueeze(1)
+
+    def squared_norms(self) -> Tensor:
+        """A unit vector's norm is 1."""
+        return torch.ones(self.samples, 1, self.positions, dtype=self.dtype, device=self.index.device)
+
+    def slice(self, start: int, stop: int) -> OneHot:
+        """The samples ``start`` to ``stop``."""
+        return replace(self, index=self.index[start:stop])
+
+    def flat(self) -> OneHot:
+        """Every position a sample."""
+        return replace(self, index=self.index.reshape(-1, 1))
+
+
+@dataclass(frozen=True)
+class Bags:
+    """Weighted sums of table rows, one a sample (κ = 1): Σ_p w_p e_{index_p} over the members of a bag.
+
+    Attributes:
+        index: (members,), the table row of each member of all bags.
+        bag: (members,), the bag each member is in.
+        weight: (members,), floating point.
+        bags: number of bags b.
+        table_size: rows of the table.
+    """
+
+    index: Tensor
+    bag: Tensor
+    weight: Tensor
+    bags: int
+    table_size: int
+
+    @property
+    def samples(self) -> int:
+        """Number of bags b."""
+        return self.bags
+
+    @property
+    def size(self) -> int:
+        """Rows of the table."""
+        return self.table_size
+
+    @property
+    def positions(self) -> int:
+        """A bag is one position."""
+        return 1
+
+    def gram_cost(self) -> int:
+        """About one operation a member."""
+        return max(1, self.index.numel() // max(1, self.bags))
+
+    def dense(self) -> Tensor:
+        """The weighted counts written out, (b, 1, table_size, 1)."""
+        counts = torch.zeros(self.bags * self.table_size, dtype=self.weight.dtype, device=self.weight.device)
+        counts.index_add_(0, self.bag * self.table_size + self.index, self.weight)
+        return counts.view(self.bags, 1, self.table_size, 1)
+
+    def gram(self) -> Tensor:
+        """The squared norm as a 1×1 matrix."""
+        return self.squared_norms().unsqueeze(-1)
+
+    def squared_norms(self) -> Tensor:
+        """Σ over distinct rows of (their weights' sum)², (b, 1, 1); no pass over the table."""
+        return self.inner(self)
+
+    def inner(self, other: Bags) -> Tensor:
+        """Inner products with the same samples' bags of another call, (b, 1, 1)."""
+        calls = (self, other)
+        keys = torch.cat([call.bag * self.table_size + call.index for call in calls])
+        rows, place = torch.unique(keys, return_inverse=True)
+        split = self.index.numel()
+        product = self._totals(rows, place[:split]) * other._totals(rows, place[split:])
+        norms = torch.zeros(self.bags, dtype=self.weight.dtype, device=self.weight.device)
+        norms.index_add_(0, rows // self.table_size, product)
+        return norms.view(self.bags, 1, 1)
+
+    def _totals(self, rows: Tensor, place: Tensor) -> Tensor:
+        """Sum of the weights that fall on each distinct (bag, row)."""
+        return self.weight.new_zeros(rows.numel()).index_add_(0, place, self.weight)
+
+    def slice(self, start: int, stop: int) -> Bags:
+        """The bags ``start`` to ``stop``."""
+        inside = (self.bag >= start) & (self.bag < stop)
+        return replace(
+            self,
+            index=self.index[inside],
+            bag=self.bag[inside] - start,
+            weight=self.weight[inside],
+            bags=stop - start,
+        )
+
+    def flat(self) -> Bags:
+        """A bag is one position already."""
+        return self
+
+
+@dataclass(frozen=True)
+class Patches:
+    """The input patches that a convolution multiplies its kernel by.
+
+    Attributes:
+        images: (b, channels, *spatial), not padded.
+        kernel: kernel size in each spatial direction.
+        stride: likewise.
+        dilation: likewise.
+        padding: zeros (before, after) in each spatial direction.
+        groups: of the convolution; channels are cut into so many equal parts.
+        tail: as in `Dense`.
+    """
+
+    images: Tensor
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    groups: int
+    tail: float | None = None
+
+    @property
+    def samples(self) -> int:
+        """Number of samples b."""
+        return self.images.shape[0]
+
+    @property
+    def channels(self) -> int:
+        """Channels of one group."""
+        return self.images.shape[1] // self.groups
+
+    @property
+    def size(self) -> int:
+        """Channels of a group times kernel area, and the constant row."""
+        return self.channels * math.prod(self.kernel) + (self.tail is not None)
+
+    @property
+    def output_size(self) -> tuple[int, ...]:
+        """Output positions in each spatial direction."""
+        return tuple(
+            (length + before + after - dilation * (kernel - 1) - 1) // stride + 1
+            for length, (before, after), kernel, stride, dilation in zip(
+                self.images.shape[2:], self.padding, self.kernel, self.stride, self.dilation, strict=True
+            )
+        )
+
+    @property
+    def positions(self) -> int:
+        """Output positions κ."""
+        return math.prod(self.output_size)
+
+    def _shifted_cost(self) -> int:
+        pixels, offsets = math.prod(self.images.shape[2:]), math.prod(self.kernel)
+        return 2 * pixels**2 * self.channels + offsets * self.positions**2
+
+    def _unfolded_cost(self) -> int:
+        return 2 * self.positions**2 * self.channels * math.prod(self.kernel)
+
+    def gram_cost(self) -> int:
+        """Of the cheaper of the two ways to the Gram matrix."""
+        return min(self._shifted_cost(), self._unfolded_cost())
+
+    def _images(self) -> Tensor:
+        return self.images.to(statistics_dtype(self.images.dtype))
+
+    def _padded(self, images: Tensor, copies: int = 1) -> Tensor:
+        """``images`` with zeros around the last ``copies`` sets of spatial directions."""
+        amounts = list(itertools.chain.from_iterable(reversed(self.padding))) * copies
+        return F.pad(images, amounts) if any(amounts) else images
+
+    def _windows(self, images: Tensor) -> Tensor:
+        """A view (*lead, *output, *kernel) of padded images (*lead, *spatial)."""
+        lead = images.dim() - len(self.kernel)
+        strides = images.stride()[lead:]
+        steps = [step * stride for step, stride in zip(strides, self.stride, strict=True)]
+        offsets = [step * dilation for step, dilation in zip(strides, self.dilation, strict=True)]
+        return images.as_strided(
+            (*images.shape[:lead], *self.output_size, *self.kernel),
+            (*images.stride()[:lead], *steps, *offsets),
+            images.storage_offset(),
+        )
+
+    def dense(self) -> Tensor:
+        """The unfolded patches, (b, groups, channels·kernel, κ)."""
+        directions = len(self.kernel)
+        windows = self._windows(self._padded(self._images()))  # (b, C, *output, *kernel)
+        output, kernel = range(2, 2 + directions), range(2 + directions, 2 + 2 * directions)
+        columns = windows.permute(0, 1, *kernel, *output)
+        shape = (self.samples, self.groups, self.channels * math.prod(self.kernel), self.positions)
+        return _with_tail(columns.reshape(shape), self.tail)
+
+    def gram(self) -> Tensor:
+        """Inner products of patches, by shifted products of pixels where that is cheaper."""
+        if self._shifted_cost() < self._unfolded_cost():
+            gram = self._shifted_gram()
+        else:
+            columns = replace(self, tail=None).dense()
+            gram = columns.mT @ columns
+        return gram + 1.0 if self.tail else gram
+
+    def _shifted_gram(self) -> Tensor:
+        """Σ over kernel offsets δ of M[o+δ, o'+δ], M the pixels' inner products over channels."""
+        spatial = self.images.shape[2:]
+        pixels = self._images().reshape(self.samples, self.groups, self.channels, -1)
+        products = (pixels.mT @ pixels).view(self.samples, self.groups, *spatial, *spatial)
+        products = self._padded(products, copies=2)
+        lead = (slice(None), slice(None))
+        shifted = [products[lead + window + window] for window in self._offset_windows()]
+        gram = shifted[0].clone()
+        for products in shifted[1:]:
+            gram += products
+        return gram.view(self.samples, self.groups, self.positions, self.positions)
+
+    def _offset_windows(self) -> list[tuple[slice, ...]]:
+        """For every kernel offset, the slices of a padded image that it meets."""
+        return [
+            tuple(
+                slice(offset * dilation, offset * dilation + (output - 1) * stride + 1, stride)
+                for offset, dilation, output, stride in zip(
+                    offsets, self.dilation, self.output_size, self.stride, strict=True
+                )
+            )
+            for offsets in itertools.product(*(range(k) for k in self.kernel))
+        ]
+
+    def squared_norms(self) -> Tensor:
+        """Squared norms of patches: windows summed over the pixels' own."""
+        images = self._images()
+        images = images.view(self.samples, self.groups, self.channels, *images.shape[2:])
+        energy = self._padded(images.square().sum(dim=2))  # (b, groups, *spatial)
+        windows = self._windows(energy)
+        norms = windows.sum(dim=tuple(range(-len(self.kernel), 0))).flatten(2)
+        return norms + 1.0 if self.tail else norms
+
+    def slice(self, start: int, stop: int) -> Patches:
+        """The samples ``start`` to ``stop``."""
+        return replace(self, images=self.images[start:stop])
+
+    def flat(self) -> Normed:
+        """Every position a sample, of which only the norm is known."""
+        return Normed(self.squared_norms().transpose(1, 2).flatten(0, 1).unsqueeze(-1), self)
+
+
+@dataclass(frozen=True)
+class Normed:
+    """Positions of patches as samples: their squared norms, and the entries only where they are asked for.
+
+    Attributes:
+        norms: (b·κ, groups, 1).
+        patches: which they are the norms of.
+        start: first of the patches' positions, counted over all samples.
+    """
+
+    norms: Tensor
+    patches: Patches
+    start: int = 0
+
+    @property
+    def samples(self) -> int:
+        """Number of positions."""
+        return self.norms.shape[0]
+
+    @property
+    def size(self) -> int:
+        """Entries of a patch."""
+        return self.patches.size
+
+    @property
+    def positions(self) -> int:
+        """One a sample."""
+        return 1
+
+    def gram_cost(self) -> int:
+        """The norms are there."""
+        return 1
+
+    def dense(self) -> Tensor:
+        """The patches written out, (samples, groups, d, 1)."""
+        entries = self.patches.dense().permute(0, 3, 1, 2).flatten(0, 1)
+        return entries[self.start : self.start + self.samples].unsqueeze(-1)
+
+    def gram(self) -> Tensor:
+        """The squared norm as a 1×1 matrix."""
+        return self.norms.unsqueeze(-1)
+
+    def squared_norms(self) -> Tensor:
+        """The norms."""
+        return self.norms
+
+    def slice(self, start: int, stop: int) -> Normed:
+        """The positions ``start`` to ``stop``."""
+        return replace(self, norms=self.norms[start:stop], start=self.start + start)
+
+    def flat(self) -> Normed:
+        """Positions are samples already."""
+        return self
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Some rows of a factor, scaled: Ωᵀ A for the Ω of (17).
+
+    Attributes:
+        factor: the whole.
+        drawn: (q,), the rows.
+        scale: √(d/q).
+    """
+
+    factor: Factor
+    drawn: Tensor
+    scale: float
+
+    @property
+    def samples(self) -> int:
+        """Number of samples b."""
+        return self.factor.samples
+
+    @property
+    def size(self) -> int:
+        """Rows drawn, q."""
+        return self.drawn.numel()
+
+    @property
+    def positions(self) -> int:
+        """Columns κ."""
+        return self.factor.positions
+
+    def gram_cost(self) -> int:
+        """2κ²q."""
+        return 2 * self.positions**2 * self.size
+
+    def dense(self) -> Tensor:
+        """The drawn rows, (b, groups, q, κ)."""
+        entries = self.factor.dense()
+        return entries.index_select(2, self.drawn.to(entries.device)) * self.scale
+
+    def gram(self) -> Tensor:
+        """Inner products over the drawn rows."""
+        entries = self.dense()
+        return entries.mT @ entries
+
+    def squared_norms(self) -> Tensor:
+        """Sum of squares over the drawn rows."""
+        return self.dense().square().sum(dim=2)
+
+    def slice(self, start: int, stop: int) -> Sampled:
+        """The samples ``start`` to ``stop``."""
+        return replace(self, factor=self.factor.slice(start, stop))
+
+    def flat(self) -> Sampled:
+        """Every position a sample."""
+        return replace(self, factor=self.factor.flat())
+
+
+def gram(factors: Sequence[Factor]) -> Tensor:
+    """Gram matrix over the positions of several factors side by side, (b, groups, Σκ, Σκ)."""
+    if len(factors) == 1:
+        return factors[0].gram()
+    rows = [torch.cat([_inner(left, right) for right in factors], dim=-1) for left in factors]
+    return torch.cat(rows, dim=-2)
+
+
+def _inner(left: Factor, right: Factor) -> Tensor:
+    """Inner products of the positions of two factors, (b, groups, κ_left, κ_right)."""
+    if left is right:
+        return left.gram()
+    if isinstance(left, Bags) and isinstance(right, Bags):
+        return left.inner(right).unsqueeze(-1)
+    if isinstance(left, OneHot) and isinstance(right, OneHot):
+        return (left.index.unsqueeze(2) == right.index.unsqueeze(1)).to(left.dtype).unsqueeze(1)
+    if isinstance(left, OneHot):
+        entries = right.dense()  # (b, 1, size, κ)
+        index = left.index[:, None, :, None].expand(-1, -1, -1, entries.shape[3])
+        return entries.gather(2, index)
+    if isinstance(right, OneHot):
+        return _inner(right, left).mT
+    return left.dense().mT @ right.dense()
+
+
+def concatenated(factors: Sequence[Factor]) -> Tensor:
+    """The entries of several factors side by side, (b, groups, d, Σκ)."""
+    return factors[0].dense() if len(factors) == 1 else torch.cat([f.dense() for f in factors], dim=-1)

@@ -1,0 +1,223 @@
+"""Building the generalized Fisher information matrix L or R, equations (4) and (5), from factors.
+
+With p = min(m, n) the short side, q the long side and κ positions, one sample's 𝒢ᵢ𝒢ᵢᵀ is made in the cheapest of
+three ways, none of which keeps more than `CHUNK` numbers at a time:
+
+=============  =====================================  =======================  ==================
+way            formula (short side S, long side A)    operations a sample      when
+=============  =====================================  =======================  ==================
+scaled         Σ ‖a‖² s sᵀ                            2p²                      κ = 1
+through Gram   S (AᵀA) Sᵀ                             gram + 2κ²p + 2κp²       κ small
+direct         (S Aᵀ)(S Aᵀ)ᵀ                          2κpq + 2p²q              κ large
+=============  =====================================  =======================  ==================
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ngplus.factors import Dense, Factor, Sampled, concatenated, gram
+
+Side = Literal["left", "right"]
+Way = Literal["scaled", "gram", "direct"]
+
+CHUNK = 2**24
+"""Most numbers in one temporary of the construction (64 MiB in float32)."""
+
+
+class Part(NamedTuple):
+    """One use of a layer: 𝒢ᵢ = rows · columnsᵀ summed over positions, rows of size m and columns of size n."""
+
+    rows: Factor
+    columns: Factor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What is built for a layer.
+
+    Attributes:
+        groups: number of independent m×n matrices (a grouped convolution's groups).
+        rows: m.
+        columns: n, the bias's column counted.
+        block_size: p of (18); None for whole matrices.
+    """
+
+    groups: int
+    rows: int
+    columns: int
+    block_size: int | None = None
+
+    @property
+    def side(self) -> Side:
+        """The smaller side: (4) where m ≤ n, else (5)."""
+        return "left" if self.rows <= self.columns else "right"
+
+    @property
+    def short(self) -> int:
+        """Side length p of L or R."""
+        return min(self.rows, self.columns)
+
+    @property
+    def long(self) -> int:
+        """The other side q."""
+        return max(self.rows, self.columns)
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """Number of whole diagonal blocks of a matrix, and the size of the one that is left over."""
+        return divmod(self.short, self.block_size) if self.block_size else (1, 0)
+
+    @property
+    def stack_shapes(self) -> list[tuple[int, int, int]]:
+        """Shapes of the batches of blocks: all whole blocks of all groups, then the left-over ones."""
+        count, rest = self.blocks
+        size = self.block_size or self.short
+        shapes = [(self.groups * count, size, size)] if count else []
+        return [*shapes, (self.groups, rest, rest)] if rest else shapes
+
+
+def oriented(shape: Shape, part: Part) -> tuple[Factor, Factor]:
+    """The short and the long factor of a part."""
+    return (part.rows, part.columns) if shape.side == "left" else (part.columns, part.rows)
+
+
+def cheapest_way(shape: Shape, short: Sequence[Factor], long: Sequence[Factor]) -> Way:
+    """The way with the fewest operations a sample; see the module's table."""
+    kappa, p, q = sum(f.positions for f in short), shape.short, long[0].size
+    if kappa == 1:
+        return "scaled"
+    through_gram = sum(f.gram_cost() for f in long) * len(long) + 2 * kappa**2 * p + 2 * kappa * p**2
+    return "gram" if through_gram < 2 * kappa * p * q + 2 * p**2 * q else "direct"
+
+
+def second_moment(shape: Shape, parts: Sequence[Part]) -> list[Tensor]:
+    """Σᵢ 𝒢ᵢ𝒢ᵢᵀ (or Σᵢ 𝒢ᵢᵀ𝒢ᵢ), block by block, over the samples that ``parts`` are all uses of.
+
+    Returns:
+        One tensor (blocks, size, size) for each entry of ``shape.stack_shapes``.
+    """
+    if shape.side == "right" and (apart := _disjoint_rows(parts)):
+        return added([second_moment(shape, together) for together in apart])
+    short, long = map(list, zip(*(oriented(shape, part) for part in parts), strict=True))
+    way = cheapest_way(shape, short, long)
+    build = _WAYS[way]
+    cost = _numbers_a_sample(shape, way, short)
+    samples = short[0].samples
+    step = max(1, CHUNK // cost) if way != "scaled" else samples
+    sums: list[Tensor] = []
+    for start in range(0, samples, step):
+        stop = min(start + step, samples)
+        chunk = build([f.slice(start, stop) for f in short], [f.slice(start, stop) for f in long], shape)
+        sums = added([sums, chunk]) if sums else chunk
+    return sums
+
+
+def positions_as_samples(part: Part) -> Part:
+    """The part with every position a sample of its own (κ = 1)."""
+    return Part(part.rows.flat(), part.columns.flat())
+
+
+def scaled_columns(shape: Shape, part: Part) -> Tensor:
+    """U of (14) but for its scale, for κ = 1: the columns ‖a‖ s, one a sample, (p, b)."""
+    short, long = oriented(shape, part)
+    columns = short.dense() * long.squared_norms().sqrt().unsqueeze(2)  # (b, 1, p, 1)
+    return columns[:, 0, :, 0].T
+
+
+def product_of_columns(shape: Shape, columns: Tensor) -> list[Tensor]:
+    """UUᵀ of (groups, p, rank) columns, block by block."""
+    columns = columns.unsqueeze(0)
+    return _outer(columns, columns, shape)
+
+
+def sample_long_side(shape: Shape, part: Part, drawn: Tensor) -> Part:
+    """The part with the drawn entries of the long side only, scaled so that E ΩΩᵀ = I, equation (17).
+
+    Args:
+        shape: of the layer's matrix.
+        part: one use of the layer.
+        drawn: (q,), entries of the long side, drawn uniformly with replacement.
+    """
+    scale = (shape.long / drawn.numel()) ** 0.5
+    if shape.side == "left":
+        return part._replace(columns=Sampled(part.columns, drawn, scale))
+    return part._replace(rows=Sampled(part.rows, drawn, scale))
+
+
+def _numbers_a_sample(shape: Shape, way: Way, short: Sequence[Factor]) -> int:
+    kappa = sum(f.positions for f in short)
+    if way == "gram":
+        return shape.groups * kappa * (2 * kappa + shape.short)
+    return shape.groups * (shape.short * shape.long + kappa * (shape.short + shape.long))
+
+
+def _disjoint_rows(parts: Sequence[Part]) -> list[list[Part]]:
+    """Parts by the slice of rows they fill, where the slices do not overlap; nothing where they do.
+
+    Rows of disjoint slices are orthogonal, so that R is the sum over slices.
+    """
+    slices: dict[tuple[int, int], list[Part]] = {}
+    for part in parts:
+        if not isinstance(part.rows, Dense) or part.rows.full_size is None:
+            return []
+        first, count = part.rows.first_row, part.rows.entries.shape[2]
+        whole = part._replace(rows=Dense(part.rows.entries))
+        slices.setdefault((first, first + count), []).append(whole)
+    edges = sorted(slices)
+    overlap = any(second[0] < first[1] for first, second in itertools.pairwise(edges))
+    return [] if overlap else [slices[edge] for edge in edges]
+
+
+def _scaled(short: Sequence[Factor], long: Sequence[Factor], shape: Shape) -> list[Tensor]:
+    columns = short[0].dense()  # (b, groups, p, κ)
+    return _outer(columns * long[0].squared_norms().unsqueeze(2), columns, shape)
+
+
+def _through_gram(short: Sequence[Factor], long: Sequence[Factor], shape: Shape) -> list[Tensor]:
+    columns = concatenated(short)  # (b, groups, p, κ)
+    return _outer(columns @ gram(long), columns, shape)
+
+
+def _direct(short: Sequence[Factor], long: Sequence[Factor], shape: Shape) -> list[Tensor]:
+    gradients = concatenated(short) @ concatenated(long).mT  # (b, groups, p, q)
+    return _outer(gradients, gradients, shape)
+
+
+_WAYS: dict[Way, Callable[[Sequence[Factor], Sequence[Factor], Shape], list[Tensor]]] = {
+    "scaled": _scaled,
+    "gram": _through_gram,
+    "direct": _direct,
+}
+
+
+def _outer(left: Tensor, right: Tensor, shape: Shape) -> list[Tensor]:
+    """Diagonal blocks of Σᵢ left_i right_iᵀ, for ``left`` and ``right`` of shape (b, groups, p, c)."""
+    first = _samples_last(left)
+    second = first if right is left else _samples_last(right)
+    whole = shape.short - shape.blocks[1]
+    rows = [rows for rows in (slice(0, whole), slice(whole, shape.short)) if rows.stop > rows.start]
+    return [
+        torch.bmm(first[:, at].reshape(count, size, -1), second[:, at].reshape(count, size, -1).mT)
+        for at, (count, size, _) in zip(rows, shape.stack_shapes, strict=True)
+    ]
+
+
+def _samples_last(factor: Tensor) -> Tensor:
+    """(b, groups, p, c) to (groups, p, b·c)."""
+    return factor.permute(1, 2, 0, 3).flatten(2)
+
+
+def added(sums: Sequence[list[Tensor]]) -> list[Tensor]:
+    """The sum, stack by stack, made in the first."""
+    first, *others = sums
+    for other in others:
+        for total, term in zip(first, other, strict=True):
+            total += term
+    return first

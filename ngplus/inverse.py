@@ -1,0 +1,79 @@
+"""Inverting damped matrices: Cholesky, as batches of equal size across all layers.
+
+`torch.linalg.inv` and `solve` of a batch have been seen to go wrong without a word on some CPUs with two threads, so
+that only `cholesky_ex` and `cholesky_inverse` are used. The factorisation is in float64 where the device has it; the
+explicit inverse is kept, since a product with it is the cheapest thing to do every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MAX_TRIES = 6
+"""How often the damping of a matrix that will not factorise is raised tenfold."""
+
+
+@dataclass(eq=False)
+class Request:
+    """A batch of matrices to invert after adding ``damping`` to their diagonals.
+
+    Attributes:
+        matrices: (blocks, p, p), symmetric positive semidefinite but for rounding.
+        damping: λ > 0.
+        inverse: (λI + matrices)⁻¹, once it is made; None where it could not be.
+        used_damping: λ that was needed.
+    """
+
+    matrices: Tensor
+    damping: float
+    inverse: Tensor | None = None
+    used_damping: float = 0.0
+
+
+def factor_dtype(matrix: Tensor) -> torch.dtype:
+    """Float64, except on devices without it."""
+    return matrix.dtype if matrix.device.type == "mps" else torch.float64
+
+
+def invert(requests: Sequence[Request]) -> None:
+    """Fill in the inverses, matrices of equal size as one batch.
+
+    Waits for the device once a size: whether a factorisation succeeded decides what is done next.
+    """
+    sizes: dict[tuple[int, torch.device], list[Request]] = {}
+    for request in requests:
+        sizes.setdefault((request.matrices.shape[-1], request.matrices.device), []).append(request)
+    for together in sizes.values():
+        _invert_batch(together)
+
+
+def _invert_batch(requests: Sequence[Request]) -> None:
+    matrices = torch.cat([r.matrices.to(factor_dtype(r.matrices)) for r in requests])
+    damping = torch.cat([matrices.new_full((r.matrices.shape[0],), r.damping) for r in requests])
+    factors, failed = _factorised(matrices, damping)
+    for _ in range(MAX_TRIES):
+        if not bool(failed.any()):
+            break
+        damping = torch.where(failed, damping * 10, damping)
+        factors[failed], failed_again = _factorised(matrices[failed], damping[failed])
+        failed = failed.clone().masked_scatter_(failed, failed_again)
+    inverses = torch.cholesky_inverse(factors)
+    counts = [r.matrices.shape[0] for r in requests]
+    for request, inverse, fails, used in zip(
+        requests, torch.split(inverses, counts), torch.split(failed, counts), torch.split(damping, counts), strict=True
+    ):
+        if not bool(fails.any()):
+            request.inverse = inverse.to(request.matrices.dtype)
+            request.used_damping = float(used.max())
+
+
+def _factorised(matrices: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
+    """Cholesky factors, and which of them are not to be used."""
+    damped = matrices + torch.diag_embed(damping.unsqueeze(-1).expand(-1, matrices.shape[-1]))
+    factors, info = torch.linalg.cholesky_ex(damped)
+    finite = torch.isfinite(factors).flatten(1).all(dim=1)
+    return factors, (info != 0) | ~finite

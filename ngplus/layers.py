@@ -1,0 +1,417 @@
+"""How a layer becomes a matrix: which parameters form it, and how a call of it gives per-sample factors.
+
+A layer's matrix is m × n = out × (in / groups · kernel), one for each group of a convolution, with the bias as
+one more column. For an embedding it is table rows × dimensions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ngplus.factors import Bags, Dense, Factor, OneHot, Patches, statistics_dtype
+from ngplus.gfim import Part, Shape
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+SUPPORTED = (nn.Linear, *CONVOLUTIONS, nn.Embedding, nn.EmbeddingBag, nn.MultiheadAttention)
+# Their parameters have no matrix form that (2) speaks of; they go to the base optimizer without a word.
+VECTORS = (
+    nn.modules.batchnorm._BatchNorm,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+    nn.modules.instancenorm._InstanceNorm,
+    nn.PReLU,
+)
+
+
+class UnsupportedCall(Exception):  # noqa: N818 (control flow, never seen by users)
+    """A use of a layer's weight whose per-sample gradient is not known in the form (8)."""
+
+
+@dataclass(eq=False)
+class Layer:
+    """One weight matrix of a model.
+
+    Attributes:
+        name: of the weight in ``model.named_parameters()``.
+        weight: the parameter.
+        bias: the bias that is the matrix's last column, or None.
+        bias_start: where this layer's bias begins in ``bias`` (attention packs three into one).
+        groups: of a convolution, else 1.
+        batch_dim: the dimension of a linear layer's input along which samples lie.
+    """
+
+    name: str
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    bias_start: int = 0
+    groups: int = 1
+    batch_dim: int = 0
+
+    def shape(self, block_size: int | None) -> Shape:
+        """Shape of the layer's matrix now, the bias counted if it is trained."""
+        columns = math.prod(self.weight.shape[1:]) + (self.trained_bias is not None)
+        rows = self.weight.shape[0] // self.groups
+        return Shape(groups=self.groups, rows=rows, columns=columns, block_size=block_size)
+
+    @property
+    def trained_bias(self) -> nn.Parameter | None:
+        """The bias, unless it is frozen."""
+        return self.bias if self.bias is not None and self.bias.requires_grad else None
+
+    @property
+    def bias_slice(self) -> slice:
+        """This layer's part of ``bias``."""
+        return slice(self.bias_start, self.bias_start + self.weight.shape[0])
+
+
+def find_layers(model: nn.Module, batch_dim: int | Mapping[str, int] = 0) -> list[Layer]:
+    """The layers of ``model`` that NG+ can precondition, each weight once however many modules share it."""
+    layers: dict[int, Layer] = {}
+    for prefix, module in model.named_modules():
+        for layer in _module_layers(prefix, module):
+            layer.batch_dim = _batch_dim(batch_dim, prefix)
+            known = layers.setdefault(id(layer.weight), layer)
+            if known.bias is None:
+                known.bias, known.bias_start = layer.bias, layer.bias_start
+    return list(layers.values())
+
+
+def parameter_layers(groups: Iterable[Mapping[str, Any]]) -> list[Layer]:
+    """Every parameter of two or more dimensions as a matrix out × rest, where there is no model to ask."""
+    layers = []
+    for number, group in enumerate(groups):
+        names = group.get("param_names", [f"group {number} parameter {i}" for i in range(len(group["params"]))])
+        layers += [
+            Layer(name, parameter, None)
+            for name, parameter in zip(names, group["params"], strict=True)
+            if parameter.dim() > 1
+        ]
+    return layers
+
+
+def unsupported_modules(model: nn.Module) -> list[str]:
+    """Modules that own parameters which no supported layer covers, as ``name (Kind)``."""
+    covered = {id(layer.weight) for layer in find_layers(model)}
+    return [
+        f"{prefix or 'the model itself'} ({type(module).__name__})"
+        for prefix, module in model.named_modules()
+        if not isinstance(module, VECTORS)
+        and any(
+            parameter.dim() > 1 and parameter.requires_grad and id(parameter) not in covered
+            for parameter in module._parameters.values()
+            if parameter is not None
+        )
+    ]
+
+
+def _batch_dim(batch_dim: int | Mapping[str, int], module: str) -> int:
+    """The entry of the longest module name that ``module`` is or lies in; 0 where there is none."""
+    if not isinstance(batch_dim, Mapping):
+        return batch_dim
+    above = [name for name in batch_dim if name in ("", module) or module.startswith(name + ".")]
+    return batch_dim[max(above, key=len)] if above else 0
+
+
+def _module_layers(prefix: str, module: nn.Module) -> Iterator[Layer]:
+    def named(parameter: str) -> str:
+        return f"{prefix}.{parameter}" if prefix else parameter
+
+    own = module._parameters  # a parametrized weight (weight_norm, say) is not among them
+    bias = own.get("bias")
+    if isinstance(module, nn.MultiheadAttention):
+        yield from _attention_layers(named, module)
+    elif isinstance(module, SUPPORTED) and (weight := own.get("weight")) is not None:
+        groups = module.groups if isinstance(module, CONVOLUTIONS) else 1
+        yield Layer(named("weight"), weight, bias, groups=groups)
+
+
+def _attention_layers(named: Callable[[str], str], module: nn.MultiheadAttention) -> Iterator[Layer]:
+    bias = module._parameters.get("in_proj_bias")
+    names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+    projections = [(name, module._parameters.get(name)) for name in names]
+    start = 0
+    for name, weight in projections:
+        if weight is not None:
+            yield Layer(named(name), weight, bias, bias_start=start)
+            start += weight.shape[0]
+
+
+@dataclass(eq=False)
+class Call:
+    """One use of a layer in a forward pass; with its output's gradient it gives the factors of 𝒢ᵢ.
+
+    Attributes:
+        layer: whose weight was used.
+        source: what multiplied the weight: input, or indices.
+        factors: takes ``source`` and the gradient of the call's output to `Part`.
+    """
+
+    layer: Layer
+    source: Any
+    factors: Callable[[Any, Tensor], Part]
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """What is known inside ``F.multi_head_attention_forward``: inputs are (T, B, E) or (T·B, E)."""
+
+    batch: int
+
+
+def read_call(
+    layer: Layer,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    weight: Tensor,
+    attention: AttentionCall | None,
+) -> Call:
+    """The call ``function(*args, **kwargs)`` in which ``weight`` is the layer's, or rows of it.
+
+    Raises:
+        UnsupportedCall: where the gradient of one sample cannot be told from what goes in and out.
+    """
+    reader = _READERS.get(function)
+    if reader is None:
+        raise UnsupportedCall(f"is used by {getattr(function, '__name__', function)}")
+    others = {name: value for name, value in kwargs.items() if name != "weight"}
+    return reader(layer, weight, attention, *args[:1], *args[2:], **others)
+
+
+def weight_argument(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The argument that ``function`` takes as weight; None for functions that are not read."""
+    if function not in _READERS:
+        return None
+    if "weight" in kwargs:
+        return kwargs["weight"]
+    return args[1] if len(args) > 1 else None
+
+
+def _tail(layer: Layer, bias: Tensor | None) -> float | None:
+    """The constant in the bias's column for this call; see `Dense`."""
+    if layer.trained_bias is None:
+        return None
+    used = bias is not None and (bias is layer.bias or bias._base is layer.bias)
+    return 1.0 if used else 0.0
+
+
+def _rows_of(layer: Layer, weight: Tensor) -> tuple[int, int | None]:
+    """First row and full size of a weight that is a slice of rows; (0, None) for the whole."""
+    whole = layer.weight
+    if weight is whole:
+        return 0, None
+    if weight.shape[1:] != whole.shape[1:] or weight.stride() != whole.stride():
+        raise UnsupportedCall("is used through a view that is not a slice of rows")
+    first = int(weight.storage_offset() - whole.storage_offset()) // whole.stride(0)
+    return (first, whole.shape[0]) if weight.shape[0] != whole.shape[0] else (0, None)
+
+
+def _linear(
+    layer: Layer,
+    weight: Tensor,
+    attention: AttentionCall | None,
+    input: Tensor,
+    bias: Tensor | None = None,
+    **_: Any,
+) -> Call:
+    first_row, full_size = _rows_of(layer, weight)
+    tail = _tail(layer, bias)
+
+    def positions_last(tensor: Tensor) -> Tensor:
+        """(b, 1, features, κ), whatever the layout of a linear layer's input or output."""
+        features = tensor.shape[-1]
+        if attention is not None and tensor.dim() == 2:
+            tensor = tensor.view(-1, attention.batch, features)  # (T·B, E) -> (T, B, E)
+        batch_dim = 1 if attention is not None else layer.batch_dim
+        if tensor.dim() <= 2:
+            return tensor.reshape(-1, 1, features, 1)
+        if not 0 <= batch_dim < tensor.dim() - 1:
+            raise ValueError(
+                f"batch_dim={batch_dim} is no sample dimension of {layer.name}'s input {tuple(tensor.shape)}"
+            )
+        return tensor.movedim(batch_dim, 0).flatten(1, -2).mT.unsqueeze(1)
+
+    def factors(source: Tensor, gradient: Tensor) -> Part:
+        rows = Dense(positions_last(gradient), first_row=first_row, full_size=full_size)
+        return Part(rows=rows, columns=Dense(positions_last(source), tail=tail))
+
+    return Call(layer, input, factors)
+
+
+def _convolution(
+    layer: Layer,
+    weight: Tensor,
+    _attention: AttentionCall | None,
+    input: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Call:
+    if weight is not layer.weight or groups != layer.groups:
+        raise UnsupportedCall("is used by a convolution with other groups or a part of the weight")
+    kernel = tuple(weight.shape[2:])
+    stride, dilation = _each(stride, kernel), _each(dilation, kernel)
+    zeros = _zeros_around(padding, kernel, dilation)
+    tail = _tail(layer, bias)
+
+    def batched(tensor: Tensor) -> Tensor:
+        return tensor if tensor.dim() == len(kernel) + 2 else tensor.unsqueeze(0)
+
+    def factors(source: Tensor, gradient: Tensor) -> Part:
+        outputs = batched(gradient).flatten(2)  # (b, out, κ)
+        rows = Dense(outputs.reshape(outputs.shape[0], groups, -1, outputs.shape[2]))
+        columns = Patches(batched(source).contiguous(), kernel, stride, dilation, zeros, groups, tail)
+        return Part(rows=rows, columns=columns)
+
+    return Call(layer, input, factors)
+
+
+def _each(value: Any, kernel: tuple[int, ...]) -> tuple[int, ...]:
+    """An int or a sequence of one or more, for every spatial direction."""
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * len(kernel) if len(values) == 1 else values
+
+
+def _zeros_around(padding: Any, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """Zeros before and after each direction, for every form that convolutions take padding in."""
+    if padding == "valid":
+        padding = 0
+    if padding == "same":
+        totals = [step * (size - 1) for step, size in zip(dilation, kernel, strict=True)]
+        return tuple((total // 2, total - total // 2) for total in totals)
+    return tuple((amount, amount) for amount in _each(padding, kernel))
+
+
+def _embedding(
+    layer: Layer,
+    weight: Tensor,
+    _attention: AttentionCall | None,
+    input: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Call:
+    if scale_grad_by_freq:
+        raise UnsupportedCall("is an embedding with scale_grad_by_freq, which no sample's gradient has")
+    if weight is not layer.weight:
+        raise UnsupportedCall("is an embedding of a part of the table")
+    tail = _tail(layer, None)
+    rows_of_table = weight.shape[0]
+
+    def factors(index: Tensor, gradient: Tensor) -> Part:
+        if padding_idx is not None:
+            kept = index != padding_idx % rows_of_table
+            gradient = gradient * kept.unsqueeze(-1)
+        index, gradient = _samples_first(index, gradient, layer.batch_dim)
+        dtype = statistics_dtype(gradient.dtype)
+        columns = Dense(gradient.mT.unsqueeze(1), tail=tail)  # (b, 1, d, κ)
+        return Part(rows=OneHot(index, rows_of_table, dtype), columns=columns)
+
+    return Call(layer, input, factors)
+
+
+def _samples_first(index: Tensor, gradient: Tensor, batch_dim: int) -> tuple[Tensor, Tensor]:
+    """Indices (b, κ) and gradients (b, κ, d) from indices of any number of dimensions."""
+    if index.dim() == 0:
+        return index.view(1, 1), gradient.view(1, 1, -1)
+    if index.dim() == 1:
+        return index.unsqueeze(1), gradient.unsqueeze(1)
+    return index.movedim(batch_dim, 0).flatten(1), gradient.movedim(batch_dim, 0).flatten(1, -2)
+
+
+def _embedding_bag(
+    layer: Layer,
+    weight: Tensor,
+    _attention: AttentionCall | None,
+    input: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Call:
+    if scale_grad_by_freq or mode == "max":
+        raise UnsupportedCall(f"is an embedding bag with {mode=}, {scale_grad_by_freq=}")
+    if weight is not layer.weight:
+        raise UnsupportedCall("is an embedding bag over a part of the table")
+    tail = _tail(layer, None)
+    rows_of_table = weight.shape[0]
+
+    def factors(index: Tensor, gradient: Tensor) -> Part:
+        dtype = statistics_dtype(gradient.dtype)
+        bags = _bags(index, offsets, include_last_offset, rows_of_table)
+        given = None if per_sample_weights is None else per_sample_weights.detach().flatten()
+        weights = torch.ones_like(bags.weight, dtype=dtype) if given is None else given.to(dtype)
+        if padding_idx is not None:
+            weights = weights * (bags.index != padding_idx % rows_of_table)
+        if mode == "mean":
+            weights = weights / _members(bags, weights).clamp_min_(1.0)[bags.bag]
+        rows = Bags(bags.index, bags.bag, weights, bags.bags, rows_of_table)
+        return Part(rows=rows, columns=Dense(gradient.reshape(rows.bags, 1, -1, 1), tail=tail))
+
+    return Call(layer, input, factors)
+
+
+def _members(bags: Bags, weights: Tensor) -> Tensor:
+    """How many members of each bag count."""
+    return weights.new_zeros(bags.bags).index_add_(0, bags.bag, (weights != 0).to(weights.dtype))
+
+
+def _bags(index: Tensor, offsets: Tensor | None, include_last_offset: bool, table_size: int) -> Bags:
+    """The bags of a call as flat lists of members, each of weight one."""
+    if offsets is None:
+        bags, members = index.shape
+        bag = torch.arange(bags, device=index.device).repeat_interleave(members)
+    else:
+        starts = offsets[:-1] if include_last_offset else offsets
+        bags = starts.numel()
+        place = torch.arange(index.numel(), device=index.device)
+        bag = torch.searchsorted(starts.to(place.dtype), place, right=True) - 1
+    flat = index.flatten().long()
+    return Bags(flat, bag, torch.ones_like(flat, dtype=torch.float32), bags, table_size)
+
+
+_READERS: Mapping[Any, Callable[..., Call]] = {
+    F.linear: _linear,
+    F.conv1d: _convolution,
+    F.conv2d: _convolution,
+    F.conv3d: _convolution,
+    F.embedding: _embedding,
+    F.embedding_bag: _embedding_bag,
+}
+
+
+def as_matrix(layer: Layer, tensor: Tensor) -> Tensor:
+    """A weight-shaped tensor as (groups, m, n without bias)."""
+    return tensor.reshape(layer.groups, tensor.shape[0] // layer.groups, -1)
+
+
+__all__ = [
+    "SUPPORTED",
+    "AttentionCall",
+    "Call",
+    "Factor",
+    "Layer",
+    "UnsupportedCall",
+    "as_matrix",
+    "find_layers",
+    "read_call",
+    "unsupported_modules",
+    "weight_argument",
+]

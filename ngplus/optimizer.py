@@ -1,0 +1,533 @@
+"""`NGPlus`: the thin optimizer around curvature, inverse and base."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ngplus.capture import Capture
+from ngplus.curvature import Curvature as CurvatureOfLayers
+from ngplus.curvature import LayerState, layer_statistic, sampling
+from ngplus.distributed import world_size
+from ngplus.layers import SUPPORTED, Layer, find_layers, parameter_layers, unsupported_modules
+from ngplus.loss_scale import loss_scale
+from ngplus.nonfinite import any_nonfinite, nonfinite_names, zero_where
+from ngplus.options import (
+    Curvature,
+    DampingRule,
+    LossReduction,
+    NonFinite,
+    Options,
+    Samples,
+    Solver,
+    check_positive,
+)
+from ngplus.times import StepTimes, Stopwatch
+
+Params = Iterable[Any]
+"""Parameters, named parameters or parameter groups, as `torch.optim` takes them."""
+
+LATE_TRIES = 3
+"""How many steps in a row a layer that has a gradient but no curvature is watched for, between curvature steps."""
+
+
+class NGPlus(Optimizer):
+    """NG+: the gradient of every layer, as a matrix, times the inverse of its generalized Fisher information.
+
+    On every ``update_every``-th step the optimizer builds, for each weight matrix m × n (the bias is one more
+    column), from the gradients 𝒢ᵢ of single samples
+
+        L = 1/|S| Σᵢ 𝒢ᵢ𝒢ᵢᵀ   where m ≤ n  (4),        R = 1/|S| Σᵢ 𝒢ᵢᵀ𝒢ᵢ   where m > n  (5)
+
+    and on every step it replaces the gradient G by
+
+        (λI + L)⁻¹ G   or   G (λI + R)⁻¹   (6)
+
+    before ``base`` makes its own step with it. Parameters outside of supported layers (norms, recurrent layers,
+    bare parameters) go to ``base`` as they are.
+
+    Args:
+        model: whose parameters are trained. With ``curvature="mini_batch"`` also parameters or parameter groups.
+        base: optimizer class that gets the preconditioned gradients. `torch.optim.SGD` with its defaults is (7).
+        lr: learning rate α of ``base``, > 0.
+        damping: λ of (6), > 0. Lives in ``param_groups``, so that schedulers change it; a change takes effect at the
+            next curvature step, since the inverse is kept until then (as the paper keeps it).
+        update_every: 𝒯, steps between curvature steps, ≥ 1.
+        curvature: "per_sample" for (4)(5), or "mini_batch" for (12): products of the mini-batch gradient itself.
+        ema: β of (11) (and of (12), where γ = 1 − β), in [0, 1).
+        solver: "dense" (6), "low_rank" (14), "sketched" (16)(17), or "auto": the cheapest exact one for each layer.
+        block_size: p of (18): only diagonal blocks of this size are kept. None keeps the whole matrix.
+        sketch_size: q of (16)(17), for ``solver="sketched"``.
+        samples: "batch": a sample is one element of a layer's input along its batch dimension, its other dimensions
+            are the positions κ of (8). "rows": every position is a sample of its own.
+        batch_dim: where linear layers and embeddings have their samples: 1 for (T, B, C) inputs; or a dict from
+            module names to dimensions. Convolutions and `nn.MultiheadAttention` know theirs.
+        loss_reduction: "mean" if the loss is a mean over the samples of a step, "sum" if it is their sum. With
+            gradient accumulation the step's loss is the sum of all that went through ``backward``.
+        damping_rule: "paper": L + λI; "released": L + √λ I, as the authors' code has it.
+        max_samples: at most so many samples of a step are used for its curvature.
+        nonfinite: "skip": where any preconditioned gradient holds NaN or Inf, all gradients count as zero for this
+            step (decided on the device, without waiting for it); "raise": `FloatingPointError` before anything changes.
+        params: parameter groups of ``model``, each with its own lr, damping, weight decay and so on; default: all of
+            its parameters in one group.
+        **base_options: everything else goes to ``base``.
+
+    Raises:
+        TypeError: an argument of the wrong type, or one that ``base`` does not take.
+        ValueError: a value out of range, or a model without a supported layer.
+
+    Source: Yang et al., "NG+: A Multi-Step Matrix-Product Natural Gradient Method for Deep Learning", Algorithm 1;
+    deviations are in docs/errata.md.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
+        >>> optimizer = NGPlus(model, lr=0.1, damping=1.0, update_every=10, momentum=0.9)
+        >>> x, y = torch.randn(16, 4), torch.randn(16, 1)
+        >>> for _ in range(3):
+        ...     loss = torch.nn.functional.mse_loss(model(x), y)
+        ...     loss.backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Params,
+        base: type[Optimizer] = torch.optim.SGD,
+        *,
+        lr: float | Tensor = 0.18,
+        damping: float = 0.16,
+        update_every: int = 500,
+        curvature: Curvature = "per_sample",
+        ema: float = 0.0,
+        solver: Solver = "auto",
+        block_size: int | None = None,
+        sketch_size: int | None = None,
+        samples: Samples = "batch",
+        batch_dim: int | Mapping[str, int] = 0,
+        loss_reduction: LossReduction = "mean",
+        damping_rule: DampingRule = "paper",
+        max_samples: int | None = None,
+        nonfinite: NonFinite = "skip",
+        params: Params | None = None,
+        **base_options: Any,
+    ) -> None:
+        self._options = Options(
+            update_every=update_every,
+            curvature=curvature,
+            ema=ema,
+            solver=solver,
+            block_size=block_size,
+            sketch_size=sketch_size,
+            samples=samples,
+            batch_dim=batch_dim,
+            loss_reduction=loss_reduction,
+            damping_rule=damping_rule,
+            max_samples=max_samples,
+            nonfinite=nonfinite,
+        )
+        check_positive("lr", float(lr) if isinstance(lr, Tensor) else lr)
+        check_positive("damping", damping)
+        self._model, chosen = _model_and_params(model, params, self._options)
+        self._base = _make_base(base, chosen, lr, base_options)
+        super().__init__(self._base.param_groups, {**self._base.defaults, "damping": damping})
+        self._share_with_base()
+        self._start()
+        if not self._layers:
+            raise ValueError(
+                "the model has no layer that NG+ preconditions with a trained weight among the parameters given; "
+                f"supported are {', '.join(kind.__name__ for kind in SUPPORTED)}"
+            )
+        self._warn_of_unsupported()
+
+    # Set-up -----------------------------------------------------------------------------------------------------
+
+    def _share_with_base(self) -> None:
+        """One list of groups and one state for both, so that schedulers and inspection see what `base` uses."""
+        self._base.param_groups = self.param_groups
+        self._base.state = self.state = self._base.state
+
+    def _start(self) -> None:
+        """Everything that is not pickled: counters at zero, the layers, and the watch on them."""
+        self._steps = 0
+        self._fresh = True
+        self._late: list[Layer] = []
+        self._rejected: list[Layer] = []
+        self._tries: dict[Layer, int] = {}
+        self._opaque: set[Layer] = set()
+        self._warned: set[str] = set()
+        self._skipped: Tensor | None = None
+        self._devices: set[torch.device] = set()
+        self._generator = torch.Generator().manual_seed(0)
+        self._stopwatch = Stopwatch()
+        self._curvature = CurvatureOfLayers(self._options, self._generator)
+        self._find_layers()
+        self._watch()
+
+    def _find_layers(self) -> None:
+        mine = {id(parameter): group for group in self.param_groups for parameter in group["params"]}
+        if self._model is None:
+            found = parameter_layers(self.param_groups)
+        else:
+            found = find_layers(self._model, self._options.batch_dim)
+        known = {id(layer.weight): layer for layer in getattr(self, "_layers", [])}
+        layers = [known.get(id(layer.weight), layer) for layer in found]
+        self._layers = [layer for layer in layers if id(layer.weight) in mine]
+        self._groups = {layer: mine[id(layer.weight)] for layer in self._layers}
+        for layer in self._layers:
+            if layer.bias is not None and id(layer.bias) not in mine:
+                layer.bias = None
+        self._capture: Capture | None = None
+        if self._model is not None and self._options.curvature == "per_sample":
+            self._capture = Capture(
+                self._model, self._layers, sampling(self._options), self._stopwatch, self._generator
+            )
+
+    def _warn_of_unsupported(self) -> None:
+        if self._model is None or not (modules := unsupported_modules(self._model)):
+            return
+        warnings.warn(
+            f"NG+ does not precondition {', '.join(modules)}; their parameters go to "
+            f"{type(self._base).__name__} untouched",
+            stacklevel=3,
+        )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, of the model the optimizer was made with (modules it has got since included)."""
+        if "damping" in param_group:
+            check_positive("damping", param_group["damping"])
+        super().add_param_group(param_group)
+        if hasattr(self, "_layers"):
+            self._find_layers()
+            self._watch()
+
+    # The step ---------------------------------------------------------------------------------------------------
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Precondition the gradients, let `base` make its step, and get ready for the next one.
+
+        Args:
+            closure: evaluates the model again and returns the loss, as in `torch.optim`.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            FloatingPointError: a gradient that is not finite, with ``nonfinite="raise"``. Nothing has changed then.
+            ValueError: a damping ≤ 0 in ``param_groups`` on a curvature step.
+        """
+        self._fresh = True
+        if closure is None:
+            self._precondition()
+            loss = self._base.step()
+        else:
+            loss = self._base.step(self._preconditioning(closure))
+        self._steps += 1
+        self._late = self._plan_late()
+        self._rejected = []
+        self._watch()
+        return loss
+
+    def _preconditioning(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        def evaluate() -> Any:
+            with torch.enable_grad():
+                loss = closure()
+            self._precondition()
+            return loss
+
+        return evaluate
+
+    @torch.no_grad()
+    def _precondition(self) -> None:
+        """Gradients to directions, the curvature first where it is due."""
+        if self._fresh and (wanted := self._wanted()):
+            self._update_curvature(wanted)
+        self._fresh = False
+        with self._stopwatch.measure("apply"):
+            if self._options.nonfinite == "raise":
+                self._raise_if_nonfinite("gradient")
+            for layer in self._layers:
+                self._curvature.precondition(layer)
+            self._guard()
+        self._follow_devices()
+
+    @property
+    def _due(self) -> bool:
+        return self._steps % self._options.update_every == 0
+
+    def _wanted(self) -> list[Layer]:
+        """The layers that get a curvature on this step."""
+        layers = self._layers if self._due else self._late
+        return [layer for layer in layers if layer.weight.requires_grad]
+
+    def _update_curvature(self, wanted: list[Layer]) -> None:
+        damping = {layer: self._damping(layer) for layer in wanted}
+        if self._capture is None:
+            pairs = ((layer, layer_statistic(layer, self._options, self._generator)) for layer in wanted)
+            statistics = {layer: statistic for layer, statistic in pairs if statistic is not None}
+            opaque: dict[Layer, str] = {}
+            scale = 1.0
+        else:
+            statistics, opaque = self._capture.collect(), self._capture.opaque()
+            scale = loss_scale()
+        with self._stopwatch.measure("inverse"):
+            rejected = self._curvature.update(wanted, statistics, damping, scale)
+        self._report_opaque(opaque)
+        self._opaque = self._opaque.difference(wanted) | set(opaque)
+        self._rejected = rejected
+        for layer in self._without_curvature(wanted):
+            self._tries[layer] = self._tries.get(layer, 0) + 1
+
+    def _damping(self, layer: Layer) -> float:
+        damping = self._groups[layer]["damping"]
+        check_positive(f"damping of the parameter group of {layer.name}", damping)
+        return float(damping)
+
+    def _report_opaque(self, opaque: Mapping[Layer, str]) -> None:
+        for layer, reason in opaque.items():
+            self._curvature.states.pop(layer, None)
+            self._warn_once(
+                f"{layer.name} {reason}, where a single sample's gradient cannot be seen; it goes to "
+                f"{type(self._base).__name__} untouched"
+            )
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, stacklevel=2)
+
+    def _without_curvature(self, layers: Iterable[Layer]) -> list[Layer]:
+        """The layers that have a gradient, and could have a curvature, but have none."""
+        states, opaque, rejected = self._curvature.states, self._opaque, self._rejected
+        return [
+            layer
+            for layer in layers
+            if layer not in states and layer.weight.grad is not None and layer not in opaque and layer not in rejected
+        ]
+
+    def _plan_late(self) -> list[Layer]:
+        """Layers to watch for on the next step though it may be no curvature step.
+
+        A layer whose sums were not finite is tried again. So is, in a single process, one that has a gradient but
+        no curvature yet: it was not used, or not seen, when the others were. Several processes must agree on what
+        they average, and only the first of these is the same on all.
+        """
+        late = list(self._rejected)
+        for layer in self._without_curvature(self._layers) if world_size() == 1 else []:
+            if self._tries.get(layer, 0) < LATE_TRIES:
+                late.append(layer)
+            else:
+                self._warn_once(
+                    f"{layer.name} has a gradient, but in {LATE_TRIES} steps no forward pass of the model was seen "
+                    f"to use it; it goes to {type(self._base).__name__} untouched"
+                )
+        return late
+
+    def _watch(self) -> None:
+        """Arm the capture if the next step builds curvature, else see that nothing of it is left."""
+        if self._capture is None:
+            return
+        if wanted := self._wanted():
+            self._capture.arm(wanted)
+        else:
+            self._capture.disarm()
+
+    # Guards -----------------------------------------------------------------------------------------------------
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+
+    def _guard(self) -> None:
+        """Keep NaN and Inf from `base`, as ``nonfinite`` says."""
+        if self._options.nonfinite == "raise":
+            self._raise_if_nonfinite("direction")
+            return
+        gradients = self._gradients()
+        bad = any_nonfinite(gradients)
+        if bad is None:
+            return
+        zero_where(bad, gradients)
+        self._skipped = bad.long() if self._skipped is None else self._skipped.to(bad.device) + bad
+
+    def _raise_if_nonfinite(self, what: str) -> None:
+        """Waits for the device: whether to raise has to be known now."""
+        bad = any_nonfinite(self._gradients())
+        if bad is not None and bool(bad):
+            names = nonfinite_names(self._named_parameters())
+            raise FloatingPointError(f"the {what} of {', '.join(names)} holds NaN or Inf; no parameter was changed")
+
+    def _named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        names = {} if self._model is None else {id(p): name for name, p in self._model.named_parameters()}
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        return [(names.get(id(p), f"parameter {i}"), p) for i, p in enumerate(parameters)]
+
+    def _follow_devices(self) -> None:
+        """Move `base`'s state after parameters that were moved since the last step."""
+        devices = {p.device for group in self.param_groups for p in group["params"]}
+        if devices != self._devices:
+            for parameter, state in self.state.items():
+                for name, value in state.items():
+                    if isinstance(value, Tensor) and value.dim() > 0 and value.device != parameter.device:
+                        state[name] = value.to(parameter.device)
+            self._devices = devices
+
+    # What users look at -----------------------------------------------------------------------------------------
+
+    @property
+    def base(self) -> Optimizer:
+        """The optimizer that makes the steps."""
+        return self._base
+
+    @property
+    def curvature(self) -> dict[str, LayerState]:
+        """What is kept of each layer, by its weight's name."""
+        return {layer.name: state for layer, state in self._curvature.states.items()}
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps whose gradients counted as zero because they were not finite. Waits for the device."""
+        return 0 if self._skipped is None else int(self._skipped)
+
+    @property
+    def times(self) -> StepTimes:
+        """Seconds spent on curvature, inverse and apply since `track_times`."""
+        return self._stopwatch.times
+
+    def track_times(self, on: bool = True) -> None:
+        """Measure `times`; on a GPU this waits for the device at every stage."""
+        self._stopwatch.on = on
+
+    def __repr__(self) -> str:
+        options = ", ".join(f"{name}={value!r}" for name, value in vars(self._options).items())
+        return f"NGPlus({len(self._layers)} layers, {options})\nbase {self._base!r}"
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients, and what was summed of this step's curvature with them."""
+        super().zero_grad(set_to_none)
+        if self._capture is not None:
+            self._capture.clear()
+
+    # Saving, loading, copying -----------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of `base` as `torch.optim` has it, and under ``"ngplus"`` the curvature of each layer by name.
+
+        Loads with ``torch.load(weights_only=True)``. Sums of a curvature step whose ``step`` has not come yet are not
+        part of it, as gradients are not.
+        """
+        return {**super().state_dict(), "ngplus": self._pack()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave.
+
+        Raises:
+            ValueError: a state of another optimizer or another model. Nothing has changed then.
+        """
+        if "ngplus" not in state_dict:
+            raise ValueError(
+                f"this is no state of NGPlus: its keys are {sorted(state_dict)}, and 'ngplus' is not among them"
+            )
+        states = self._unpack(state_dict["ngplus"])
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != "ngplus"})
+        self._restore(state_dict["ngplus"], states)
+
+    def _pack(self) -> dict[str, Any]:
+        return {
+            "steps": self._steps,
+            "late": [layer.name for layer in self._late],
+            "tries": {layer.name: count for layer, count in self._tries.items()},
+            "skipped": self.skipped_steps,
+            "generator": self._generator.get_state(),
+            "layers": {name: state.state_dict() for name, state in self.curvature.items()},
+        }
+
+    def _unpack(self, packed: Mapping[str, Any]) -> dict[Layer, LayerState]:
+        """The layers' states, checked against the model."""
+        layers = {layer.name: layer for layer in self._layers}
+        if unknown := sorted(set(packed["layers"]) - set(layers)):
+            raise ValueError(
+                f"the state has layers that this model does not: {', '.join(unknown)}; it has {', '.join(layers)}"
+            )
+        return {
+            layers[name]: LayerState.from_state_dict(layers[name], state) for name, state in packed["layers"].items()
+        }
+
+    def _restore(self, packed: Mapping[str, Any], states: dict[Layer, LayerState]) -> None:
+        layers = {layer.name: layer for layer in self._layers}
+        self._curvature.states = states
+        self._steps = packed["steps"]
+        self._late = [layers[name] for name in packed["late"] if name in layers]
+        self._tries = {layers[name]: count for name, count in packed["tries"].items() if name in layers}
+        self._skipped = torch.tensor(packed["skipped"])
+        self._generator.set_state(packed["generator"].cpu())
+        self._watch()
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {name: getattr(self, name) for name in ("_model", "_base", "_options")}
+        return {**super().__getstate__(), **own, "_packed": self._pack()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """For pickle and copy; and for `Optimizer.load_state_dict`, which brings new groups and state only."""
+        packed = state.get("_packed")
+        super().__setstate__({name: value for name, value in state.items() if name != "_packed"})
+        if packed is None:
+            self._base.__setstate__({"state": self.state, "param_groups": self.param_groups})
+            self._share_with_base()
+            self._find_layers()
+        else:
+            self._share_with_base()
+            self._start()
+            self._restore(packed, self._unpack(packed))
+
+
+def _model_and_params(
+    model: nn.Module | Params, params: Params | None, options: Options
+) -> tuple[nn.Module | None, Params]:
+    """The model, if it is one, and what `base` is to train."""
+    if isinstance(model, nn.Module):
+        chosen = list(model.parameters() if params is None else params)
+        _check_parameters(model)
+        return model, chosen
+    if options.curvature == "per_sample":
+        raise TypeError(
+            'curvature="per_sample" watches the layers of a model: NGPlus needs an nn.Module, got '
+            f'{type(model).__name__}; curvature="mini_batch" takes parameters alone'
+        )
+    if params is not None:
+        raise TypeError("params is for an nn.Module; without one, give the parameter groups as the first argument")
+    return None, list(model)
+
+
+def _check_parameters(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if type(parameter).__name__ == "DTensor" or type(parameter.data).__name__ == "DTensor":
+            raise TypeError(
+                f"{name} is a DTensor: NG+ needs whole weights and does not work under FSDP2 or tensor parallelism; "
+                "wrap the model in torch.nn.parallel.DistributedDataParallel instead"
+            )
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ValueError(f"{name} has no shape yet: run the model once before making the optimizer")
+
+
+def _make_base(base: Any, params: Params, lr: Any, options: dict[str, Any]) -> Optimizer:
+    """The base optimizer, its arguments checked by name first."""
+    if not (isinstance(base, type) and issubclass(base, Optimizer)):
+        raise TypeError(f"base must be a torch.optim.Optimizer class, such as torch.optim.SGD, got {base!r}")
+    known = inspect.signature(base).parameters
+    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+    if (unknown := sorted(set(options) - set(known))) and not open_ended:
+        allowed = ", ".join(name for name in known if name not in ("params", "lr"))
+        raise TypeError(
+            f"{', '.join(unknown)} is an option of neither NGPlus nor its base {base.__name__}, which takes {allowed}"
+        )
+    for group in params:
+        if isinstance(group, dict) and "damping" in group:
+            check_positive("damping of a parameter group", group["damping"])
+    make = cast(Callable[..., Optimizer], base)
+    return make(params, lr=lr, **options)

@@ -1,0 +1,99 @@
+"""What a user of `NGPlus` can choose, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+Curvature = Literal["per_sample", "mini_batch"]
+Solver = Literal["auto", "dense", "low_rank", "sketched"]
+Samples = Literal["batch", "rows"]
+LossReduction = Literal["mean", "sum"]
+DampingRule = Literal["paper", "released"]
+NonFinite = Literal["skip", "raise"]
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raise where ``value`` is no number above zero.
+
+    Raises:
+        TypeError: where it is no number.
+        ValueError: where it is not above zero.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number > 0, got {value!r}")
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name} must be a finite number > 0, got {value!r}")
+
+
+def _check_count(name: str, value: Any, *, optional: bool = True) -> None:
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer ≥ 1{' or None' if optional else ''}, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be an integer ≥ 1{' or None' if optional else ''}, got {value!r}")
+
+
+def _check_choice(name: str, value: Any, allowed: Any) -> None:
+    choices = get_args(allowed)
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The choices of `NGPlus` that hold for all parameter groups; see there for what each means."""
+
+    update_every: int
+    curvature: Curvature
+    ema: float
+    solver: Solver
+    block_size: int | None
+    sketch_size: int | None
+    samples: Samples
+    batch_dim: int | Mapping[str, int]
+    loss_reduction: LossReduction
+    damping_rule: DampingRule
+    max_samples: int | None
+    nonfinite: NonFinite
+
+    def __post_init__(self) -> None:
+        _check_count("update_every", self.update_every, optional=False)
+        for name in ("block_size", "sketch_size", "max_samples"):
+            _check_count(name, getattr(self, name))
+        for name, allowed in _CHOICES.items():
+            _check_choice(name, getattr(self, name), allowed)
+        if isinstance(self.ema, bool) or not isinstance(self.ema, int | float):
+            raise TypeError(f"ema must be a number in [0, 1), got {self.ema!r}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema must be in [0, 1), got {self.ema!r}")
+        self._check_batch_dim()
+        self._check_together()
+
+    def _check_batch_dim(self) -> None:
+        dims = self.batch_dim.values() if isinstance(self.batch_dim, Mapping) else [self.batch_dim]
+        for dim in dims:
+            if isinstance(dim, bool) or not isinstance(dim, int):
+                raise TypeError(f"batch_dim must be an integer ≥ 0 or a dict of them by module name, got {dim!r}")
+            if dim < 0:
+                raise ValueError(f"batch_dim must be ≥ 0, got {dim!r}")
+
+    def _check_together(self) -> None:
+        if self.solver == "sketched" and self.sketch_size is None:
+            raise ValueError('solver="sketched" needs sketch_size (q in (16) and (17)), got None')
+        if self.sketch_size is not None and self.solver != "sketched":
+            raise ValueError(f'sketch_size={self.sketch_size} is for solver="sketched", got solver={self.solver!r}')
+        if self.solver == "low_rank" and self.block_size is not None:
+            raise ValueError(f'solver="low_rank" has no blocks, got block_size={self.block_size}')
+
+
+_CHOICES = {
+    "curvature": Curvature,
+    "solver": Solver,
+    "samples": Samples,
+    "loss_reduction": LossReduction,
+    "damping_rule": DampingRule,
+    "nonfinite": NonFinite,
+}
