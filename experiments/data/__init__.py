@@ -9,6 +9,6 @@ from experiments.data.checksum import DataFileError
 PREPARE: dict[str, Callable[[Path], Path]] = {
     "fashion-mnist": fashion_mnist.prepare,
 }
-"""Name to function: put the dataset into a data folder, return where it lies. Needs no network when it is there."""
+"""Name to function: put the dataset into a data folder (no network if it is there), return where it lies."""
 
 __all__ = ["PREPARE", "DataFileError"]

@@ -3,8 +3,10 @@
 import hashlib
 from pathlib import Path
 
+from experiments.errors import UserError
 
-class DataFileError(RuntimeError):
+
+class DataFileError(UserError):
     """A data file is missing, truncated or not the file it should be."""
 
 
@@ -29,7 +31,7 @@ def verify(path: Path, expected: str, *, remedy: str) -> None:
         raise DataFileError(f"{path} is missing (expected SHA-256 {expected}, found no file): {remedy}")
     found = sha256_of(path)
     if found != expected:
-        size = path.stat().st_size
         raise DataFileError(
-            f"{path} is truncated or damaged ({size:,} bytes; expected SHA-256 {expected}, found {found}): {remedy}"
+            f"{path} is truncated or damaged (expected SHA-256 {expected}, "
+            f"found {found} of {path.stat().st_size:,} bytes): {remedy}"
         )

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+SPLIT_SEED = 0
+
 
 def balanced_subset(labels: np.ndarray, per_class: int, *, seed: int) -> np.ndarray:
     """Indices of ``per_class`` samples of every class, ascending.
@@ -27,6 +29,34 @@ def balanced_subset(labels: np.ndarray, per_class: int, *, seed: int) -> np.ndar
             raise ValueError(f"{per_class} samples of class {label} asked for, there are {len(members)}")
         chosen.append(members[:per_class])
     return np.sort(np.concatenate(chosen))
+
+
+def hold_out(
+    labels: np.ndarray, *, train_size: int | None, validation_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Split a training set into ``(train, validation)`` indices, class-balanced, by the fixed `SPLIT_SEED`.
+
+    The validation samples depend on ``validation_size`` alone. What is not held out is the training set, or
+    a subset of ``train_size`` of it.
+
+    Raises:
+        ValueError: a size is no multiple of the number of classes, or a class has too few samples.
+    """
+    validation = _balanced(labels, np.arange(len(labels)), validation_size, "validation_size")
+    rest = np.setdiff1d(np.arange(len(labels)), validation)
+    if train_size is None:
+        return rest, validation
+    return _balanced(labels, rest, train_size, "train_size"), validation
+
+
+def _balanced(labels: np.ndarray, pool: np.ndarray, size: int, name: str) -> np.ndarray:
+    classes = len(np.unique(labels))
+    if size % classes:
+        raise ValueError(f"{name} = {size}: must be a multiple of the number of classes, {classes}")
+    try:
+        return pool[balanced_subset(labels[pool], size // classes, seed=SPLIT_SEED)]
+    except ValueError as error:
+        raise ValueError(f"{name} = {size}: {error}") from None
 
 
 def epoch_batches(
