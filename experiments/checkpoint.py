@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from experiments.clock import TimeSplit
-from experiments.errors import UserError
-from experiments.records import write_failure
+from experiments.errors import UserError, write_failure
 from experiments.schedules import Scheduler
 
 

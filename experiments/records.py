@@ -5,26 +5,21 @@ a `Resumed` wherever a run was taken up again, and an `End`. Every line carries 
 are not finite are written as ``null``, which is what JSON has for them.
 """
 
-import dataclasses
-import errno
-import fcntl
 import json
-import math
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from experiments.errors import UserError
-from experiments.settings import plain, read_settings
+from experiments.settings import read_settings
 from experiments.tasks.protocol import DatasetInfo, Metric
 
 SCHEMA = 1
 
 
 class RecordError(UserError):
-    """A record that cannot be read or written; the message names the file and, where there is one, the line."""
+    """A record that cannot be read or written; the message names the file, and the line where it can."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,9 +161,9 @@ def read_run(path: Path) -> Run:
     Raises:
         RecordError: for a file that is no record, or a damaged line.
     """
-    lines = list(_lines(path))
+    lines = list(record_lines(path))
     truncated = bool(lines) and not lines[-1].endswith(b"\n")
-    events = [_parse(line, path, number) for number, line in enumerate(lines[: -1 if truncated else None], 1)]
+    events = [parse_event(line, path, number) for number, line in enumerate(lines[: -1 if truncated else None], 1)]
     if not events or not isinstance(events[0], Manifest):
         raise RecordError(f"{path}, line 1: not a run record: it must begin with a manifest")
     _check_order(events, path)
@@ -198,80 +193,12 @@ def read_runs(folder: Path) -> tuple[list[Run], list[str]]:
     return runs, complaints
 
 
-class RecordWriter:
-    """Appends events to a record; each line is on the disk before `write` returns.
+def record_lines(path: Path) -> Iterator[bytes]:
+    """The lines of a record with their ends; the last one lacks its end if it was cut off.
 
-    Holds a lock on the file, so that two processes cannot run the same run.
+    Raises:
+        RecordError: for a file that cannot be read.
     """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("ab", buffering=0)
-        except OSError as error:
-            raise RecordError(f"{path}: cannot be written: {error.strerror}") from error
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.close()
-            raise RecordError(f"{path}: another process is writing this run") from None
-
-    def rewind(self, epoch: int | None) -> None:
-        """Drop what follows the line of `epoch`, and a line that was cut off; ``None`` drops everything."""
-        end = 0 if epoch is None else _end_of_epoch(self.path, epoch)
-        self._file.truncate(end)
-
-    def write(self, event: Event) -> None:
-        """Append one event.
-
-        Raises:
-            RecordError: when the disk is full or fails; the lines before are kept whole.
-        """
-        fields = {"event": event.event} | _finite(plain(event))
-        line = json.dumps(fields, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-        before = os.fstat(self._file.fileno()).st_size
-        try:
-            _write_all(self._file.fileno(), line)
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            self._file.truncate(before)
-            raise RecordError(write_failure(self.path, error)) from error
-
-    def close(self) -> None:
-        """Release the file and its lock."""
-        self._file.close()
-
-    def __enter__(self) -> "RecordWriter":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def write_failure(path: Path, error: OSError) -> str:
-    """What to tell a user whose disk did not take a line or a checkpoint."""
-    what = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error.strerror or error)
-    return (
-        f"{path}: could not be written: {what}; nothing written before is lost: "
-        "make room, and the same command goes on from the last checkpoint"
-    )
-
-
-def _write_all(descriptor: int, data: bytes) -> None:
-    while data:
-        data = data[os.write(descriptor, data) :]
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _lines(path: Path) -> Iterator[bytes]:
     try:
         with path.open("rb") as file:
             yield from file
@@ -279,7 +206,12 @@ def _lines(path: Path) -> Iterator[bytes]:
         raise RecordError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-def _parse(line: bytes, path: Path, number: int) -> Event:
+def parse_event(line: bytes, path: Path, number: int) -> Event:
+    """The event on line `number` of `path`.
+
+    Raises:
+        RecordError: for a line that is not one.
+    """
     where = f"{path}, line {number}"
     try:
         fields = json.loads(line)
@@ -306,14 +238,3 @@ def _check_order(events: list[Event], path: Path) -> None:
             if event.epoch != epochs:
                 raise RecordError(f"{where}: epoch {event.epoch} where epoch {epochs} should be")
             epochs += 1
-
-
-def _end_of_epoch(path: Path, epoch: int) -> int:
-    """The offset behind the line of `epoch`."""
-    offset = 0
-    for number, line in enumerate(_lines(path), 1):
-        offset += len(line)
-        event = _parse(line, path, number)
-        if isinstance(event, Epoch) and event.epoch == epoch:
-            return offset
-    raise RecordError(f"{path}: no line for epoch {epoch}")

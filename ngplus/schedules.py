@@ -232,9 +232,7 @@ class ExponentialDamping:
         ValueError: for a number out of range, or an optimizer without damping; the message names it.
     """
 
-    def __init__(
-        self, optimizer: Optimizer, *, rate: float, steps_per_epoch: int, every_epochs: float = 10.0
-    ) -> None:
+    def __init__(self, optimizer: Optimizer, *, rate: float, steps_per_epoch: int, every_epochs: float = 10.0) -> None:
         _positive("rate", rate)
         _positive("steps_per_epoch", steps_per_epoch)
         _positive("every_epochs", every_epochs)
@@ -249,9 +247,7 @@ class ExponentialDamping:
     def _initial_damping(self, index: int) -> float:
         group = self.optimizer.param_groups[index]
         if "damping" not in group:
-            raise ValueError(
-                f"parameter group {index} of {type(self.optimizer).__name__} has no 'damping' to schedule"
-            )
+            raise ValueError(f"parameter group {index} of {type(self.optimizer).__name__} has no 'damping' to schedule")
         initial: float = group.setdefault("initial_damping", group["damping"])
         return initial
 

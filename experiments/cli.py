@@ -1,0 +1,133 @@
+"""The command line: ``python -m experiments run | list | table | data``."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from experiments import listing
+from experiments.data import PREPARE
+from experiments.errors import UserError
+from experiments.jobs import Job, in_one_line, run_jobs
+from experiments.recipe import load_recipe
+from experiments.runner import RunOptions
+from experiments.settings import one_of
+
+app = typer.Typer(
+    help="Reproduce the experiments of NG+: train, list what there is, print the comparison tables.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+TaskName = Annotated[str, typer.Argument(metavar="TASK", help="The task, e.g. resnet50-imagenet; see `list`.")]
+Scale = Annotated[
+    str,
+    typer.Option(help="How big: tiny (minutes on 2 cores), small (hours), or paper (the paper's settings)."),
+]
+DataDir = Annotated[Path, typer.Option(help="Where datasets lie.")]
+ResultsDir = Annotated[Path, typer.Option(help="Where records, tables and figures lie.")]
+
+
+def main() -> None:
+    """Run the command line; what a user can mend is one line and exit status 2."""
+    in_one_line(app)
+
+
+@app.command("run")
+def run_command(
+    task: TaskName,
+    scale: Scale = "tiny",
+    optimizer: Annotated[
+        list[str] | None,
+        typer.Option(help="An optimizer of the recipe; may be repeated. Default: all of them."),
+    ] = None,
+    seed: Annotated[
+        list[int] | None, typer.Option(help="A seed; may be repeated. Default: the recipe's seeds.")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Stop after this many epochs.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Replace a value of the recipe, e.g. optimizers.sgd.lr=0.2; may be repeated.",
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Run again what is finished; start over what is not.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    data_dir: DataDir = Path("data"),
+    results_dir: ResultsDir = Path("results"),
+    checkpoint_dir: Annotated[
+        Path | None, typer.Option(help="Where checkpoints lie. Default: checkpoints/ in the results.")
+    ] = None,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard files.")] = False,
+) -> None:
+    """Train a task with some optimizers from some seeds, and record each run.
+
+    What is finished is not run again, and what was interrupted goes on where it stopped. Several runs go
+    one after the other, all optimizers for the first seed, then all for the next. Under torchrun, the
+    processes train each run together.
+    """
+    overrides = (*(set_ or ()), *([f"run.epochs={epochs}"] if epochs is not None else ()))
+    recipe = load_recipe(task, scale, overrides=overrides)
+    options = RunOptions(
+        device=device,
+        data_dir=data_dir,
+        results_dir=results_dir,
+        checkpoint_dir=checkpoint_dir,
+        force=force,
+        tensorboard=tensorboard,
+    )
+    names, seeds = optimizer or list(recipe.optimizers), seed or recipe.run.seeds
+    jobs = [
+        Job(task=task, scale=scale, overrides=overrides, optimizer=name, seed=number, options=options)
+        for number in seeds
+        for name in names
+    ]
+    run_jobs(jobs)
+
+
+@app.command("list")
+def list_command(results_dir: ResultsDir = Path("results")) -> None:
+    """List the tasks with their scales, optimizers and runs, and the datasets that can be fetched."""
+    listing.print_tasks(results_dir)
+    listing.print_datasets()
+
+
+@app.command("table")
+def table_command(
+    task: Annotated[
+        str | None, typer.Argument(metavar="[TASK]", help="The task. Default: every task that has runs.")
+    ] = None,
+    scale: Scale = "tiny",
+    format_: Annotated[
+        Literal["terminal", "markdown"], typer.Option("--format", help="How to print the table.")
+    ] = "terminal",
+    results_dir: ResultsDir = Path("results"),
+) -> None:
+    """Compare the optimizers of the runs that are recorded.
+
+    Prints the table, and writes comparison.csv and the curves beside the runs. Never starts a run.
+    """
+    from experiments.analysis import comparison, curves, table  # pandas and matplotlib, needed only here
+
+    names = [task] if task else listing.tasks_with_runs(results_dir, scale)
+    if not names:
+        raise UserError(f"{results_dir}: there are no runs at scale {scale}; `run` makes them")
+    for name in names:
+        frame = comparison.compare(results_dir, name, scale)
+        curves.draw(results_dir, name, scale)
+        typer.echo(table.render(frame, format_))
+
+
+@app.command("data")
+def data_command(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The dataset, e.g. fashion-mnist; see `list`.")],
+    data_dir: DataDir = Path("data"),
+) -> None:
+    """Fetch a dataset, check it, and keep it, so that runs need no network afterwards."""
+    if name not in PREPARE:
+        raise UserError(f"data = {name!r}: there is no such dataset; {one_of(PREPARE)}")
+    typer.echo(f"{name}: {PREPARE[name](data_dir)}")

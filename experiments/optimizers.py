@@ -1,0 +1,158 @@
+"""The optimizers, by name.
+
+A new one is a settings dataclass, a function that builds it, and a line in `OPTIMIZERS`. A field that a
+recipe leaves out keeps the optimizer's own default.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from experiments.settings import SettingsError, one_of
+from ngplus import NGPlus
+
+
+@dataclass(frozen=True, kw_only=True)
+class SGDBase:
+    """What `torch.optim.SGD` takes beside the learning rate."""
+
+    kind: ClassVar = "sgd"
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    nesterov: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamBase:
+    """What `torch.optim.Adam` takes beside the learning rate."""
+
+    kind: ClassVar = "adam"
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdagradBase:
+    """What `torch.optim.Adagrad` takes beside the learning rate."""
+
+    kind: ClassVar = "adagrad"
+    eps: float = 1e-10
+    weight_decay: float = 0.0
+    initial_accumulator_value: float = 0.0
+
+
+_BASE_CLASSES: dict[type, type[Optimizer]] = {
+    SGDBase: torch.optim.SGD,
+    AdamBase: torch.optim.Adam,
+    AdagradBase: torch.optim.Adagrad,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _LearningRate:
+    lr: float
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise ValueError(f"lr = {self.lr}: must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SGDSettings(_LearningRate, SGDBase):
+    """`torch.optim.SGD`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamSettings(_LearningRate, AdamBase):
+    """`torch.optim.Adam`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdagradSettings(_LearningRate, AdagradBase):
+    """`torch.optim.Adagrad`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LARSSettings(_LearningRate):
+    """LARS from pytorch-optimizer: biases and norms are neither decayed nor scaled.
+
+    The settings of You et al. cap the trust ratio at 50. It needs no code: with a decay ``wd`` the ratio
+    ``η‖w‖ / (‖g‖ + wd‖w‖)`` is at most ``η / wd``, which is 10 for their η = 1e-3 and wd = 1e-4.
+    """
+
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    trust_coefficient: float = 1e-3
+    nesterov: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class NGPlusSettings(_LearningRate):
+    """`ngplus.NGPlus` on a base optimizer; every field but `base` is its argument of that name."""
+
+    damping: float
+    update_every: int
+    base: SGDBase | AdamBase | AdagradBase
+    damping_rule: Literal["paper", "released"] = "paper"
+    curvature: Literal["per_sample", "mini_batch"] = "per_sample"
+    samples: Literal["batch", "rows"] = "batch"
+    ema: float = 0.0
+    solver: Literal["auto", "dense", "low_rank", "sketched"] = "auto"
+    block_size: int | None = None
+    sketch_size: int | None = None
+    batch_dim: int = 0
+    max_samples: int | None = None
+    nonfinite: Literal["skip", "raise"] = "skip"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """What it takes to be an optimizer here: a settings dataclass, and a function that builds one."""
+
+    settings: type
+    build: Callable[[nn.Module, Any], Optimizer]
+
+
+def _torch_entry(settings: type, cls: type[Optimizer]) -> Entry:
+    return Entry(settings=settings, build=lambda model, given: cls(model.parameters(), **asdict(given)))
+
+
+def _build_lars(model: nn.Module, settings: LARSSettings) -> Optimizer:
+    from pytorch_optimizer import LARS  # takes seconds to import, so only where it is wanted
+
+    return LARS(model.parameters(), **asdict(settings))
+
+
+def _build_ngplus(model: nn.Module, settings: NGPlusSettings) -> Optimizer:
+    own = asdict(settings)
+    base_arguments = own.pop("base")
+    return NGPlus(model, base=_BASE_CLASSES[type(settings.base)], **own, **base_arguments)
+
+
+OPTIMIZERS: dict[str, Entry] = {
+    "adagrad": _torch_entry(AdagradSettings, torch.optim.Adagrad),
+    "adam": _torch_entry(AdamSettings, torch.optim.Adam),
+    "lars": Entry(settings=LARSSettings, build=_build_lars),
+    "ngplus": Entry(settings=NGPlusSettings, build=_build_ngplus),
+    "sgd": _torch_entry(SGDSettings, torch.optim.SGD),
+}
+
+
+def entry_of(name: str, where: str = "optimizer") -> Entry:
+    """The entry of an optimizer whose name may carry a suffix, as ``ngplus-rows`` does.
+
+    Raises:
+        SettingsError: for a name that is not there; lists what is.
+    """
+    registered, _, _ = name.partition("-")
+    if registered not in OPTIMIZERS:
+        raise SettingsError(
+            f"{where} = {name!r}: there is no such optimizer; {one_of(OPTIMIZERS)}, "
+            "or one of these with a suffix, e.g. 'ngplus-adam'"
+        )
+    return OPTIMIZERS[registered]

@@ -1,0 +1,258 @@
+"""One run from start to end: what is there already, the record, the checkpoints, the epochs in between."""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experiments import tasks
+from experiments.checkpoint import CheckpointError, checkpoint_path
+from experiments.errors import UserError
+from experiments.parallel import choose_device, join_workers
+from experiments.progress import Observer, TensorBoard, terminal_observer
+from experiments.provenance import device_name, git_state, versions
+from experiments.recipe import Recipe
+from experiments.record_writer import RecordWriter
+from experiments.records import (
+    SCHEMA,
+    End,
+    Epoch,
+    Event,
+    Manifest,
+    Resumed,
+    Run,
+    read_run,
+    record_path,
+)
+from experiments.settings import one_of
+from experiments.training import CheckpointPlan, Training
+
+# Settings that say which runs there are, or how a run is judged, but change no number in it.
+_NO_NUMBER = ("run.seeds", "run.tuning_seed", "run.target")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """How and where to run; nothing that changes a number.
+
+    Attributes:
+        device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+        data_dir: where the datasets lie.
+        results_dir: records go to ``<task>/<scale>/runs`` below.
+        checkpoint_dir: checkpoints go to ``<task>/<scale>`` below; by default ``<results_dir>/checkpoints``.
+        checkpoint_every_s: seconds between checkpoints inside an epoch; each epoch's end has one anyway.
+        force: run again what is finished, and start over what is not.
+        tensorboard: also write TensorBoard files, below ``<results_dir>/tensorboard``.
+    """
+
+    device: str = "auto"
+    data_dir: Path = Path("data")
+    results_dir: Path = Path("results")
+    checkpoint_dir: Path | None = None
+    checkpoint_every_s: float = 60.0
+    force: bool = False
+    tensorboard: bool = False
+
+
+def run(recipe: Recipe, optimizer: str, seed: int, options: RunOptions) -> Run:
+    """Train one optimizer from one seed, or what is left of it, and return the record.
+
+    A finished run is returned as it is. Under ``torchrun`` every process must call this.
+
+    Raises:
+        UserError: for what the user can mend: an optimizer that the recipe does not have, a setting out of
+            range, a damaged record, a run finished with other settings, a checkpoint of another run, a full
+            disk.
+    """
+    workers = join_workers(choose_device(options.device).type)
+    done = workers.from_first(lambda: finished_run(recipe, optimizer, seed, options))
+    if done:
+        return done
+    record = _record_of(recipe, optimizer, seed, options)
+    before = None if options.force else workers.from_first(lambda: _previous(record))
+    task = tasks.TASKS[recipe.task](recipe.task_settings, scale=recipe.scale, data_dir=options.data_dir)
+    device = choose_device(options.device, workers.local_rank)
+    training = Training(recipe, optimizer, seed, task=task, device=device, workers=workers)
+    manifest = workers.from_first(lambda: _manifest(recipe, optimizer, training))
+    if before:
+        manifest = replace(manifest, started_at=before.manifest.started_at)
+    _Run(training, manifest, options).go(record, before)
+    return workers.from_first(lambda: read_run(record))
+
+
+def finished_run(recipe: Recipe, optimizer: str, seed: int, options: RunOptions) -> Run | None:
+    """The record of this run if it is finished and not to be run again.
+
+    Raises:
+        UserError: for an optimizer that the recipe does not have, a damaged record, or a run finished with
+            other settings.
+    """
+    if optimizer not in recipe.optimizers:
+        raise UserError(f"optimizer = {optimizer!r}: not in {recipe.path}; {one_of(recipe.optimizers)}")
+    record = _record_of(recipe, optimizer, seed, options)
+    before = None if options.force else _previous(record)
+    if before is None or before.end is None:
+        return None
+    _check_settings(before, recipe.settings_of(optimizer))
+    return before
+
+
+def _record_of(recipe: Recipe, optimizer: str, seed: int, options: RunOptions) -> Path:
+    return record_path(options.results_dir, recipe.task, recipe.scale, optimizer, seed)
+
+
+def _previous(record: Path) -> Run | None:
+    """The record of a run as it was left, ``None`` if there is none with a whole line in it."""
+    if not record.exists() or b"\n" not in record.read_bytes():
+        return None
+    return read_run(record)
+
+
+class _Run:
+    """Takes a training through its epochs and writes down what happens."""
+
+    def __init__(self, training: Training, manifest: Manifest, options: RunOptions) -> None:
+        self.training, self.manifest, self.options = training, manifest, options
+        folder = options.checkpoint_dir or options.results_dir / "checkpoints"
+        name = (manifest.task, manifest.scale, manifest.optimizer, manifest.seed)
+        self.plan = CheckpointPlan(
+            path=checkpoint_path(folder, *name),
+            every_s=options.checkpoint_every_s,
+            identity=_identity(manifest),
+        )
+        self.writer: RecordWriter | None = None
+        self.observers: list[Observer] = []
+
+    def go(self, record: Path, before: Run | None) -> None:
+        """Run to the end."""
+        resumes = self.training.workers.from_first(lambda: self._can_resume(before))
+        with ExitStack() as stack:
+            if self.training.workers.is_first:
+                self.writer = stack.enter_context(RecordWriter(record))
+                self.observers = [stack.enter_context(closing(each)) for each in self._make_observers()]
+            if resumes:
+                self._resume()
+            else:
+                self._begin()
+            self._write(self._train())
+
+    def _can_resume(self, before: Run | None) -> bool:
+        there = self.plan.path.exists()
+        if before and not there and len(before.epochs) > 2:
+            raise CheckpointError(
+                f"{before.path}: is unfinished, and its checkpoint {self.plan.path} is missing; start over with --force"
+            )
+        return before is not None and there
+
+    def _resume(self) -> None:
+        self.training.restore(self.plan)
+        position = self.training.position
+        if self.writer:
+            self.writer.rewind(position.epoch)
+        self._tell_started()
+        self._write(Resumed(epoch=position.epoch, step=position.step, seconds=position.seconds, at=_now()))
+
+    def _begin(self) -> None:
+        if self.writer:
+            self.plan.path.unlink(missing_ok=True)
+            self.writer.rewind(None)
+        self._tell_started()
+        self._write(self.manifest)
+        self._write(self.training.measure(None, self.training.evaluate()))
+
+    def _train(self) -> End:
+        training = self.training
+        while training.position.epoch < self.manifest.epochs:
+            train_loss = training.train_epoch(self.plan, self.observers)
+            evaluation = training.evaluate()
+            self._write(training.measure(train_loss, evaluation))
+            if not (math.isfinite(train_loss) and math.isfinite(evaluation.loss)):
+                return End(reason="diverged", seconds=training.clock.seconds)
+            training.save(self.plan)
+        return End(reason="finished", seconds=training.clock.seconds)
+
+    def _write(self, event: Event) -> None:
+        if self.writer:
+            self.writer.write(event)
+        for observer in self.observers:
+            if isinstance(event, Epoch):
+                observer.recorded(event)
+            if isinstance(event, End):
+                observer.ended(event)
+
+    def _tell_started(self) -> None:
+        for observer in self.observers:
+            observer.started(self.manifest, self.training.position.epoch, self.training.steps_per_epoch)
+
+    def _make_observers(self) -> list[Observer]:
+        manifest = self.manifest
+        name = f"{manifest.optimizer}-seed{manifest.seed}"
+        folder = self.options.results_dir / "tensorboard" / manifest.task / manifest.scale / name
+        return [terminal_observer(), *([TensorBoard(folder)] if self.options.tensorboard else [])]
+
+
+def _manifest(recipe: Recipe, optimizer: str, training: Training) -> Manifest:
+    git_sha, git_dirty = git_state()
+    return Manifest(
+        schema=SCHEMA,
+        task=recipe.task,
+        scale=recipe.scale,
+        optimizer=optimizer,
+        seed=training.seed,
+        recipe=recipe.settings_of(optimizer),
+        git_sha=git_sha,
+        git_dirty=git_dirty,
+        versions=versions(),
+        device=device_name(training.device),
+        threads=torch.get_num_threads(),
+        world_size=training.workers.size,
+        dataset=training.task.dataset,
+        metric=training.task.metric,
+        target=recipe.run.target,
+        epochs=recipe.run.epochs,
+        started_at=_now(),
+    )
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat()
+
+
+def _identity(manifest: Manifest) -> dict[str, Any]:
+    """What a checkpoint must share with a run that goes on from it."""
+    named = {key: getattr(manifest, key) for key in ("task", "scale", "optimizer", "seed", "world_size")}
+    own = {"started_at": manifest.started_at, "dataset.sha256": manifest.dataset.sha256}
+    return named | own | _numbers(manifest.recipe)
+
+
+def _numbers(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that change a number in the record, by dotted key."""
+    return {key: value for key, value in _flat(settings) if key not in _NO_NUMBER}
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _check_settings(before: Run, settings: Mapping[str, Any]) -> None:
+    """A setting that did not exist when the run was finished is no difference."""
+    there, here = _numbers(before.manifest.recipe), _numbers(settings)
+    different = [
+        f"{key} was {there[key]!r} and is {here[key]!r}"
+        for key in sorted(there.keys() & here.keys())
+        if there[key] != here[key]
+    ]
+    if different:
+        raise UserError(
+            f"{before.path}: was finished with other settings: {'; '.join(different)}; "
+            "run it again with --force, or give another --results-dir"
+        )
