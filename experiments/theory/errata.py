@@ -274,7 +274,7 @@ def kfac_order(rng: np.random.Generator) -> Erratum:
 
 
 def cosine_rate(epoch: Array, max_epoch: float, start: float, power: float) -> Array:
-    """0.001 + ½(α₀ − 0.001)(1 + cos(π epoch/max_epoch))^power; the power 4 of the paper is a footnote's mark."""
+    """0.001 + ½(α₀ − 0.001)(1 + cos(π epoch/max_epoch))^power; the printed 4 is a footnote's mark."""
     return 0.001 + 0.5 * (start - 0.001) * (1 + np.cos(np.pi * epoch / max_epoch)) ** power
 
 
