@@ -1,0 +1,1 @@
+"""From the run records on disk to tables and figures; never starts a run."""

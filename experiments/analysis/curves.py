@@ -1,0 +1,138 @@
+"""Training and evaluation curves against epochs and against seconds, as SVG and PNG."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from experiments.analysis.palette import colour_of, dashes_of
+from experiments.analysis.runs import Comparable, load_comparable
+from experiments.records import Epoch, Run
+
+# The same records give the same bytes: element ids from a fixed salt, no date, text as text.
+STYLE: dict[str, Any] = {
+    "svg.hashsalt": "ngplus",
+    "svg.fonttype": "none",
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e5e5e5",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """One optimizer's course over its seeds; a point an epoch.
+
+    Attributes:
+        epochs: epoch numbers, (E,).
+        seconds: median over seeds of the training clock, (E,).
+        median: of the value over the seeds that have one, (E,).
+        low: the least of any seed, (E,).
+        high: the most of any seed, (E,).
+    """
+
+    epochs: np.ndarray
+    seconds: np.ndarray
+    median: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+def draw(results_dir: Path, task: str, scale: str) -> tuple[Path, Path]:
+    """Write ``curves.svg`` and ``curves.png`` beside the runs; the line is the median over seeds, the band their range.
+
+    Raises:
+        UserError: there is no finished run.
+    """
+    comparable = load_comparable(results_dir, task, scale)
+    paths = comparable.folder / "curves.svg", comparable.folder / "curves.png"
+    with mpl.rc_context(STYLE):
+        made = figure(comparable)
+        made.savefig(paths[0], metadata={"Date": None, "Creator": None})
+        made.savefig(paths[1], dpi=160, metadata={"Software": None})
+    return paths
+
+
+def figure(comparable: Comparable) -> Figure:
+    """Two rows, training loss above the metric, against epochs and against seconds."""
+    manifest = comparable.runs[0].manifest
+    made = Figure(figsize=(9.0, 6.2), layout="constrained")
+    FigureCanvasAgg(made)
+    made.suptitle(f"{manifest.task}, scale {manifest.scale}: {manifest.dataset.name}", fontsize=11)
+    axes = made.subplots(2, 2, sharex="col", sharey="row")
+    split = manifest.recipe.get("run", {}).get("report_split", "test")
+    labels = ("training loss", f"{split} {manifest.metric.name} ({manifest.metric.unit})")
+    values: tuple[Callable[[Epoch], float | None], ...] = (lambda e: e.train_loss, lambda e: e.metric)
+    for row, label, value in zip(axes, labels, values, strict=True):
+        _draw_row(row, comparable.by_optimizer(), value)
+        row[0].set_ylabel(label)
+    _mark_target(axes[1], manifest.target)
+    for ax, label in zip(axes[1], ("epochs", "seconds of training"), strict=True):
+        ax.set_xlabel(label)
+        ax.set_xlim(left=0)
+    axes[0, 0].legend(loc="upper right", title=f"median and range of seeds ({_seeds(comparable)})")
+    return made
+
+
+def _draw_row(row: np.ndarray, runs: dict[str, list[Run]], value: Callable[[Epoch], float | None]) -> None:
+    for name, own in runs.items():
+        curve = curve_of(own, value)
+        style = {"color": colour_of(name), "linestyle": dashes_of(name, list(runs))}
+        for ax, x in zip(row, (curve.epochs, curve.seconds), strict=True):
+            ax.fill_between(x, curve.low, curve.high, color=style["color"], alpha=0.18, linewidth=0)
+            ax.plot(x, curve.median, label=name, linewidth=1.6, **style)
+    # The untrained model and a divergence would squeeze what matters into a corner.
+    _limit(row[0], [curve_of(own, value) for own in runs.values()])
+
+
+def curve_of(runs: list[Run], value: Callable[[Epoch], float | None]) -> Curve:
+    """Median and range over seeds of one value; an epoch in which no seed has it is left out."""
+    found: dict[int, list[tuple[float, float]]] = {}
+    for run in runs:
+        for epoch in run.epochs:
+            if (point := value(epoch)) is not None:
+                found.setdefault(epoch.epoch, []).append((epoch.seconds, point))
+    epochs = sorted(found)
+    points = [np.array(found[epoch]) for epoch in epochs]  # (E, seeds, 2)
+    return Curve(
+        epochs=np.array(epochs),
+        seconds=np.array([np.median(each[:, 0]) for each in points]),
+        median=np.array([np.median(each[:, 1]) for each in points]),
+        low=np.array([each[:, 1].min() for each in points]),
+        high=np.array([each[:, 1].max() for each in points]),
+    )
+
+
+def _limit(ax: Axes, curves: list[Curve]) -> None:
+    """Show the medians from the first trained epoch on, with a margin."""
+    trained = [curve.median[curve.epochs > 0] for curve in curves]
+    values = np.concatenate(trained) if trained else np.array([])
+    if len(values) and np.ptp(values) > 0:
+        margin = 0.08 * np.ptp(values)
+        ax.set_ylim(values.min() - margin, values.max() + margin)
+
+
+def _mark_target(row: np.ndarray, target: float | None) -> None:
+    if target is None:
+        return
+    for ax in row:
+        ax.axhline(target, color="#333333", linestyle=(0, (4, 3)), linewidth=1.0)
+    row[0].annotate(
+        f"target {target:g}", (1, target), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8
+    )
+
+
+def _seeds(comparable: Comparable) -> str:
+    counts = {len(own) for own in comparable.by_optimizer().values()}
+    return str(counts.pop()) if len(counts) == 1 else f"{min(counts)} to {max(counts)}"

@@ -1,0 +1,162 @@
+"""The comparison as a table: for a terminal of 100 columns, in Markdown, or in LaTeX."""
+
+import math
+from collections.abc import Callable
+from io import StringIO
+from typing import Any, Literal
+
+import pandas as pd
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+Format = Literal["terminal", "markdown", "latex"]
+WIDTH = 100
+MISSED = "missed"
+
+
+def render(frame: pd.DataFrame, format: Format = "terminal") -> str:
+    """The table that `comparison.compare` made, ready to print.
+
+    Args:
+        frame: rows of one task at one scale.
+        format: where it is to stand.
+
+    Raises:
+        ValueError: for another format.
+    """
+    renderers: dict[str, Callable[[pd.DataFrame], str]] = {
+        "terminal": _terminal,
+        "markdown": _markdown,
+        "latex": _latex,
+    }
+    if format not in renderers:
+        raise ValueError(f"format = {format!r}: must be one of {', '.join(renderers)}")
+    return renderers[format](frame)
+
+
+def _title(frame: pd.DataFrame) -> str:
+    first = frame.iloc[0]
+    target = "no target" if math.isnan(first.target) else f"target {first.metric} {first.target:g}"
+    return f"{first.task}, scale {first.scale}: {first.dataset}; {target}, {first.epochs} epochs"
+
+
+def _notes(frame: pd.DataFrame) -> list[str]:
+    """What a reader needs to know to read the table right."""
+    first = frame.iloc[0]
+    coverage = frame.interval_coverage.min()
+    worth = "" if math.isnan(coverage) else f", which cover the true median with {coverage:.0%} or more"
+    tests = "; ".join(f"{row.optimizer}: {row.p_test or row.p_reason}" for row in frame.iloc[1:].itertuples())
+    lines = [f"Medians over seeds; in brackets order statistics{worth}; ± is over seeds. Device: {first.device}."]
+    if (frame.reached < frame.seeds).any():
+        lines.append(f"A run that never reaches the target counts as later than all others ({MISSED}).")
+    if tests:
+        lines.append(f"p: epochs to target against {first.reference}, paired over seeds ({tests}).")
+    return lines + [f"Left out: {complaint}" for complaint in frame.attrs.get("complaints", [])]
+
+
+def _cells(frame: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
+    first = frame.iloc[0]
+    header = [
+        "optimizer",
+        "reached",
+        "epochs to target",
+        "s to target",
+        "s/epoch",
+        f"best {first.metric}",
+        "MiB",
+        f"epochs vs {first.reference}",
+        "p",
+    ]
+    return header, [_row(row) for row in frame.itertuples()]
+
+
+def _row(row: Any) -> list[str]:
+    return [
+        row.optimizer,
+        f"{row.reached}/{row.seeds}",
+        _with_interval(row.epochs_to_target, row.epochs_to_target_low, row.epochs_to_target_high),
+        _number(row.wall_time_to_target_s),
+        _number(row.time_per_epoch_s),
+        _with_spread(row.best_metric, row.best_metric_std),
+        _number(row.peak_memory_mb),
+        "" if row.optimizer == row.reference else _number(row.epochs_vs_reference, suffix="×"),
+        "" if row.optimizer == row.reference else _number(row.p_value),
+    ]
+
+
+def _number(value: float, suffix: str = "") -> str:
+    """Three significant digits; what there is not is a dash, what is infinite was missed."""
+    if math.isnan(value):
+        return "–"
+    if math.isinf(value):
+        return MISSED
+    decimals = 0 if value == 0 else max(0, 2 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{decimals}f}{suffix}" if decimals <= 5 else f"{value:.1e}{suffix}"
+
+
+def _with_interval(median: float, low: float, high: float) -> str:
+    if math.isnan(median):
+        return "–"
+    return f"{_epochs(median)} [{_epochs(low)}, {_epochs(high)}]"
+
+
+def _epochs(value: float) -> str:
+    return MISSED if math.isinf(value) else f"{value:g}"
+
+
+def _with_spread(value: float, std: float) -> str:
+    if math.isnan(value):
+        return "–"
+    return f"{value:.4g}" if math.isnan(std) else f"{value:.4f} ± {std:.4f}"
+
+
+def _terminal(frame: pd.DataFrame) -> str:
+    header, rows = _cells(frame)
+    table = Table(box=box.SIMPLE_HEAD, title=_title(frame), title_justify="left", title_style="bold", width=WIDTH)
+    for index, name in enumerate(header):
+        table.add_column(name, justify="right" if index else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    # A string is asked for, so no colours: it may be piped or kept.
+    console = Console(file=StringIO(), width=WIDTH, highlight=False, markup=False)
+    console.print(table)
+    for note in _notes(frame):
+        console.print(note)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+
+
+def _markdown(frame: pd.DataFrame) -> str:
+    header, rows = _cells(frame)
+    rule = ["---"] + ["---:"] * (len(header) - 1)
+    lines = ["| " + " | ".join(cells) + " |" for cells in (header, rule, *rows)]
+    return "\n".join([f"**{_title(frame)}**", "", *lines, "", *_separated(_notes(frame))])
+
+
+def _separated(notes: list[str]) -> list[str]:
+    """Each note a paragraph of its own."""
+    return "\n\n".join(notes).split("\n")
+
+
+def _latex(frame: pd.DataFrame) -> str:
+    header, rows = _cells(frame)
+    body = [" & ".join(map(_escaped, row)) + r" \\" for row in rows]
+    return "\n".join(
+        [
+            f"% {_title(frame)}",
+            *(f"% {note}" for note in _notes(frame)),
+            r"\begin{tabular}{l" + "r" * (len(header) - 1) + "}",
+            r"\toprule",
+            " & ".join(map(_escaped, header)) + r" \\",
+            r"\midrule",
+            *body,
+            r"\bottomrule",
+            r"\end{tabular}",
+        ]
+    )
+
+
+def _escaped(text: str) -> str:
+    for plain, latex in (("_", r"\_"), ("%", r"\%"), ("±", r"$\pm$"), ("×", r"$\times$"), ("–", "--")):
+        text = text.replace(plain, latex)
+    return text

@@ -1,0 +1,76 @@
+import numpy as np
+import pytest
+from handmade import HIT_1, HIT_2, HIT_3, HIT_4, SCALE, TASK, write
+from PIL import Image
+
+from experiments.analysis.curves import curve_of, draw, figure
+from experiments.analysis.palette import COLOURS, colour_of, dashes_of
+from experiments.analysis.runs import load_comparable
+from experiments.errors import UserError
+
+
+@pytest.fixture
+def results(tmp_path):
+    for seed, (ours, theirs) in enumerate([(HIT_1, HIT_2), (HIT_2, HIT_4), (HIT_1, HIT_3)], 1):
+        write(tmp_path, "ngplus", seed, ours, seconds_per_epoch=2.0 + 0.1 * seed)
+        write(tmp_path, "sgd", seed, theirs)
+    return tmp_path
+
+
+def test_the_curve_is_the_median_and_the_range_over_seeds(results):
+    runs = load_comparable(results, TASK, SCALE).by_optimizer()["sgd"]
+    curve = curve_of(runs, lambda epoch: epoch.metric)
+    assert curve.epochs.tolist() == [0, 1, 2, 3, 4]
+    assert curve.seconds.tolist() == [0, 2, 4, 6, 8]
+    columns = np.array([HIT_2, HIT_4, HIT_3])
+    assert curve.median.tolist() == np.median(columns, axis=0).tolist()
+    assert curve.low.tolist() == columns.min(axis=0).tolist()
+    assert curve.high.tolist() == columns.max(axis=0).tolist()
+
+
+def test_epochs_without_a_value_are_left_out(results):
+    runs = load_comparable(results, TASK, SCALE).by_optimizer()["sgd"]
+    assert curve_of(runs, lambda epoch: epoch.train_loss).epochs.tolist() == [1, 2, 3, 4]
+
+
+def test_the_figure_shows_loss_and_metric_against_epochs_and_seconds_with_the_target(results):
+    axes = figure(load_comparable(results, TASK, SCALE)).axes
+    assert [ax.get_xlabel() for ax in axes] == ["", "", "epochs", "seconds of training"]
+    assert [axes[0].get_ylabel(), axes[2].get_ylabel()] == ["training loss", "test top1 (fraction)"]
+    for ax in axes[2:]:
+        (target,) = [line for line in ax.lines if line.get_linestyle() == "--"]
+        assert target.get_ydata()[0] == 0.8
+    assert [text.get_text() for text in axes[0].get_legend().get_texts()] == ["sgd", "ngplus"]
+
+
+def test_the_same_records_give_the_same_bytes(results):
+    first = [path.read_bytes() for path in draw(results, TASK, SCALE)]
+    second = [path.read_bytes() for path in draw(results, TASK, SCALE)]
+    assert first == second
+
+
+def test_the_files_are_an_svg_and_a_png(results):
+    svg, png = draw(results, TASK, SCALE)
+    text = svg.read_text()
+    assert "<svg" in text
+    assert "Fashion-MNIST, 3,600 embedded images" in text
+    with Image.open(png) as image:
+        assert image.size == (1440, 992)
+
+
+def test_a_run_that_diverged_at_once_does_not_stop_the_figure(results):
+    write(results, "lars", 1, [None], end="diverged")
+    draw(results, TASK, SCALE)
+
+
+def test_no_runs_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="no finished run"):
+        draw(tmp_path, TASK, SCALE)
+
+
+def test_an_optimizer_keeps_its_colour_and_its_variants_differ_in_dashes():
+    assert len(set(COLOURS.values())) == len(COLOURS)
+    assert colour_of("ngplus-adam") == colour_of("ngplus")
+    shown = ["ngplus", "ngplus-adam", "sgd"]
+    assert dashes_of("ngplus", shown) != dashes_of("ngplus-adam", shown)
+    assert dashes_of("ngplus", shown) == dashes_of("sgd", shown) == "solid"

@@ -1,0 +1,59 @@
+import pytest
+from handmade import HIT_1, HIT_2, HIT_3, HIT_4, MISS, SCALE, TASK, write
+
+from experiments.analysis.comparison import compare
+from experiments.analysis.table import render
+
+
+@pytest.fixture
+def frame(tmp_path):
+    for seed, metrics in enumerate([HIT_1, HIT_3, MISS], 1):
+        write(tmp_path, "ngplus", seed, metrics)
+        write(tmp_path, "sgd", seed, HIT_4 if seed > 1 else HIT_2)
+        write(tmp_path, "ngplus-adam", seed, MISS)
+    (tmp_path / TASK / SCALE / "runs" / "junk.jsonl").write_text("junk\n")
+    return compare(tmp_path, TASK, SCALE)
+
+
+def test_the_terminal_table_fits_100_columns_and_names_the_data_first(frame):
+    lines = render(frame).splitlines()
+    tabular = [line for line in lines if not line.startswith("Left out")]
+    assert max(map(len, tabular)) <= 100
+    assert "Fashion-MNIST, 3,600 embedded images" in " ".join(lines[:2])
+    assert any("junk.jsonl" in line for line in lines)
+
+
+def test_misses_are_words_not_numbers(frame):
+    text = render(frame)
+    row = next(line for line in text.splitlines() if line.strip().startswith("ngplus-adam"))
+    assert "missed" in row
+    assert "inf" not in row
+    assert "nan" not in text.lower()
+
+
+@pytest.mark.parametrize("format", ["markdown", "latex"])
+def test_every_row_has_as_many_cells_as_the_header(frame, format):
+    separator, count = {"markdown": ("|", 3), "latex": ("&", 3)}[format]
+    rows = [line for line in render(frame, format).splitlines() if separator in line]
+    rows = [row for row in rows if "---" not in row]
+    assert len(rows) == 1 + count
+    assert len({row.count(separator) for row in rows}) == 1
+
+
+def test_markdown_shows_the_numbers(frame):
+    text = render(frame, "markdown")
+    assert "| ngplus | 2/3 | 3 [1, missed] | 6.00 | 2.00 |" in text
+    assert "**resnet50-imagenet, scale tiny: Fashion-MNIST, 3,600 embedded images; target top1 0.8, 4 epochs**" in text
+    assert "sign test" in text
+
+
+def test_latex_escapes_what_latex_reads(frame):
+    text = render(frame, "latex")
+    body = text[text.index(r"\begin{tabular}") :]
+    assert "±" not in body
+    assert r"$\pm$" in body
+
+
+def test_an_unknown_format_is_named(frame):
+    with pytest.raises(ValueError, match="format = 'html': must be one of terminal, markdown, latex"):
+        render(frame, "html")
