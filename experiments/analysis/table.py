@@ -46,12 +46,14 @@ def _notes(frame: pd.DataFrame) -> list[str]:
     first = frame.iloc[0]
     coverage = frame.interval_coverage.min()
     worth = "" if math.isnan(coverage) else f", which cover the true median with {coverage:.0%} or more"
-    tests = "; ".join(f"{row.optimizer}: {row.p_test or row.p_reason}" for row in frame.iloc[1:].itertuples())
+    tests = {row.optimizer: row.p_test or row.p_reason for row in frame.iloc[1:].itertuples()}
     lines = [f"Medians over seeds; in brackets order statistics{worth}; ± is over seeds. Device: {first.device}."]
     if (frame.reached < frame.seeds).any():
         lines.append(f"A run that never reaches the target counts as later than all others ({MISSED}).")
     if tests:
-        lines.append(f"p: epochs to target against {first.reference}, paired over seeds ({tests}).")
+        alike = len(set(tests.values())) == 1
+        named = next(iter(tests.values())) if alike else "; ".join(f"{k}: {v}" for k, v in tests.items())
+        lines.append(f"p: epochs to target against {first.reference}, paired over seeds ({named}).")
     return lines + [f"Left out: {complaint}" for complaint in frame.attrs.get("complaints", [])]
 
 
@@ -81,17 +83,17 @@ def _row(row: Any) -> list[str]:
         _with_spread(row.best_metric, row.best_metric_std),
         _number(row.peak_memory_mb),
         "" if row.optimizer == row.reference else _number(row.epochs_vs_reference, suffix="×"),
-        "" if row.optimizer == row.reference else _number(row.p_value),
+        "" if row.optimizer == row.reference else _number(row.p_value, digits=2),
     ]
 
 
-def _number(value: float, suffix: str = "") -> str:
-    """Three significant digits; what there is not is a dash, what is infinite was missed."""
+def _number(value: float, *, suffix: str = "", digits: int = 3) -> str:
+    """Significant digits, thousands grouped; what there is not is a dash, what is infinite was missed."""
     if math.isnan(value):
         return "–"
     if math.isinf(value):
         return MISSED
-    decimals = 0 if value == 0 else max(0, 2 - math.floor(math.log10(abs(value))))
+    decimals = 0 if value == 0 else max(0, digits - 1 - math.floor(math.log10(abs(value))))
     return f"{value:,.{decimals}f}{suffix}" if decimals <= 5 else f"{value:.1e}{suffix}"
 
 
@@ -113,13 +115,16 @@ def _with_spread(value: float, std: float) -> str:
 
 def _terminal(frame: pd.DataFrame) -> str:
     header, rows = _cells(frame)
-    table = Table(box=box.SIMPLE_HEAD, title=_title(frame), title_justify="left", title_style="bold", width=WIDTH)
+    # Two spaces between columns and no wrapping within a cell: that is what fits into 100 columns.
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for index, name in enumerate(header):
-        table.add_column(name, justify="right" if index else "left", overflow="fold")
+        heading = name.replace(" to ", " to\n").replace("best ", "best\n").replace(" vs ", "\nvs ")
+        table.add_column(heading, justify="right" if index else "left", no_wrap=True)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(cell.replace(" ± ", "±") for cell in row))
     # A string is asked for, so no colours: it may be piped or kept.
     console = Console(file=StringIO(), width=WIDTH, highlight=False, markup=False)
+    console.print(_title(frame), "", sep="\n")
     console.print(table)
     for note in _notes(frame):
         console.print(note)
