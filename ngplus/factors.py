@@ -23,6 +23,11 @@ class Factor(Protocol):
     """One side of 𝒢ᵢ = Gᵢ Aᵢᵀ for b samples."""
 
     @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        ...
+
+    @property
     def samples(self) -> int:
         """Number of samples b."""
         ...
@@ -91,6 +96,11 @@ class Dense:
     full_size: int | None = None
 
     @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.entries.device
+
+    @property
     def samples(self) -> int:
         """Number of samples b."""
         return self.entries.shape[0]
@@ -155,6 +165,11 @@ class OneHot:
     dtype: torch.dtype
 
     @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.index.device
+
+    @property
     def samples(self) -> int:
         """Number of samples b."""
         return self.index.shape[0]
@@ -213,6 +228,11 @@ class Bags:
     weight: Tensor
     bags: int
     table_size: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.index.device
 
     @property
     def samples(self) -> int:
@@ -301,6 +321,11 @@ class Patches:
     tail: float | None = None
 
     @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.images.device
+
+    @property
     def samples(self) -> int:
         """Number of samples b."""
         return self.images.shape[0]
@@ -331,8 +356,8 @@ class Patches:
         return math.prod(self.output_size)
 
     def _shifted_cost(self) -> int:
-        pixels, offsets = math.prod(self.images.shape[2:]), math.prod(self.kernel)
-        return 2 * pixels**2 * self.channels + offsets * self.positions**2
+        pixels = math.prod(self.images.shape[2:])
+        return 2 * pixels**2 * self.channels + sum(self.kernel) * pixels**2
 
     def _unfolded_cost(self) -> int:
         return 2 * self.positions**2 * self.channels * math.prod(self.kernel)
@@ -344,9 +369,9 @@ class Patches:
     def _images(self) -> Tensor:
         return self.images.to(statistics_dtype(self.images.dtype))
 
-    def _padded(self, images: Tensor, copies: int = 1) -> Tensor:
-        """``images`` with zeros around the last ``copies`` sets of spatial directions."""
-        amounts = list(itertools.chain.from_iterable(reversed(self.padding))) * copies
+    def _padded(self, images: Tensor) -> Tensor:
+        """``images`` with zeros around their spatial directions."""
+        amounts = list(itertools.chain.from_iterable(reversed(self.padding)))
         return F.pad(images, amounts) if any(amounts) else images
 
     def _windows(self, images: Tensor) -> Tensor:
@@ -380,29 +405,33 @@ class Patches:
         return gram + 1.0 if self.tail else gram
 
     def _shifted_gram(self) -> Tensor:
-        """Σ over kernel offsets δ of M[o+δ, o'+δ], M the pixels' inner products over channels."""
+        """Σ over kernel offsets δ of M[o+δ, o'+δ], M the pixels' inner products over channels.
+
+        The sum is made one direction after the other, k + k instead of k·k terms for a square kernel.
+        """
         spatial = self.images.shape[2:]
         pixels = self._images().reshape(self.samples, self.groups, self.channels, -1)
         products = (pixels.mT @ pixels).view(self.samples, self.groups, *spatial, *spatial)
-        products = self._padded(products, copies=2)
-        lead = (slice(None), slice(None))
-        shifted = [products[lead + window + window] for window in self._offset_windows()]
-        gram = shifted[0].clone()
-        for products in shifted[1:]:
-            gram += products
-        return gram.view(self.samples, self.groups, self.positions, self.positions)
+        for direction in range(len(spatial)):
+            products = self._summed_over_offsets(products, direction)
+        return products.reshape(self.samples, self.groups, self.positions, self.positions)
 
-    def _offset_windows(self) -> list[tuple[slice, ...]]:
-        """For every kernel offset, the slices of a padded image that it meets."""
-        return [
-            tuple(
-                slice(offset * dilation, offset * dilation + (output - 1) * stride + 1, stride)
-                for offset, dilation, output, stride in zip(
-                    offsets, self.dilation, self.output_size, self.stride, strict=True
-                )
-            )
-            for offsets in itertools.product(*(range(k) for k in self.kernel))
-        ]
+    def _summed_over_offsets(self, products: Tensor, direction: int) -> Tensor:
+        """Σ_δ products[..., s·o + δ, ..., s·o' + δ, ...] along one direction; outside of the image are zeros."""
+        axes = (2 + direction, 2 + direction + len(self.kernel))
+        outputs, stride = self.output_size[direction], self.stride[direction]
+        length, before = self.images.shape[2 + direction], self.padding[direction][0]
+        shape = list(products.shape)
+        shape[axes[0]] = shape[axes[1]] = outputs
+        total = products.new_zeros(shape)
+        for offset in range(self.kernel[direction]):
+            shift = offset * self.dilation[direction] - before
+            first = max(0, -(shift // stride))  # the first o with s·o + shift ≥ 0
+            last = min(outputs, (length - 1 - shift) // stride + 1)
+            if last > first:
+                source = slice(stride * first + shift, stride * (last - 1) + shift + 1, stride)
+                _square(total, axes, slice(first, last)).add_(_square(products, axes, source))
+        return total
 
     def squared_norms(self) -> Tensor:
         """Squared norms of patches: windows summed over the pixels' own."""
@@ -435,6 +464,11 @@ class Normed:
     norms: Tensor
     patches: Patches
     start: int = 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.norms.device
 
     @property
     def samples(self) -> int:
@@ -492,6 +526,11 @@ class Sampled:
     scale: float
 
     @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.factor.device
+
+    @property
     def samples(self) -> int:
         """Number of samples b."""
         return self.factor.samples
@@ -531,6 +570,13 @@ class Sampled:
     def flat(self) -> Sampled:
         """Every position a sample."""
         return replace(self, factor=self.factor.flat())
+
+
+def _square(products: Tensor, axes: tuple[int, int], part: slice) -> Tensor:
+    """The view with the same part of two axes."""
+    index = [slice(None)] * products.dim()
+    index[axes[0]] = index[axes[1]] = part
+    return products[tuple(index)]
 
 
 def gram(factors: Sequence[Factor]) -> Tensor:

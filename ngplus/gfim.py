@@ -27,8 +27,8 @@ from ngplus.factors import Dense, Factor, Sampled, concatenated, gram
 Side = Literal["left", "right"]
 Way = Literal["scaled", "gram", "direct"]
 
-CHUNK = 2**24
-"""Most numbers in one temporary of the construction (64 MiB in float32)."""
+CHUNK = {"cpu": 2**21, "cuda": 2**26}
+"""Most numbers in the temporaries of the construction: on CPUs what stays near the cache, else 256 MiB in float32."""
 
 
 class Part(NamedTuple):
@@ -110,7 +110,8 @@ def second_moment(shape: Shape, parts: Sequence[Part]) -> list[Tensor]:
     build = _WAYS[way]
     cost = _numbers_a_sample(shape, way, short)
     samples = short[0].samples
-    step = max(1, CHUNK // cost) if way != "scaled" else samples
+    chunk_size = CHUNK.get(short[0].device.type, CHUNK["cuda"])
+    step = max(1, chunk_size // cost) if way != "scaled" else samples
     sums: list[Tensor] = []
     for start in range(0, samples, step):
         stop = min(start + step, samples)
@@ -199,6 +200,8 @@ _WAYS: dict[Way, Callable[[Sequence[Factor], Sequence[Factor], Shape], list[Tens
 
 def _outer(left: Tensor, right: Tensor, shape: Shape) -> list[Tensor]:
     """Diagonal blocks of Σᵢ left_i right_iᵀ, for ``left`` and ``right`` of shape (b, groups, p, c)."""
+    if shape.groups == 1 and shape.blocks == (1, 0) and not left.is_cuda:
+        return [_summed_products(left[:, 0], right[:, 0]).unsqueeze(0)]
     first = _samples_last(left)
     second = first if right is left else _samples_last(right)
     whole = shape.short - shape.blocks[1]
@@ -207,6 +210,13 @@ def _outer(left: Tensor, right: Tensor, shape: Shape) -> list[Tensor]:
         torch.bmm(first[:, at].reshape(count, size, -1), second[:, at].reshape(count, size, -1).mT)
         for at, (count, size, _) in zip(rows, shape.stack_shapes, strict=True)
     ]
+
+
+def _summed_products(left: Tensor, right: Tensor) -> Tensor:
+    """Σᵢ left_i right_iᵀ for (b, p, c): without a copy where products are long, as one product where they are short."""
+    if left.shape[2] == 1:
+        return left[:, :, 0].T @ right[:, :, 0]
+    return torch.addbmm(left.new_zeros(()), left, right.mT, beta=0)
 
 
 def _samples_last(factor: Tensor) -> Tensor:
