@@ -12,7 +12,7 @@ Nothing is registered on the model itself, so that it can be copied and pickled 
 
 from __future__ import annotations
 
-import sys
+import threading
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -23,10 +23,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from torch.utils.hooks import RemovableHandle
 
-from ngplus import gfim
+from ngplus import eager, gfim
 from ngplus.gfim import Part, Shape
 from ngplus.layers import AttentionCall, Call, Layer, UnsupportedCall, read_call, weight_argument
 from ngplus.options import LossReduction, Samples
@@ -109,6 +109,14 @@ class _Record:
     opaque: str | None = None
 
 
+class _Inside(threading.local):
+    """Which watched module this thread is inside of: the outermost one, and how often."""
+
+    module: nn.Module | None = None
+    depth: int = 0
+    mode: _Watcher | None = None
+
+
 class Capture:
     """Sums the curvature statistics of a model's layers while it is armed.
 
@@ -136,10 +144,8 @@ class Capture:
         self._records: dict[Layer, _Record] = {}
         self._watched: frozenset[int] = frozenset()
         self._wanted: frozenset[int] = frozenset()
-        self._mode = _Watcher(self)
-        self._entered_by: nn.Module | None = None
+        self._inside = _Inside()
         self._handles: list[RemovableHandle] = []
-        self._eager: Any = None
 
     @property
     def armed(self) -> bool:
@@ -150,7 +156,7 @@ class Capture:
         """Watch the forward passes from now on, for these layers."""
         self._wanted = frozenset(id(layer.weight) for layer in layers)
         self._watched = frozenset(id(module) for module in self._model.modules())
-        self.clear()
+        self._forget()
         if self.armed:
             return
         capture = weakref.ref(self)
@@ -167,23 +173,30 @@ class Capture:
             nn.modules.module.register_module_forward_pre_hook(enter),
             nn.modules.module.register_module_forward_hook(leave, always_call=True),
         ]
-        self._finalizer = weakref.finalize(self, _remove, self._handles)
-        if "torch._dynamo" in sys.modules:
-            self._force_eager()
+        eager.hold()
+        self._finalizer = weakref.finalize(self, _release, self._handles)
+        self._finalizer.atexit = False
 
     def disarm(self) -> None:
         """Stop watching and forget everything."""
         if self.armed:
             self._finalizer()
             self._handles = []
-        if self._eager is not None:
-            self._eager.__exit__(None, None, None)
-            self._eager = None
-        self.clear()
+        self._forget()
 
     def clear(self) -> None:
-        """Forget what was summed so far."""
+        """Forget what was summed so far, but not the forward passes whose backward is still to come."""
+        for record in self._records.values():
+            record.statistic = Statistic(record.statistic.shape)
+            record.parts = []
+
+    def _forget(self) -> None:
+        """Forget forward passes too, and leave one that was cut short by something like `KeyboardInterrupt`."""
         self._records = {}
+        inside = self._inside
+        if inside.mode is not None and _get_current_function_mode() is inside.mode:  # type: ignore[no-untyped-call]
+            inside.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        inside.module = inside.mode = None
 
     def collect(self) -> dict[Layer, Statistic]:
         """What was summed since the last `clear`, for the layers whose gradients came back."""
@@ -199,23 +212,22 @@ class Capture:
         """The layers whose weight was used in a way that is not understood, with the reason."""
         return {layer: record.opaque for layer, record in self._records.items() if record.opaque is not None}
 
-    def _force_eager(self) -> None:
-        """Run compiled modules uncompiled while armed: compiled code calls no function that could be seen."""
-        if self._eager is None:
-            self._eager = torch.compiler.set_stance("force_eager")
-
     def _enter(self, module: nn.Module) -> None:
-        if self._entered_by is not None or id(module) not in self._watched or not torch.is_grad_enabled():
-            return
-        if type(module).__name__ == "OptimizedModule":
-            self._force_eager()
-        self._entered_by = module
-        self._mode.__enter__()  # type: ignore[no-untyped-call]
+        inside = self._inside
+        if inside.module is module:
+            inside.depth += 1
+        elif inside.module is None and id(module) in self._watched and torch.is_grad_enabled():
+            inside.module, inside.depth, inside.mode = module, 1, _Watcher(self)
+            inside.mode.__enter__()  # type: ignore[no-untyped-call]
 
     def _leave(self, module: nn.Module) -> None:
-        if module is self._entered_by:
-            self._entered_by = None
-            self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        inside = self._inside
+        if inside.module is not module or inside.mode is None:
+            return
+        inside.depth -= 1
+        if inside.depth == 0:
+            inside.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            inside.module = inside.mode = None
 
     def _layer_of(self, argument: Any) -> Layer | None:
         """The wanted layer whose weight this is, or is a view of."""
@@ -271,6 +283,7 @@ class Capture:
         backward = torch._C._current_graph_task_id()
         if record.backward != backward:
             self._reduce(record)
+            self._drop_stale(record)
             record.backward = backward
         record.pending.discard(use)
         with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
@@ -278,6 +291,11 @@ class Capture:
         use.call.source = None
         if not record.pending or self._sampling.samples == "rows":
             self._reduce(record)
+
+    def _drop_stale(self, record: _Record) -> None:
+        """Drop the sums of a backward whose gradients are gone: a skipped step, then ``model.zero_grad()``."""
+        if record.layer.weight.grad is None and record.statistic.used:
+            record.statistic = Statistic(record.statistic.shape)
 
     def _reduce(self, record: _Record) -> None:
         """Sum the samples of the parts that are back; parts of equally many samples are uses by the same ones."""
@@ -355,7 +373,7 @@ class _Watcher(TorchFunctionMode):
         if func is F.multi_head_attention_forward:
             return self._inside_attention(args, kwargs)
         output = func(*args, **kwargs)
-        if (capture := self._capture()) is not None:
+        if (capture := self._capture()) is not None and capture.armed:
             capture.look(func, args, kwargs, output, self._attention)
         return output
 
@@ -380,9 +398,10 @@ def _undispatched(function: Any) -> Callable[..., Any]:
     return copy
 
 
-def _remove(handles: Iterable[RemovableHandle]) -> None:
+def _release(handles: Iterable[RemovableHandle]) -> None:
     for handle in handles:
         handle.remove()
+    eager.release()
 
 
 def _flat(arguments: Iterable[Any]) -> Iterator[Any]:
