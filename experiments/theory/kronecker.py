@@ -1,0 +1,133 @@
+"""How well the Kronecker forms of NG+, K-FAC and Shampoo stand for the empirical Fisher matrix of a layer.
+
+Nothing here forms the mn×mn matrix: norms, inner products and the exact damped direction come from the N×N
+Gram matrix of the samples' gradients, so that any layer of any size can be looked at.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# λ as a share of the EFIM's largest eigenvalue, at which directions are compared.
+DAMPINGS = (0.01, 0.1, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSamples:
+    """The factors of (8) of N samples, G_i = G_iᵀA_i summed over κ positions; a bias is one column of A.
+
+    Attributes:
+        name: of the layer.
+        g: output gradients, (N, κ, m), float64.
+        a: inputs, (N, κ, n), float64.
+        held_out: the mean gradient of other samples, (m, n): what is preconditioned.
+    """
+
+    name: str
+    g: Tensor
+    a: Tensor
+    held_out: Tensor
+
+    def gradients(self) -> Tensor:
+        """𝒢_i: (N, κ, m) x (N, κ, n) -> (N, m, n)."""
+        return torch.einsum("bkm,bkn->bmn", self.g, self.a)
+
+
+class Kronecker(NamedTuple):
+    """right ⊗ left, which acts on vec(G) as left · G · right."""
+
+    left: Tensor  # (m, m)
+    right: Tensor  # (n, n)
+
+    def squared_norm(self) -> float:
+        """‖right ⊗ left‖_F²."""
+        return float(self.left.square().sum() * self.right.square().sum())
+
+    def inner(self, gradients: Tensor) -> float:
+        """⟨EFIM, right ⊗ left⟩ = (1/N) Σ tr(G_iᵀ left G_i right)."""
+        return float(((self.left @ gradients) * (gradients @ self.right)).sum() / len(gradients))
+
+    def direction(self, G: Tensor, damping: float) -> Tensor:
+        """(λI + right ⊗ left)⁻¹ vec(G) as a matrix, in the factors' eigenbases."""
+        values, Q = torch.linalg.eigh(self.left)
+        others, P = torch.linalg.eigh(self.right)
+        spectrum = values.clamp(min=0)[:, None] * others.clamp(min=0)[None, :] + damping
+        return Q @ ((Q.mT @ G @ P) / spectrum) @ P.mT
+
+
+def matrix_power(matrix: Tensor, power: float) -> Tensor:
+    """A power of a positive semidefinite matrix."""
+    values, Q = torch.linalg.eigh(matrix)
+    return (Q * values.clamp(min=0) ** power) @ Q.mT
+
+
+def kronecker_forms(samples: LayerSamples, gradients: Tensor) -> dict[str, Kronecker]:
+    """Each method's Kronecker form of the EFIM.
+
+    NG+ is I ⊗ L/n or R/m ⊗ I; printed, (10), it is I ⊗ L. K-FAC for κ > 1 takes positions as independent,
+    (Σ_t a aᵀ) ⊗ (Σ_t g gᵀ)/κ. Shampoo's L̂^{-1/4} G R̂^{-1/4} is the inverse root of R^{1/2} ⊗ L^{1/2}.
+    """
+    N, kappa, m = samples.g.shape
+    n = samples.a.shape[2]
+    L = torch.einsum("bmn,bpn->mp", gradients, gradients) / N
+    R = torch.einsum("bmn,bmp->np", gradients, gradients) / N
+    S, A = (torch.einsum("bki,bkj->ij", factor, factor) / N for factor in (samples.g, samples.a))
+    eye_m, eye_n = (torch.eye(size, dtype=L.dtype) for size in (m, n))
+    return {
+        "NG+ (10) as printed": Kronecker(L, eye_n),
+        "NG+ left, I ⊗ L/n": Kronecker(L / n, eye_n),
+        "NG+ right, R/m ⊗ I": Kronecker(eye_m, R / m),
+        "K-FAC": Kronecker(S / kappa, A),
+        "Shampoo": Kronecker(matrix_power(L, 0.5), matrix_power(R, 0.5)),
+    }
+
+
+def natural_direction(gradients: Tensor, G: Tensor, damping: float) -> Tensor:
+    """(λI + EFIM)⁻¹ vec(G), exactly, through the N×N Gram matrix: (vec(G) − Vᵀ(NλI + VVᵀ)⁻¹V vec(G))/λ."""
+    V = gradients.flatten(1)  # (N, mn)
+    gram = V @ V.mT + len(V) * damping * torch.eye(len(V), dtype=V.dtype)
+    return (G - (V.mT @ torch.linalg.solve(gram, V @ G.flatten())).view_as(G)) / damping
+
+
+def cosine(first: Tensor, second: Tensor) -> float:
+    """The cosine of the angle between two matrices."""
+    return float((first * second).sum() / (first.norm() * second.norm()))
+
+
+def compare(samples: LayerSamples, dampings: Sequence[float] = DAMPINGS) -> list[dict[str, Any]]:
+    """One row a method: relative Frobenius errors and the directions' cosines with the exact one.
+
+    `error` is ‖EFIM − K‖/‖EFIM‖; `error_best_scale` the same for the best multiple of K, √(1 − cos²);
+    `cosine_λ` compares (λI + K)⁻¹G with (λI + EFIM)⁻¹G, λ being that share of the largest eigenvalue.
+    """
+    gradients = samples.gradients()
+    V = gradients.flatten(1)
+    gram = V @ V.mT / len(V)
+    squared, largest = float(gram.square().sum()), float(torch.linalg.eigvalsh(gram)[-1])
+    exact = {share: natural_direction(gradients, samples.held_out, share * largest) for share in dampings}
+    rows = []
+    for method, form in (kronecker_forms(samples, gradients) | {"gradient (no curvature)": None}).items():
+        row: dict[str, Any] = {"layer": samples.name, "method": method, **_sizes(samples)}
+        row |= _errors(form, gradients, squared) if form else {}
+        for share, direction in exact.items():
+            ours = form.direction(samples.held_out, share * largest) if form else samples.held_out
+            row[f"cosine_{share:g}"] = cosine(ours, direction)
+        rows.append(row)
+    return rows
+
+
+def _sizes(samples: LayerSamples) -> Mapping[str, int]:
+    N, kappa, m = samples.g.shape
+    return {"m": m, "n": samples.a.shape[2], "kappa": kappa, "samples": N}
+
+
+def _errors(form: Kronecker, gradients: Tensor, squared: float) -> Mapping[str, float]:
+    """Relative Frobenius errors, from ‖EFIM‖² = ‖gram‖², ⟨EFIM, K⟩ and ‖K‖²."""
+    inner, norm = form.inner(gradients), form.squared_norm()
+    return {
+        "error": max(0.0, 1 + (norm - 2 * inner) / squared) ** 0.5,
+        "error_best_scale": max(0.0, 1 - inner**2 / (squared * norm)) ** 0.5,
+    }
