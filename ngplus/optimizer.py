@@ -137,6 +137,7 @@ class NGPlus(Optimizer):
         self._model, chosen = _model_and_params(model, params, self._options)
         self._base = _make_base(base, chosen, lr, base_options)
         super().__init__(self._base.param_groups, {**self._base.defaults, "damping": damping})
+        _check_whole(self._named_parameters())
         self._share_with_base()
         self._start()
         if not self._layers:
@@ -491,9 +492,8 @@ def _model_and_params(
 ) -> tuple[nn.Module | None, Params]:
     """The model, if it is one, and what `base` is to train."""
     if isinstance(model, nn.Module):
-        chosen = list(model.parameters() if params is None else params)
-        _check_parameters(model)
-        return model, chosen
+        _check_ready(model)
+        return model, list(model.parameters() if params is None else params)
     if options.curvature == "per_sample":
         raise TypeError(
             'curvature="per_sample" watches the layers of a model: NGPlus needs an nn.Module, got '
@@ -504,15 +504,26 @@ def _model_and_params(
     return None, list(model)
 
 
-def _check_parameters(model: nn.Module) -> None:
+def _check_ready(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
-        if type(parameter).__name__ == "DTensor" or type(parameter.data).__name__ == "DTensor":
-            raise TypeError(
-                f"{name} is a DTensor: NG+ needs whole weights and does not work under FSDP2 or tensor parallelism; "
-                "wrap the model in torch.nn.parallel.DistributedDataParallel instead"
-            )
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise ValueError(f"{name} has no shape yet: run the model once before making the optimizer")
+        if parameter.is_meta:
+            raise ValueError(f"{name} is on the meta device: give it memory (to_empty) before making the optimizer")
+    if sharded := [name for name, m in model.named_modules() if type(m).__name__ == "FullyShardedDataParallel"]:
+        raise TypeError(f"{sharded[0] or 'the model'} is wrapped in FullyShardedDataParallel: {_WHOLE_WEIGHTS}")
+
+
+def _check_whole(named: Iterable[tuple[str, Tensor]]) -> None:
+    for name, parameter in named:
+        if "DTensor" in (type(parameter).__name__, type(parameter.data).__name__):
+            raise TypeError(f"{name} is a DTensor: {_WHOLE_WEIGHTS}")
+
+
+_WHOLE_WEIGHTS = (
+    "NG+ needs whole weights and does not work under FSDP or tensor parallelism; "
+    "wrap the model in torch.nn.parallel.DistributedDataParallel instead"
+)
 
 
 def _make_base(base: Any, params: Params, lr: Any, options: dict[str, Any]) -> Optimizer:
