@@ -128,9 +128,8 @@ def _mark_target(row: np.ndarray, target: float | None) -> None:
         return
     for ax in row:
         ax.axhline(target, color="#333333", linestyle=(0, (4, 3)), linewidth=1.0)
-    row[0].annotate(
-        f"target {target:g}", (1, target), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8
-    )
+    place = {"xycoords": ("axes fraction", "data"), "ha": "left", "va": "bottom", "fontsize": 8}
+    row[0].annotate(f"target {target:g}", (0.01, target), **place)
 
 
 def _seeds(comparable: Comparable) -> str:

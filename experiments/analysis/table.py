@@ -124,7 +124,7 @@ def _terminal(frame: pd.DataFrame) -> str:
         table.add_row(*(cell.replace(" ± ", "±") for cell in row))
     # A string is asked for, so no colours: it may be piped or kept.
     console = Console(file=StringIO(), width=WIDTH, highlight=False, markup=False)
-    console.print(_title(frame), "", sep="\n")
+    console.print(_title(frame))
     console.print(table)
     for note in _notes(frame):
         console.print(note)
