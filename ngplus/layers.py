@@ -224,6 +224,8 @@ def _linear(
 ) -> Call:
     first_row, full_size = _rows_of(layer, weight)
     tail = _tail(layer, bias)
+    if attention is None and input.dim() > 2:
+        _check_batch_dim(layer, input, input.dim() - 1)
 
     def positions_last(tensor: Tensor) -> Tensor:
         """(b, 1, features, κ), whatever the layout of a linear layer's input or output."""
@@ -233,10 +235,6 @@ def _linear(
         batch_dim = 1 if attention is not None else layer.batch_dim
         if tensor.dim() <= 2:
             return tensor.reshape(-1, 1, features, 1)
-        if not 0 <= batch_dim < tensor.dim() - 1:
-            raise ValueError(
-                f"batch_dim={batch_dim} is no sample dimension of {layer.name}'s input {tuple(tensor.shape)}"
-            )
         return tensor.movedim(batch_dim, 0).flatten(1, -2).mT.unsqueeze(1)
 
     def factors(source: Tensor, gradient: Tensor) -> Part:
@@ -244,6 +242,13 @@ def _linear(
         return Part(rows=rows, columns=Dense(positions_last(source), tail=tail))
 
     return Call(layer, input, factors)
+
+
+def _check_batch_dim(layer: Layer, input: Tensor, dimensions: int) -> None:
+    if not 0 <= layer.batch_dim < dimensions:
+        raise ValueError(
+            f"batch_dim={layer.batch_dim} is no sample dimension of {layer.name}'s input {tuple(input.shape)}"
+        )
 
 
 def _convolution(
@@ -307,6 +312,8 @@ def _embedding(
         raise UnsupportedCall("is an embedding with scale_grad_by_freq, which no sample's gradient has")
     if weight is not layer.weight:
         raise UnsupportedCall("is an embedding of a part of the table")
+    if input.dim() > 1:
+        _check_batch_dim(layer, input, input.dim())
     tail = _tail(layer, None)
     rows_of_table = weight.shape[0]
 
