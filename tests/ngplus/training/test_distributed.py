@@ -1,0 +1,314 @@
+"""`DistributedDataParallel` over two processes, compared with one process on the joint batch."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from problems import SETTINGS, Problem, attentive, convolutional, distance, flat, perceptron
+from processes import Team
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ngplus import NGPlus
+
+
+@pytest.fixture(scope="module")
+def team():
+    team = Team()
+    yield team
+    team.close()
+
+
+def share(problem: Problem, first: int | None = None) -> slice:
+    """This process's samples: ``first`` of them for process 0, by default half."""
+    cut = len(problem.inputs) // 2 if first is None else first
+    return slice(0, cut) if dist.get_rank() == 0 else slice(cut, None)
+
+
+def outcome(model: nn.Module, optimizer: NGPlus) -> dict:
+    """What the processes must agree on, to the bit."""
+    curvature = {
+        name.removeprefix("module."): [tensor.clone() for tensor in state.tensors()]
+        for name, state in optimizer.curvature.items()
+    }
+    return {"model": model, "curvature": curvature, "skipped": optimizer.skipped_steps}
+
+
+def agree(outcomes: list[dict]) -> dict:
+    """The outcome of all processes, which must be the same to the bit."""
+    first, second = outcomes
+    assert torch.equal(flat(first["model"]), flat(second["model"]))
+    assert first["curvature"].keys() == second["curvature"].keys()
+    for name, tensors in first["curvature"].items():
+        assert all(torch.equal(a, b) for a, b in zip(tensors, second["curvature"][name], strict=True)), name
+    assert first["skipped"] == second["skipped"]
+    return first
+
+
+def train_together(make, settings, wrapping, steps=4, watched="whole"):
+    problem = make()
+    parallel = DistributedDataParallel(problem.model, **wrapping)
+    optimizer = NGPlus(parallel if watched == "whole" else problem.model, **{**SETTINGS, **settings})
+    for _ in range(steps):
+        problem.loss(parallel, share(problem)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return outcome(problem.model, optimizer)
+
+
+def train_alone(problem, settings, steps=4):
+    optimizer = NGPlus(problem.model, **{**SETTINGS, **settings})
+    for _ in range(steps):
+        problem.loss(problem.model).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return problem.model
+
+
+@pytest.mark.parametrize("make", [perceptron, convolutional, attentive])
+@pytest.mark.parametrize("settings", [{}, {"ema": 0.7}, {"ema": 0.7, "block_size": 3}], ids=str)
+def test_two_processes_are_one_on_the_joint_batch(team, make, settings):
+    together = agree(team.run(train_together, make, settings, {}))
+    assert distance(together["model"], make().plain_run(4, **settings)) < 1e-10
+
+
+@pytest.mark.parametrize(
+    "wrapping",
+    [
+        {"static_graph": True},
+        {"find_unused_parameters": True},
+        {"gradient_as_bucket_view": True},
+        {"static_graph": True, "gradient_as_bucket_view": True},
+        {"bucket_cap_mb": 0.0001},
+    ],
+    ids=str,
+)
+def test_the_options_of_ddp_do_not_matter(team, wrapping):
+    together = agree(team.run(train_together, attentive, {}, wrapping))
+    assert distance(together["model"], attentive().plain_run(4)) < 1e-10
+
+
+def test_the_optimizer_may_be_made_of_the_model_inside(team):
+    together = agree(team.run(train_together, perceptron, {}, {}, 4, "inner"))
+    assert distance(together["model"], perceptron().plain_run(4)) < 1e-10
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"curvature": "mini_batch"},
+        {"curvature": "mini_batch", "ema": 0.5, "block_size": 2},
+        {"samples": "rows"},
+        {"solver": "low_rank"},
+        {"damping_rule": "released"},
+    ],
+    ids=str,
+)
+def test_the_other_variants_are_one_process_on_the_joint_batch_too(team, settings):
+    together = agree(team.run(train_together, perceptron, settings, {}))
+    assert distance(together["model"], train_alone(perceptron(), settings)) < 1e-10
+
+
+def train_with_unequal_shares(make):
+    problem = make()
+    parallel = DistributedDataParallel(problem.model)
+    optimizer = NGPlus(parallel, lr=1e-9, damping=0.3, update_every=1)
+    problem.loss(parallel, share(problem, first=1)).backward()
+    optimizer.step()
+    return outcome(problem.model, optimizer)
+
+
+def test_every_sample_counts_the_same_where_batches_are_unequal(team):
+    together = agree(team.run(train_with_unequal_shares, perceptron))
+    joint = perceptron()
+    optimizer = NGPlus(joint.model, lr=1e-9, damping=0.3, update_every=1, solver="dense")
+    joint.loss(joint.model).backward()
+    optimizer.step()
+    for name, [inverse] in together["curvature"].items():
+        assert torch.allclose(inverse, optimizer.curvature[name].tensors()[0], rtol=1e-9)
+
+
+class Branches(nn.Module):
+    """A trunk, and a branch that some batches leave out: those whose first number is positive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.branch = nn.Linear(5, 3), nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.trunk(x) if x[0, 0] > 0 else self.trunk(x) + self.branch(x)
+
+
+def branching(signs: tuple[int, ...]) -> Problem:
+    """Six samples; the sign of each one's first number."""
+    problem = perceptron()
+    torch.manual_seed(1)
+    problem.model = Branches().double()
+    problem.inputs[:, 0] = problem.inputs[:, 0].abs() * torch.tensor(signs).double()
+    return problem
+
+
+def train_branches(signs, steps=4, **settings):
+    problem = branching(signs)
+    parallel = DistributedDataParallel(problem.model, find_unused_parameters=True)
+    optimizer = NGPlus(parallel, **{**SETTINGS, **settings})
+    for _ in range(steps):
+        problem.loss(parallel, share(problem)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return outcome(problem.model, optimizer)
+
+
+def test_a_layer_that_no_process_uses_has_no_curvature_and_holds_nobody_up(team):
+    together = agree(team.run(train_branches, (1, 1, 1, 1, 1, 1)))
+    assert set(together["curvature"]) == {"trunk.weight"}
+    assert torch.equal(together["model"].branch.weight, branching((1,) * 6).model.branch.weight)
+
+
+def test_a_layer_that_one_process_uses_gets_the_curvature_of_its_samples(team):
+    together = agree(team.run(train_branches, (-1, -1, -1, 1, 1, 1), 1))
+    assert set(together["curvature"]) == {"trunk.weight", "branch.weight"}
+    alone = branching((-1, -1, -1, 1, 1, 1))
+    alone.inputs, alone.targets = alone.inputs[:3], alone.targets[:3]
+    optimizer = NGPlus(alone.model, **SETTINGS, solver="dense")
+    alone.loss(alone.model).backward()
+    optimizer.step()
+    [ours], [theirs] = together["curvature"]["branch.weight"], optimizer.curvature["branch.weight"].tensors()
+    assert torch.allclose(ours, theirs, rtol=1e-9)
+
+
+def train_late_branch():
+    """The branch is first used on the second step, which is no curvature step."""
+    problem = branching((1,) * 6)
+    parallel = DistributedDataParallel(problem.model, find_unused_parameters=True)
+    optimizer = NGPlus(parallel, **{**SETTINGS, "update_every": 3})
+    for step in range(5):
+        if step == 1:
+            problem.inputs[:, 0] *= -1
+        problem.loss(parallel, share(problem)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return outcome(problem.model, optimizer)
+
+
+def test_a_layer_that_is_used_later_gets_its_curvature_on_the_next_curvature_step(team):
+    together = agree(team.run(train_late_branch))
+    assert set(together["curvature"]) == {"trunk.weight", "branch.weight"}
+
+
+def train_with_nan(rank, curvature):
+    problem = perceptron()
+    parallel = DistributedDataParallel(problem.model)
+    optimizer = NGPlus(parallel, **{**SETTINGS, "update_every": 3}, curvature=curvature)
+    for step in range(4):
+        loss = problem.loss(parallel, share(problem))
+        if step in (0, 2) and dist.get_rank() == rank:
+            loss = loss * float("nan")
+        before = flat(problem.model)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert torch.equal(flat(problem.model), before) == (step in (0, 2))
+    return outcome(problem.model, optimizer)
+
+
+@pytest.mark.parametrize("curvature", ["per_sample", "mini_batch"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_nan_in_one_process_makes_all_skip(team, rank, curvature):
+    together = agree(team.run(train_with_nan, rank, curvature))
+    assert together["skipped"] == 2
+    assert set(together["curvature"]) == {"0.weight", "2.weight"}
+    assert torch.isfinite(flat(together["model"])).all()
+
+
+def train_with_no_sync():
+    problem = perceptron(samples=8)
+    parallel = DistributedDataParallel(problem.model)
+    optimizer = NGPlus(parallel, **SETTINGS)
+    own = share(problem)
+    first, second = slice(own.start, own.start + 2), slice(own.start + 2, own.start + 4)
+    for _ in range(4):
+        with parallel.no_sync():
+            (problem.loss(parallel, first) / 2).backward()
+        (problem.loss(parallel, second) / 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return outcome(problem.model, optimizer)
+
+
+def test_accumulation_without_synchronising_is_one_batch(team):
+    together = agree(team.run(train_with_no_sync))
+    assert distance(together["model"], perceptron(samples=8).plain_run(4)) < 1e-10
+
+
+def resume_together():
+    problem = convolutional()
+    parallel = DistributedDataParallel(problem.model)
+    optimizer = NGPlus(parallel, **SETTINGS, ema=0.5, momentum=0.9)
+
+    def steps(count):
+        for _ in range(count):
+            problem.loss(parallel, share(problem)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    steps(3)
+    kept, weights = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(problem.model.state_dict())
+    steps(3)
+    expected = flat(problem.model)
+    problem.model.load_state_dict(weights)
+    optimizer = NGPlus(parallel, **SETTINGS, ema=0.5, momentum=0.9)
+    optimizer.load_state_dict(kept)
+    steps(3)
+    assert torch.equal(flat(problem.model), expected)
+    return outcome(problem.model, optimizer)
+
+
+def test_saved_and_loaded_processes_go_on_to_the_bit(team):
+    agree(team.run(resume_together))
+
+
+def train_unfactorisable():
+    """Curvature of rank below its side, beside which the damping is lost to rounding."""
+    problem = perceptron(samples=2)
+    parallel = DistributedDataParallel(problem.model)
+    optimizer = NGPlus(parallel, lr=1e-300, damping=1e-18, update_every=1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        problem.loss(parallel, share(problem)).backward()
+        optimizer.step()
+    warned = [str(w.message) for w in caught if "damping" in str(w.message)]
+    return {**outcome(problem.model, optimizer), "warned": warned}
+
+
+def test_all_processes_raise_the_damping_alike(team):
+    first, second = team.run(train_unfactorisable)
+    agree([first, second])
+    assert first["warned"] == second["warned"]
+    assert first["warned"]
+
+
+def fully_sharded():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+    model = perceptron().model
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    errors = []
+    for make in (lambda: NGPlus(model), lambda: NGPlus(model.parameters(), curvature="mini_batch")):
+        with pytest.raises(TypeError) as caught:
+            make()
+        errors.append(str(caught.value))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        old = FullyShardedDataParallel(perceptron().model, use_orig_params=True, device_id=torch.device("cpu"))
+    with pytest.raises(TypeError) as caught:
+        NGPlus(old)
+    return [*errors, str(caught.value)]
+
+
+def test_fully_sharded_weights_are_refused_with_the_wrapping_that_works(team):
+    for errors in team.run(fully_sharded):
+        assert all("DistributedDataParallel" in error and "FSDP" in error for error in errors), errors
