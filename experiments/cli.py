@@ -24,10 +24,12 @@ app = typer.Typer(
 TaskName = Annotated[str, typer.Argument(metavar="TASK", help="The task, e.g. resnet50-imagenet; see `list`.")]
 Scale = Annotated[
     str,
-    typer.Option(help="How big: tiny (minutes on 2 cores), small (hours), or paper (the paper's settings)."),
+    typer.Option(
+        metavar="SCALE", help="How big: tiny (minutes on 2 cores), small (hours), or paper (the paper's settings)."
+    ),
 ]
-DataDir = Annotated[Path, typer.Option(help="Where datasets lie.")]
-ResultsDir = Annotated[Path, typer.Option(help="Where records, tables and figures lie.")]
+DataDir = Annotated[Path, typer.Option(metavar="DIR", help="Where datasets lie.")]
+ResultsDir = Annotated[Path, typer.Option(metavar="DIR", help="Where records, tables and figures lie.")]
 
 
 def main() -> None:
@@ -41,12 +43,14 @@ def run_command(
     scale: Scale = "tiny",
     optimizer: Annotated[
         list[str] | None,
-        typer.Option(help="An optimizer of the recipe; may be repeated. Default: all of them."),
+        typer.Option(metavar="NAME", help="An optimizer of the recipe; may be repeated. Default: all of them."),
     ] = None,
     seed: Annotated[
-        list[int] | None, typer.Option(help="A seed; may be repeated. Default: the recipe's seeds.")
+        list[int] | None, typer.Option(metavar="N", help="A seed; may be repeated. Default: the recipe's seeds.")
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="Stop after this many epochs.")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(metavar="N", help="Train this many epochs instead of the recipe's.")
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option(
@@ -56,19 +60,22 @@ def run_command(
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Run again what is finished; start over what is not.")] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu or cuda.")] = "auto",
     data_dir: DataDir = Path("data"),
     results_dir: ResultsDir = Path("results"),
     checkpoint_dir: Annotated[
-        Path | None, typer.Option(help="Where checkpoints lie. Default: checkpoints/ in the results.")
+        Path | None, typer.Option(metavar="DIR", help="Where checkpoints lie. Default: checkpoints/ in the results.")
     ] = None,
+    checkpoint_every: Annotated[
+        float, typer.Option(metavar="SECONDS", help="Time between checkpoints inside an epoch.")
+    ] = 60.0,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard files.")] = False,
 ) -> None:
-    """Train a task with some optimizers from some seeds, and record each run.
+    """Train a task, and record each run.
 
-    What is finished is not run again, and what was interrupted goes on where it stopped. Several runs go
-    one after the other, all optimizers for the first seed, then all for the next. Under torchrun, the
-    processes train each run together.
+    One run is one optimizer from one seed. What is finished is not run again, and what was interrupted goes on
+    where it stopped. Several runs go one after the other, all optimizers for the first seed, then all for the
+    next. Under torchrun, the processes train each run together.
     """
     overrides = (*(set_ or ()), *([f"run.epochs={epochs}"] if epochs is not None else ()))
     recipe = load_recipe(task, scale, overrides=overrides)
@@ -77,6 +84,7 @@ def run_command(
         data_dir=data_dir,
         results_dir=results_dir,
         checkpoint_dir=checkpoint_dir,
+        checkpoint_every_s=checkpoint_every,
         force=force,
         tensorboard=tensorboard,
     )
@@ -91,7 +99,7 @@ def run_command(
 
 @app.command("list")
 def list_command(results_dir: ResultsDir = Path("results")) -> None:
-    """List the tasks with their scales, optimizers and runs, and the datasets that can be fetched."""
+    """List tasks, recorded runs and datasets."""
     listing.print_tasks(results_dir)
     listing.print_datasets()
 
@@ -103,11 +111,11 @@ def table_command(
     ] = None,
     scale: Scale = "tiny",
     format_: Annotated[
-        Literal["terminal", "markdown"], typer.Option("--format", help="How to print the table.")
+        Literal["terminal", "markdown", "latex"], typer.Option("--format", help="How to print the table.")
     ] = "terminal",
     results_dir: ResultsDir = Path("results"),
 ) -> None:
-    """Compare the optimizers of the runs that are recorded.
+    """Compare the optimizers that were run.
 
     Prints the table, and writes comparison.csv and the curves beside the runs. Never starts a run.
     """
@@ -127,7 +135,10 @@ def data_command(
     name: Annotated[str, typer.Argument(metavar="NAME", help="The dataset, e.g. fashion-mnist; see `list`.")],
     data_dir: DataDir = Path("data"),
 ) -> None:
-    """Fetch a dataset, check it, and keep it, so that runs need no network afterwards."""
+    """Fetch a dataset and check it.
+
+    It is kept, so that runs need no network afterwards.
+    """
     if name not in PREPARE:
         raise UserError(f"data = {name!r}: there is no such dataset; {one_of(PREPARE)}")
     typer.echo(f"{name}: {PREPARE[name](data_dir)}")

@@ -20,11 +20,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-from experiments import tasks
 from experiments.errors import UserError
 from experiments.optimizers import entry_of
 from experiments.schedules import Constant, DampingSchedule, LRSchedule
 from experiments.settings import SettingsError, one_of, plain, read_settings
+from experiments.tasks import TASKS
 from experiments.tasks.protocol import Split
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -90,7 +90,7 @@ class Recipe:
 
     Attributes:
         task: the task's name.
-        scale: one of `SCALES`.
+        scale: one of `SCALES`, which may carry a suffix.
         path: the file.
         task_settings: the ``[task]`` table, for the task to check.
         run: the ``[run]`` table.
@@ -122,7 +122,7 @@ def load_recipe(task: str, scale: str, *, overrides: Sequence[str] = (), folder:
 
     Args:
         task: the task's name.
-        scale: one of `SCALES`.
+        scale: one of `SCALES`, which may carry a suffix.
         overrides: values that replace the file's, e.g. ``"optimizers.sgd.lr=0.2"``.
         folder: where the recipes lie, by default this package's own.
 
@@ -150,13 +150,14 @@ def load_recipe(task: str, scale: str, *, overrides: Sequence[str] = (), folder:
 
 
 def scales_of(task: str, folder: Path | None = None) -> list[str]:
-    """The scales that a task has a recipe for."""
-    return [scale for scale in SCALES if ((folder or RECIPES) / task / f"{scale}.toml").is_file()]
+    """The scales that a task has a recipe for, small to large; one may carry a suffix, as ``paper-2048`` does."""
+    found = {path.stem: path.stem.partition("-")[0] for path in ((folder or RECIPES) / task).glob("*.toml")}
+    return sorted((name for name in found if found[name] in SCALES), key=lambda name: (SCALES.index(found[name]), name))
 
 
 def _path_of(task: str, scale: str, folder: Path) -> Path:
-    if task not in tasks.TASKS:
-        raise SettingsError(f"task = {task!r}: there is no such task; {one_of(tasks.TASKS)}")
+    if task not in TASKS:
+        raise SettingsError(f"task = {task!r}: there is no such task; {one_of(TASKS)}")
     there = scales_of(task, folder)
     if scale not in there:
         raise SettingsError(f"scale = {scale!r}: {task} has no recipe for it; {one_of(there)}")

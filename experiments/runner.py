@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from experiments import tasks
 from experiments.checkpoint import CheckpointError, checkpoint_path
 from experiments.errors import UserError
 from experiments.parallel import choose_device, join_workers
@@ -30,6 +29,7 @@ from experiments.records import (
     record_path,
 )
 from experiments.settings import one_of
+from experiments.tasks import TASKS
 from experiments.training import CheckpointPlan, Training
 
 # Settings that say which runs there are, or how a run is judged, but change no number in it.
@@ -75,7 +75,7 @@ def run(recipe: Recipe, optimizer: str, seed: int, options: RunOptions) -> Run:
         return done
     record = _record_of(recipe, optimizer, seed, options)
     before = None if options.force else workers.from_first(lambda: _previous(record))
-    task = tasks.TASKS[recipe.task](recipe.task_settings, scale=recipe.scale, data_dir=options.data_dir)
+    task = TASKS[recipe.task](recipe.task_settings, scale=recipe.scale, data_dir=options.data_dir)
     device = choose_device(options.device, workers.local_rank)
     training = Training(recipe, optimizer, seed, task=task, device=device, workers=workers)
     manifest = workers.from_first(lambda: _manifest(recipe, optimizer, training))

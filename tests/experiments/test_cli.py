@@ -1,0 +1,111 @@
+import sys
+
+import pytest
+
+from experiments import cli, jobs
+from experiments.data import PREPARE, DataFileError
+from experiments.records import read_run
+from experiments.tasks import TASKS
+
+pytestmark = pytest.mark.usefixtures("recipes")
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path):
+    """Run a command line; returns its exit status and what it printed."""
+
+    def call(*arguments: object):
+        monkeypatch.setattr(sys, "argv", ["experiments", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        printed = capsys.readouterr()
+        return exit_.value.code, printed.out, printed.err
+
+    monkeypatch.setenv("COLUMNS", "200")
+    return call
+
+
+def test_run_takes_the_optimizer_seed_and_epochs_it_is_given(command, tmp_path):
+    status, out, _ = command(
+        "run", "toy", "--optimizer", "sgd", "--seed", 4, "--epochs", 1, "--set", "optimizers.sgd.lr=0.3",
+        "--results-dir", tmp_path, "--checkpoint-dir", tmp_path / "saved",
+    )  # fmt: skip
+    assert status == 0
+    assert "sgd seed 4: epoch 1/1" in out
+    record = read_run(tmp_path / "toy" / "tiny" / "runs" / "sgd-seed4.jsonl")
+    assert (record.manifest.epochs, record.manifest.recipe["optimizer"]["lr"]) == (1, 0.3)
+    assert (tmp_path / "saved" / "toy" / "tiny" / "sgd-seed4.pt").exists()
+
+
+def test_optimizers_take_turns_seed_by_seed(command, monkeypatch, tmp_path):
+    started = []
+    monkeypatch.setattr(jobs, "_run_apart", lambda job: started.append((job.optimizer, job.seed)))
+    assert command("run", "toy", "--optimizer", "sgd", "--optimizer", "adam", "--results-dir", tmp_path)[0] == 0
+    assert started == [("sgd", 0), ("adam", 0), ("sgd", 1), ("adam", 1)]
+
+
+def test_a_finished_run_is_said_to_be_finished(command, tmp_path):
+    arguments = ("run", "toy", "--optimizer", "sgd", "--seed", 0, "--results-dir", tmp_path)
+    command(*arguments)
+    status, out, _ = command(*arguments)
+    assert status == 0
+    assert out == f"sgd seed 0: finished before, see {tmp_path}/toy/tiny/runs/sgd-seed0.jsonl\n"
+    _, out, _ = command(*arguments, "--force")
+    assert "epoch 3/3" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "toys"], "error: task = 'toys': there is no such task; must be one of resnet50-imagenet, toy"),
+        (["run", "toy", "--scale", "big"], "error: scale = 'big': toy has no recipe for it; must be one of tiny"),
+        (["run", "toy", "--optimizer", "lion"], "must be one of adam, ngplus, sgd"),
+        (["run", "toy", "--set", "optimizers.sgd.size=1"], "[optimizers.sgd]: size = 1: unknown key"),
+        (["run", "toy", "--epochs", "0"], "[run]: epochs = 0: must be at least 1"),
+        (["run", "toy", "--optimizer", "sgd", "--seed", "0", "--device", "tpu"], "must be one of auto, cpu, cuda"),
+        (["data", "mnist"], "error: data = 'mnist': there is no such dataset; must be one of fashion-mnist"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(command, tmp_path, arguments, message):
+    status, _, err = command(*arguments, *(["--results-dir", tmp_path] if arguments[0] == "run" else []))
+    assert status == 2
+    assert len(err.splitlines()) == 1
+    assert message in err
+
+
+def test_a_missing_data_file_is_one_line_and_status_2(command, monkeypatch):
+    def missing(_):
+        raise DataFileError("x.gz is missing")
+
+    monkeypatch.setitem(PREPARE, "fashion-mnist", missing)
+    assert command("data", "fashion-mnist") == (2, "", "error: x.gz is missing\n")
+
+
+def test_data_says_where_it_lies(command, monkeypatch, tmp_path):
+    monkeypatch.setitem(PREPARE, "fashion-mnist", lambda folder: folder / "fashion-mnist")
+    status, out, _ = command("data", "fashion-mnist", "--data-dir", tmp_path)
+    assert (status, out) == (0, f"fashion-mnist: {tmp_path}/fashion-mnist\n")
+
+
+def test_list_names_tasks_scales_optimizers_runs_and_datasets(command, monkeypatch, tmp_path):
+    for name in set(TASKS) - {"toy"}:
+        monkeypatch.delitem(TASKS, name)
+    command("run", "toy", "--optimizer", "sgd", "--seed", 4, "--results-dir", tmp_path)
+    (tmp_path / "toy" / "tiny" / "runs" / "adam-seed0.jsonl").write_text("{}\n")
+    status, out, _ = command("list", "--results-dir", tmp_path)
+    assert status == 0
+    for shown in ("toy", "tiny", "ngplus", "adam", "fashion-mnist", "warning: ", "adam-seed0.jsonl, line 1"):
+        assert shown in out
+    assert [cell.strip() for cell in out.split("sgd")[1].split("│")[1:2]] == ["4"]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["list", "--help"], ["table", "--help"]])
+def test_help_is_there(command, arguments):
+    status, out, _ = command(*arguments)
+    assert status == 0
+    assert "Usage:" in out
+
+
+def test_table_says_where_there_are_no_runs(command, tmp_path):
+    status, _, err = command("table", "--results-dir", tmp_path)
+    assert (status, err) == (2, f"error: {tmp_path}: there are no runs at scale tiny; `run` makes them\n")
