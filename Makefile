@@ -1,0 +1,45 @@
+# Everything a person types. `make help` lists it. SCALE is tiny, small or paper.
+
+SCALE ?= tiny
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+# Written last, so that a set-up that was interrupted is done again.
+STAMP := $(VENV)/.set-up
+EXPERIMENTS := $(PYTHON) -m experiments
+# Your own runs stay apart from the recorded ones in results/, which would count as finished.
+RESULTS ?= build/results
+# E.g. RUN_OPTIONS="--epochs 1 --seed 1".
+RUN_OPTIONS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test lint lock reproduce reproduce-resnet50 data-fashion-mnist bench-curvature
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z0-9-]*\):.*##  */\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name what; do printf '  %-20s %s\n' "$$name" "$$what"; done
+
+setup: $(STAMP)  ## make .venv with everything that was tested together
+
+$(STAMP): pyproject.toml requirements.lock scripts/set-up.sh
+	sh scripts/set-up.sh $(VENV)
+	touch $@
+
+test: $(STAMP)  ## run the tests
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest
+
+lint: $(STAMP)  ## check the code: ruff, mypy
+	$(VENV)/bin/ruff format --check . && $(VENV)/bin/ruff check . && $(VENV)/bin/mypy
+
+reproduce: reproduce-resnet50  ## train every task there is, by default at scale tiny, and print the comparison
+
+reproduce-resnet50: $(STAMP)  ## ResNet on images: SCALE=tiny (minutes), small (hours), paper (ImageNet)
+	$(EXPERIMENTS) run resnet50-imagenet --scale $(SCALE) --results-dir $(RESULTS) $(RUN_OPTIONS)
+	$(EXPERIMENTS) table resnet50-imagenet --scale $(SCALE) --results-dir $(RESULTS)
+
+data-fashion-mnist: $(STAMP)  ## fetch Fashion-MNIST, for SCALE=small; once, then no network is needed
+	$(EXPERIMENTS) data fashion-mnist
+
+bench-curvature: $(STAMP)  ## what building the curvature of resnet50 costs beside a forward and backward
+	$(PYTHON) -m experiments.bench.curvature
+
+lock: $(STAMP)  ## write down the newest set of packages that fits pyproject.toml
+	$(VENV)/bin/uv pip compile pyproject.toml --all-extras --universal --python-version 3.12 --no-annotate --no-header --no-emit-index-url -o requirements.lock --upgrade
