@@ -347,6 +347,7 @@ def draw(totals: Sequence[dict[str, Any]], folder: Path) -> None:
             axis.set(yscale="log", title=title, ylabel=ylabel)
             axis.set_xticks(range(len(totals)), [row["model"] for row in totals])
             axis.grid(visible=False, axis="x")
+        fig.suptitle("K-FAC and Shampoo as the paper writes them: an embedding's rows × rows factor included")
         fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
 
 
