@@ -1,0 +1,160 @@
+"""The direction (6) for nn.MultiheadAttention, against gradients made one sample at a time."""
+
+import oracle
+import pytest
+import torch
+from torch import nn
+
+
+class Attention(nn.Module):
+    """Attention whose three inputs are made from one, so that samples can be cut along one dimension.
+
+    Args:
+        inputs: "self": all the same; "memory": keys and values the same; "apart": all different.
+        call: keyword arguments of the attention's forward.
+    """
+
+    def __init__(self, inputs="self", call=None, dtype=torch.float64, **options):
+        super().__init__()
+        torch.manual_seed(0)
+        self.attention = nn.MultiheadAttention(4, 2, **options)
+        for name in ("in_proj_bias", "out_proj.bias"):  # zero at first, where a wrong column would not show
+            if (bias := dict(self.attention.named_parameters()).get(name)) is not None:
+                nn.init.normal_(bias)
+        sizes = (self.attention.kdim, self.attention.vdim)
+        self.key, self.value = (nn.Linear(4, size) for size in sizes)
+        self.inputs, self.call = inputs, call or {}
+        self.to(dtype)
+
+    def forward(self, x):
+        key = self.key(x.tanh()) if self.inputs != "self" else x
+        value = self.value(x.sin()) if self.inputs == "apart" else key
+        return self.attention(x, key, value, **self.call)
+
+
+SEPARATE = {"kdim": 3, "vdim": 6}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("inputs", ["self", "memory", "apart"])
+def test_packed_projections(inputs, batch_first, need_weights, bias):
+    model = Attention(inputs, {"need_weights": need_weights}, batch_first=batch_first, bias=bias)
+    batch_dim = 0 if batch_first else 1
+    optimizer = oracle.check(model, torch.randn(3, 5, 4, dtype=torch.float64), batch_dim=batch_dim)
+    assert {"attention.in_proj_weight", "attention.out_proj.weight"} <= set(optimizer.curvature)
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_separate_projections(batch_first, need_weights):
+    model = Attention("apart", {"need_weights": need_weights}, batch_first=batch_first, **SEPARATE)
+    batch_dim = 0 if batch_first else 1
+    optimizer = oracle.check(model, torch.randn(3, 5, 4, dtype=torch.float64), batch_dim=batch_dim)
+    assert {f"attention.{name}_proj_weight" for name in "qkv"} <= set(optimizer.curvature)
+
+
+@pytest.mark.parametrize("options", [{}, SEPARATE])
+def test_float32(options):
+    model = Attention("apart", dtype=torch.float32, batch_first=True, **options)
+    oracle.check(model, torch.randn(3, 5, 4), damping=30.0)  # samples are alike here: a small λ magnifies rounding
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("inputs", ["self", "apart"])
+def test_without_a_batch_dimension(inputs, need_weights):
+    model = Attention(inputs, {"need_weights": need_weights})
+    x = torch.randn(5, 4, dtype=torch.float64)
+    gradients = oracle.sample_gradients(model.attention, [lambda m: oracle.energy(run(model, m, x))])
+    oracle.descend(model.attention, lambda m: oracle.energy(run(model, m, x)), damping=0.3)
+    assert oracle.error(model.attention, oracle.directions(gradients, 0.3)) <= 1e-10
+
+
+def run(model, attention, x):
+    """``model`` with another attention in it; its own linear layers are not trained."""
+    key = model.key(x.tanh()).detach() if model.inputs != "self" else x
+    value = model.value(x.sin()).detach() if model.inputs == "apart" else key
+    return attention(x, key, value, **model.call)
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_with_masks(need_weights):
+    causal = nn.Transformer.generate_square_subsequent_mask(5, dtype=torch.float64)
+    model = Attention("self", {"attn_mask": causal, "need_weights": need_weights}, batch_first=True)
+    oracle.check(model, torch.randn(3, 5, 4, dtype=torch.float64))
+
+
+def test_with_padded_keys():
+    class Padded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Attention("self", batch_first=True)
+
+        def forward(self, x, padded):
+            return self.inner.attention(x, x, x, key_padding_mask=padded)[0]
+
+    padded = torch.tensor([[False] * 5, [False] * 3 + [True] * 2, [False] * 4 + [True]])
+    oracle_inputs = torch.randn(3, 5, 4, dtype=torch.float64), padded
+    model = Padded()
+    model.inner.key = model.inner.value = None
+    oracle.check(model, *oracle_inputs)
+
+
+def test_rows_of_self_attention_are_rows_of_its_linear_layers():
+    """Against the same attention written out with linear layers."""
+    attention = Attention("self", batch_first=True).attention
+    written = WrittenOut(attention)
+    x = torch.randn(3, 5, 4, dtype=torch.float64)
+    gradients = oracle.row_gradients(written, lambda m: oracle.energy(m(x)) / 3)
+    oracle.descend(attention, lambda m: oracle.energy(m(x, x, x)[0]) / 3, damping=0.3, samples="rows")
+    packed, out = oracle.directions(gradients, 0.3).values()
+    renamed = dict(zip(oracle.matrices(attention), (packed, out), strict=True))
+    assert oracle.error(attention, renamed) <= 1e-10
+
+
+class WrittenOut(nn.Module):
+    """Self-attention of two heads, batch first, with the weights of an `nn.MultiheadAttention`."""
+
+    def __init__(self, attention):
+        super().__init__()
+        self.inside, self.out = nn.Linear(4, 12).double(), nn.Linear(4, 4).double()
+        self.inside.weight.data.copy_(attention.in_proj_weight)
+        self.inside.bias.data.copy_(attention.in_proj_bias)
+        self.out.load_state_dict(attention.out_proj.state_dict())
+
+    def forward(self, x):
+        q, k, v = (t.view(*x.shape[:2], 2, 2).transpose(1, 2) for t in self.inside(x).chunk(3, dim=-1))
+        mixed = torch.softmax(q @ k.mT / 2**0.5, dim=-1) @ v
+        return self.out(mixed.transpose(1, 2).reshape(x.shape))
+
+
+@pytest.mark.parametrize("inputs", ["memory", "apart"])
+def test_one_attention_used_for_itself_and_for_a_memory(inputs):
+    """The whole packed weight in one use, slices of it in the other."""
+
+    class Twice(Attention):
+        def forward(self, x):
+            own = self.attention(x, x, x, need_weights=False)[0]
+            return super().forward(own)[0] + own
+
+    model = Twice(inputs, {"need_weights": False}, batch_first=True)
+    oracle.check(model, torch.randn(3, 5, 4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_encoder_layer(norm_first):
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(4, 2, 7, dropout=0.0, batch_first=True, norm_first=norm_first).double()
+    oracle.check(model, torch.randn(3, 5, 4, dtype=torch.float64))
+
+
+def test_encoder_layer_in_evaluation_mode_is_seen_too():
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(4, 2, 7, batch_first=True).double().eval()
+    oracle.check(model, torch.randn(3, 5, 4, dtype=torch.float64))
+
+
+def test_bias_of_keys_goes_to_the_base_with_a_warning():
+    with pytest.warns(UserWarning, match=r"does not precondition attention \(MultiheadAttention\)"):
+        oracle.check(Attention("self", batch_first=True, add_bias_kv=True), torch.randn(3, 5, 4, dtype=torch.float64))

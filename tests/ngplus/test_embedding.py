@@ -1,0 +1,137 @@
+"""The direction (6) for Embedding and EmbeddingBag, dense and sparse, against gradients made one sample at a time."""
+
+import copy
+
+import oracle
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+
+def table(kind=nn.Embedding, rows=9, dim=4, dtype=torch.float64, **options):
+    torch.manual_seed(0)
+    return kind(rows, dim, **options).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("samples", ["batch", "rows"])
+@pytest.mark.parametrize("shape", [(6,), (4, 3), (2, 3, 2)])
+@pytest.mark.parametrize("rows", [9, 3])
+def test_embedding_on_either_side(dtype, samples, shape, rows):
+    model = nn.Sequential(table(rows=rows, dtype=dtype), nn.Linear(4, 2, dtype=dtype))
+    oracle.check(model, torch.randint(rows, shape), samples=samples)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    rows=st.integers(1, 8),
+    dim=st.integers(1, 5),
+    shape=st.lists(st.integers(1, 4), min_size=1, max_size=3),
+    sparse=st.booleans(),
+    padded=st.booleans(),
+    samples=st.sampled_from(["batch", "rows"]),
+)
+def test_embedding_of_any_shape(rows, dim, shape, sparse, padded, samples):
+    layer = table(rows=rows, dim=dim, sparse=sparse, padding_idx=-1 if padded else None)
+    nn.init.normal_(layer.weight)
+    oracle.check(layer, torch.randint(rows, shape), samples=samples)
+
+
+def test_embedding_with_its_samples_along_the_second_dimension():
+    model = nn.Sequential(table(), nn.Linear(4, 2).double())
+    oracle.check(model, torch.randint(9, (5, 3)), batch_dim=1)
+
+
+def test_embedding_refuses_a_batch_dim_that_its_indices_do_not_have():
+    with pytest.raises(ValueError, match=r"batch_dim=2 is no sample dimension of weight's input \(4, 3\)"):
+        oracle.descend(table(), lambda m: m(torch.randint(9, (4, 3))).sum(), batch_dim=2)
+
+
+@pytest.mark.parametrize("rows", [9, 3])
+def test_sparse_gradient_stays_sparse_and_may_name_a_row_twice(rows):
+    model = table(rows=rows, sparse=True)
+    index = torch.tensor([[1, 1, 2], [2, 0, 1]])
+    oracle.check(model, index)
+    assert model.weight.grad.is_sparse
+
+
+def test_padding_index_is_no_part_of_the_curvature():
+    model = table(padding_idx=0)
+    oracle.check(model, torch.tensor([[0, 1], [0, 0], [2, 3]]))
+    assert not model.weight.grad[0].any()
+
+
+def test_embedding_with_gradients_scaled_by_frequency_goes_to_the_base():
+    model = table(scale_grad_by_freq=True)
+    plain = copy.deepcopy(model)
+    index = torch.tensor([[1, 1], [2, 0]])
+    oracle.energy(plain(index)).backward()
+    with pytest.warns(UserWarning, match=r"weight is an embedding with scale_grad_by_freq.* goes to SGD untouched"):
+        oracle.descend(model, lambda m: oracle.energy(m(index)))
+    torch.testing.assert_close(model.weight.grad, plain.weight.grad)
+
+
+class Bags(nn.Module):
+    """Bags of unequal length, cut from a flat list of indices, and weights for their members."""
+
+    def __init__(self, bags, weights=None, rows=9, include_last_offset=False, **options):
+        super().__init__()
+        self.layer = table(nn.EmbeddingBag, rows, include_last_offset=include_last_offset, **options)
+        self.bags, self.weights, self.last = bags, weights, include_last_offset
+
+    def forward(self, chosen):
+        bags = [self.bags[i] for i in chosen]
+        flat = torch.tensor([member for bag in bags for member in bag], dtype=torch.long)
+        ends = torch.tensor([0, *(len(bag) for bag in bags)]).cumsum(0)
+        weights = None
+        if self.weights is not None:
+            weights = torch.tensor([w for i in chosen for w in self.weights[i]], dtype=torch.float64)
+        return self.layer(flat, ends if self.last else ends[:-1], per_sample_weights=weights)
+
+
+@pytest.mark.parametrize("rows", [9, 3])
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("padding_idx", [None, 1, -1])
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("mode", ["sum", "mean", "weighted"])
+def test_bags_of_unequal_length(mode, last, padding_idx, sparse, rows):
+    bags = [[0, 1, 1], [2], [], [1, 2, 0, 2], [1]]
+    weights = [[0.5, -1.0, 2.0], [1.5], [], [1.0, 0.3, 0.2, 0.1], [3.0]] if mode == "weighted" else None
+    kind = "sum" if mode == "weighted" else mode
+    model = Bags(bags, weights, rows, last, mode=kind, padding_idx=padding_idx, sparse=sparse)
+    losses = [lambda m, i=i: oracle.energy(m([i])) for i in range(len(bags))]
+    gradients = oracle.sample_gradients(model, losses)
+    oracle.descend(model, lambda m: oracle.energy(m(range(5))) / 5, damping=0.3)
+    assert oracle.error(model, oracle.directions(gradients, 0.3)) <= 1e-10
+    assert model.layer.weight.grad.is_sparse == sparse
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("samples", ["batch", "rows"])
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+def test_bags_of_equal_length(mode, samples, dtype):
+    model = nn.Sequential(table(nn.EmbeddingBag, mode=mode, dtype=dtype), nn.Linear(4, 2, dtype=dtype))
+    oracle.check(model, torch.randint(9, (5, 3)), samples=samples)
+
+
+def test_bag_of_maxima_goes_to_the_base():
+    model = table(nn.EmbeddingBag, mode="max")
+    with pytest.warns(UserWarning, match=r"weight is an embedding bag with mode='max'.* goes to SGD untouched"):
+        optimizer = oracle.descend(model, lambda m: oracle.energy(m(torch.randint(9, (4, 3)))))
+    assert not optimizer.curvature
+
+
+def test_max_norm_shrinks_rows_before_they_are_seen():
+    model = table(max_norm=0.5)
+    index = torch.randint(9, (4, 3))
+    with torch.no_grad():
+        model(index)
+    oracle.check(model, index)
+
+
+def test_a_table_of_a_million_rows_keeps_a_small_matrix():
+    model = table(nn.EmbeddingBag, rows=10**6, dim=3, sparse=True, mode="sum")
+    optimizer = oracle.descend(model, lambda m: oracle.energy(m(torch.randint(10**6, (4, 3)))))
+    assert optimizer.curvature["weight"].numel() <= 9 + 1

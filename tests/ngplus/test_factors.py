@@ -1,0 +1,139 @@
+"""What each factor says of its entries (Gram matrix, norms, slices, flat form) against the entries written out."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ngplus.factors import Bags, Dense, OneHot, Patches, Sampled, concatenated, gram, statistics_dtype
+
+TAILS = st.sampled_from([None, 0.0, 1.0])
+
+
+def dense(samples=3, groups=1, size=4, positions=5, tail=None, **options):
+    return Dense(torch.randn(samples, groups, size, positions, dtype=torch.float64), tail, **options)
+
+
+def one_hot(samples=3, positions=5, table_size=4):
+    return OneHot(torch.randint(table_size, (samples, positions)), table_size, torch.float64)
+
+
+def bags(samples=3, members=7, table_size=4):
+    bag = torch.randint(samples, (members,)).sort().values
+    weight = torch.randn(members, dtype=torch.float64)
+    return Bags(torch.randint(table_size, (members,)), bag, weight, samples, table_size)
+
+
+@st.composite
+def patches(draw):
+    dims = draw(st.integers(1, 3))
+    kernel, stride, dilation = ([draw(st.integers(1, 3)) for _ in range(dims)] for _ in range(3))
+    padding = [(draw(st.integers(0, 2)), draw(st.integers(0, 2))) for _ in range(dims)]
+    least = [d * (k - 1) + 1 - sum(p) for k, d, p in zip(kernel, dilation, padding, strict=True)]
+    size = [max(1, length) + draw(st.integers(0, 2)) for length in least]
+    groups = draw(st.integers(1, 2))
+    images = torch.randn(2, groups * draw(st.integers(1, 2)), *size, dtype=torch.float64)
+    return Patches(images, tuple(kernel), tuple(stride), tuple(dilation), tuple(padding), groups, draw(TAILS))
+
+
+@st.composite
+def factors(draw):
+    return draw(
+        st.one_of(
+            st.builds(dense, samples=st.integers(0, 3), groups=st.integers(1, 2), tail=TAILS),
+            st.builds(dense, tail=TAILS, first_row=st.integers(0, 2), full_size=st.just(6)),
+            st.builds(one_hot, positions=st.integers(1, 5)),
+            st.builds(bags, members=st.integers(0, 9)),
+            patches(),
+        )
+    )
+
+
+@settings(max_examples=80, deadline=None)
+@given(factors())
+def test_sizes_are_those_of_the_entries(factor):
+    entries = factor.dense()
+    assert (entries.shape[0], *entries.shape[2:]) == (factor.samples, factor.size, factor.positions)
+
+
+@settings(max_examples=80, deadline=None)
+@given(factors())
+def test_gram_matrix_and_norms_are_those_of_the_entries(factor):
+    entries = factor.dense()
+    torch.testing.assert_close(factor.gram(), entries.mT @ entries)
+    torch.testing.assert_close(factor.squared_norms(), entries.square().sum(dim=2))
+
+
+@settings(max_examples=80, deadline=None)
+@given(factors(), st.integers(0, 3), st.integers(0, 3))
+def test_slices_and_flat_forms_are_those_of_the_entries(factor, start, more):
+    stop = min(start + more, factor.samples)
+    start = min(start, stop)
+    entries = factor.dense()
+    torch.testing.assert_close(factor.slice(start, stop).dense(), entries[start:stop])
+    flat = entries.permute(0, 3, 1, 2).flatten(0, 1).unsqueeze(-1)
+    torch.testing.assert_close(factor.flat().dense(), flat)
+    torch.testing.assert_close(factor.flat().squared_norms(), flat.square().sum(dim=2))
+    torch.testing.assert_close(factor.flat().slice(start, stop).dense(), flat[start:stop])
+
+
+@settings(max_examples=80, deadline=None)
+@given(patches())
+def test_shifted_products_give_the_gram_matrix_of_unfolded_patches(factor):
+    entries = Patches(**{**vars(factor), "tail": None}).dense()
+    torch.testing.assert_close(factor._shifted_gram(), entries.mT @ entries)
+
+
+@pytest.mark.parametrize("stride", [1, 2, (2, 1)])
+@pytest.mark.parametrize("dilation", [1, 2, (1, 2)])
+@pytest.mark.parametrize("padding", [0, 1, (1, 2)])
+def test_patches_are_what_unfold_gives(stride, dilation, padding):
+    pair = lambda value: value if isinstance(value, tuple) else (value, value)  # noqa: E731
+    images = torch.randn(2, 3, 6, 7, dtype=torch.float64)
+    zeros = tuple((p, p) for p in pair(padding))
+    factor = Patches(images, (3, 2), pair(stride), pair(dilation), zeros, groups=1)
+    expected = F.unfold(images, (3, 2), dilation, padding, stride)
+    torch.testing.assert_close(factor.dense()[:, 0], expected)
+
+
+@pytest.mark.parametrize("kinds", [*itertools.product(["dense", "narrow", "hot", "bags"], repeat=2)], ids="-".join)
+def test_gram_matrix_of_several_uses_is_that_of_their_entries_side_by_side(kinds):
+    torch.manual_seed(0)
+    make = {
+        "dense": dense,
+        "narrow": lambda: dense(size=2, first_row=1, full_size=4),
+        "hot": one_hot,
+        "bags": bags,
+    }
+    uses = [make[kind]() for kind in kinds]
+    entries = concatenated(uses)
+    torch.testing.assert_close(gram(uses), entries.mT @ entries)
+
+
+def test_the_constant_row_counts_where_one_use_adds_the_bias_and_another_does_not():
+    uses = [dense(tail=1.0), dense(tail=0.0)]
+    entries = torch.cat([use.dense() for use in uses], dim=-1)
+    torch.testing.assert_close(gram(uses), entries.mT @ entries)
+
+
+@settings(max_examples=40, deadline=None)
+@given(factors(), st.integers(1, 6))
+def test_sampled_rows_are_scaled_rows(factor, count):
+    drawn = torch.randint(factor.size, (count,))
+    sampled = Sampled(factor, drawn, 1.5)
+    entries = factor.dense()[:, :, drawn] * 1.5
+    torch.testing.assert_close(sampled.dense(), entries)
+    torch.testing.assert_close(sampled.gram(), entries.mT @ entries)
+    torch.testing.assert_close(sampled.squared_norms(), entries.square().sum(dim=2))
+    torch.testing.assert_close(sampled.flat().dense(), entries.permute(0, 3, 1, 2).flatten(0, 1).unsqueeze(-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_statistics_are_at_least_in_float32(dtype):
+    expected = torch.float64 if dtype == torch.float64 else torch.float32
+    assert statistics_dtype(dtype) == expected
+    assert Dense(torch.ones(1, 1, 2, 3, dtype=dtype)).gram().dtype == expected
+    assert Patches(torch.ones(1, 1, 3, dtype=dtype), (2,), (1,), (1,), ((0, 0),), 1).gram().dtype == expected

@@ -1,0 +1,155 @@
+"""Every way to L or R gives the same matrix, in chunks too, and the cheapest way is taken."""
+
+import oracle
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from ngplus import gfim
+from ngplus.factors import Patches
+
+
+@pytest.fixture
+def ways(monkeypatch):
+    """The ways that are taken, in order."""
+    taken = []
+    choose = gfim.cheapest_way
+
+    def watched(*args):
+        taken.append(choose(*args))
+        return taken[-1]
+
+    monkeypatch.setattr(gfim, "cheapest_way", watched)
+    return taken
+
+
+@pytest.fixture(params=["whole", "a sample at a time", "uneven chunks"])
+def chunked(request, monkeypatch):
+    size = {"whole": 2**24, "a sample at a time": 1, "uneven chunks": 700}[request.param]
+    monkeypatch.setattr(gfim, "CHUNK", dict.fromkeys(gfim.CHUNK, size))
+
+
+def conv(*args, **options):
+    torch.manual_seed(0)
+    return nn.Conv2d(*args, **options).double()
+
+
+def image(*shape):
+    return torch.randn(shape, dtype=torch.float64)
+
+
+CASES = {
+    "scaled": lambda: (nn.Linear(6, 9).double(), image(5, 6)),
+    "scaled, left": lambda: (nn.Linear(9, 3).double(), image(5, 9)),
+    "gram": lambda: (nn.Linear(20, 30).double(), image(5, 3, 20)),
+    "gram, left": lambda: (nn.Linear(30, 20).double(), image(5, 3, 30)),
+    "gram, groups": lambda: (conv(12, 16, 3, groups=2), image(5, 12, 4, 4)),
+    "gram, shifted": lambda: (conv(8, 12, 3, padding=1), image(5, 8, 3, 3)),
+    "gram, shifted, dilation": lambda: (conv(8, 12, 3, stride=(1, 2), padding=2, dilation=2), image(5, 8, 3, 3)),
+    "direct": lambda: (nn.Linear(4, 3).double(), image(5, 30, 4)),
+    "direct, right": lambda: (nn.Linear(3, 7).double(), image(5, 30, 3)),
+    "direct, groups": lambda: (conv(4, 6, 3, groups=2), image(5, 4, 9, 9)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_way_gives_the_same_matrix_in_chunks_too(case, ways, chunked):
+    model, x = CASES[case]()
+    oracle.check(model, x)
+    assert set(ways) == {case.partition(",")[0]}
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "shifted" in case])
+def test_gram_matrix_of_patches_is_summed_from_shifted_products_where_that_is_cheaper(case, monkeypatch):
+    calls = []
+    shifted = Patches._shifted_gram
+    monkeypatch.setattr(Patches, "_shifted_gram", lambda self: calls.append(1) or shifted(self))
+    model, x = CASES[case]()
+    oracle.check(model, x)
+    assert calls
+
+
+@pytest.mark.parametrize("way", ["gram", "direct"])
+@settings(max_examples=20, deadline=None)
+@given(
+    inside=st.integers(1, 5),
+    outside=st.integers(1, 5),
+    positions=st.lists(st.integers(1, 4), min_size=1, max_size=3),
+    bias=st.booleans(),
+)
+def test_a_layer_used_with_any_numbers_of_positions_by_either_way(way, inside, outside, positions, bias):
+    model = ManyUses(inside, outside, bias)
+    xs = [torch.randn(3, k, inside, dtype=torch.float64) for k in positions]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gfim, "cheapest_way", lambda *_: way)
+        oracle.check(model, *xs)
+
+
+class ManyUses(nn.Module):
+    """One linear layer applied to several inputs of different numbers of positions."""
+
+    def __init__(self, inside, outside, bias):
+        super().__init__()
+        self.layer = nn.Linear(inside, outside, bias=bias).double()
+
+    def forward(self, *xs):
+        total = sum(self.layer(x).sum(dim=1).tanh() for x in xs)
+        return total.square()
+
+
+@pytest.mark.parametrize(
+    ("kappa", "p", "q", "way"), [(1, 10, 10, "scaled"), (2, 100, 100, "gram"), (1000, 10, 20, "direct")]
+)
+def test_the_way_with_the_fewest_operations_is_taken(kappa, p, q, way):
+    shape = gfim.Shape(groups=1, rows=p, columns=q)
+    short, long = (gfim.Dense(torch.empty(1, 1, size, kappa)) for size in (p, q))
+    assert gfim.cheapest_way(shape, [short], [long]) == way
+
+
+def test_the_choice_weighs_the_counts_of_the_design():
+    """2κ²q + 2κ²p + 2κp² against 2κpq + 2p²q, on a grid of sizes."""
+    for kappa in (2, 5, 20, 100):
+        for p, q in ((3, 5), (10, 40), (64, 64)):
+            shape = gfim.Shape(groups=1, rows=p, columns=q)
+            short, long = (gfim.Dense(torch.empty(1, 1, size, kappa)) for size in (p, q))
+            through_gram = kappa**2 * (p + q) + kappa * p**2 < p * q * (kappa + p)
+            assert gfim.cheapest_way(shape, [short], [long]) == ("gram" if through_gram else "direct")
+
+
+@pytest.mark.parametrize(("short", "size", "stacks"), [
+    (7, None, [(3, 7, 7)]),
+    (6, 2, [(9, 2, 2)]),
+    (7, 3, [(6, 3, 3), (3, 1, 1)]),
+    (7, 9, [(3, 7, 7)]),
+])  # fmt: skip
+def test_stacks_of_blocks(short, size, stacks):
+    assert gfim.Shape(groups=3, rows=short, columns=8, block_size=size).stack_shapes == stacks
+
+
+@pytest.mark.parametrize("samples", ["batch", "rows"])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 50])
+@pytest.mark.parametrize("case", ["linear", "right", "conv", "groups", "two layers"])
+def test_blocks_are_the_diagonal_of_the_whole(case, size, samples):
+    model, x = {
+        "linear": lambda: (nn.Linear(9, 5).double(), image(4, 2, 9)),
+        "right": lambda: (nn.Linear(4, 9).double(), image(4, 2, 4)),
+        "conv": lambda: (conv(2, 5, 3, padding=1), image(2, 2, 4, 4)),
+        "groups": lambda: (conv(4, 10, 2, groups=2), image(2, 4, 3, 3)),
+        "two layers": lambda: (nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4)).double(), image(3, 5, 4)),
+    }[case]()
+    oracle.check(model, x, block_size=size, samples=samples)
+
+
+@pytest.mark.parametrize("used", [1, 2, 3, 4, 9])
+@pytest.mark.parametrize("samples", ["batch", "rows"])
+@pytest.mark.parametrize("case", ["linear", "conv", "embedding"])
+def test_max_samples_takes_the_first_samples_for_the_curvature_and_all_for_the_gradient(case, samples, used):
+    torch.manual_seed(0)
+    model, x = {
+        "linear": lambda: (nn.Linear(9, 5).double(), image(4, 2, 9)),
+        "conv": lambda: (conv(2, 5, 3, padding=1), image(3, 2, 4, 4)),
+        "embedding": lambda: (nn.Embedding(8, 3).double(), torch.randint(8, (4, 2))),
+    }[case]()
+    oracle.check(model, x, max_samples=used, samples=samples)
