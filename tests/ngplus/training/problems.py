@@ -85,7 +85,7 @@ def attentive(dtype: torch.dtype = torch.float64, samples: int = 4) -> Problem:
 def train(problem: Problem, optimizer: NGPlus, steps: int, model: Callable[[Tensor], Tensor] | None = None) -> None:
     """The plain loop of anyone."""
     for _ in range(steps):
-        problem.loss(model or problem.model).backward()
+        problem.loss(problem.model if model is None else model).backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -1,0 +1,140 @@
+"""`torch.compile`: the same numbers, and afterwards a compiler that stands where it stood."""
+
+import copy
+import gc
+
+import pytest
+import torch
+from problems import SETTINGS, attentive, convolutional, distance, perceptron, train
+from torch._dynamo import eval_frame
+
+from ngplus import NGPlus
+
+# torch's own word about every global hook, for a wrapper that is first called on a curvature step.
+pytestmark = pytest.mark.filterwarnings("ignore:Using `torch.compile.module.` when there are global hooks")
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    gc.collect()
+    assert stance() == "default"
+
+
+class Backend:
+    """The compiler's own eager backend, counting the graphs it gets."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, graph, _inputs):
+        self.graphs += 1
+        return graph.forward
+
+
+def stance() -> str:
+    return eval_frame._stance.stance
+
+
+def wrapped_before(model, **options):
+    compiled = torch.compile(model, **options)
+    return NGPlus(compiled, **SETTINGS), compiled
+
+
+def wrapped_before_and_model_given(model, **options):
+    compiled = torch.compile(model, **options)
+    return NGPlus(model, **SETTINGS), compiled
+
+
+def wrapped_after(model, **options):
+    optimizer = NGPlus(model, **SETTINGS)
+    return optimizer, torch.compile(model, **options)
+
+
+def in_place_before(model, **options):
+    model.compile(**options)
+    return NGPlus(model, **SETTINGS), model
+
+
+def in_place_after(model, **options):
+    optimizer = NGPlus(model, **SETTINGS)
+    model.compile(**options)
+    return optimizer, model
+
+
+WAYS = [wrapped_before, wrapped_before_and_model_given, wrapped_after, in_place_before, in_place_after]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("make", [perceptron, convolutional, attentive])
+def test_a_compiled_model_trains_like_the_plain_one(way, make):
+    problem, backend = make(), Backend()
+    optimizer, compiled = way(problem.model, backend=backend)
+    train(problem, optimizer, 4, model=compiled)
+    assert distance(problem.model, make().plain_run(4)) < 1e-10
+    assert backend.graphs > 0  # on the steps between curvature steps
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_model_compiled_in_one_graph_trains_like_the_plain_one(way):
+    problem = perceptron()
+    optimizer, compiled = way(problem.model, backend="aot_eager", fullgraph=True)
+    train(problem, optimizer, 4, model=compiled)
+    assert distance(problem.model, perceptron().plain_run(4)) < 1e-10
+
+
+def test_a_compiled_layer_within_a_model_is_seen():
+    problem = perceptron()
+    problem.model[0] = torch.compile(problem.model[0], backend="aot_eager")
+    optimizer = NGPlus(problem.model, **SETTINGS)
+    train(problem, optimizer, 4)
+    assert distance(problem.model, perceptron().plain_run(4)) < 1e-10
+
+
+@pytest.mark.slow
+def test_inductor_trains_like_the_plain_model():
+    problem = perceptron()
+    optimizer, compiled = wrapped_before(problem.model)
+    train(problem, optimizer, 4, model=compiled)
+    assert distance(problem.model, perceptron().plain_run(4)) < 1e-10
+
+
+def test_the_compiler_is_held_back_on_curvature_steps_only():
+    problem = perceptron()
+    optimizer, compiled = wrapped_before(problem.model, backend="eager")
+    stances = []
+    for _ in range(4):
+        stances.append(stance())
+        train(problem, optimizer, 1, model=compiled)
+    assert stances == ["force_eager", "default"] * 2
+
+
+def test_two_optimizers_hold_the_compiler_until_neither_watches():
+    first, second = perceptron(), perceptron()
+    ours, theirs = NGPlus(first.model, **SETTINGS), NGPlus(second.model, **SETTINGS)
+    train(first, ours, 1)
+    assert stance() == "force_eager"  # the second still waits for its curvature step
+    train(second, theirs, 1)
+    assert stance() == "default"
+
+
+@pytest.mark.parametrize("end", ["deleted", "loaded", "copied"])
+def test_an_optimizer_that_goes_while_it_watches_lets_go_of_the_compiler(end):
+    problem = perceptron()
+    optimizer = NGPlus(problem.model, **SETTINGS)
+    if end == "loaded":
+        optimizer.load_state_dict(optimizer.state_dict())
+    if end == "copied":
+        copy.deepcopy(optimizer)
+    assert stance() == "force_eager"
+    del optimizer
+    gc.collect()
+    assert stance() == "default"
+
+
+def test_a_stance_that_was_set_before_is_put_back():
+    problem = perceptron()
+    with torch.compiler.set_stance("eager_on_recompile"):
+        train(problem, NGPlus(problem.model, **SETTINGS), 1)
+        assert stance() == "eager_on_recompile"
