@@ -259,16 +259,12 @@ def _validate(group: dict[str, Any]) -> None:
     for name, optional in (("alpha", False), ("epsilon", True), ("radius", True)):
         value = group[name]
         if (value is None and not optional) or (value is not None and not 0 < value < math.inf):
-            raise ValueError(
-                f"{name} must be positive and finite{' or None' if optional else ''}, got {value!r}"
-            )
+            raise ValueError(f"{name} must be positive and finite{' or None' if optional else ''}, got {value!r}")
     for name, allowed in _CHOICES.items():
         if group[name] not in allowed:
             raise ValueError(f"{name} must be one of {allowed}, got {group[name]!r}")
     if group["epsilon"] is None and group["radius"] is None:
-        raise ValueError(
-            "epsilon=None takes 1/(α² (2 radius)²), but radius=None too: give one of them, both > 0"
-        )
+        raise ValueError("epsilon=None takes 1/(α² (2 radius)²), but radius=None too: give one of them, both > 0")
 
 
 def _matrix(tensor: Tensor, side: Side) -> Tensor:
