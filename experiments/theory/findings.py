@@ -67,7 +67,7 @@ class Verdict:
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write rows as CSV; numbers with the nine digits that survive a change of machine."""
+    """Write rows as CSV, numbers with nine digits (fewer repeat where the number of threads differs)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pd.DataFrame(rows).to_csv(path, index=False, float_format="%.9g")
 
