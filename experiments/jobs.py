@@ -61,7 +61,7 @@ def in_one_line(command: Callable[[], None]) -> None:
     """Call `command`; an error that the user can mend is one line on stderr and exit status 2."""
     try:
         command()
-    except (UserError, DataFileError, OSError) as error:
+    except (UserError, DataFileError, FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

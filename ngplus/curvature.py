@@ -160,6 +160,8 @@ class Curvature:
     def _average_over_processes(self, layers: Sequence[Layer], sums: dict[Layer, Statistic]) -> None:
         """Average over processes; afterwards ``sums`` has the same layers on all of them."""
         ours = [sums.get(layer) or _empty(layer, self._options.block_size) for layer in layers]
+        for statistic in ours:
+            statistic.densify()
         moments = [statistic.moments for statistic in ours]
         totals = distributed.average(moments, [statistic.used for statistic in ours])
         for layer, statistic, total in zip(layers, ours, totals, strict=True):
@@ -269,7 +271,7 @@ def _precondition_dense(layer: Layer, state: LayerState, gradient: Tensor) -> No
     dtype = state.tensors()[0].dtype
     G = matrix.to(dtype)  # (groups, m, n)
     if bias is None:
-        gradient.copy_(_direction(state, G).view(gradient.shape))
+        gradient.copy_(_direction(state, G).reshape(gradient.shape))
         return
     column = torch.zeros_like(bias) if bias.grad is None else bias.grad
     column = column[layer.bias_slice].reshape(*matrix.shape[:2], 1).to(dtype)

@@ -7,6 +7,7 @@ import sys
 from torch.amp import GradScaler
 
 _FRAMES = 24
+_STEP = GradScaler.step.__code__
 
 
 def loss_scale() -> float:
@@ -15,12 +16,14 @@ def loss_scale() -> float:
     `GradScaler` tells an optimizer its scale only where it has not unscaled the gradients yet, so that after
     ``scaler.unscale_(optimizer)`` (for clipping) no attribute holds it. But ``step`` is always called by the
     scaler's own ``step``, where it is found on the call stack. Called on curvature steps only; waits for the device.
+
+    No other frame's ``f_locals`` is read: up to Python 3.12 that keeps all of a function's variables, the loss and
+    its graph among them, for as long as the function runs.
     """
     frame = sys._getframe(1)
     for _ in range(_FRAMES):
-        scaler = frame.f_locals.get("self")
-        if isinstance(scaler, GradScaler):
-            return float(scaler.get_scale())
+        if frame.f_code is _STEP:
+            return float(frame.f_locals["self"].get_scale())
         if frame.f_back is None:
             break
         frame = frame.f_back

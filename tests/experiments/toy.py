@@ -45,6 +45,7 @@ class Toy:
         return SAMPLES // self.settings.batch_size
 
     def train_batches(self, epoch, seed, *, rank=0, world_size=1):
+        torch.rand(())  # as a DataLoader does when an epoch begins
         order = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(1000 * seed + epoch))
         for number, joint in enumerate(order.split(self.settings.batch_size)):
             time.sleep(self.settings.pause)

@@ -6,7 +6,7 @@ Nothing of `ngplus` is used here but `NGPlus` itself, in `descend`, which makes 
 import copy
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ class Matrix:
 
 
 def matrices(model: nn.Module) -> list[Matrix]:
-    """The matrices of a model, each weight once; a frozen weight is none, a frozen bias no column."""
+    """The matrices of a model, each weight once, with the first bias that comes with it; frozen ones do not count."""
     found: dict[int, Matrix] = {}
     parameters = dict(model.named_parameters(remove_duplicate=False))
 
@@ -36,7 +36,9 @@ def matrices(model: nn.Module) -> list[Matrix]:
         if (kept := parameters.get(weight)) is None or not kept.requires_grad:
             return
         trained = bias in parameters and parameters[bias].requires_grad
-        found.setdefault(id(kept), Matrix(weight, bias if trained else None, groups, bias_start))
+        known = found.setdefault(id(kept), Matrix(weight, bias if trained else None, groups, bias_start))
+        if known.bias is None and trained:
+            found[id(kept)] = replace(known, bias=bias, bias_start=bias_start)
 
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""

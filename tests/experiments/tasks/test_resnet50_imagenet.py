@@ -16,7 +16,6 @@ from experiments.settings import SettingsError
 from experiments.tasks import TASKS
 from experiments.tasks._image_sources import crop_and_flip
 
-
 TINY = {
     "data": "fashion-mnist-embedded",
     "model": "resnet10",

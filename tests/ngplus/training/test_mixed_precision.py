@@ -170,14 +170,12 @@ def test_sums_that_overflow_while_gradients_do_not_are_tried_again_on_the_next_s
 
 
 def test_a_model_in_bfloat16_keeps_its_curvature_in_float32():
-    problem = perceptron(torch.float32)
+    problem, full = perceptron(torch.float32), perceptron(torch.float32)
     start = copy.deepcopy(problem.model)
-    full = copy.deepcopy(problem.model)
     problem.model.bfloat16()
     problem.inputs, problem.targets = problem.inputs.bfloat16(), problem.targets.bfloat16()
     optimizer = NGPlus(problem.model, **SETTINGS)
     train(problem, optimizer, 1)
-    exact = perceptron(torch.float32)
-    train(exact, NGPlus(full, **SETTINGS), 1, model=full)
+    train(full, NGPlus(full.model, **SETTINGS), 1)
     assert optimizer.curvature["0.weight"].tensors()[0].dtype == torch.float32
-    assert distance(problem.model, full, start) < 0.2  # bf16 weights resolve 2⁻⁸ of themselves
+    assert distance(problem.model, full.model, start) < 0.2  # bfloat16 weights resolve 2⁻⁸ of themselves

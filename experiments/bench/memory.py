@@ -1,0 +1,50 @@
+"""Peak memory of training under an optimizer, measured in a process of its own."""
+
+import argparse
+import resource
+import subprocess
+import sys
+
+import torch
+
+
+def peak_memory_mb(model: str, optimizer: str, device: str) -> float:
+    """Peak memory of four steps, two of them renewing, in MiB.
+
+    On a GPU what was allocated there; on a CPU the process's peak resident memory above what it had before the model
+    was made.
+    """
+    command = [sys.executable, "-m", "experiments.bench.memory", model, optimizer, device]
+    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    return float(result.stdout.splitlines()[-1])
+
+
+def _resident_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def _measure(model: str, optimizer: str, device: str) -> float:
+    from experiments.bench.peers import PEERS
+    from experiments.bench.workloads import WORKLOADS
+
+    before = _resident_mb()
+    peer = PEERS[optimizer](WORKLOADS[model](device), 2)
+    for _ in range(4):
+        peer.step()
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 2**20
+    return _resident_mb() - before
+
+
+def main() -> None:
+    """Print the peak memory of one optimizer on one model."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("optimizer")
+    parser.add_argument("device")
+    arguments = parser.parse_args()
+    print(_measure(arguments.model, arguments.optimizer, arguments.device))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""The optimizers whose cost is compared, each made to renew what it renews every ``interval`` steps."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from experiments.bench.workloads import Workload
+from ngplus import NGPlus
+
+
+class Unsupported(Exception):  # noqa: N818 (a result of the bench, not an error)
+    """A peer that cannot train this model, with the reason."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peer:
+    """An optimizer on a workload.
+
+    Attributes:
+        optimizer: makes the step.
+        step: one whole training step: forward, backward, optimizer.
+    """
+
+    optimizer: Optimizer
+    step: Callable[[], None]
+
+
+def _trained(workload: Workload, optimizer: Optimizer) -> Peer:
+    def step() -> None:
+        workload.loss(workload.model(*workload.inputs)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return Peer(optimizer=optimizer, step=step)
+
+
+def _sgd(workload: Workload, _interval: int) -> Peer:
+    return _trained(workload, torch.optim.SGD(workload.model.parameters(), lr=1e-9, momentum=0.9))
+
+
+def _adam(workload: Workload, _interval: int) -> Peer:
+    return _trained(workload, torch.optim.Adam(workload.model.parameters(), lr=1e-9))
+
+
+def _ngplus(workload: Workload, interval: int, base: type[Optimizer], **options: Any) -> Peer:
+    options = {"momentum": 0.9, **options} if base is torch.optim.SGD else options
+    samples = options.pop("samples", workload.samples)
+    optimizer = NGPlus(workload.model, base, lr=1e-9, damping=0.3, update_every=interval, samples=samples, **options)
+    optimizer.track_times()
+    return _trained(workload, optimizer)
+
+
+class _MuonAndAdam(Optimizer):
+    """Muon on the matrices between input and output, Adam on the rest, as Muon is used."""
+
+    def __init__(self, model: nn.Module) -> None:
+        matrices = [p for p in _hidden_matrices(model)]
+        chosen = {id(p) for p in matrices}
+        rest = [p for p in model.parameters() if id(p) not in chosen]
+        super().__init__(model.parameters(), {})
+        self._parts = [torch.optim.Muon(matrices, lr=1e-9), torch.optim.AdamW(rest, lr=1e-9)]
+
+    def step(self, closure: Callable[[], Any] | None = None) -> None:
+        for part in self._parts:
+            part.step()
+
+
+def _hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """torch's Muon takes 2-D parameters only; embeddings go to Adam."""
+    return [m.weight for m in model.modules() if isinstance(m, nn.Linear) and m.weight.dim() == 2]
+
+
+def _muon(workload: Workload, _interval: int) -> Peer:
+    matrices = _hidden_matrices(workload.model)
+    if sum(p.numel() for p in matrices) < 0.2 * sum(p.numel() for p in workload.model.parameters()):
+        raise Unsupported("torch.optim.Muon takes 2-D parameters only, which are few here")
+    return _trained(workload, _MuonAndAdam(workload.model))
+
+
+def _shampoo(workload: Workload, interval: int) -> Peer:
+    from pytorch_optimizer import Shampoo
+
+    parameters = workload.model.parameters()
+    return _trained(workload, Shampoo(parameters, lr=1e-9, preconditioning_compute_steps=interval))
+
+
+def _soap(workload: Workload, interval: int) -> Peer:
+    from pytorch_optimizer import SOAP
+
+    parameters = workload.model.parameters()
+    return _trained(workload, SOAP(parameters, lr=1e-9, precondition_frequency=interval))
+
+
+def _kfac(workload: Workload, interval: int) -> Peer:
+    from asdl import FISHER_EMP, KfacGradientMaker, PreconditioningConfig
+
+    if any(isinstance(m, (nn.MultiheadAttention, nn.Embedding, nn.EmbeddingBag)) for m in workload.model.modules()):
+        raise Unsupported("asdfghjkl's K-FAC has no attention or embeddings")
+    config = PreconditioningConfig(
+        preconditioner_upd_interval=interval, curvature_upd_interval=interval, damping=0.1, ema_decay=0.95
+    )
+    maker = KfacGradientMaker(workload.model, config, fisher_type=FISHER_EMP)
+    optimizer = torch.optim.SGD(workload.model.parameters(), lr=1e-9, momentum=0.9)
+
+    def step() -> None:
+        output = maker.setup_model_call(workload.model, *workload.inputs)
+        maker.setup_loss_call(workload.loss, output)
+        maker.forward_and_backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return Peer(optimizer=optimizer, step=step)
+
+
+PEERS: dict[str, Callable[[Workload, int], Peer]] = {
+    "sgd": _sgd,
+    "adam": _adam,
+    "muon": _muon,
+    "ngplus": partial(_ngplus, base=torch.optim.SGD),
+    "ngplus-adam": partial(_ngplus, base=torch.optim.Adam),
+    "ngplus-dense": partial(_ngplus, base=torch.optim.SGD, solver="dense"),
+    "ngplus-low-rank": partial(_ngplus, base=torch.optim.SGD, solver="low_rank"),
+    "ngplus-sketched": partial(_ngplus, base=torch.optim.SGD, solver="sketched", sketch_size=128),
+    "ngplus-blocks": partial(_ngplus, base=torch.optim.SGD, block_size=128),
+    "ngplus-mini-batch": partial(_ngplus, base=torch.optim.SGD, curvature="mini_batch"),
+    "kfac (asdfghjkl)": _kfac,
+    "shampoo (pytorch-optimizer)": _shampoo,
+    "soap (pytorch-optimizer)": _soap,
+}

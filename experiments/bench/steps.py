@@ -1,0 +1,137 @@
+"""What a training step costs under each optimizer, on the four models: ``make bench``.
+
+Every optimizer gets its own copy of the model and renews its preconditioner every second step, so that each round
+measures one renewing and one plain step of each, one optimizer after the other. A step at interval 𝒯 then costs
+((𝒯 − 1)·plain + renewing)/𝒯. Ratios are taken within a round, to the step of SGD (or Adam) of the same round, and
+their medians over rounds are reported.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from experiments.bench.hardware import device_name
+from experiments.bench.memory import peak_memory_mb
+from experiments.bench.peers import PEERS, Peer, Unsupported
+from experiments.bench.workloads import WORKLOADS, Workload
+
+EQUAL_INTERVAL = 10
+
+
+def compare(model: str, names: Iterable[str], *, rounds: int, device: str, memory: bool) -> pd.DataFrame:
+    """One row an optimizer for one of `WORKLOADS`.
+
+    Args:
+        model: the workload's name.
+        names: of `PEERS`; "sgd" and "adam" must be among them.
+        rounds: how many count, after one that does not.
+        device: where.
+        memory: whether to measure peak memory too, each optimizer in a process of its own.
+    """
+    peers, reasons, workload = _make(model, names, device)
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in peers}
+    for _ in range(rounds + 1):
+        for name, peer in peers.items():
+            seconds[name].append((_seconds(peer, device), _seconds(peer, device)))
+    rows = [_row(name, peers[name], workload, values[1:], seconds) for name, values in seconds.items()]
+    rows += [{"optimizer": name, "why_not": reason} for name, reason in reasons.items()]
+    frame = pd.DataFrame(rows)
+    frame.insert(0, "model", workload.name)
+    frame.insert(1, "device", device_name(device))
+    frame.insert(2, "threads", torch.get_num_threads())
+    frame.insert(3, "rounds", rounds)
+    if memory:
+        frame["peak_memory_mb"] = [
+            peak_memory_mb(model, name, device) if name in peers else None for name in frame.optimizer
+        ]
+    return frame
+
+
+def _make(model: str, names: Iterable[str], device: str) -> tuple[dict[str, Peer], dict[str, str], Workload]:
+    peers: dict[str, Peer] = {}
+    reasons: dict[str, str] = {}
+    for name in names:
+        torch.manual_seed(0)
+        workload = WORKLOADS[model](device)
+        try:
+            peers[name] = PEERS[name](workload, 2)
+            peers[name].step()  # the first step makes state; it is a renewing one, and so is every second after it
+            peers[name].step()
+        except Unsupported as reason:
+            reasons[name] = str(reason)
+        except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError) as error:
+            peers.pop(name, None)
+            reasons[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    return peers, reasons, workload
+
+
+def _seconds(peer: Peer, device: str) -> float:
+    _synchronize(device)
+    start = time.perf_counter()
+    peer.step()
+    _synchronize(device)
+    return time.perf_counter() - start
+
+
+def _synchronize(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def _row(
+    name: str,
+    peer: Peer,
+    workload: Workload,
+    values: list[tuple[float, float]],
+    seconds: dict[str, list[tuple[float, float]]],
+) -> dict[str, object]:
+    row: dict[str, object] = {
+        "optimizer": name,
+        "interval": workload.interval,
+        "renewing_step_s": statistics.median(renewing for renewing, _ in values),
+        "plain_step_s": statistics.median(plain for _, plain in values),
+    }
+    for interval, label in ((workload.interval, "usual"), (EQUAL_INTERVAL, f"every_{EQUAL_INTERVAL}")):
+        for reference in ("sgd", "adam"):
+            base = [min(pair) for pair in seconds[reference][1:]]
+            ratios = [_at(pair, interval) / other for pair, other in zip(values, base, strict=True)]
+            row[f"{label}_over_{reference}"] = statistics.median(ratios)
+    if hasattr(peer.optimizer, "times"):
+        steps = 2 * (len(values) + 2)
+        times = peer.optimizer.times
+        row |= {"curvature_s": 2 * times.curvature / steps, "inverse_s": 2 * times.inverse / steps}
+        row |= {"apply_s": times.apply / steps}
+    return row
+
+
+def _at(pair: tuple[float, float], interval: int) -> float:
+    """Mean seconds a step when every ``interval``-th renews."""
+    renewing, plain = pair
+    return ((interval - 1) * plain + renewing) / interval
+
+
+def main() -> None:
+    """Measure, print and write ``results/bench/steps-<model>.csv``."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
+    parser.add_argument("--optimizer", nargs="+", choices=list(PEERS), default=list(PEERS))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--no-memory", action="store_true", help="leave out peak memory, which takes a process each")
+    parser.add_argument("--out", type=Path, default=Path("results/bench"))
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    names = list(dict.fromkeys(["sgd", "adam", *arguments.optimizer]))
+    for model in arguments.model:
+        frame = compare(model, names, rounds=arguments.rounds, device=arguments.device, memory=not arguments.no_memory)
+        print(frame.round(4).to_string(index=False), end="\n\n", flush=True)
+        frame.to_csv(arguments.out / f"steps-{model}-{arguments.device.split(':')[0]}.csv", index=False)
+
+
+if __name__ == "__main__":
+    main()

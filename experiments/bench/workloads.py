@@ -1,0 +1,164 @@
+"""The four models at their papers' shapes, on made-up data: for cost only, never in a table of results."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """One model and one batch.
+
+    Attributes:
+        name: as it stands in tables.
+        model: in training mode, on its device.
+        inputs: what the model is called with.
+        loss: scalar loss of the model's output, a mean over samples.
+        interval: the method's usual 𝒯 on this model.
+        samples: what NG+ takes for a sample here.
+    """
+
+    name: str
+    model: nn.Module
+    inputs: tuple[Tensor | dict[str, Tensor], ...]
+    loss: Callable[[Tensor], Tensor]
+    interval: int
+    samples: str = "batch"
+
+
+def resnet50(device: str, *, batch: int = 32, size: int = 224) -> Workload:
+    """torchvision's resnet50."""
+    from torchvision.models import resnet50 as build
+
+    labels = torch.randint(1000, (batch,), device=device)
+    return Workload(
+        name=f"resnet50 {size}², batch {batch}",
+        model=build().to(device),
+        inputs=(torch.randn(batch, 3, size, size, device=device),),
+        loss=lambda logits: F.cross_entropy(logits, labels),
+        interval=500,
+    )
+
+
+class _SchNet(nn.Module):
+    """SchNetPack's SchNet and the sum of its atomwise energies."""
+
+    def __init__(self, molecules: int) -> None:
+        super().__init__()
+        from schnetpack.atomistic import Atomwise, PairwiseDistances
+        from schnetpack.nn import CosineCutoff, GaussianRBF
+        from schnetpack.representation import SchNet
+
+        self.distances = PairwiseDistances()
+        self.representation = SchNet(128, 6, GaussianRBF(50, 10.0), CosineCutoff(10.0))
+        self.energy = Atomwise(128, output_key="energy")
+        self.molecules = molecules
+
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        return self.energy(self.representation(self.distances(dict(inputs))))["energy"]
+
+
+def schnet(device: str, *, molecules: int = 100, atoms: int = 18) -> Workload:
+    """SchNetPack's SchNet at the paper's size (128 features, 6 interactions, cutoff 10 Å), QM9-like molecules."""
+    index = torch.arange(molecules * atoms).view(molecules, atoms)
+    others = ~torch.eye(atoms, dtype=torch.bool)
+    pairs = index[:, :, None].expand(-1, -1, atoms)[:, others], index[:, None, :].expand(-1, atoms, -1)[:, others]
+    centres, neighbours = (pair.flatten() for pair in pairs)
+    inputs = {
+        "_atomic_numbers": torch.randint(1, 10, (molecules * atoms,)),
+        "_positions": torch.randn(molecules * atoms, 3) * 2,
+        "_idx_m": torch.arange(molecules).repeat_interleave(atoms),
+        "_idx_i": centres,
+        "_idx_j": neighbours,
+        "_offsets": torch.zeros(centres.numel(), 3),
+        "_n_atoms": torch.full((molecules,), atoms),
+    }
+    energies = torch.randn(molecules, device=device)
+    return Workload(
+        name=f"SchNet, {molecules} molecules of {atoms} atoms",
+        model=_SchNet(molecules).to(device),
+        inputs=({name: value.to(device) for name, value in inputs.items()},),
+        loss=lambda energy: F.mse_loss(energy, energies),
+        interval=200,
+        samples="rows",
+    )
+
+
+class _Translator(nn.Module):
+    """An encoder-decoder of iwslt_de_en's size: 512 wide, 1024 in the feed-forward, 4 heads, 6 + 6 layers."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.source = nn.Embedding(vocabulary, 512)
+        self.target = nn.Embedding(vocabulary, 512)
+        self.layers = nn.Transformer(512, 4, 6, 6, 1024, dropout=0.3, batch_first=True, norm_first=True)
+
+    def forward(self, source: Tensor, target: Tensor) -> Tensor:
+        states = self.layers(self.source(source), self.target(target))
+        return F.linear(states, self.target.weight)
+
+
+def transformer(device: str, *, sentences: int = 40, length: int = 25, vocabulary: int = 10_000) -> Workload:
+    """A Transformer of iwslt_de_en's size."""
+    source, target, labels = (torch.randint(vocabulary, (sentences, length), device=device) for _ in range(3))
+    return Workload(
+        name=f"Transformer iwslt, {sentences} × {length} tokens",
+        model=_Translator(vocabulary).to(device),
+        inputs=(source, target),
+        loss=lambda logits: F.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=0.1),
+        interval=200,
+        samples="rows",
+    )
+
+
+class _DLRM(nn.Module):
+    """DLRM as on Criteo Kaggle: 26 tables of 16, bottom 13-512-256-64-16, dot interaction, top 512-256-1."""
+
+    def __init__(self, rows: list[int], sparse: bool) -> None:
+        super().__init__()
+        self.tables = nn.ModuleList(nn.EmbeddingBag(n, 16, mode="sum", sparse=sparse) for n in rows)
+        self.bottom = _perceptron(13, 512, 256, 64, 16)
+        features = len(rows) + 1
+        self.top = nn.Sequential(
+            *_perceptron(16 + features * (features - 1) // 2, 512, 256), nn.Linear(256, 1), nn.Flatten(0)
+        )
+        self.register_buffer("pairs", torch.tril_indices(features, features, -1))
+
+    def forward(self, dense: Tensor, categories: Tensor) -> Tensor:
+        bottom = self.bottom(dense)
+        embedded = [table(categories[:, i : i + 1]) for i, table in enumerate(self.tables)]
+        features = torch.stack([bottom, *embedded], dim=1)  # (b, 27, 16)
+        products = features @ features.mT
+        return self.top(torch.cat([bottom, products[:, self.pairs[0], self.pairs[1]]], dim=1))
+
+
+def _perceptron(*sizes: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for inputs, outputs in zip(sizes, sizes[1:], strict=False):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+def dlrm(device: str, *, batch: int = 128, largest: int = 100_000, sparse: bool = False) -> Workload:
+    """A DLRM of Criteo Kaggle's shape; ``largest`` is the number of rows of its largest table."""
+    rows = [largest, *([10_000] * 5), *([1_000] * 10), *([100] * 10)]
+    clicks = torch.randint(2, (batch,), device=device).float()
+    categories = torch.stack([torch.randint(n, (batch,)) for n in rows], dim=1)
+    return Workload(
+        name=f"DLRM, largest table {largest:,} rows{', sparse' if sparse else ''}",
+        model=_DLRM(rows, sparse).to(device),
+        inputs=(torch.randn(batch, 13, device=device), categories.to(device)),
+        loss=lambda logits: F.binary_cross_entropy_with_logits(logits, clicks),
+        interval=200,
+    )
+
+
+WORKLOADS: dict[str, Callable[[str], Workload]] = {
+    "resnet50": lambda device: resnet50(device, batch=8 if device == "cpu" else 256),
+    "schnet": schnet,
+    "transformer": transformer,
+    "dlrm": dlrm,
+}

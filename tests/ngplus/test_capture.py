@@ -1,0 +1,440 @@
+"""What is watched, when, and that nothing is left behind: uses of a layer, backward passes, hooks."""
+
+import copy
+import gc
+import io
+import itertools
+import pickle
+import warnings
+import weakref
+
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.modules import module as nn_module
+
+from ngplus import NGPlus
+
+
+@pytest.fixture
+def hooks():
+    """The hooks that any module's forward meets, but for those that were there before the test."""
+    gc.collect()
+
+    def all_hooks():
+        return {**nn_module._global_forward_hooks, **nn_module._global_forward_pre_hooks}
+
+    before = all_hooks()
+    return lambda: {key: hook for key, hook in all_hooks().items() if key not in before}
+
+
+def mlp(*sizes):
+    torch.manual_seed(0)
+    layers = [nn.Linear(i, o) for i, o in itertools.pairwise(sizes)]
+    return nn.Sequential(*[part for layer in layers for part in (layer, nn.Tanh())]).double()
+
+
+def points(*shape):
+    return torch.randn(shape, dtype=torch.float64)
+
+
+class Wired(nn.Module):
+    """A model whose forward is a function of itself and its inputs."""
+
+    def __init__(self, forward, **modules):
+        super().__init__()
+        torch.manual_seed(0)
+        self.wiring = forward
+        for name, module in modules.items():
+            self.add_module(name, module)
+        self.double()
+
+    def forward(self, *inputs):
+        return self.wiring(self, *inputs)
+
+
+def tied(model, index):
+    hidden = model.table(index).tanh()
+    return F.linear(hidden, model.table.weight, model.bias)
+
+
+USES = {
+    "twice, one after the other": (
+        lambda: Wired(lambda m, x: m.a(m.a(x).tanh()), a=nn.Linear(4, 4)),
+        lambda: [points(5, 4)],
+    ),
+    "twice, different positions": (
+        lambda: Wired(lambda m, x, y: m.a(x).tanh().sum(1) * m.a(y).sum(1), a=nn.Linear(4, 3)),
+        lambda: [points(5, 2, 4), points(5, 7, 4)],
+    ),
+    "with and without positions": (
+        lambda: Wired(lambda m, x, y: m.a(x).tanh() * m.a(y).sum(1), a=nn.Linear(4, 3)),
+        lambda: [points(5, 4), points(5, 7, 4)],
+    ),
+    "a convolution at two sizes": (
+        lambda: Wired(lambda m, x, y: m.a(x).mean((2, 3)).tanh() * m.a(y).mean((2, 3)), a=nn.Conv2d(2, 3, 2)),
+        lambda: [points(3, 2, 4, 4), points(3, 2, 5, 3)],
+    ),
+    "an embedding twice": (
+        lambda: Wired(lambda m, x, y: m.a(x).tanh().sum(1) * m.a(y).sum(1), a=nn.Embedding(7, 3)),
+        lambda: [torch.randint(7, (5, 2)), torch.randint(7, (5, 3))],
+    ),
+    "a bag twice": (
+        lambda: Wired(lambda m, x, y: m.a(x).tanh() * m.a(y), a=nn.EmbeddingBag(7, 3)),
+        lambda: [torch.randint(7, (5, 2)), torch.randint(7, (5, 3))],
+    ),
+    "two layers with one weight and two biases": (
+        lambda: shared_weight(Wired(lambda m, x: m.b(m.a(x).tanh()), a=nn.Linear(4, 4), b=nn.Linear(4, 4))),
+        lambda: [points(5, 4)],
+    ),
+    "an embedding tied to a linear layer": (
+        lambda: shared_weight(Wired(lambda m, x: m.b(m.a(x).tanh()), a=nn.Embedding(7, 4), b=nn.Linear(4, 7))),
+        lambda: [torch.randint(7, (5, 3))],
+    ),
+    "a small embedding tied to a linear layer": (
+        lambda: shared_weight(Wired(lambda m, x: m.b(m.a(x).tanh()), a=nn.Embedding(3, 4), b=nn.Linear(4, 3))),
+        lambda: [torch.randint(3, (5, 3))],
+    ),
+    "a functional use of an embedding": (
+        lambda: Wired(lambda m, x: F.linear(m.a(x).tanh(), m.a.weight), a=nn.Embedding(7, 4)),
+        lambda: [torch.randint(7, (5, 3))],
+    ),
+    "a functional use of a linear layer": (
+        lambda: Wired(lambda m, x: F.linear(input=x, bias=m.a.bias, weight=m.a.weight).tanh(), a=nn.Linear(4, 3)),
+        lambda: [points(5, 4)],
+    ),
+    "a slice of a weight": (
+        lambda: Wired(lambda m, x: F.linear(x, m.a.weight[1:3]).tanh() + m.a(x)[:, :2], a=nn.Linear(4, 3)),
+        lambda: [points(5, 4)],
+    ),
+    "a layer whose output is thrown away": (
+        lambda: Wired(lambda m, x: (m.a(x * 2), m.a(x))[1], a=nn.Linear(4, 3)),
+        lambda: [points(5, 4)],
+    ),
+    "a branch without a gradient": (
+        lambda: Wired(lambda m, x: m.a(x) * m.a(x).detach(), a=nn.Linear(4, 3)),
+        lambda: [points(5, 4)],
+    ),
+    "changed in place": (
+        lambda: Wired(lambda m, x: m.a(x).mul_(2).add_(1).tanh_(), a=nn.Linear(4, 3)),
+        lambda: [points(5, 4)],
+    ),
+}
+
+
+def shared_weight(model):
+    model.b.weight = model.a.weight
+    return model
+
+
+@pytest.mark.parametrize("use", USES)
+def test_every_use_of_a_weight_counts(use):
+    make, inputs = USES[use]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        oracle.check(make(), *inputs())
+
+
+ROWS = [
+    "twice, one after the other",
+    "twice, different positions",
+    "with and without positions",
+    "a convolution at two sizes",
+    "an embedding twice",
+    "a bag twice",
+]
+
+
+@pytest.mark.parametrize("use", ROWS)
+def test_every_position_of_every_use_is_a_row(use):
+    make, inputs = USES[use]
+    oracle.check(make(), *inputs(), samples="rows")
+
+
+@pytest.mark.parametrize(
+    ("wiring", "name"),
+    [
+        (lambda m, x: F.linear(x, m.a.weight * 2), "mul"),
+        (lambda m, x: x @ m.a.weight.T + m.b(x), "matmul"),
+        (lambda m, x: torch.einsum("oi,bi->bo", m.a.weight, x) + m.b(x), "einsum"),
+        (lambda m, x: m.a(x) + m.a.weight.norm(), "norm"),
+    ],
+)
+def test_a_use_that_is_not_understood_is_named_and_its_layer_goes_to_the_base(wiring, name):
+    model = Wired(wiring, a=nn.Linear(4, 3), b=nn.Linear(4, 3))
+    plain = copy.deepcopy(model)
+    x = points(5, 4)
+    oracle.energy(plain(x)).backward()
+    optimizer = NGPlus(model, lr=1e-9, update_every=1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            optimizer.zero_grad()
+            oracle.energy(model(x)).backward()
+            optimizer.step()
+    assert [str(warning.message) for warning in caught] == [
+        f"a.weight is used by {name}, where a single sample's gradient cannot be seen; it goes to SGD untouched"
+    ]
+    assert "a.weight" not in optimizer.curvature
+    torch.testing.assert_close(model.a.weight.grad, plain.a.weight.grad, rtol=1e-5, atol=1e-6)
+
+
+# When --------------------------------------------------------------------------------------------------------------
+
+
+def test_hooks_live_on_curvature_steps_only(hooks):
+    model, x = mlp(4, 3), points(5, 4)
+    optimizer = NGPlus(model, lr=0.1, update_every=3)
+    armed = []
+    for _ in range(7):
+        armed.append(bool(hooks()))
+        model(x).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert armed == [True, False, False, True, False, False, True]
+
+
+def test_nothing_is_registered_on_the_model(hooks):
+    model = mlp(4, 3)
+    optimizer = NGPlus(model, lr=0.1, update_every=1)
+    assert hooks()
+    for module in model.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+        assert not module._backward_hooks
+    assert optimizer is not None
+
+
+def test_a_deleted_optimizer_takes_its_hooks_along(hooks):
+    model, x = mlp(4, 3), points(5, 4)
+    optimizer = NGPlus(model, lr=0.1, update_every=1)
+    loss = model(x).sum()
+    loss.backward()
+    optimizer.step()
+    assert hooks()
+    del optimizer, loss
+    gc.collect()
+    assert not hooks()
+
+
+@pytest.mark.parametrize("event", ["load_state_dict", "add_param_group", "unpickle"])
+def test_watching_anew_leaves_no_second_watch(event, hooks):
+    model, x = mlp(4, 3, 2), points(5, 4)
+    optimizer = NGPlus(model, lr=0.1, update_every=2, params=[{"params": list(model[0].parameters())}])
+    loss = model(x).sum()  # its graph outlives what follows
+    loss.backward()
+    optimizer.step()
+    if event == "load_state_dict":
+        optimizer.load_state_dict(optimizer.state_dict())
+    elif event == "add_param_group":
+        optimizer.add_param_group({"params": list(model[2].parameters())})
+    else:
+        model, optimizer = pickle.loads(pickle.dumps((model, optimizer)))
+        gc.collect()
+    for _ in range(3):
+        if not optimizer._due:
+            assert not optimizer._capture.armed
+        loss = model(x).sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert len(hooks()) <= 2
+
+
+def test_a_step_keeps_nothing_of_the_loop_that_makes_it():
+    """The loss and its graph go when the loop lets go of them."""
+    model, x = mlp(4, 3), points(5, 4)
+    optimizer = NGPlus(model, lr=0.1, update_every=1)
+    loss = model(x).sum()
+    loss.backward()
+    optimizer.step()
+    graph = weakref.ref(loss)
+    del loss
+    assert graph() is None
+
+
+def test_forward_passes_between_steps_leave_nothing_behind():
+    """Evaluation, no_grad, inference mode, and a forward whose backward does not come."""
+    torch.manual_seed(1)
+    x, other = points(5, 4), points(9, 4)
+    model = mlp(4, 6, 3)
+    quiet = copy.deepcopy(model)
+    optimizer = NGPlus(model, lr=0.1, update_every=1)
+    model.eval()
+    with torch.no_grad():
+        model(other)
+    with torch.inference_mode():
+        model(other)
+    model.train()
+    model(other)
+    kept = model(other)
+    for m, o in ((model, optimizer), (quiet, NGPlus(quiet, lr=0.1, update_every=1))):
+        for _ in range(2):
+            m(x).square().mean().backward()
+            o.step()
+            o.zero_grad()
+    assert kept.requires_grad
+    for a, b in zip(model.parameters(), quiet.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_forward_that_raises_is_left_properly():
+    model = Wired(lambda m, x: m.a(x) if x.shape[1] == 4 else 1 / 0, a=nn.Linear(4, 3))
+    x = points(5, 4)
+    optimizer = NGPlus(model, lr=1e-9, damping=0.3, update_every=1)
+    with pytest.raises(ZeroDivisionError):
+        model(points(5, 3))
+    assert torch.overrides._get_current_function_mode() is None
+    gradients = oracle.sample_gradients(model, [lambda m, i=i: oracle.energy(m(x[i : i + 1])) for i in range(5)])
+    (oracle.energy(model(x)) / 5).backward()
+    optimizer.step()
+    assert oracle.error(model, oracle.directions(gradients, 0.3)) <= 1e-10
+
+
+def test_layers_called_one_by_one_are_seen_without_a_forward_of_the_model():
+    model, x = mlp(4, 6, 3), points(5, 4)
+    gradients = oracle.sample_gradients(model, [lambda m, i=i: oracle.energy(m(x[i : i + 1])) for i in range(5)])
+
+    def run(m):
+        for layer in m:
+            value = layer(x if layer is m[0] else value)  # noqa: F821
+        return oracle.energy(value) / 5
+
+    oracle.descend(model, run, damping=0.3)
+    assert oracle.error(model, oracle.directions(gradients, 0.3)) <= 1e-10
+
+
+# Backward passes ----------------------------------------------------------------------------------------------------
+
+
+def one_by_one(model, x):
+    return oracle.sample_gradients(model, [lambda m, i=i: oracle.energy(m(x[i : i + 1])) for i in range(len(x))])
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_gradients_with_respect_to_inputs_do_not_contaminate(create_graph):
+    model, x = mlp(4, 6, 3), points(5, 4).requires_grad_()
+    gradients = one_by_one(model, x.detach())
+
+    def run(m):
+        loss = oracle.energy(m(x)) / 5
+        torch.autograd.grad(loss, x, retain_graph=True, create_graph=create_graph)
+        return loss
+
+    oracle.descend(model, run, damping=0.3)
+    assert oracle.error(model, oracle.directions(gradients, 0.3)) <= 1e-10
+
+
+def test_backward_to_inputs_only_does_not_contaminate():
+    model, x = mlp(4, 6, 3), points(5, 4).requires_grad_()
+    gradients = one_by_one(model, x.detach())
+
+    def run(m):
+        oracle.energy(m(x)).backward(inputs=[x])
+        return oracle.energy(m(x)) / 5
+
+    oracle.descend(model, run, damping=0.3)
+    assert oracle.error(model, oracle.directions(gradients, 0.3)) <= 1e-10
+
+
+def test_a_retained_graph_counts_once():
+    """Where one graph goes backward twice, its first pass makes the curvature; the gradient is both passes' sum."""
+    model, x = mlp(4, 6, 3), points(5, 4)
+    gradients = one_by_one(model, x)
+    expected = {matrix: 2 * D for matrix, D in oracle.directions(gradients, 0.3).items()}
+
+    def run(m):
+        loss = oracle.energy(m(x)) / 5
+        loss.backward(retain_graph=True)
+        return loss
+
+    oracle.descend(model, run, damping=0.3)
+    assert oracle.error(model, expected) <= 1e-10
+
+
+@pytest.mark.parametrize("sizes", [(3, 3), (1, 2, 3), (5, 1)])
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("samples", ["batch", "rows"])
+def test_accumulated_micro_batches_are_one_batch(sizes, joint, samples):
+    """One backward a micro-batch, or one for the sum of unequal ones; the loss is divided by all samples."""
+    if joint and len(set(sizes)) < len(sizes):
+        pytest.skip("equally many samples in one backward are uses by the same samples")
+    model = mlp(4, 6, 3)
+    x = points(sum(sizes), 4)
+    gradients = one_by_one(model, x)
+    optimizer = NGPlus(model, lr=1e-9, damping=0.3, update_every=1, samples=samples, solver="dense")
+    losses = [oracle.energy(model(part)) / len(x) for part in x.split(sizes)]
+    if joint:
+        sum(losses).backward()
+    else:
+        for loss in losses:
+            loss.backward()
+    optimizer.step()
+    assert oracle.error(model, oracle.directions(gradients, 0.3)) <= 1e-10
+
+
+@pytest.mark.parametrize("solver", ["auto", "dense", "low_rank"])
+@pytest.mark.parametrize("lengths", [(1, 3), (3, 1), (1, 3, 1, 2)])
+def test_micro_batches_with_and_without_positions_are_one_batch(solver, lengths):
+    """A sequence of length one comes in as vectors would, and its samples count beside those of longer ones."""
+    model = Wired(lambda m, x: m.a(x).tanh().mean(1), a=nn.Linear(12, 12))
+    xs = [points(2, length, 12) for length in lengths]
+    losses = [lambda m, x=x, i=i: oracle.energy(m(x[i : i + 1])) for x in xs for i in range(len(x))]
+    gradients = oracle.sample_gradients(model, losses)
+    optimizer = NGPlus(model, lr=1e-9, damping=0.3, update_every=1, solver=solver)
+    for x in xs:
+        (oracle.energy(model(x)) / len(losses)).backward()
+    optimizer.step()
+    assert oracle.error(model, oracle.directions(gradients, 0.3)) <= 1e-10
+
+
+def test_max_samples_holds_over_micro_batches():
+    model, x = mlp(4, 6, 3), points(6, 4)
+    gradients = one_by_one(model, x)
+    optimizer = NGPlus(model, lr=1e-9, damping=0.3, update_every=1, max_samples=4)
+    for part in x.split([3, 2, 1]):
+        (oracle.energy(model(part)) / 6).backward()
+    optimizer.step()
+    assert oracle.error(model, oracle.directions(gradients, 0.3, used=4)) <= 1e-10
+
+
+def test_a_summed_loss_gives_the_same_curvature_and_a_larger_gradient():
+    model, x = mlp(4, 6, 3), points(5, 4)
+    gradients = one_by_one(model, x)
+    expected = {matrix: 5 * D for matrix, D in oracle.directions(gradients, 0.3).items()}
+    oracle.descend(model, lambda m: oracle.energy(m(x)), damping=0.3, loss_reduction="sum")
+    assert oracle.error(model, expected) <= 1e-10
+
+
+def test_zero_grad_forgets_what_was_summed():
+    model, x = mlp(4, 6, 3), points(5, 4)
+    gradients = one_by_one(model, x)
+    optimizer = NGPlus(model, lr=1e-9, damping=0.3, update_every=1)
+    model(points(5, 4)).sum().backward()
+    optimizer.zero_grad()
+    (oracle.energy(model(x)) / 5).backward()
+    optimizer.step()
+    assert oracle.error(model, oracle.directions(gradients, 0.3)) <= 1e-10
+
+
+# Copies while armed -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "save"])
+def test_a_model_can_be_copied_while_it_is_watched(way):
+    model, x = mlp(4, 3), points(5, 4)
+    optimizer = NGPlus(model, lr=0.1, update_every=1)
+    model(x).sum().backward()
+    if way == "deepcopy":
+        copied = copy.deepcopy(model)
+    elif way == "pickle":
+        copied = pickle.loads(pickle.dumps(model))
+    else:
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        copied = torch.load(file, weights_only=False)
+    assert torch.equal(copied(x), model(x))
+    optimizer.step()

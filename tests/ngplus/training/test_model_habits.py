@@ -1,0 +1,448 @@
+"""What models do besides calling their layers one after the other, compared with the oracle's loop."""
+
+import copy
+import gc
+import threading
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from problems import SETTINGS, Problem, attentive, convolutional, distance, flat, perceptron, train
+from torch import nn
+from torch.overrides import _len_torch_function_stack
+from torch.utils.checkpoint import checkpoint
+
+from ngplus import NGPlus
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind():
+    yield
+    gc.collect()  # optimizers that still wait for a forward pass
+    assert _len_torch_function_stack() == 0
+    assert not nn.modules.module._global_forward_pre_hooks
+    assert not nn.modules.module._global_forward_hooks
+
+
+def with_model(model: nn.Module, inputs: torch.Tensor | None = None) -> Problem:
+    """The perceptron's data with another model."""
+    problem = perceptron()
+    problem.model = model.double()
+    problem.inputs = problem.inputs if inputs is None else inputs
+    return problem
+
+
+def assert_follows_the_oracle(problem: Problem, steps: int = 3, **settings) -> NGPlus:
+    expected = problem.plain_run(steps)
+    optimizer = NGPlus(problem.model, **{**SETTINGS, **settings})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(problem, optimizer, steps)
+    assert distance(problem.model, expected) < 1e-10
+    return optimizer
+
+
+# Activation checkpointing ---------------------------------------------------------------------------------------------
+
+
+class Checkpointed(nn.Module):
+    """Two checkpointed segments; with ``reused`` the first one's layer works twice within it."""
+
+    def __init__(self, reentrant: bool, reused: bool = False, across: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inlet, self.middle, self.outlet = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.reentrant, self.reused, self.across = reentrant, reused, across
+
+    def first(self, x):
+        x = self.middle(x).tanh()
+        return self.middle(x).tanh() if self.reused else x
+
+    def second(self, x):
+        return self.outlet(self.middle(x).tanh() if self.across else x)
+
+    def forward(self, x):
+        x = self.inlet(x).tanh()
+        for segment in (self.first, self.second):
+            x = checkpoint(segment, x, use_reentrant=self.reentrant)
+        return x
+
+
+@pytest.mark.parametrize("reused", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_sees_every_layer_once(reentrant, reused):
+    assert_follows_the_oracle(with_model(Checkpointed(reentrant, reused)))
+
+
+def test_a_layer_in_two_checkpoints_that_are_not_reentrant():
+    assert_follows_the_oracle(with_model(Checkpointed(reentrant=False, across=True)))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_a_whole_submodule(reentrant):
+    problem = convolutional()
+    body, head = problem.model[:-1], problem.model[-1]
+
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = body, head
+
+        def forward(self, x):
+            return self.head(checkpoint(self.body, x.requires_grad_(), use_reentrant=reentrant))
+
+    problem.model = Whole()
+    problem.inputs = problem.inputs.clone()
+    assert_follows_the_oracle(problem)
+
+
+# Control flow ---------------------------------------------------------------------------------------------------------
+
+
+class Skipping(nn.Module):
+    """Leaves its middle layer out whenever it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inlet, self.middle, self.outlet = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.skip = False
+
+    def forward(self, x):
+        x = self.inlet(x).tanh()
+        return self.outlet(x if self.skip else self.middle(x).tanh())
+
+
+def test_a_layer_skipped_in_steps_between_curvature_steps_keeps_its_curvature():
+    problem = with_model(Skipping())
+    optimizer = NGPlus(problem.model, lr=0.1, damping=0.3, update_every=4)
+    train(problem, optimizer, 1)
+    problem.model.skip = True
+    before = problem.model.middle.weight.clone()
+    train(problem, optimizer, 2)
+    assert torch.equal(problem.model.middle.weight, before)
+    problem.model.skip = False
+    train(problem, optimizer, 1)
+    assert not torch.equal(problem.model.middle.weight, before)
+    assert optimizer.curvature["middle.weight"].updates == 1
+
+
+def test_a_layer_skipped_on_the_curvature_step_gets_its_curvature_as_soon_as_it_is_used():
+    problem = with_model(Skipping())
+    optimizer = NGPlus(problem.model, lr=0.1, damping=0.3, update_every=1000)
+    problem.model.skip = True
+    train(problem, optimizer, 3)
+    assert set(optimizer.curvature) == {"inlet.weight", "outlet.weight"}
+    problem.model.skip = False
+    train(problem, optimizer, 2)
+    assert set(optimizer.curvature) == {"inlet.weight", "middle.weight", "outlet.weight"}
+    assert optimizer.curvature["inlet.weight"].updates == 1
+
+
+class Recursive(nn.Module):
+    """Calls itself, once for the coarse half of the work."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inlet, self.outlet = nn.Linear(5, 5), nn.Linear(5, 3)
+
+    def forward(self, x, depth=2):
+        if depth == 0:
+            return x
+        x = self(self.inlet(x).tanh(), depth - 1)
+        return self.outlet(x) if depth == 2 else x
+
+
+def test_a_model_that_calls_itself_is_seen_to_the_end():
+    assert_follows_the_oracle(with_model(Recursive()))
+
+
+def test_submodules_called_one_by_one_are_seen():
+    problem = perceptron()
+    expected = problem.plain_run(3)
+    optimizer = NGPlus(problem.model, **SETTINGS)
+    encoder, activation, head = problem.model
+    train(problem, optimizer, 3, model=lambda x: head(activation(encoder(x))))
+    assert distance(problem.model, expected) < 1e-10
+
+
+def test_a_model_called_in_pieces_of_the_batch_before_one_backward_is_one_batch():
+    problem = perceptron()
+    start = copy.deepcopy(problem.model)
+    optimizer = NGPlus(problem.model, **SETTINGS)
+    train(problem, optimizer, 1, model=lambda x: torch.cat([problem.model(x[:2]), problem.model(x[2:])]))
+    reference = perceptron()
+    train(reference, NGPlus(reference.model, **SETTINGS), 1)
+    assert distance(problem.model, reference.model, start) < 1e-10
+
+
+# Weights that are used in other ways ----------------------------------------------------------------------------------
+
+
+class Functional(nn.Module):
+    """Uses its layers' weights without calling the layers."""
+
+    def __init__(self, readable: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inlet, self.outlet = nn.Linear(5, 6), nn.Linear(6, 3)
+        self.readable = readable
+
+    def forward(self, x):
+        if self.readable:
+            x = F.linear(x, self.inlet.weight, self.inlet.bias)
+        else:
+            x = x @ self.inlet.weight.T + self.inlet.bias
+        return self.outlet(x.tanh())
+
+
+def test_functional_use_of_a_weight_is_the_same_as_calling_the_layer():
+    assert_follows_the_oracle(with_model(Functional(readable=True)))
+
+
+def test_a_weight_in_a_product_of_the_models_own_goes_to_the_base_with_one_warning():
+    problem = with_model(Functional(readable=False))
+    start = copy.deepcopy(problem.model)
+    optimizer = NGPlus(problem.model, **SETTINGS)
+    with pytest.warns(UserWarning, match=r"inlet\.weight is used by .*untouched") as caught:
+        train(problem, optimizer, 1)
+    assert set(optimizer.curvature) == {"outlet.weight"}
+    plain = copy.deepcopy(start)
+    problem.loss(plain).backward()
+    step = start.inlet.weight - SETTINGS["lr"] * plain.inlet.weight.grad
+    assert torch.allclose(problem.model.inlet.weight, step)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(problem, optimizer, 4)
+    assert len(caught) == 1
+
+
+def test_functional_call_with_the_models_own_parameters_is_seen():
+    problem = perceptron()
+    expected = problem.plain_run(3)
+    optimizer = NGPlus(problem.model, **SETTINGS)
+    own = dict(problem.model.named_parameters())
+    train(problem, optimizer, 3, model=lambda x: torch.func.functional_call(problem.model, own, x))
+    assert distance(problem.model, expected) < 1e-10
+
+
+class Tied(nn.Module):
+    """An output layer that shares the weight of the embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.mix = nn.Embedding(11, 4), nn.Linear(4, 4)
+        self.out = nn.Linear(4, 11)
+        self.out.weight = self.table.weight
+
+    def forward(self, index):
+        return self.out(self.mix(self.table(index)).tanh()).mean(1)
+
+
+def test_a_tied_weight_has_one_curvature_of_both_uses():
+    torch.manual_seed(0)
+    problem = Problem(Tied().double(), torch.randint(11, (5, 3)), torch.randn(5, 11).double())
+    optimizer = assert_follows_the_oracle(problem)
+    assert set(optimizer.curvature) == {"table.weight", "mix.weight"}
+
+
+# Layouts --------------------------------------------------------------------------------------------------------------
+
+
+def test_channels_last_changes_nothing():
+    problem = convolutional()
+    problem.model.to(memory_format=torch.channels_last)
+    problem.inputs = problem.inputs.to(memory_format=torch.channels_last)
+    assert_follows_the_oracle(problem)
+    assert problem.model[3].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_attention_with_the_batch_second():
+    class Second(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.attention, self.head = nn.MultiheadAttention(4, 2), nn.Linear(4, 3)
+
+        def forward(self, x):
+            x = x.transpose(0, 1)
+            return self.head(self.attention(x, x, x)[0].mean(0))
+
+    torch.manual_seed(1)
+    assert_follows_the_oracle(with_model(Second(), torch.randn(6, 3, 4).double()))
+
+
+# What goes wrong inside forward ---------------------------------------------------------------------------------------
+
+
+class Failing(nn.Module):
+    """Raises in the middle of its forward pass, on demand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inlet, self.outlet = nn.Linear(5, 6), nn.Linear(6, 3)
+        self.error: BaseException | None = None
+
+    def forward(self, x):
+        x = self.inlet(x).tanh()
+        if self.error is not None:
+            raise self.error
+        return self.outlet(x)
+
+
+def test_an_exception_in_forward_leaves_no_mode_and_the_next_step_is_the_oracles():
+    problem = with_model(Failing())
+    expected = problem.plain_run(3)
+    optimizer = NGPlus(problem.model, **SETTINGS)
+    problem.model.error = RuntimeError("out of memory, say")
+    with pytest.raises(RuntimeError, match="out of memory"):
+        problem.loss(problem.model)
+    assert _len_torch_function_stack() == 0
+    problem.model.error = None
+    train(problem, optimizer, 3)
+    assert distance(problem.model, expected) < 1e-10
+
+
+def test_an_exception_in_a_pre_hook_leaves_no_mode():
+    problem = perceptron()
+    optimizer = NGPlus(problem.model, **SETTINGS)
+
+    def refuse(*_):
+        raise ValueError("not this one")
+
+    handle = problem.model[2].register_forward_pre_hook(refuse)
+    with pytest.raises(ValueError, match="not this one"):
+        problem.loss(problem.model)
+    assert _len_torch_function_stack() == 0
+    handle.remove()
+
+
+def test_an_interrupted_forward_is_left_with_the_next_step():
+    problem = with_model(Failing())
+    expected = problem.plain_run(2)
+    optimizer = NGPlus(problem.model, **SETTINGS)
+    problem.model.error = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        problem.loss(problem.model)
+    problem.model.error = None
+    train(problem, optimizer, 2)
+    assert _len_torch_function_stack() == 0
+    assert distance(problem.model, expected) < 1e-10
+
+
+# Threads --------------------------------------------------------------------------------------------------------------
+
+
+class Meeting(nn.Module):
+    """Lets another thread run the model while the first is in the middle of its forward pass."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.first_inside, self.second_done = threading.Event(), threading.Event()
+
+    def forward(self, x):
+        if threading.current_thread() is threading.main_thread():
+            self.first_inside.set()
+            self.second_done.wait(20)
+        return self.model(x)
+
+    def __deepcopy__(self, memo):
+        return copy.deepcopy(self.model, memo)
+
+
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_another_thread_may_run_the_model_meanwhile(with_gradients):
+    problem = perceptron()
+    expected = problem.plain_run(1)
+    meeting = Meeting(problem.model)
+    optimizer = NGPlus(meeting, **SETTINGS)
+    failures = []
+
+    def evaluate():
+        meeting.first_inside.wait(20)
+        try:
+            with torch.set_grad_enabled(with_gradients):
+                meeting(problem.inputs)
+            if _len_torch_function_stack():
+                failures.append("a mode is left")
+        except Exception as error:
+            failures.append(error)
+        meeting.second_done.set()
+
+    other = threading.Thread(target=evaluate)
+    other.start()
+    train(problem, optimizer, 1, model=meeting)
+    other.join()
+    assert not failures
+    assert distance(problem.model, expected) < 1e-10
+
+
+def test_training_in_another_thread_than_the_optimizer_was_made_in():
+    problem = perceptron()
+    expected = problem.plain_run(3)
+    optimizer = NGPlus(problem.model, **SETTINGS)
+    worker = threading.Thread(target=train, args=(problem, optimizer, 3))
+    worker.start()
+    worker.join()
+    assert distance(problem.model, expected) < 1e-10
+
+
+# Copies and places ----------------------------------------------------------------------------------------------------
+
+
+def test_averaged_copies_follow_and_are_not_watched():
+    problem = perceptron()
+    expected = problem.plain_run(4)
+    optimizer = NGPlus(problem.model, **SETTINGS)
+    averaged = torch.optim.swa_utils.AveragedModel(problem.model)
+    moving = torch.optim.swa_utils.AveragedModel(
+        problem.model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)
+    )
+    for _ in range(4):
+        train(problem, optimizer, 1)
+        for copied in (averaged, moving):
+            copied.update_parameters(problem.model)
+            copied(problem.inputs).sum().backward()  # such as distillation from a teacher
+    assert distance(problem.model, expected) < 1e-10
+    assert not torch.equal(flat(averaged.module), flat(problem.model))
+
+
+def test_shared_memory_and_loader_workers():
+    problem = perceptron()
+    expected = problem.plain_run(3)
+    problem.model.share_memory()
+    optimizer = NGPlus(problem.model, **SETTINGS)
+    data = torch.utils.data.TensorDataset(problem.inputs, problem.targets)
+    loader = torch.utils.data.DataLoader(data, batch_size=len(data), num_workers=1, persistent_workers=True)
+    for _ in range(3):
+        for problem.inputs, problem.targets in loader:
+            train(problem, optimizer, 1)
+    assert distance(problem.model, expected) < 1e-10
+
+
+@pytest.mark.parametrize("make", [perceptron, attentive])
+def test_a_model_made_double_after_the_optimizer_goes_on_in_double(make):
+    problem = make(torch.float32)
+    double = Problem(copy.deepcopy(problem.model).double(), problem.inputs, problem.targets.double())
+    optimizer = NGPlus(problem.model, **SETTINGS, ema=0.5, momentum=0.9)
+    train(problem, optimizer, 1)
+    problem.model.double()
+    if problem.inputs.is_floating_point():
+        problem.inputs = double.inputs = problem.inputs.double()
+    problem.targets = problem.targets.double()
+    train(problem, optimizer, 3)
+    train(double, NGPlus(double.model, **SETTINGS, ema=0.5, momentum=0.9), 4)
+    assert all(p.dtype == torch.float64 for p in problem.model.parameters())
+    assert distance(problem.model, double.model) < 1e-4
+
+
+def test_a_model_on_the_meta_device_is_refused():
+    with torch.device("meta"):
+        model = nn.Linear(3, 2)
+    with pytest.raises(ValueError, match=r"weight is on the meta device.*to_empty"):
+        NGPlus(model)
