@@ -327,6 +327,7 @@ class Capture:
         if len(parts) == 1 and parts[0].rows.positions == 1:
             self._add_rank_one(statistic, parts[0])
         else:
+            statistic.densify()
             parts = [self._sketched(statistic.shape, part) for part in parts]
             statistic.add(gfim.second_moment(statistic.shape, parts))
 
