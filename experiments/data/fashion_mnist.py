@@ -126,9 +126,7 @@ def load(data_dir: Path, part: Part) -> Images:
 
 def _missing(folder: Path) -> list[str]:
     return [
-        name
-        for name, digest in SHA256.items()
-        if not (folder / name).is_file() or sha256_of(folder / name) != digest
+        name for name, digest in SHA256.items() if not (folder / name).is_file() or sha256_of(folder / name) != digest
     ]
 
 

@@ -67,8 +67,7 @@ def _some(names: list[str]) -> str:
 def _scan_half(folder: Path) -> Folder:
     if not folder.is_dir():
         raise DataFileError(
-            f"{folder} is missing: ImageNet is put in place by the user, "
-            "as train/<class>/*.JPEG and val/<class>/*.JPEG"
+            f"{folder} is missing: ImageNet is put in place by the user, as train/<class>/*.JPEG and val/<class>/*.JPEG"
         )
     classes = sorted(path.name for path in folder.iterdir() if path.is_dir())
     if not classes:
@@ -105,9 +104,7 @@ def train_transform(size: int) -> transforms.Compose:
 
 def eval_transform(size: int) -> transforms.Compose:
     """Shorter side to 8/7 of ``size`` (256 for 224), the central crop, normalisation: (3, size, size)."""
-    return transforms.Compose(
-        [transforms.Resize(size * 8 // 7), transforms.CenterCrop(size), *_to_normalised()]
-    )
+    return transforms.Compose([transforms.Resize(size * 8 // 7), transforms.CenterCrop(size), *_to_normalised()])
 
 
 def _to_normalised() -> list[torch.nn.Module | transforms.ToTensor]:

@@ -31,9 +31,7 @@ def balanced_subset(labels: np.ndarray, per_class: int, *, seed: int) -> np.ndar
     return np.sort(np.concatenate(chosen))
 
 
-def hold_out(
-    labels: np.ndarray, *, train_size: int | None, validation_size: int
-) -> tuple[np.ndarray, np.ndarray]:
+def hold_out(labels: np.ndarray, *, train_size: int | None, validation_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Split a training set into ``(train, validation)`` indices, class-balanced, by the fixed `SPLIT_SEED`.
 
     The validation samples depend on ``validation_size`` alone. What is not held out is the training set, or

@@ -32,9 +32,7 @@ class ImageSource(Protocol):
     channels: int
     classes: int
 
-    def train_batches(
-        self, batch_size: int, *, seed: int, epoch: int, rank: int, world_size: int
-    ) -> Iterator[Batch]:
+    def train_batches(self, batch_size: int, *, seed: int, epoch: int, rank: int, world_size: int) -> Iterator[Batch]:
         """One epoch of augmented training batches; each is this rank's part of a joint batch."""
         ...
 
@@ -73,9 +71,7 @@ class GreyImages:
             eval_size=len(test),
         )
 
-    def train_batches(
-        self, batch_size: int, *, seed: int, epoch: int, rank: int, world_size: int
-    ) -> Iterator[Batch]:
+    def train_batches(self, batch_size: int, *, seed: int, epoch: int, rank: int, world_size: int) -> Iterator[Batch]:
         """See `ImageSource`; an image's crop and flip depend on ``(seed, epoch)`` and the image."""
         size = len(self.train)
         # Drawn for every image at once, so that they do not depend on which rank reads it.
@@ -145,15 +141,11 @@ class JpegFolder:
             eval_size=len(val.paths),
         )
 
-    def train_batches(
-        self, batch_size: int, *, seed: int, epoch: int, rank: int, world_size: int
-    ) -> Iterator[Batch]:
+    def train_batches(self, batch_size: int, *, seed: int, epoch: int, rank: int, world_size: int) -> Iterator[Batch]:
         """See `ImageSource`; an image's crop and flip depend on ``(seed, epoch)`` and the image."""
         transform = imagenet.train_transform(self.image_size)
         images = imagenet.Images(self.train, self.chosen, transform, seed=seed, epoch=epoch)
-        order = epoch_batches(
-            len(images), batch_size, seed=seed, epoch=epoch, rank=rank, world_size=world_size
-        )
+        order = epoch_batches(len(images), batch_size, seed=seed, epoch=epoch, rank=rank, world_size=world_size)
         return imagenet.batches(images, order, workers=self.workers)
 
     def eval_batches(self, split: Split) -> Iterator[Batch]:
@@ -162,8 +154,7 @@ class JpegFolder:
         transform = imagenet.eval_transform(self.image_size)
         images = imagenet.Images(folder, indices, transform, seed=0, epoch=0)
         order = (
-            np.arange(start, min(start + EVAL_BATCH, len(indices)))
-            for start in range(0, len(indices), EVAL_BATCH)
+            np.arange(start, min(start + EVAL_BATCH, len(indices))) for start in range(0, len(indices), EVAL_BATCH)
         )
         return imagenet.batches(images, order, workers=self.workers)
 

@@ -204,7 +204,5 @@ def _fit_stem(model: ResNet, stem: Stem, channels: int) -> None:
         model.maxpool = nn.Identity()
     if (stem.kernel, stem.stride, channels) == (7, 2, 3):
         return
-    model.conv1 = nn.Conv2d(
-        channels, 64, stem.kernel, stride=stem.stride, padding=stem.kernel // 2, bias=False
-    )
+    model.conv1 = nn.Conv2d(channels, 64, stem.kernel, stride=stem.stride, padding=stem.kernel // 2, bias=False)
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
