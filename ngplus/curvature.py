@@ -298,7 +298,9 @@ def _sparse_direction(state: LayerState, gradient: Tensor) -> Tensor:
         indices = torch.arange(gradient.shape[0], device=gradient.device).unsqueeze(0)
         values = gradient.to_dense()
         direction = _direction(state, values.to(dtype).unsqueeze(0))[0]
-    return torch.sparse_coo_tensor(indices, direction.to(values.dtype), gradient.shape, check_invariants=False)
+    # A copy in rows: of a transposed view, torch's dense-sparse sums read a single row with a wrong stride.
+    rows = values.new_empty(values.shape).copy_(direction)
+    return torch.sparse_coo_tensor(indices, rows, gradient.shape, check_invariants=False)
 
 
 def layer_statistic(layer: Layer, options: Options, generator: torch.Generator) -> Statistic | None:

@@ -174,6 +174,17 @@ def energy(output) -> Tensor:
     return sum((o.sin() + 0.5 * o.square()).sum() for o in outputs if o is not None)
 
 
+def sample_losses(*inputs, batch_dim: int = 0) -> list[Loss]:
+    """The energy of each sample of a batch of inputs."""
+    batch = inputs[0].shape[batch_dim]
+    return [lambda m, i=i: energy(m(*sample(inputs, i, batch_dim))) for i in range(batch)]
+
+
+def batch_loss(*inputs, batch_dim: int = 0) -> Loss:
+    """The mean energy of a batch of inputs."""
+    return lambda m: energy(m(*inputs)) / inputs[0].shape[batch_dim]
+
+
 def sample(inputs: Sequence, number: int, batch_dim: int = 0) -> list:
     """One sample of a batch of inputs."""
     return [x.narrow(batch_dim, number, 1) if isinstance(x, Tensor) else x for x in inputs]

@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from ngplus import NGPlus
+
 
 def table(kind=nn.Embedding, rows=9, dim=4, dtype=torch.float64, **options):
     torch.manual_seed(0)
@@ -55,6 +57,20 @@ def test_sparse_gradient_stays_sparse_and_may_name_a_row_twice(rows):
     index = torch.tensor([[1, 1, 2], [2, 0, 1]])
     oracle.check(model, index)
     assert model.weight.grad.is_sparse
+
+
+@pytest.mark.parametrize("rows", [9, 3])
+def test_a_sparse_gradient_of_a_single_row_moves_that_row(rows):
+    """Torch takes the stride of a single row for its length where the values are a transposed view."""
+    model = table(rows=rows, sparse=True)
+    before = model.weight.detach().clone()
+    index = torch.tensor([2])
+    gradients = oracle.sample_gradients(model, [lambda m: oracle.energy(m(index))])
+    optimizer = NGPlus(model, lr=1.0, damping=0.3, update_every=1)
+    oracle.energy(model(index)).backward()
+    optimizer.step()
+    (D,) = oracle.directions(gradients, 0.3).values()
+    torch.testing.assert_close(before - model.weight, D[0], rtol=1e-10, atol=1e-12)
 
 
 def test_padding_index_is_no_part_of_the_curvature():

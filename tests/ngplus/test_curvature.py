@@ -1,0 +1,398 @@
+"""Every way to keep and to invert L or R, against plain loops and closed forms in float64."""
+
+import copy
+
+import oracle
+import pytest
+import torch
+from torch import nn
+
+from ngplus import NGPlus
+from ngplus.preconditioner import DenseInverse, LowRankInverse, SketchedInverse, same_batch_direction
+
+DAMPING = 0.3
+
+
+def mlp(*sizes, dtype=torch.float64, seed=0):
+    torch.manual_seed(seed)
+    layers = [nn.Linear(i, o) for i, o in zip(sizes, sizes[1:], strict=False)]
+    return nn.Sequential(*[part for layer in layers for part in (layer, nn.Tanh())]).to(dtype)
+
+
+def images(dtype=torch.float64):
+    torch.manual_seed(0)
+    head = nn.Sequential(nn.Flatten(), nn.Linear(6 * 9, 3))
+    return nn.Sequential(nn.Conv2d(2, 6, 3, groups=2, padding=1), nn.Tanh(), nn.MaxPool2d(2), *head).to(dtype)
+
+
+def points(*shape, seed=1):
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def gradients_of(model, *inputs):
+    return oracle.sample_gradients(model, oracle.sample_losses(*inputs))
+
+
+def stepped(model, x, **options):
+    """The optimizer after one step on the mean energy, its directions left in ``.grad``."""
+    return oracle.descend(model, oracle.batch_loss(x), damping=DAMPING, **options)
+
+
+# What a sample is ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("solver", ["auto", "dense", "low_rank"])
+@pytest.mark.parametrize("samples", ["batch", "rows"])
+def test_a_sample_is_a_batch_element_or_a_row(samples, solver, dtype):
+    model = mlp(5, 12, 7, dtype=dtype)
+    oracle.check(model, points(2, 2, 5).to(dtype), samples=samples, solver=solver)
+
+
+@pytest.mark.parametrize("samples", ["batch", "rows"])
+def test_the_loss_may_be_a_sum(samples):
+    """The curvature stays that of single samples; the gradient is as large as the sum's."""
+    x = points(5, 3, 4)
+    summed, mean = mlp(4, 6, 3), mlp(4, 6, 3)
+    stepped(mean, x, samples=samples)
+    expected = {m: 5 * oracle.gradient_matrix(mean, m) for m in oracle.matrices(mean)}
+    if samples == "rows":  # κ positions more samples: a mean over them would be smaller than this sum by 5·3
+        rows = oracle.row_gradients(summed, lambda m: oracle.energy(m(x)) / 15)
+        sums = {matrix: sum(samples) for matrix, samples in rows.items()}
+        expected = {
+            matrix: oracle.direction(oracle.second_moment(rows[matrix]), G, DAMPING) for matrix, G in sums.items()
+        }
+    oracle.descend(summed, lambda m: oracle.energy(m(x)), damping=DAMPING, loss_reduction="sum", samples=samples)
+    assert oracle.error(summed, expected) <= 1e-10
+
+
+@pytest.mark.parametrize("used", [1, 4, 9])
+@pytest.mark.parametrize("solver", ["dense", "low_rank"])
+def test_max_samples_uses_the_first_ones(used, solver):
+    oracle.check(mlp(4, 6, 3), points(6, 4), max_samples=used, solver=solver)
+
+
+@pytest.mark.parametrize("solver", ["auto", "dense", "low_rank"])
+def test_the_released_rule_adds_the_root_of_the_damping(solver):
+    model, x = mlp(4, 30, 3), points(5, 4)
+    expected = oracle.directions(gradients_of(model, x), DAMPING**0.5)
+    optimizer = stepped(model, x, damping_rule="released", solver=solver)
+    assert oracle.error(model, expected) <= 1e-10
+    assert optimizer.curvature["0.weight"].damping == DAMPING**0.5
+
+
+# Over several steps -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("update_every", [1, 3, 100])
+@pytest.mark.parametrize("ema", [0.0, 0.7])
+@pytest.mark.parametrize("block_size", [None, 2])
+@pytest.mark.parametrize("kind", ["dense", "convolution"])
+def test_several_steps_are_those_of_a_plain_loop(kind, block_size, ema, update_every):
+    model = mlp(4, 6, 3) if kind == "dense" else images()
+    plain = copy.deepcopy(model)
+    optimizer = NGPlus(
+        model, lr=0.1, damping=DAMPING, update_every=update_every, ema=ema, block_size=block_size, solver="dense"
+    )
+    loop = oracle.PlainLoop(plain, 0.1, DAMPING, update_every, ema, block_size)
+    for step in range(7):
+        x = points(5, 4, seed=step) if kind == "dense" else points(4, 2, 6, 6, seed=step)
+        optimizer.zero_grad()
+        oracle.batch_loss(x)(model).backward()
+        optimizer.step()
+        loop.step(oracle.sample_losses(x))
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        assert (ours - theirs).norm() <= 1e-10 * theirs.norm()
+
+
+def test_the_moving_average_starts_from_the_first_matrix_and_not_from_zero():
+    model, x = mlp(4, 3), points(5, 4)
+    (samples,) = gradients_of(model, x).values()
+    optimizer = stepped(model, x, ema=0.9)
+    (average,) = optimizer.curvature["0.weight"].average
+    torch.testing.assert_close(average, oracle.second_moment(samples), rtol=1e-12, atol=1e-12)
+
+
+def test_a_change_of_damping_waits_for_the_next_curvature_step():
+    model, x = mlp(4, 3), points(5, 4)
+    optimizer = NGPlus(model, lr=1e-9, damping=0.3, update_every=2)
+    seen = []
+    for damping in (0.3, 5.0, 5.0, 7.0, 7.0):
+        optimizer.param_groups[0]["damping"] = damping
+        optimizer.zero_grad()
+        oracle.batch_loss(x)(model).backward()
+        optimizer.step()
+        seen.append(optimizer.curvature["0.weight"].damping)
+    assert seen == [0.3, 0.3, 5.0, 5.0, 7.0]
+
+
+# Blocks (18) --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 4, 5, 6, 7, 100])
+@pytest.mark.parametrize("sizes", [(4, 6, 3), (9, 6, 8)])
+def test_blocks_of_every_size_and_the_rest(block_size, sizes):
+    oracle.check(mlp(*sizes), points(5, sizes[0]), block_size=block_size)
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("samples", ["batch", "rows"])
+def test_blocks_of_every_group_of_a_convolution(block_size, samples):
+    oracle.check(images(), points(4, 2, 6, 6), block_size=block_size, samples=samples)
+
+
+def test_a_block_as_large_as_the_matrix_is_the_whole_of_it():
+    whole, blocked, x = mlp(4, 6, 3), mlp(4, 6, 3), points(5, 4)
+    stepped(whole, x, solver="dense")
+    stepped(blocked, x, solver="dense", block_size=6)
+    for a, b in zip(whole.parameters(), blocked.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-13, atol=1e-13)
+
+
+# Low rank (14) ------------------------------------------------------------------------------------------------------
+
+
+def kinds(optimizer):
+    return [type(state.preconditioner) for state in optimizer.curvature.values()]
+
+
+@pytest.mark.parametrize("sizes", [(19, 12), (12, 25), (5, 40, 30)])
+def test_every_exact_solver_gives_the_same_direction(sizes):
+    x = points(4, sizes[0])
+    models = {solver: mlp(*sizes) for solver in ("dense", "low_rank", "auto")}
+    for solver, model in models.items():
+        stepped(model, x, solver=solver)
+    for solver in ("low_rank", "auto"):
+        for a, b in zip(models[solver].parameters(), models["dense"].parameters(), strict=True):
+            assert (a.grad - b.grad).norm() <= 1e-11 * b.grad.norm()
+
+
+def test_auto_takes_low_rank_where_the_batch_is_small_beside_the_matrix():
+    for batch, kind in ((4, LowRankInverse), (5, DenseInverse), (40, DenseInverse)):
+        optimizer = stepped(mlp(19, 11), points(batch, 19))
+        assert kinds(optimizer) == [kind], batch
+
+
+@pytest.mark.parametrize(
+    ("options", "shape"),
+    [({"ema": 0.5}, (2, 19)), ({"block_size": 5}, (2, 19)), ({"solver": "dense"}, (2, 19)), ({}, (2, 3, 19))],
+)
+def test_auto_is_dense_where_low_rank_would_not_be_exact(options, shape):
+    assert kinds(stepped(mlp(19, 12), points(*shape), **options)) == [DenseInverse]
+
+
+def test_low_rank_is_dense_where_there_are_more_samples_than_rows():
+    assert kinds(stepped(mlp(19, 11), points(11, 19), solver="low_rank")) == [LowRankInverse]
+    assert kinds(stepped(mlp(19, 11), points(12, 19), solver="low_rank")) == [DenseInverse]
+
+
+def test_low_rank_counts_micro_batches_together():
+    model, x = mlp(19, 12), points(6, 19)
+    gradients = gradients_of(model, x)
+    optimizer = NGPlus(model, lr=1e-9, damping=DAMPING, update_every=1)
+    for part in x.split(2):
+        (oracle.energy(model(part)) / 6).backward()
+    optimizer.step()
+    assert kinds(optimizer) == [DenseInverse]
+    assert oracle.error(model, oracle.directions(gradients, DAMPING)) <= 1e-10
+
+
+def test_same_batch_direction_is_that_of_low_rank():
+    torch.manual_seed(0)
+    a, g = points(4, 9, seed=1), points(4, 7, seed=2)  # (b, n), (b, m)
+    norms = a.norm(dim=1)
+    U = (g * norms[:, None]).T / 4**0.5
+    sides = a / (4**0.5 * norms[:, None])
+    G = g.T @ a / 4
+    torch.testing.assert_close(U @ sides, G)
+    expected = oracle.direction((U @ U.T)[None], G[None], DAMPING)[0]
+    torch.testing.assert_close(same_batch_direction(U, sides, DAMPING), expected, rtol=1e-11, atol=1e-12)
+
+
+def test_same_batch_direction_names_a_damping_that_is_too_small():
+    U = torch.full((3, 2), float("nan"))
+    with pytest.raises(ValueError, match=r"not positive definite at damping=0\.3"):
+        same_batch_direction(U, torch.ones(2, 4), DAMPING)
+
+
+# Sketches (15)(16)(17) ----------------------------------------------------------------------------------------------
+
+
+def sketched_least_squares(U, G, drawn, damping):
+    """D = argmin ‖ΩUD − ΩG‖² + λ‖D‖², then (G − UD)/λ, with Ω the scaled rows drawn."""
+    Omega = torch.eye(len(U), dtype=torch.float64)[drawn] * (len(U) / len(drawn)) ** 0.5
+    stacked = torch.cat([Omega @ U, damping**0.5 * torch.eye(U.shape[1], dtype=torch.float64)])
+    target = torch.cat([Omega @ G, torch.zeros(U.shape[1], G.shape[1], dtype=torch.float64)])
+    return (G - U @ torch.linalg.lstsq(stacked, target).solution) / damping
+
+
+@pytest.mark.parametrize("sizes", [(19, 12), (12, 25)])
+@pytest.mark.parametrize("size", [1, 6, 11])
+def test_sketched_solver_is_the_sketched_least_squares_with_the_same_rows(size, sizes):
+    model, x = mlp(*sizes), points(4, sizes[0])
+    ((matrix, samples),) = gradients_of(model, x).items()
+    optimizer = stepped(model, x, solver="sketched", sketch_size=size)
+    kept = optimizer.curvature["0.weight"].preconditioner
+    assert isinstance(kept, SketchedInverse)
+    assert kept.drawn.shape == (size,)
+    short_first = [G[0] if G.shape[1] <= G.shape[2] else G[0].T for G in samples]
+    spectra = [torch.linalg.svd(G) for G in short_first]
+    U = torch.stack([u[:, 0] * s[0] for u, s, _ in spectra], dim=1) / len(samples) ** 0.5  # κ = 1: each of rank one
+    D = sketched_least_squares(U, sum(short_first) / len(samples), kept.drawn, DAMPING)
+    ours = oracle.gradient_matrix(model, matrix)[0]
+    torch.testing.assert_close(ours if len(ours) == len(D) else ours.T, D, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("case", ["linear, left", "linear, right", "convolution", "mini-batch"])
+def test_sampled_columns_give_the_matrix_on_average(case):
+    """Equation (17): the mean over many draws lies within a few standard errors of L (or R)."""
+    if case == "convolution":
+        model, x = nn.Conv2d(2, 3, 2).double(), points(3, 2, 5, 5)
+    else:
+        model = nn.Linear(9, 4).double() if case != "linear, right" else nn.Linear(3, 9).double()
+        x = points(3, 4, model.in_features)
+    ((_, samples),) = gradients_of(model, x).items()
+    if case == "mini-batch":
+        samples = [sum(samples) / len(samples)]
+    L = oracle.second_moment(samples)[0]
+    curvature = "mini_batch" if case == "mini-batch" else "per_sample"
+    optimizer = NGPlus(
+        model, lr=1e-12, damping=1.0, update_every=1, solver="sketched", sketch_size=3, curvature=curvature
+    )
+    draws = []
+    for _ in range(400):
+        optimizer.zero_grad()
+        oracle.batch_loss(x)(model).backward()
+        optimizer.step()
+        (inverse,) = optimizer.curvature["weight"].preconditioner.inverses
+        draws.append(torch.linalg.inv(inverse[0]) - torch.eye(len(L), dtype=torch.float64))
+    draws = torch.stack(draws)
+    standard_error = draws.std(dim=0) / len(draws) ** 0.5
+    assert ((draws.mean(dim=0) - L).abs() <= 4.5 * standard_error + 1e-9).all()
+    assert 0 < standard_error.norm() <= 0.2 * L.norm()
+
+
+def test_a_sketch_of_all_columns_is_exact():
+    oracle.check(mlp(4, 6, 3), points(5, 2, 4), solver="sketched", sketch_size=100)
+
+
+# The mini-batch form (12) -------------------------------------------------------------------------------------------
+
+
+def mini_batch_loop(model, losses, steps, damping=DAMPING, ema=0.0, lr=0.1):
+    """Plain steps with the products of the mini-batch gradient, biases being columns."""
+    averages = {}
+    for loss in losses[:steps]:
+        model.zero_grad()
+        loss(model).backward()
+        parameters = dict(model.named_parameters())
+        for matrix in oracle.matrices(model):
+            G = oracle.gradient_matrix(model, matrix)
+            moment = oracle.second_moment([G])
+            before = averages.get(matrix, moment)
+            averages[matrix] = ema * before + (1 - ema) * moment
+            D = oracle.direction(averages[matrix], G, damping)
+            if matrix.bias is not None:
+                parameters[matrix.bias].grad.copy_(D[:, :, -1].flatten())
+                D = D[:, :, :-1]
+            parameters[matrix.weight].grad = D.reshape(parameters[matrix.weight].shape)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= lr * parameter.grad
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.8])
+@pytest.mark.parametrize("kind", ["dense", "convolution"])
+def test_mini_batch_with_a_model_is_a_plain_loop_with_biases_as_columns(kind, ema):
+    model = mlp(4, 6, 3) if kind == "dense" else images()
+    shape = (5, 4) if kind == "dense" else (4, 2, 6, 6)
+    losses = [oracle.batch_loss(points(*shape, seed=step)) for step in range(5)]
+    plain = copy.deepcopy(model)
+    mini_batch_loop(plain, losses, 5, ema=ema)
+    optimizer = NGPlus(model, lr=0.1, damping=DAMPING, update_every=1, curvature="mini_batch", ema=ema)
+    for loss in losses:
+        optimizer.zero_grad()
+        loss(model).backward()
+        optimizer.step()
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        assert (ours - theirs).norm() <= 1e-10 * theirs.norm()
+
+
+@pytest.mark.parametrize("form", ["parameters", "groups", "named"])
+def test_mini_batch_with_parameters_takes_each_as_out_times_rest(form):
+    model, x = images(), points(4, 2, 6, 6)
+    oracle.batch_loss(x)(model).backward()
+    before = {name: p.grad.clone() for name, p in model.named_parameters()}
+    convolution = [p for name, p in model.named_parameters() if name.startswith("0")]
+    linear = [p for name, p in model.named_parameters() if not name.startswith("0")]
+    dampings = (0.3, 0.3) if form != "groups" else (0.5, 0.2)
+    given = {
+        "parameters": model.parameters(),
+        "named": model.named_parameters(),
+        "groups": [{"params": convolution, "damping": 0.5}, {"params": linear, "damping": 0.2, "lr": 1e-8}],
+    }[form]
+    optimizer = NGPlus(given, lr=1e-9, damping=0.3, update_every=1, curvature="mini_batch")
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        G = before[name]
+        if G.dim() == 1:
+            assert torch.equal(parameter.grad, G)
+            continue
+        G = G.flatten(1)[None]
+        D = oracle.direction(oracle.second_moment([G]), G, dampings[0 if name.startswith("0") else 1])
+        torch.testing.assert_close(parameter.grad.flatten(1), D[0], rtol=1e-10, atol=1e-12)
+    expected = ["0.weight", "4.weight"] if form == "named" else None
+    assert expected is None or list(optimizer.curvature) == expected
+
+
+def test_mini_batch_watches_nothing():
+    optimizer = NGPlus(mlp(4, 3), update_every=1, curvature="mini_batch")
+    assert optimizer._capture is None
+
+
+@pytest.mark.parametrize("rows", [9, 3])
+def test_mini_batch_of_a_sparse_gradient_is_that_of_the_dense_one(rows):
+    torch.manual_seed(0)
+    dense = nn.Embedding(rows, 4).double()
+    sparse = nn.Embedding(rows, 4, sparse=True).double()
+    sparse.load_state_dict(dense.state_dict())
+    for model in (dense, sparse):
+        oracle.descend(
+            model, oracle.batch_loss(torch.tensor([[1, 1], [2, 0]])), curvature="mini_batch", damping=DAMPING
+        )
+    torch.testing.assert_close(sparse.weight.grad.to_dense(), dense.weight.grad, rtol=1e-11, atol=1e-12)
+
+
+# Single precision ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"solver": "dense"},
+        {"solver": "low_rank"},
+        {"solver": "auto"},
+        {"block_size": 4},
+        {"samples": "rows"},
+        {"max_samples": 3},
+        {"ema": 0.5},
+        {"solver": "low_rank", "max_samples": 3},
+    ],
+)
+@pytest.mark.parametrize("sizes", [(4, 6, 3), (19, 40, 7)])
+def test_single_precision(sizes, options):
+    oracle.check(mlp(*sizes, dtype=torch.float32), points(5, sizes[0]).float(), **options)
+
+
+# What is kept -------------------------------------------------------------------------------------------------------
+
+
+def test_a_layers_state_reads_well_and_counts_its_numbers():
+    optimizer = stepped(mlp(4, 6, 3), points(5, 4), ema=0.5, solver="dense")
+    assert str(optimizer.curvature["0.weight"]) == (
+        "LayerState(matrix 6×5, DenseInverse of λI + R, damping 0.3, 1 updates, 50 numbers kept)"
+    )
+    optimizer = stepped(images(), points(4, 2, 6, 6))
+    assert str(optimizer.curvature["0.weight"]).startswith("LayerState(matrix 2×3×10, DenseInverse of λI + L")
+    optimizer = stepped(mlp(39, 30), points(4, 39))
+    assert optimizer.curvature["0.weight"].numel() == 30 * 4 + 4 * 4 + 1
