@@ -1,0 +1,82 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from experiments.optimizers import (
+    OPTIMIZERS,
+    AdagradBase,
+    AdamBase,
+    LARSSettings,
+    NGPlusSettings,
+    SGDBase,
+    SGDSettings,
+    entry_of,
+)
+from experiments.settings import SettingsError
+from ngplus import NGPlus
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2).double()
+    model(torch.randn(8, 3).double()).square().mean().backward()
+    return model
+
+
+def ngplus(**changes) -> NGPlusSettings:
+    return NGPlusSettings(**{"lr": 0.1, "damping": 0.5, "update_every": 7, "base": SGDBase()} | changes)
+
+
+@pytest.mark.parametrize(
+    ("base", "kind", "given"),
+    [
+        (SGDBase(momentum=0.9, weight_decay=1e-4), torch.optim.SGD, {"momentum": 0.9, "weight_decay": 1e-4}),
+        (AdamBase(betas=(0.8, 0.98), eps=1e-6), torch.optim.Adam, {"betas": (0.8, 0.98), "eps": 1e-6}),
+        (AdagradBase(initial_accumulator_value=0.1), torch.optim.Adagrad, {"initial_accumulator_value": 0.1}),
+    ],
+)
+def test_ngplus_gets_its_base_with_the_bases_own_settings(model, base, kind, given):
+    optimizer = entry_of("ngplus-x").build(model, ngplus(base=base, samples="rows"))
+    assert isinstance(optimizer, NGPlus)
+    assert type(optimizer.base) is kind
+    (group,) = optimizer.param_groups
+    assert {name: group[name] for name in given} == given
+    assert (group["lr"], group["damping"]) == (0.1, 0.5)
+
+
+def test_lars_is_its_formula(model):
+    settings = LARSSettings(lr=0.5, momentum=0.9, weight_decay=1e-2, trust_coefficient=1e-3)
+    before = copy.deepcopy(model)
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    optimizer = entry_of("lars").build(model, settings)
+    optimizer.step()
+    w, g = before.weight, gradients[0]
+    trust = 1e-3 * w.norm() / (g.norm() + 1e-2 * w.norm())
+    torch.testing.assert_close(model.weight, w - 0.5 * trust * (g + 1e-2 * w), rtol=1e-12, atol=0.0)
+    torch.testing.assert_close(model.bias, before.bias - 0.5 * gradients[1], rtol=1e-12, atol=0.0)
+
+
+def test_sgd_gets_every_setting(model):
+    settings = SGDSettings(lr=0.2, momentum=0.8, weight_decay=1e-3, nesterov=True)
+    (group,) = entry_of("sgd").build(model, settings).param_groups
+    assert (group["lr"], group["momentum"], group["weight_decay"], group["nesterov"]) == (0.2, 0.8, 1e-3, True)
+
+
+def test_every_entry_builds_an_optimizer_that_steps(model):
+    for name, entry in OPTIMIZERS.items():
+        own = copy.deepcopy(model)
+        own.zero_grad()
+        settings = ngplus() if name == "ngplus" else entry.settings(lr=0.1)
+        optimizer = entry.build(own, settings)
+        own(torch.ones(4, 3).double()).square().mean().backward()
+        optimizer.step()
+        assert not torch.equal(own.weight, model.weight)
+
+
+@pytest.mark.parametrize("name", ["kfac", "", "adamw-x"])
+def test_a_name_that_is_not_there_lists_what_is(name):
+    with pytest.raises(SettingsError, match="must be one of adagrad, adam, lars, ngplus, sgd, or one of these with"):
+        entry_of(name)
