@@ -45,7 +45,7 @@ def _notes(frame: pd.DataFrame) -> list[str]:
     """What a reader needs to know to read the table right."""
     first = frame.iloc[0]
     coverage = frame.interval_coverage.min()
-    worth = "" if math.isnan(coverage) else f", which cover the true median with {coverage:.0%} or more"
+    worth = f", which cover the true median with {coverage:.0%} or more" if coverage > 0 else ""
     tests = {row.optimizer: row.p_test or row.p_reason for row in frame.iloc[1:].itertuples()}
     lines = [f"Medians over seeds; in brackets order statistics{worth}; ± is over seeds. Device: {first.device}."]
     if (frame.reached < frame.seeds).any():

@@ -57,3 +57,8 @@ def test_latex_escapes_what_latex_reads(frame):
 def test_an_unknown_format_is_named(frame):
     with pytest.raises(ValueError, match="format = 'html': must be one of terminal, markdown, latex"):
         render(frame, "html")
+
+
+def test_one_seed_is_not_said_to_cover_anything(tmp_path):
+    write(tmp_path, "sgd", 1, HIT_1)
+    assert "cover the true median" not in render(compare(tmp_path, TASK, SCALE))
