@@ -19,8 +19,8 @@ from ngplus.layers import Layer, as_matrix
 from ngplus.options import Options
 from ngplus.preconditioner import DenseInverse, Preconditioner
 
-LOW_RANK_BELOW = 2**0.5 - 1
-"""Rank/p under which applying (14), 4prq + 2r²q operations, is cheaper than the p×p inverse, 2p²q."""
+LOW_RANK_BELOW = 1 / 2
+"""Rank/p up to which applying (14), 4prq operations, is no dearer than applying the p×p inverse, 2p²q."""
 
 
 @dataclass(eq=False)

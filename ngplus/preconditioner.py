@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ngplus.gfim import Shape
-from ngplus.inverse import Request, invert
+from ngplus.inverse import Request, factor_dtype, invert
 
 
 class Preconditioner(Protocol):
@@ -61,25 +61,24 @@ class DenseInverse:
 class LowRankInverse:
     """Sherman-Morrison-Woodbury, equation (14) as corrected: (1/λ)[G − U (λI + UᵀU)⁻¹ UᵀG].
 
+    With λI + UᵀU = CCᵀ and W = UC⁻ᵀ this is (1/λ)[G − WWᵀG]. No column of W is longer than one, so that rounding
+    grows with ‖L‖/λ no more than it does for the explicit inverse; with the core apart it is ten times as much.
+
     Attributes:
-        columns: U, (p, rank).
-        core: (λI + UᵀU)⁻¹, (rank, rank).
+        columns: W, (p, rank).
         damping: λ.
     """
 
     columns: Tensor
-    core: Tensor
     damping: float
 
     def apply(self, gradient: Tensor) -> Tensor:
         """Equation (14), never forming a p×p matrix."""
-        coefficients = self.core @ (self.columns.T @ gradient)
-        return (gradient - self.columns @ coefficients) / self.damping
+        return (gradient - self.columns @ (self.columns.T @ gradient)) / self.damping
 
     def tensors(self) -> dict[str, Tensor]:
-        """U, the core and λ."""
-        damping = torch.tensor(self.damping, dtype=torch.float64)
-        return {"columns": self.columns, "core": self.core, "damping": damping}
+        """W and λ."""
+        return {"columns": self.columns, "damping": torch.tensor(self.damping, dtype=torch.float64)}
 
 
 @dataclass(eq=False)
@@ -110,9 +109,14 @@ class SketchedInverse:
 
 
 def low_rank(columns: Tensor, damping: float) -> LowRankInverse | None:
-    """`LowRankInverse` of UUᵀ for U (p, rank); None where the core will not factorise."""
-    core = _core(columns.T @ columns, damping)
-    return None if core is None else LowRankInverse(columns, core, damping)
+    """`LowRankInverse` of UUᵀ for U (p, rank); None where λI + UᵀU will not factorise."""
+    U = columns.to(factor_dtype(columns))
+    damped = damping * torch.eye(U.shape[1], dtype=U.dtype, device=U.device) + U.T @ U
+    factor, info = torch.linalg.cholesky_ex(damped)
+    W = torch.linalg.solve_triangular(factor, U.T, upper=False).T
+    if bool((info != 0) | ~W.isfinite().all()):  # waits for the device, as for the explicit inverse
+        return None
+    return LowRankInverse(W.to(columns.dtype).contiguous(), damping)
 
 
 def sketched(columns: Tensor, damping: float, drawn: Tensor) -> SketchedInverse | None:
@@ -158,5 +162,5 @@ def from_tensors(tensors: dict[str, Tensor], shape: Shape) -> Preconditioner:
         damping = float(tensors["damping"])
         return SketchedInverse(tensors["columns"], tensors["drawn"], tensors["core"], damping)
     if "columns" in tensors:
-        return LowRankInverse(tensors["columns"], tensors["core"], float(tensors["damping"]))
+        return LowRankInverse(tensors["columns"], float(tensors["damping"]))
     return DenseInverse([tensors[f"inverse{i}"] for i in range(len(tensors))], shape)
