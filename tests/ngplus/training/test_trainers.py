@@ -1,0 +1,196 @@
+"""Loops that others wrote, which only need the `Optimizer` interface: Lightning and the Trainer of transformers."""
+
+import logging
+import os
+import warnings
+
+import pytest
+import torch
+from problems import SETTINGS, Problem, distance, flat, perceptron
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from ngplus import NGPlus
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+lightning = pytest.importorskip("pytorch_lightning")
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+BATCH = 3
+STEADY = {**SETTINGS, "update_every": 3, "ema": 0.5, "momentum": 0.9}
+
+
+# Lightning ------------------------------------------------------------------------------------------------------------
+
+
+class Module(lightning.LightningModule):
+    """A perceptron trained by NG+."""
+
+    def __init__(self, **settings) -> None:
+        super().__init__()
+        self.problem = perceptron(torch.float32, samples=12)
+        self.model = self.problem.model
+        self.settings = {**STEADY, **settings}
+
+    def training_step(self, batch: tuple[Tensor, Tensor], _index: int) -> Tensor:
+        inputs, targets = batch
+        return Problem(self.model, inputs, targets).loss(self.model)
+
+    def configure_optimizers(self) -> dict:
+        optimizer = NGPlus(self.model, **self.settings)
+        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)}
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(TensorDataset(self.problem.inputs, self.problem.targets), batch_size=BATCH)
+
+
+def fit(module: Module, folder, resume: str | None = None, **options) -> lightning.Trainer:
+    settings = {"max_epochs": 2, "logger": False, "enable_checkpointing": False, **options}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")
+        trainer = lightning.Trainer(
+            accelerator="cpu",
+            devices=1,
+            default_root_dir=folder,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            **settings,
+        )
+        trainer.fit(module, ckpt_path=resume)
+    return trainer
+
+
+def by_hand(epochs: int, accumulate: int = 1, clip: float | None = None) -> nn.Module:
+    """The loop that `fit` is to be equal to."""
+    module = Module()
+    made = module.configure_optimizers()
+    optimizer, scheduler = made["optimizer"], made["lr_scheduler"]
+    for _ in range(epochs):
+        for number, batch in enumerate(module.train_dataloader(), 1):
+            (module.training_step(batch, 0) / accumulate).backward()
+            if number % accumulate == 0:
+                if clip is not None:
+                    nn.utils.clip_grad_norm_(module.model.parameters(), clip)
+                optimizer.step()
+                optimizer.zero_grad()
+        scheduler.step()
+    return module.model
+
+
+@pytest.mark.parametrize(
+    ("options", "loop"),
+    [
+        ({}, {}),
+        ({"gradient_clip_val": 0.05}, {"clip": 0.05}),
+        ({"accumulate_grad_batches": 2}, {"accumulate": 2}),
+        ({"accumulate_grad_batches": 2, "gradient_clip_val": 0.05}, {"accumulate": 2, "clip": 0.05}),
+    ],
+)
+def test_lightning_trains_like_a_plain_loop(options, loop, tmp_path):
+    module = Module()
+    fit(module, tmp_path, **options)
+    assert distance(module.model, by_hand(2, **loop)) < 1e-6
+
+
+def test_lightning_in_mixed_precision_moves_like_full_precision(tmp_path):
+    start, mixed, full = Module().model, Module(), Module()
+    fit(mixed, tmp_path, max_epochs=1, precision="bf16-mixed")
+    fit(full, tmp_path, max_epochs=1)
+    assert 0 < distance(mixed.model, full.model, start) < 0.1
+
+
+def test_lightning_resumes_from_its_checkpoint_to_the_bit(tmp_path):
+    whole, first, second = Module(), Module(), Module()
+    fit(whole, tmp_path, max_epochs=3)
+    path = tmp_path / "last.ckpt"
+    fit(first, tmp_path, max_epochs=2).save_checkpoint(path)
+    trainer = fit(second, tmp_path, resume=str(path), max_epochs=3)
+    assert torch.equal(flat(second.model), flat(whole.model))
+    assert not torch.equal(flat(first.model), flat(whole.model))
+    assert trainer.optimizers[0].state_dict()["ngplus"]["steps"] == 12
+
+
+# The Trainer of transformers ------------------------------------------------------------------------------------------
+
+
+def tiny_bert() -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=32,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=16,
+        num_labels=3,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    model = transformers.BertForSequenceClassification(config)
+    # Its loss is a mean over a micro-batch whatever `Trainer` passes to it: without this, `Trainer` does not divide
+    # the losses of accumulated micro-batches by their number, so that their sum is no mean.
+    model.accepts_loss_kwargs = False
+    return model
+
+
+def sentences() -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    tokens, labels = torch.randint(32, (12, 6), generator=generator), torch.randint(3, (12,), generator=generator)
+    return [
+        {"input_ids": row, "attention_mask": torch.ones_like(row), "labels": label}
+        for row, label in zip(tokens, labels, strict=True)
+    ]
+
+
+def run_trainer(folder, resume: bool = False, **options) -> tuple[nn.Module, NGPlus]:
+    model = tiny_bert()
+    optimizer = NGPlus(model, **STEADY)
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=BATCH,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        lr_scheduler_type="constant",
+        logging_strategy="no",
+        **{"max_steps": 6, "save_strategy": "no", **options},
+    )
+    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=sentences(), optimizers=(optimizer, None))
+    trainer.train(resume_from_checkpoint=resume or None)
+    return model, optimizer
+
+
+def test_the_trainer_of_transformers_trains_every_layer(tmp_path):
+    start = tiny_bert()
+    model, optimizer = run_trainer(tmp_path)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert not torch.equal(flat(model), flat(start))
+    assert {"bert.embeddings.word_embeddings.weight", "classifier.weight"} < set(optimizer.curvature)
+    assert len(optimizer.curvature) == 11
+    assert optimizer.state_dict()["ngplus"]["steps"] == 6
+
+
+def test_the_trainer_of_transformers_accumulates_and_clips_like_a_plain_loop(tmp_path):
+    options = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.05, "max_steps": 2}
+    model, _ = run_trainer(tmp_path, train_sampling_strategy="sequential", **options)
+    expected = tiny_bert()
+    optimizer = NGPlus(expected, **STEADY)
+    batches = DataLoader(sentences(), batch_size=2 * BATCH)
+    for batch in batches:
+        expected(**batch).loss.backward()
+        nn.utils.clip_grad_norm_(expected.parameters(), 0.05)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert distance(model, expected, tiny_bert()) < 1e-3
+
+
+def test_the_trainer_of_transformers_resumes_from_its_checkpoint_to_the_bit(tmp_path):
+    whole, _ = run_trainer(tmp_path / "whole")
+    cut, _ = run_trainer(tmp_path / "cut", max_steps=4, save_strategy="steps", save_steps=4)
+    resumed, optimizer = run_trainer(tmp_path / "cut", resume=True)
+    assert torch.equal(flat(resumed), flat(whole))
+    assert not torch.equal(flat(cut), flat(whole))
+    assert optimizer.state_dict()["ngplus"]["steps"] == 6
