@@ -1,0 +1,158 @@
+"""Every argument that cannot be right is refused by name and value, with what is allowed."""
+
+import pytest
+import torch
+from torch import nn
+
+from ngplus import NGPlus
+
+REFUSED = {
+    "update_every zero": ({"update_every": 0}, ValueError, "update_every must be an integer ≥ 1, got 0"),
+    "update_every negative": ({"update_every": -3}, ValueError, "update_every must be an integer ≥ 1, got -3"),
+    "update_every a fraction": ({"update_every": 2.5}, TypeError, "update_every must be an integer ≥ 1, got 2.5"),
+    "update_every a flag": ({"update_every": True}, TypeError, "update_every must be an integer ≥ 1, got True"),
+    "update_every none": ({"update_every": None}, TypeError, "update_every must be an integer ≥ 1, got None"),
+    "block_size": ({"block_size": 0}, ValueError, "block_size must be an integer ≥ 1 or None, got 0"),
+    "sketch_size": ({"sketch_size": "8"}, TypeError, "sketch_size must be an integer ≥ 1 or None, got '8'"),
+    "max_samples": ({"max_samples": -1}, ValueError, "max_samples must be an integer ≥ 1 or None, got -1"),
+    "lr zero": ({"lr": 0}, ValueError, "lr must be a finite number > 0, got 0"),
+    "lr negative": ({"lr": -0.1}, ValueError, "lr must be a finite number > 0, got -0.1"),
+    "lr nan": ({"lr": float("nan")}, ValueError, "lr must be a finite number > 0, got nan"),
+    "lr a word": ({"lr": "fast"}, TypeError, "lr must be a number > 0, got 'fast'"),
+    "lr a tensor": ({"lr": torch.tensor(-1.0)}, ValueError, "lr must be a finite number > 0, got -1.0"),
+    "damping zero": ({"damping": 0.0}, ValueError, "damping must be a finite number > 0, got 0.0"),
+    "damping infinite": ({"damping": float("inf")}, ValueError, "damping must be a finite number > 0, got inf"),
+    "damping none": ({"damping": None}, TypeError, "damping must be a number > 0, got None"),
+    "ema one": ({"ema": 1.0}, ValueError, "ema must be in [0, 1), got 1.0"),
+    "ema negative": ({"ema": -0.1}, ValueError, "ema must be in [0, 1), got -0.1"),
+    "ema a word": ({"ema": "0.9"}, TypeError, "ema must be a number in [0, 1), got '0.9'"),
+    "curvature": (
+        {"curvature": "kfac"},
+        ValueError,
+        "curvature must be one of 'per_sample', 'mini_batch', got 'kfac'",
+    ),
+    "solver": (
+        {"solver": "cg"},
+        ValueError,
+        "solver must be one of 'auto', 'dense', 'low_rank', 'sketched', got 'cg'",
+    ),
+    "samples": ({"samples": "tokens"}, ValueError, "samples must be one of 'batch', 'rows', got 'tokens'"),
+    "loss_reduction": (
+        {"loss_reduction": "none"},
+        ValueError,
+        "loss_reduction must be one of 'mean', 'sum', got 'none'",
+    ),
+    "damping_rule": (
+        {"damping_rule": "code"},
+        ValueError,
+        "damping_rule must be one of 'paper', 'released', got 'code'",
+    ),
+    "nonfinite": ({"nonfinite": None}, ValueError, "nonfinite must be one of 'skip', 'raise', got None"),
+    "batch_dim negative": ({"batch_dim": -1}, ValueError, "batch_dim must be ≥ 0, got -1"),
+    "batch_dim of a module": ({"batch_dim": {"0": -1}}, ValueError, "batch_dim must be ≥ 0, got -1"),
+    "batch_dim a word": (
+        {"batch_dim": {"0": "first"}},
+        TypeError,
+        "batch_dim must be an integer ≥ 0 or a dict of them by module name, got 'first'",
+    ),
+    "sketched without a size": ({"solver": "sketched"}, ValueError, 'solver="sketched" needs sketch_size'),
+    "a size without sketched": (
+        {"sketch_size": 3},
+        ValueError,
+        "sketch_size=3 is for solver=\"sketched\", got solver='auto'",
+    ),
+    "low rank with blocks": (
+        {"solver": "low_rank", "block_size": 2},
+        ValueError,
+        'solver="low_rank" has no blocks, got block_size=2',
+    ),
+    "base an instance": (
+        {"base": "SGD"},
+        TypeError,
+        "base must be a torch.optim.Optimizer class, such as torch.optim.SGD, got 'SGD'",
+    ),
+    "base no optimizer": ({"base": nn.Linear}, TypeError, "base must be a torch.optim.Optimizer class"),
+    "unknown option": (
+        {"momentun": 0.9},
+        TypeError,
+        "momentun is an option of neither NGPlus nor its base SGD, which takes momentum, dampening, weight_decay",
+    ),
+    "option of another base": (
+        {"base": torch.optim.Adam, "momentum": 0.9},
+        TypeError,
+        "momentum is an option of neither NGPlus nor its base Adam, which takes betas",
+    ),
+    "value that the base refuses": ({"momentum": -1.0}, ValueError, "Invalid momentum value: -1.0"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_wrong_argument_is_named_with_its_value_and_what_is_allowed(case):
+    options, error, message = REFUSED[case]
+    with pytest.raises(error) as raised:
+        NGPlus(nn.Linear(3, 2), **options)
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("damping", [0, -1.0, float("nan"), None, "1"])
+def test_a_wrong_damping_of_a_group_is_refused(damping):
+    model = nn.Linear(3, 2)
+    with pytest.raises((TypeError, ValueError), match=f"damping of a parameter group must be .*{damping!r}"):
+        NGPlus(model, params=[{"params": model.parameters(), "damping": damping}])
+
+
+@pytest.mark.parametrize("damping", [0, -1.0, float("nan"), "1"])
+def test_a_damping_that_turns_wrong_is_refused_on_the_next_curvature_step(damping):
+    model = nn.Linear(3, 2)
+    optimizer = NGPlus(model, update_every=1)
+    optimizer.param_groups[0]["damping"] = damping
+    before = model.weight.clone()
+    model(torch.randn(4, 3)).sum().backward()
+    with pytest.raises((TypeError, ValueError), match="damping of the parameter group of weight must be"):
+        optimizer.step()
+    assert torch.equal(model.weight, before)
+
+
+def test_parameters_without_a_model_need_the_mini_batch_form():
+    model = nn.Linear(3, 2)
+    with pytest.raises(
+        TypeError, match=r'"per_sample" watches the layers of a model: .* got generator; .*"mini_batch"'
+    ):
+        NGPlus(model.parameters())
+    with pytest.raises(TypeError, match=r"params is for an nn\.Module"):
+        NGPlus(model.parameters(), curvature="mini_batch", params=[model.weight])
+
+
+@pytest.mark.parametrize("model", [nn.LayerNorm(3), nn.LSTM(3, 2), nn.Sequential(nn.ConvTranspose1d(2, 3, 1))])
+def test_a_model_without_a_supported_layer_is_refused(model):
+    with pytest.raises(
+        ValueError, match=r"no layer that NG\+ preconditions .* supported are Linear, Conv1d, .*Attention"
+    ):
+        NGPlus(model)
+
+
+def test_a_model_whose_layers_are_not_among_the_parameters_given_is_refused():
+    model = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
+    with pytest.raises(ValueError, match="with its weight among the parameters given"):
+        NGPlus(model, params=model[1].parameters())
+
+
+def test_lazy_layers_need_a_shape_first():
+    with pytest.raises(ValueError, match=r"0\.weight has no shape yet: run the model once"):
+        NGPlus(nn.Sequential(nn.LazyLinear(3)))
+
+
+def test_layers_of_unsupported_kinds_are_named_once_with_where_they_go():
+    model = nn.ModuleDict({"rnn": nn.LSTM(3, 2), "up": nn.ConvTranspose2d(2, 3, 1), "out": nn.Linear(2, 1)})
+    with pytest.warns(UserWarning, match="does not precondition") as caught:
+        NGPlus(model, base=torch.optim.Adam, lr=0.1)
+    assert [str(warning.message) for warning in caught] == [
+        "NG+ does not precondition rnn (LSTM), up (ConvTranspose2d); their parameters go to Adam untouched"
+    ]
+
+
+def test_norms_and_frozen_layers_are_passed_on_without_a_word(recwarn):
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.BatchNorm1d(4), nn.PReLU(4), nn.Bilinear(2, 2, 2))
+    model[4].requires_grad_(False)
+    NGPlus(model)
+    assert not recwarn.list
