@@ -37,6 +37,9 @@ LATE_TRIES = 3
 """How many steps in a row a layer that has a gradient but no curvature is watched for, between curvature steps."""
 
 
+_PACKED = ("steps", "late", "tries", "skipped", "generator", "layers")
+
+
 class NGPlus(Optimizer):
     """NG+: the gradient of every layer, as a matrix, times the inverse of its generalized Fisher information.
 
@@ -142,7 +145,7 @@ class NGPlus(Optimizer):
         self._start()
         if not self._layers:
             raise ValueError(
-                "the model has no layer that NG+ preconditions with a trained weight among the parameters given; "
+                "the model has no layer that NG+ preconditions with its weight among the parameters given; "
                 f"supported are {', '.join(kind.__name__ for kind in SUPPORTED)}"
             )
         self._warn_of_unsupported()
@@ -450,6 +453,8 @@ class NGPlus(Optimizer):
 
     def _unpack(self, packed: Mapping[str, Any]) -> dict[Layer, LayerState]:
         """The layers' states, checked against the model."""
+        if missing := [name for name in _PACKED if name not in packed]:
+            raise ValueError(f"the state of NGPlus has no {', '.join(missing)}: it was cut short or made otherwise")
         layers = {layer.name: layer for layer in self._layers}
         if unknown := sorted(set(packed["layers"]) - set(layers)):
             raise ValueError(
