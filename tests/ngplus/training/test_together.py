@@ -1,0 +1,262 @@
+"""NG+ beside others: other optimizers, parametrized weights, and an installation that has torch alone."""
+
+import copy
+import subprocess
+import sys
+import textwrap
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from problems import SETTINGS, attentive, distance, flat, perceptron, train
+from torch import Tensor, nn
+
+from ngplus import NGPlus
+
+# Two optimizers ------------------------------------------------------------------------------------------------------
+
+
+def generator_and_critic() -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
+    torch.manual_seed(0)
+    generator = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 4)).double()
+    critic = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+    return generator, critic, torch.randn(6, 3).double(), torch.randn(6, 4).double()
+
+
+def test_two_optimizers_take_turns_and_neither_counts_the_others_backward():
+    """The loop of a GAN: in its own step each sees only the loss that it steps on."""
+    generator, critic, noise, data = generator_and_critic()
+    ours = NGPlus(generator, **SETTINGS), NGPlus(critic, **SETTINGS)
+    twins = copy.deepcopy(generator), copy.deepcopy(critic)
+    theirs = NGPlus(twins[0], **SETTINGS), NGPlus(twins[1], **SETTINGS)
+    for _ in range(4):
+        ours[1].zero_grad()
+        loss = F.softplus(critic(generator(noise).detach())).mean() + F.softplus(-critic(data)).mean()
+        loss.backward()
+        ours[1].step()
+        ours[0].zero_grad()
+        F.softplus(-critic(generator(noise))).mean().backward()  # reaches the critic's weights too
+        ours[0].step()
+
+        # The same steps with nothing of the other's in sight: frozen copies stand in for it.
+        frozen = copy.deepcopy(twins[0]).requires_grad_(False)
+        theirs[1].zero_grad()
+        (F.softplus(twins[1](frozen(noise))).mean() + F.softplus(-twins[1](data)).mean()).backward()
+        theirs[1].step()
+        judge = copy.deepcopy(twins[1]).requires_grad_(False)
+        theirs[0].zero_grad()
+        F.softplus(-judge(twins[0](noise))).mean().backward()
+        theirs[0].step()
+    assert distance(generator, twins[0]) < 1e-10
+    assert distance(critic, twins[1]) < 1e-10
+
+
+def test_a_part_of_a_model_under_ngplus_and_the_rest_under_another_optimizer():
+    problem = attentive()
+    start = copy.deepcopy(problem.model)
+    ours = NGPlus(problem.model.head, **SETTINGS)
+    rest = torch.optim.Adam([*problem.model.table.parameters(), *problem.model.attention.parameters()], lr=0.01)
+    alone = copy.deepcopy(problem)
+    adam = torch.optim.Adam([*alone.model.table.parameters(), *alone.model.attention.parameters()], lr=0.01)
+    twin = NGPlus(alone.model, **SETTINGS, params=alone.model.head.parameters())  # the same, told another way
+    for _ in range(3):
+        for held, optimizers in ((problem, (ours, rest)), (alone, (twin, adam))):
+            held.loss(held.model).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+            held.model.zero_grad()
+    assert set(ours.curvature) == {"weight"}
+    assert set(twin.curvature) == {"head.weight"}
+    assert distance(problem.model, alone.model, start) < 1e-12
+
+
+# Kinds of bases ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "base", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad, torch.optim.RMSprop]
+)
+@pytest.mark.parametrize("way", ["foreach", "fused"])
+def test_every_implementation_of_a_base_makes_the_same_steps(base, way):
+    if way == "fused" and base is torch.optim.RMSprop:
+        pytest.skip("RMSprop has no fused implementation")
+    one, other = perceptron(), perceptron()
+    train(one, NGPlus(one.model, base, **{**SETTINGS, "lr": 0.01}, **{way: True}), 4)
+    train(other, NGPlus(other.model, base, **{**SETTINGS, "lr": 0.01}, foreach=False), 4)
+    assert distance(one.model, other.model, perceptron().model) < 1e-10
+
+
+def test_sparse_adam_steps_on_directions_that_stay_sparse():
+    torch.manual_seed(0)
+    table = nn.Embedding(30, 4, sparse=True).double()
+    before = table.weight.detach().clone()
+    optimizer = NGPlus(table, torch.optim.SparseAdam, lr=0.01, damping=0.3, update_every=2)
+    index = torch.tensor([[1, 2], [2, 7], [7, 7]])
+    for _ in range(3):
+        table(index).square().sum(-1).mean().backward()
+        assert table.weight.grad.is_sparse
+        optimizer.step()
+        assert table.weight.grad.is_sparse
+        optimizer.zero_grad()
+    moved = (table.weight.detach() != before).any(1).nonzero().flatten()
+    assert moved.tolist() == [1, 2, 7]
+    assert set(optimizer.curvature) == {"weight"}
+
+
+# Parametrized and recurrent layers -----------------------------------------------------------------------------------
+
+
+def old_weight_norm(layer: nn.Module) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own: it is deprecated
+        return nn.utils.weight_norm(layer)
+
+
+def old_spectral_norm(layer: nn.Module) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.utils.spectral_norm(layer)
+
+
+@pytest.mark.parametrize(
+    ("normed", "named"),
+    [
+        (nn.utils.parametrizations.weight_norm, r"0\.parametrizations\.weight \(ParametrizationList\)"),
+        (nn.utils.parametrizations.spectral_norm, r"0\.parametrizations\.weight \(ParametrizationList\)"),
+        (old_weight_norm, r"0 \(Linear\)"),
+        (old_spectral_norm, r"0 \(Linear\)"),
+    ],
+)
+def test_a_parametrized_weight_goes_to_the_base_with_one_warning(normed, named):
+    problem = perceptron()
+    problem.model[0] = normed(problem.model[0])
+    with pytest.warns(UserWarning, match=f"does not precondition {named}; their parameters go to SGD") as caught:
+        optimizer = NGPlus(problem.model, **SETTINGS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        problem.loss(problem.model).backward()
+        raw = {name: p.grad.clone() for name, p in problem.model.named_parameters() if name.startswith("0.")}
+        optimizer.step()
+    assert len(caught) == 1
+    assert set(optimizer.curvature) == {"2.weight"}
+    assert len(raw) >= 2
+    assert all(torch.equal(problem.model.get_parameter(name).grad, gradient) for name, gradient in raw.items())
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer and a linear one on its last output."""
+
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.recurrent, self.head = kind(5, 6, batch_first=True), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.recurrent(x.unsqueeze(1).expand(-1, 3, -1))[0][:, -1])
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU])
+def test_recurrent_layers_go_to_the_base_with_one_warning(kind):
+    problem = perceptron()
+    problem.model = Recurrent(kind).double()
+    named = rf"does not precondition recurrent \({kind.__name__}\); their parameters go to SGD untouched"
+    with pytest.warns(UserWarning, match=named):
+        optimizer = NGPlus(problem.model, **SETTINGS)
+    problem.loss(problem.model).backward()
+    raw = [p.grad.clone() for p in problem.model.recurrent.parameters()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+    assert set(optimizer.curvature) == {"head.weight"}
+    assert all(torch.equal(p.grad, old) for p, old in zip(problem.model.recurrent.parameters(), raw, strict=True))
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.BatchNorm1d, nn.RMSNorm, lambda size: nn.GroupNorm(1, size)])
+def test_norms_go_to_the_base_untouched_and_without_a_word(norm):
+    problem = perceptron()
+    problem.model.insert(1, norm(7).double())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer = NGPlus(problem.model, **SETTINGS)
+        problem.loss(problem.model).backward()
+        raw = [p.grad.clone() for p in problem.model[1].parameters()]
+        optimizer.step()
+    assert set(optimizer.curvature) == {"0.weight", "3.weight"}
+    assert all(torch.equal(p.grad, old) for p, old in zip(problem.model[1].parameters(), raw, strict=True))
+
+
+# Limits that docs/supported.md names ----------------------------------------------------------------------------------
+
+
+def test_an_input_that_is_shared_by_the_batch_is_one_sample():
+    """A table of positions, looked up once for the whole batch: the sum over the batch is one sample's gradient."""
+
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.table, self.head = nn.Embedding(4, 5), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head((x.unsqueeze(1) + self.table(torch.arange(4).unsqueeze(0))).tanh().mean(1))
+
+    problem = perceptron()
+    problem.model = Positions().double()
+    optimizer = NGPlus(problem.model, **SETTINGS, solver="dense")
+    problem.loss(problem.model).backward()
+    gradient = problem.model.table.weight.grad.clone()  # 4 × 5, so that L is kept
+    optimizer.step()
+    matrix = gradient @ gradient.T + SETTINGS["damping"] * torch.eye(4, dtype=torch.float64)
+    torch.testing.assert_close(problem.model.table.weight.grad, torch.linalg.solve(matrix, gradient))
+
+
+def test_a_loss_with_derivatives_of_the_model_sees_the_path_of_first_order_only():
+    """As with forces: what reaches a layer's output through `autograd.grad` of it is no part of the curvature."""
+    problem = perceptron()
+    optimizer = NGPlus(problem.model, **SETTINGS)
+    inputs = problem.inputs.clone().requires_grad_()
+    energy = problem.model(inputs)
+    (force,) = torch.autograd.grad(energy.sum(), inputs, create_graph=True)
+    (energy.square().sum(1) + force.square().sum(1)).mean().backward()
+    optimizer.step()
+    assert set(optimizer.curvature) == {"0.weight", "2.weight"}
+    assert all(parameter.isfinite().all() for parameter in problem.model.parameters())
+
+
+def test_a_step_that_is_skipped_lets_the_base_coast_on_its_momentum():
+    problem = perceptron()
+    optimizer = NGPlus(problem.model, **SETTINGS, momentum=0.9)
+    train(problem, optimizer, 1)
+    before, buffers = flat(problem.model), [optimizer.state[p]["momentum_buffer"] for p in problem.model.parameters()]
+    buffers = torch.cat([buffer.flatten() for buffer in buffers]).clone()
+    (problem.loss(problem.model) * float("nan")).backward()
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+    torch.testing.assert_close(flat(problem.model), before - SETTINGS["lr"] * 0.9 * buffers)
+
+
+# torch alone ---------------------------------------------------------------------------------------------------------
+
+
+def test_import_and_a_step_need_torch_alone():
+    script = """
+        import sys
+        for name in ("numpy", "torchvision", "pandas", "scipy", "matplotlib"):
+            sys.modules[name] = None  # importing it raises ImportError
+        import torch
+        from ngplus import NGPlus
+        model = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.Flatten(), torch.nn.Linear(8, 2))
+        before = model[0].weight.detach().clone()
+        optimizer = NGPlus(model, update_every=2)
+        for _ in range(3):
+            model(torch.randn(3, 1, 4, 4)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert set(optimizer.curvature) == {"0.weight", "2.weight"}
+        assert not torch.equal(before, model[0].weight)
+    """
+    # torch itself says at its import that there is no numpy; nothing else may be said.
+    command = [sys.executable, "-W", "error", "-W", "ignore:Failed to initialize NumPy", "-c", textwrap.dedent(script)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
