@@ -250,12 +250,12 @@ class NGPlus(Optimizer):
     @torch.no_grad()
     def _precondition(self) -> None:
         """Gradients to directions, the curvature first where it is due."""
+        if self._options.nonfinite == "raise":
+            self._raise_if_nonfinite("gradient")
         if self._fresh and (wanted := self._wanted()):
             self._update_curvature(wanted)
         self._fresh = False
         with self._stopwatch.measure("apply"):
-            if self._options.nonfinite == "raise":
-                self._raise_if_nonfinite("gradient")
             for layer in self._layers:
                 self._curvature.precondition(layer)
             self._guard()
