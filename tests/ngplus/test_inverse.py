@@ -1,0 +1,131 @@
+"""Damped inverses: batches across layers, matrices that will not factorise, bounded tries."""
+
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from ngplus import NGPlus, inverse
+from ngplus.inverse import MAX_TRIES, Request, invert
+
+
+def semidefinite(blocks, size, rank=None, dtype=torch.float64):
+    factor = torch.randn(blocks, size, rank or size, dtype=dtype)
+    return factor @ factor.mT
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 3), st.integers(1, 5), st.floats(1e-3, 10)), min_size=1, max_size=5))
+def test_matrices_of_any_sizes_and_dampings_are_inverted_together(sizes):
+    requests = [Request(semidefinite(blocks, size, rank=1), damping) for blocks, size, damping in sizes]
+    invert(requests)
+    for request in requests:
+        size = request.matrices.shape[-1]
+        damped = request.matrices + request.damping * torch.eye(size, dtype=torch.float64)
+        for matrix, made in zip(damped, request.inverse, strict=True):
+            torch.testing.assert_close(made @ matrix, torch.eye(size, dtype=torch.float64), rtol=0, atol=1e-8)
+        assert request.used_damping == request.damping
+
+
+def test_matrices_of_equal_size_are_factorised_as_one_batch(monkeypatch):
+    batches = []
+    factorise = torch.linalg.cholesky_ex
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda a: batches.append(tuple(a.shape)) or factorise(a))
+    invert([Request(semidefinite(blocks, size), 0.1) for blocks, size in ((1, 4), (2, 3), (5, 4))])
+    assert sorted(batches) == [(2, 3, 3), (6, 4, 4)]
+
+
+def test_single_precision_is_factorised_in_double():
+    """λ is 1e-9 of the matrix, beyond what float32 resolves."""
+    matrix = torch.ones(1, 2, 2)
+    request = Request(matrix, 1e-9)
+    invert([request])
+    assert request.inverse.dtype == torch.float32
+    expected = torch.linalg.inv(matrix[0].double() + 1e-9 * torch.eye(2, dtype=torch.float64))
+    torch.testing.assert_close(request.inverse[0].double(), expected, rtol=1e-6, atol=0)
+
+
+def test_a_matrix_that_is_not_definite_gets_ten_times_the_damping_until_it_is():
+    indefinite, fine = torch.diag(torch.tensor([1.0, -0.5])).double()[None], semidefinite(1, 2)
+    requests = [Request(indefinite, 0.1), Request(fine, 0.1)]
+    invert(requests)
+    assert [request.used_damping for request in requests] == [1.0, 0.1]
+    torch.testing.assert_close(requests[0].inverse[0].diagonal(), torch.tensor([0.5, 2.0]).double())
+
+
+@pytest.mark.parametrize("entry", [-1e9, float("nan"), float("inf")])
+def test_the_tries_are_bounded_and_others_are_not_held_up(monkeypatch, entry):
+    tries = []
+    factorised = inverse._factorised
+    monkeypatch.setattr(inverse, "_factorised", lambda *a: tries.append(1) or factorised(*a))
+    hopeless = torch.diag(torch.tensor([1.0, entry])).double()[None]
+    requests = [Request(hopeless, 0.1), Request(semidefinite(1, 2), 0.1)]
+    invert(requests)
+    assert requests[0].inverse is None
+    assert requests[1].inverse is not None
+    assert len(tries) == 1 + MAX_TRIES
+
+
+def make(solver="dense"):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 5)).double()
+    return model, NGPlus(model, lr=0.1, damping=0.2, update_every=1, solver=solver)
+
+
+def step(model, optimizer):
+    optimizer.zero_grad()
+    model(torch.randn(6, 4, dtype=torch.float64)).square().mean(0).sum().backward()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer.step()
+    return sorted(str(warning.message) for warning in caught)
+
+
+def failing(monkeypatch, failures):
+    """Factorisations of 4×4 matrices (the last layer's R) fail so many times."""
+    left = [failures]
+    factorised = inverse._factorised
+
+    def sometimes(matrices, damping):
+        factors, failed = factorised(matrices, damping)
+        if matrices.shape[-1] == 4 and left[0] > 0:
+            left[0] -= 1
+            failed = torch.ones_like(failed)
+        return factors, failed
+
+    monkeypatch.setattr(inverse, "_factorised", sometimes)
+
+
+def test_a_raised_damping_is_reported_and_used(monkeypatch):
+    model, optimizer = make()
+    failing(monkeypatch, 2)
+    (message,) = step(model, optimizer)
+    assert message.startswith("the damping of 2.weight was raised from 0.2 to 20 for this curvature step")
+    assert optimizer.curvature["2.weight"].damping == pytest.approx(20)
+    assert optimizer.curvature["0.weight"].damping == pytest.approx(0.2)
+    assert step(model, optimizer) == []
+    assert optimizer.curvature["2.weight"].damping == pytest.approx(0.2)
+
+
+def test_a_layer_that_never_factorises_keeps_what_it_had_and_says_so(monkeypatch):
+    model, optimizer = make()
+    step(model, optimizer)
+    before = optimizer.curvature
+    failing(monkeypatch, 1 + MAX_TRIES)
+    (message,) = step(model, optimizer)
+    assert message.startswith("the curvature matrix of 2.weight would not factorise, even with its damping raised")
+    assert optimizer.curvature["2.weight"] is before["2.weight"]
+    assert optimizer.curvature["0.weight"] is not before["0.weight"]
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_a_layer_that_never_factorised_goes_to_the_base(monkeypatch):
+    model, optimizer = make()
+    failing(monkeypatch, 10**6)
+    (message,) = step(model, optimizer)
+    assert "2.weight" in message
+    assert list(optimizer.curvature) == ["0.weight"]
+    assert all(parameter.isfinite().all() for parameter in model.parameters())

@@ -1,0 +1,244 @@
+"""NaN and Inf at every place: no parameter ever holds them, names are told, and training goes on afterwards."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from ngplus import NGPlus, capture, inverse
+from ngplus.nonfinite import any_nonfinite, nonfinite_names, zero_where
+
+BAD = pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+
+
+def make(**options):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.LayerNorm(6), nn.Linear(6, 3)).double()
+    return model, NGPlus(model, **{"lr": 0.1, "damping": 0.3, "update_every": 2, **options})
+
+
+def batch():
+    return torch.randn(5, 4, dtype=torch.float64)
+
+
+def loss(model, x):
+    return (model(x).sin() + model(x).square()).sum() / len(x)
+
+
+def train(model, optimizer, steps=1):
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss(model, batch()).backward()
+        optimizer.step()
+
+
+def parameters(model):
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def finite(model, optimizer):
+    kept = [tensor for state in optimizer.curvature.values() for tensor in state.tensors()]
+    kept += [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+    return all(bool(tensor.isfinite().all()) for tensor in [*model.parameters(), *kept])
+
+
+def in_input(model, bad):
+    x = batch()
+    x[1, 2] = bad
+    loss(model, x).backward()
+
+
+def in_loss(model, bad):
+    (loss(model, batch()) * bad).backward()
+
+
+def in_one_gradient(model, bad):
+    loss(model, batch()).backward()
+    model[0].weight.grad[1, 2] = bad
+
+
+def in_a_gradient_outside_layers(model, bad):
+    loss(model, batch()).backward()
+    model[2].bias.grad[1] = bad
+
+
+def in_one_sample_of_one_layer(model, bad):
+    """Only what comes back to the first layer's output is bad, so that its gradient and its sums are."""
+    handle = model[0].register_forward_hook(lambda *args: args[2].register_hook(lambda grad: grad * bad) and None)
+    loss(model, batch()).backward()
+    handle.remove()
+
+
+PLACES = [in_input, in_loss, in_one_gradient, in_a_gradient_outside_layers, in_one_sample_of_one_layer]
+OPTIONS = [
+    {"momentum": 0.9},
+    {"ema": 0.5},
+    {"base": torch.optim.Adam},
+    {"solver": "dense"},
+    {"curvature": "mini_batch"},
+]
+
+
+@BAD
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("at", [0, 1, 2])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_step_with_a_bad_gradient_counts_as_zero(options, at, place, bad):
+    model, optimizer = make(**options)
+    train(model, optimizer, at)
+    before, skipped = parameters(model), optimizer.skipped_steps
+    optimizer.zero_grad()
+    place(model, bad)
+    optimizer.step()
+    assert optimizer.skipped_steps == skipped + 1
+    assert all(not parameter.grad.any() for parameter in model.parameters())
+    if not optimizer.state:
+        assert all(torch.equal(a, b) for a, b in zip(parameters(model), before, strict=True))
+    assert finite(model, optimizer)
+    train(model, optimizer, 3)
+    assert finite(model, optimizer)
+    assert set(optimizer.curvature) == {"0.weight", "3.weight"}
+
+
+@BAD
+@pytest.mark.parametrize(("place", "names"), [
+    (in_one_gradient, "0.weight"),
+    (in_a_gradient_outside_layers, "2.bias"),
+    (in_loss, "0.weight, 0.bias, 2.weight, 2.bias, 3.weight, 3.bias"),
+])  # fmt: skip
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_where_it_is_to_raise_it_names_the_parameters_and_nothing_has_changed(options, place, names, bad):
+    model, optimizer = make(nonfinite="raise", **options)
+    train(model, optimizer, 2)
+    before, state = parameters(model), copy.deepcopy(optimizer.state_dict())
+    optimizer.zero_grad()
+    place(model, bad)
+    with pytest.raises(
+        FloatingPointError, match=f"^the gradient of {names} holds NaN or Inf; no parameter was changed"
+    ):
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(parameters(model), before, strict=True))
+    torch.testing.assert_close(optimizer.state_dict(), state, rtol=0, atol=0)
+    train(model, optimizer, 2)
+    assert finite(model, optimizer)
+
+
+@BAD
+@pytest.mark.parametrize("nonfinite", ["skip", "raise"])
+@pytest.mark.parametrize("options", OPTIONS[:-1], ids=str)
+def test_bad_sums_are_dropped_and_made_again_on_the_next_step(options, nonfinite, bad, monkeypatch):
+    """The gradients are fine, and so is the step: with what the layer had before."""
+    model, optimizer = make(nonfinite=nonfinite, update_every=100, **options)
+    spoil(monkeypatch, bad)
+    train(model, optimizer)
+    assert not optimizer.curvature
+    assert optimizer.skipped_steps == 0
+    assert finite(model, optimizer)
+    monkeypatch.undo()
+    train(model, optimizer)
+    assert set(optimizer.curvature) == {"0.weight", "3.weight"}
+    assert finite(model, optimizer)
+
+
+def spoil(monkeypatch, bad):
+    """Sums over samples come out bad, in whichever form they are kept."""
+    collect = capture.Capture.collect
+
+    def collected(self):
+        sums = collect(self)
+        for statistic in sums.values():
+            for tensor in (*statistic.moments, *statistic.columns):
+                tensor.flatten()[0] = bad
+                tensor[..., 0, 0] = bad
+        return sums
+
+    monkeypatch.setattr(capture.Capture, "collect", collected)
+
+
+def test_bad_sums_keep_the_curvature_that_was_there(monkeypatch):
+    model, optimizer = make(ema=0.5)
+    train(model, optimizer, 2)
+    before = optimizer.curvature
+    spoil(monkeypatch, float("nan"))
+    train(model, optimizer)
+    assert all(optimizer.curvature[name] is state for name, state in before.items())
+    assert finite(model, optimizer)
+
+
+@BAD
+def test_a_bad_inverse_never_reaches_a_parameter(bad, monkeypatch):
+    model, optimizer = make(solver="dense")
+    spoil_inverses(monkeypatch, bad)
+    before = parameters(model)
+    train(model, optimizer)
+    assert optimizer.skipped_steps == 1
+    assert all(torch.equal(a, b) for a, b in zip(parameters(model), before, strict=True))
+    monkeypatch.undo()
+    train(model, optimizer, 3)
+    assert finite(model, optimizer)
+    assert not torch.equal(parameters(model)[0], before[0])
+
+
+@BAD
+def test_a_bad_inverse_is_raised_with_its_layers_name(bad, monkeypatch):
+    model, optimizer = make(solver="dense", nonfinite="raise")
+    spoil_inverses(monkeypatch, bad)
+    before = parameters(model)
+    with pytest.raises(FloatingPointError, match=r"^the direction of 0\.weight, 0\.bias, 3\.weight, 3\.bias holds NaN"):
+        train(model, optimizer)
+    assert all(torch.equal(a, b) for a, b in zip(parameters(model), before, strict=True))
+
+
+def spoil_inverses(monkeypatch, bad):
+    monkeypatch.setattr(torch, "cholesky_inverse", lambda factors: torch.full_like(factors, bad))
+    assert inverse.torch.cholesky_inverse is torch.cholesky_inverse
+
+
+def test_an_overflow_of_the_product_is_caught_though_gradient_and_inverse_are_finite():
+    model, optimizer = make(damping=1e-6, max_samples=1)
+    model.float()
+    loss(model, batch().float()).backward()
+    optimizer.step()
+    assert finite(model, optimizer)
+    before = parameters(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter) * 1e35
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+    assert all(torch.equal(a, b) for a, b in zip(parameters(model), before, strict=True))
+
+
+# The parts ----------------------------------------------------------------------------------------------------------
+
+
+@BAD
+@pytest.mark.parametrize("sparse", [False, True])
+def test_one_bad_entry_is_seen_and_all_gradients_are_zeroed(bad, sparse):
+    good, other = torch.ones(3), torch.ones(2, 2)
+    other[1, 0] = bad
+    other = other.to_sparse(1) if sparse else other
+    flag = any_nonfinite([good, other])
+    assert flag.item() is True
+    zero_where(flag, [good, other])
+    assert not good.any()
+    assert not other.to_dense().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_largest_number_of_a_dtype_is_finite(dtype):
+    gradients = [torch.full((3,), torch.finfo(dtype).max, dtype=dtype), torch.empty(0, dtype=dtype)]
+    assert any_nonfinite(gradients).item() is False
+    zero_where(torch.tensor(False), gradients)
+    assert gradients[0].all()
+
+
+def test_no_gradients_are_no_question():
+    assert any_nonfinite([]) is None
+    assert any_nonfinite([torch.empty(0)]) is None
+
+
+def test_names_are_of_parameters_whose_gradient_is_bad():
+    good, bad, none = (nn.Parameter(torch.ones(2)) for _ in range(3))
+    good.grad, bad.grad = torch.ones(2), torch.tensor([1.0, float("inf")])
+    assert nonfinite_names([("good", good), ("bad", bad), ("none", none)]) == ["bad"]
