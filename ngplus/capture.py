@@ -93,6 +93,7 @@ class _Use:
     """A call on its way: seen in forward, its gradient not back yet."""
 
     call: Call
+    output: torch.Size
     accumulator: torch.autograd.graph.Node
     returned: bool = False
 
@@ -266,10 +267,10 @@ class Capture:
 
     def _expect(self, call: Call, output: Tensor) -> None:
         accumulator = torch.autograd.graph.get_gradient_edge(call.layer.weight).node
-        use = _Use(call, accumulator)
+        use = _Use(call, output.shape, accumulator)
         self._record(call.layer).pending.add(use)
         hook = partial(self._receive, use)
-        output.register_hook(hook)  # type: ignore[no-untyped-call]
+        _viewed(output).register_hook(hook)  # type: ignore[no-untyped-call]
 
     def _receive(self, use: _Use, gradient: Tensor) -> None:
         """Take the gradient of a call's output, in a backward that also reaches the weight."""
@@ -287,7 +288,7 @@ class Capture:
             record.backward = backward
         record.pending.discard(use)
         with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
-            record.parts.append(use.call.factors(use.call.source, gradient.detach()))
+            record.parts.append(use.call.factors(use.call.source, gradient.detach().reshape(use.output)))
         use.call.source = None
         if not record.pending or self._sampling.samples == "rows":
             self._reduce(record)
@@ -403,6 +404,17 @@ def _release(handles: Iterable[RemovableHandle]) -> None:
     for handle in handles:
         handle.remove()
     eager.release()
+
+
+def _viewed(output: Tensor) -> Tensor:
+    """The tensor to hook for an output that may be a view of another shape, as those of linear layers on sequences are.
+
+    A view that is changed in place leaves the graph, and its hook with it; what it was a view of stays.
+    """
+    base = output._base
+    if base is None or base.numel() != output.numel() or not (base.is_contiguous() and output.is_contiguous()):
+        return output
+    return base
 
 
 def _flat(arguments: Iterable[Any]) -> Iterator[Any]:

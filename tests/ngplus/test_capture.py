@@ -117,11 +117,33 @@ USES = {
         lambda: Wired(lambda m, x: m.a(x) * m.a(x).detach(), a=nn.Linear(4, 3)),
         lambda: [points(5, 4)],
     ),
+    "changed in place, with positions": (
+        lambda: Wired(lambda m, x: m.a(x).mul_(2).tanh_(), a=nn.Linear(4, 3)),
+        lambda: [points(5, 2, 4)],
+    ),
+    "changed in place, with several dimensions of positions": (
+        lambda: Wired(lambda m, x: m.a(x).sigmoid_(), a=nn.Linear(4, 3)),
+        lambda: [points(5, 2, 3, 4)],
+    ),
+    "a part changed in place, with positions": (
+        lambda: Wired(lambda m, x: zeroed(m.a(x)), a=nn.Linear(4, 3)),
+        lambda: [points(5, 2, 4)],
+    ),
+    "an embedding changed in place": (
+        lambda: Wired(lambda m, x: m.a(x).mul_(2).tanh_(), a=nn.Embedding(7, 3)),
+        lambda: [torch.randint(7, (5, 2))],
+    ),
     "changed in place": (
         lambda: Wired(lambda m, x: m.a(x).mul_(2).add_(1).tanh_(), a=nn.Linear(4, 3)),
         lambda: [points(5, 4)],
     ),
 }
+
+
+def zeroed(x):
+    x[..., 0] *= 0.5
+    x[:, 1].mul_(2)
+    return x
 
 
 def shared_weight(model):

@@ -141,8 +141,9 @@ def test_depthwise_convolution_has_one_matrix_a_channel(dtype, samples):
     assert (shape.groups, shape.rows, shape.columns) == (4, 2, 10)
 
 
-def test_convolution_without_a_batch_dimension_is_a_batch_of_one():
-    model = stack(nn.Conv2d(2, 3, 2), nn.Tanh())
+@pytest.mark.parametrize("activation", [nn.Tanh(), nn.SiLU(inplace=True)])
+def test_convolution_without_a_batch_dimension_is_a_batch_of_one(activation):
+    model = stack(nn.Conv2d(2, 3, 2), activation)
     x = torch.randn(2, 4, 4, dtype=torch.float64)
     gradients = oracle.sample_gradients(model, [lambda m: oracle.energy(m(x))])
     oracle.descend(model, lambda m: oracle.energy(m(x)), damping=0.3)
@@ -179,6 +180,27 @@ def test_activation_in_place_after_a_layer(activation):
         nn.Conv2d(2, 4, 3), activation(inplace=True), nn.Flatten(), nn.Linear(16, 3), activation(inplace=True)
     )
     oracle.check(model, torch.randn(4, 2, 4, 4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("samples", ["batch", "rows"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(4, 3), (4, 2, 3), (4, 2, 2, 3)])
+def test_activation_in_place_after_a_linear_layer_on_sequences(shape, bias, samples):
+    """Its output is a view, which leaves the graph when it is changed; an activation's gradient is not all of one."""
+    model = stack(nn.Linear(3, 5, bias=bias), nn.ReLU(inplace=True), nn.LayerNorm(5), nn.Linear(5, 2))
+    x = torch.randn(*shape, dtype=torch.float64)
+    assert len(oracle.check(model, x, samples=samples).curvature) == 2
+    model = stack(nn.Linear(3, 5, bias=bias), nn.SiLU(inplace=True), nn.Linear(5, 2))
+    assert len(oracle.check(model, x.mT.contiguous().mT, samples=samples).curvature) == 2
+
+
+@pytest.mark.parametrize("layer", [nn.Conv1d(2, 3, 2), nn.Conv2d(2, 3, 2), nn.Linear(4, 3)])
+def test_activation_in_place_after_a_layer_without_a_batch_dimension(layer):
+    x = torch.randn((2, *(4,) * (layer.weight.dim() - 2)) if layer.weight.dim() > 2 else (4,), dtype=torch.float64)
+    model = stack(layer, nn.ReLU(inplace=True))
+    gradients = oracle.sample_gradients(model, [lambda m: oracle.energy(m(x))])
+    oracle.descend(model, lambda m: oracle.energy(m(x)), damping=0.3)
+    assert oracle.error(model, oracle.directions(gradients, 0.3)) <= 1e-10
 
 
 def test_parameters_outside_supported_layers_reach_the_base_untouched():

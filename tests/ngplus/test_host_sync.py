@@ -1,0 +1,59 @@
+"""A plain step queues its work and never waits for the device: on fake tensors, whose values nobody can ask for."""
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from ngplus import NGPlus
+
+
+def make(**options):
+    model = nn.Sequential(nn.EmbeddingBag(9, 4), nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3))
+    optimizer = NGPlus(model, lr=0.1, update_every=100, **options)
+    model(torch.randint(9, (5, 2))).square().mean().backward()
+    optimizer.step()
+    return model, optimizer
+
+
+def plain_step_on_fakes(model, optimizer):
+    """The second step, with everything that the optimizer holds replaced by tensors without values."""
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        for parameter in model.parameters():
+            parameter.grad = mode.from_tensor(parameter.grad)
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"block_size": 2}, {"solver": "low_rank"}, {"weight_decay": 0.1, "momentum": 0.9}]
+)
+def test_a_plain_step_asks_for_no_value(options):
+    model, optimizer = make(**options)
+    assert len(optimizer.curvature) == 3
+    assert not optimizer._capture.armed
+    plain_step_on_fakes(model, optimizer)
+
+
+def test_a_question_would_be_noticed():
+    model, optimizer = make(nonfinite="raise")
+    with pytest.raises(DataDependentOutputException):
+        plain_step_on_fakes(model, optimizer)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"block_size": 2}, {"solver": "low_rank"}, {"momentum": 0.9}])
+def test_a_plain_step_on_a_gpu_does_not_wait(options):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).cuda()
+    optimizer = NGPlus(model, lr=0.1, update_every=100, **options)
+    x = torch.randn(5, 4, device="cuda")
+    for step in range(4):
+        torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")
+        try:
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert optimizer.skipped_steps == 0
