@@ -37,7 +37,7 @@ LATE_TRIES = 3
 """How many steps in a row a layer that has a gradient but no curvature is watched for, between curvature steps."""
 
 
-_PACKED = ("steps", "late", "tries", "skipped", "generator", "layers")
+_PACKED = ("base", "steps", "late", "tries", "skipped", "generator", "layers")
 
 
 class NGPlus(Optimizer):
@@ -187,6 +187,8 @@ class NGPlus(Optimizer):
         for layer in self._layers:
             if layer.bias is not None and id(layer.bias) not in mine:
                 layer.bias = None
+        if (before := getattr(self, "_capture", None)) is not None:
+            before.disarm()  # a graph that is still alive would keep it watching
         self._capture: Capture | None = None
         if self._model is not None and self._options.curvature == "per_sample":
             self._capture = Capture(
@@ -443,6 +445,7 @@ class NGPlus(Optimizer):
 
     def _pack(self) -> dict[str, Any]:
         return {
+            "base": type(self._base).__name__,
             "steps": self._steps,
             "late": [layer.name for layer in self._late],
             "tries": {layer.name: count for layer, count in self._tries.items()},
@@ -455,6 +458,8 @@ class NGPlus(Optimizer):
         """The layers' states, checked against the model."""
         if missing := [name for name in _PACKED if name not in packed]:
             raise ValueError(f"the state of NGPlus has no {', '.join(missing)}: it was cut short or made otherwise")
+        if packed["base"] != (base := type(self._base).__name__):
+            raise ValueError(f"the state is of NGPlus around {packed['base']}, but this one is around {base}")
         layers = {layer.name: layer for layer in self._layers}
         if unknown := sorted(set(packed["layers"]) - set(layers)):
             raise ValueError(

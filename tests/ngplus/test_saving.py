@@ -179,6 +179,11 @@ def test_a_state_of_another_optimizer_is_refused_and_nothing_changes():
     refused(SGD(mlp(4, 6, 3).parameters(), lr=0.1).state_dict(), r"no state of NGPlus: its keys are \['param_groups'")
 
 
+def test_a_state_around_another_base_is_refused_and_nothing_changes():
+    model = mlp(4, 6, 3)
+    refused(optimizer_for(model, "adam").state_dict(), "is of NGPlus around Adam, but this one is around SGD")
+
+
 def test_a_state_of_other_groups_is_refused_and_nothing_changes():
     model = mlp(4, 6, 3)
     groups = [{"params": list(layer.parameters())} for layer in (model[0], model[2])]
