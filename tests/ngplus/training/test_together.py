@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from problems import SETTINGS, attentive, distance, flat, perceptron, train
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ngplus import NGPlus
 
@@ -212,16 +213,78 @@ def test_an_input_that_is_shared_by_the_batch_is_one_sample():
 
 
 def test_a_loss_with_derivatives_of_the_model_sees_the_path_of_first_order_only():
-    """As with forces: what reaches a layer's output through `autograd.grad` of it is no part of the curvature."""
+    """As with forces: the curvature is of the gradients of layers' outputs, the gradient has a second path to it."""
+
+    def energy_and_force(
+        inlet: nn.Module, activation: nn.Module, outlet: nn.Module, x: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        hidden = inlet(x)
+        energy = outlet(activation(hidden))
+        (force,) = torch.autograd.grad(energy.sum(), x, create_graph=True)
+        return hidden, (energy.square().sum(1) + force.square().sum(1)).mean()
+
     problem = perceptron()
-    optimizer = NGPlus(problem.model, **SETTINGS)
-    inputs = problem.inputs.clone().requires_grad_()
-    energy = problem.model(inputs)
-    (force,) = torch.autograd.grad(energy.sum(), inputs, create_graph=True)
-    (energy.square().sum(1) + force.square().sum(1)).mean().backward()
+    plain, x = copy.deepcopy(problem.model), problem.inputs.clone().requires_grad_()
+    optimizer = NGPlus(problem.model, **SETTINGS, solver="dense")
+    energy_and_force(*problem.model, x)[1].backward()
     optimizer.step()
-    assert set(optimizer.curvature) == {"0.weight", "2.weight"}
-    assert all(parameter.isfinite().all() for parameter in problem.model.parameters())
+
+    hidden, loss = energy_and_force(*plain, x)
+    hidden.retain_grad()
+    loss.backward()
+    inputs = torch.cat([x.detach(), torch.ones(len(x), 1, dtype=x.dtype)], dim=1)
+    matrix = len(x) * (inputs.T * hidden.grad.square().sum(1)) @ inputs  # R = N Σ ‖g‖² a aᵀ
+    matrix += SETTINGS["damping"] * torch.eye(6, dtype=x.dtype)
+    gradient = torch.cat([plain[0].weight.grad, plain[0].bias.grad.unsqueeze(1)], dim=1)
+    torch.testing.assert_close(problem.model[0].weight.grad, torch.linalg.solve(matrix, gradient.T).T[:, :-1])
+
+
+def test_unscaled_gradients_without_the_scalers_own_step_have_the_curvature_of_the_scaled_loss():
+    """(λI + s²L)⁻¹G is (λ/s² I + L)⁻¹G / s²: only `GradScaler.step` tells what s was."""
+    scaled, expected = perceptron(), perceptron()
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    optimizer = NGPlus(scaled.model, **SETTINGS)
+    scaler.scale(scaled.loss(scaled.model)).backward()
+    scaler.unscale_(optimizer)
+    optimizer.step()  # where scaler.step(optimizer) belongs
+    settings = {**SETTINGS, "lr": SETTINGS["lr"] / 16, "damping": SETTINGS["damping"] / 16}
+    train(expected, NGPlus(expected.model, **settings), 1)
+    assert distance(scaled.model, expected.model, perceptron().model) < 1e-10
+
+
+def test_a_layer_in_two_reentrant_checkpoints_counts_each_use_as_samples_of_its_own():
+    """Each segment has a backward of its own, as a micro-batch has: L = 2N Σ of each use by itself."""
+
+    class Across(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.inlet, self.middle, self.outlet = nn.Linear(5, 6), nn.Linear(6, 6, bias=False), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.inlet(x).tanh()
+            for _ in range(2):
+                x = checkpoint(lambda x: self.middle(x).tanh(), x, use_reentrant=True)
+            return self.outlet(x)
+
+    problem = perceptron()
+    problem.model = Across().double()
+    plain = copy.deepcopy(problem.model)
+    optimizer = NGPlus(problem.model, **SETTINGS, solver="dense")
+    train(problem, optimizer, 1)
+
+    x, uses = plain.inlet(problem.inputs).tanh(), []
+    for _ in range(2):
+        out = plain.middle(x)
+        out.retain_grad()
+        uses.append((x.detach(), out))
+        x = out.tanh()
+    ((plain.outlet(x) - problem.targets).square().mean(0).sum()).backward()
+    samples = 2 * len(problem.inputs)
+    moment = sum((out.grad.T * a.square().sum(1)) @ out.grad for a, out in uses)  # Σ ‖a‖² g gᵀ
+    matrix = samples * moment + SETTINGS["damping"] * torch.eye(6, dtype=torch.float64)
+    direction = torch.linalg.solve(matrix, plain.middle.weight.grad)
+    torch.testing.assert_close(problem.model.middle.weight, plain.middle.weight - SETTINGS["lr"] * direction)
 
 
 def test_a_step_that_is_skipped_lets_the_base_coast_on_its_momentum():
