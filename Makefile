@@ -12,7 +12,8 @@ RESULTS ?= build/results
 RUN_OPTIONS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint lock reproduce reproduce-resnet50 data-fashion-mnist bench-curvature
+.PHONY: help setup test lint lock reproduce reproduce-resnet50 reproduce-figure1 reproduce-theory
+.PHONY: data-fashion-mnist bench bench-curvature
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*##  */\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name what; do printf '  %-20s %s\n' "$$name" "$$what"; done
@@ -35,11 +36,20 @@ reproduce-resnet50: $(STAMP)  ## ResNet on images: SCALE=tiny (minutes), small (
 	$(EXPERIMENTS) run resnet50-imagenet --scale $(SCALE) --results-dir $(RESULTS) $(RUN_OPTIONS)
 	$(EXPERIMENTS) table resnet50-imagenet --scale $(SCALE) --results-dir $(RESULTS)
 
+reproduce-figure1: $(STAMP)  ## Figure 1: the generalized Fisher information beside the empirical one
+	$(PYTHON) -m experiments.theory.figure1
+
+reproduce-theory: $(STAMP)  ## the theorems and the errata, as experiments
+	$(PYTHON) -m experiments.theory
+
 data-fashion-mnist: $(STAMP)  ## fetch Fashion-MNIST, for SCALE=small; once, then no network is needed
 	$(EXPERIMENTS) data fashion-mnist
 
 bench-curvature: $(STAMP)  ## what building the curvature of resnet50 costs beside a forward and backward
 	$(PYTHON) -m experiments.bench.curvature
+
+bench: $(STAMP)  ## what a step costs under each optimizer, on the four models
+	$(PYTHON) -m experiments.bench.steps
 
 lock: $(STAMP)  ## write down the newest set of packages that fits pyproject.toml
 	$(VENV)/bin/uv pip compile pyproject.toml --all-extras --universal --python-version 3.12 --no-annotate --no-header --no-emit-index-url -o requirements.lock --upgrade
