@@ -59,7 +59,7 @@ class _MuonAndAdam(Optimizer):
     """Muon on the matrices between input and output, Adam on the rest, as Muon is used."""
 
     def __init__(self, model: nn.Module) -> None:
-        matrices = [p for p in _hidden_matrices(model)]
+        matrices = _hidden_matrices(model)
         chosen = {id(p) for p in matrices}
         rest = [p for p in model.parameters() if id(p) not in chosen]
         super().__init__(model.parameters(), {})
@@ -71,7 +71,7 @@ class _MuonAndAdam(Optimizer):
 
 
 def _hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """torch's Muon takes 2-D parameters only; embeddings go to Adam."""
+    """Muon of torch takes 2-D parameters only; embeddings go to Adam."""
     return [m.weight for m in model.modules() if isinstance(m, nn.Linear) and m.weight.dim() == 2]
 
 

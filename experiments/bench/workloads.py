@@ -1,5 +1,6 @@
 """The four models at their papers' shapes, on made-up data: for cost only, never in a table of results."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -30,7 +31,7 @@ class Workload:
 
 
 def resnet50(device: str, *, batch: int = 32, size: int = 224) -> Workload:
-    """torchvision's resnet50."""
+    """The resnet50 of torchvision."""
     from torchvision.models import resnet50 as build
 
     labels = torch.randint(1000, (batch,), device=device)
@@ -137,7 +138,7 @@ class _DLRM(nn.Module):
 
 def _perceptron(*sizes: int) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for inputs, outputs in zip(sizes, sizes[1:], strict=False):
+    for inputs, outputs in itertools.pairwise(sizes):
         layers += [nn.Linear(inputs, outputs), nn.ReLU()]
     return nn.Sequential(*layers)
 
