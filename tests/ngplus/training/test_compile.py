@@ -100,6 +100,16 @@ def test_inductor_trains_like_the_plain_model():
     assert distance(problem.model, perceptron().plain_run(4)) < 1e-10
 
 
+def test_a_state_is_named_after_the_model_the_optimizer_was_made_of():
+    optimizer, compiled = wrapped_before(perceptron().model, backend="eager")
+    train(perceptron(), optimizer, 1, model=compiled)
+    state = optimizer.state_dict()
+    assert set(state["ngplus"]["layers"]) == {"_orig_mod.0.weight", "_orig_mod.2.weight"}
+    with pytest.raises(ValueError, match=r"_orig_mod\.0\.weight"):
+        NGPlus(perceptron().model, **SETTINGS).load_state_dict(state)
+    NGPlus(torch.compile(perceptron().model, backend="eager"), **SETTINGS).load_state_dict(state)
+
+
 def test_the_compiler_is_held_back_on_curvature_steps_only():
     problem = perceptron()
     optimizer, compiled = wrapped_before(problem.model, backend="eager")

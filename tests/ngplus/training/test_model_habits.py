@@ -4,6 +4,7 @@ import copy
 import gc
 import threading
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -96,6 +97,37 @@ def test_checkpointing_a_whole_submodule(reentrant):
     problem.model = Whole()
     problem.inputs = problem.inputs.clone()
     assert_follows_the_oracle(problem)
+
+
+def test_a_curvature_step_keeps_the_layer_inputs_that_checkpointing_would_drop():
+    kept = []
+
+    class Deep(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(5, 5) for _ in range(4))
+
+        def segment(self, x):
+            for layer in self.layers:
+                x = layer(x).tanh()
+                kept.append(weakref.ref(x))
+            return x
+
+        def forward(self, x):
+            return checkpoint(self.segment, x, use_reentrant=False).sum()
+
+    def alive_after_forward() -> int:
+        kept.clear()
+        loss = model(torch.randn(3, 5))
+        alive = sum(tensor() is not None for tensor in kept)
+        loss.backward()
+        return alive
+
+    model = Deep()
+    optimizer = NGPlus(model, **SETTINGS)
+    assert alive_after_forward() == 3  # the inputs of all layers but the first
+    optimizer.step()
+    assert alive_after_forward() == 0
 
 
 # Control flow ---------------------------------------------------------------------------------------------------------
