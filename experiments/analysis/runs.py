@@ -37,13 +37,11 @@ class Comparable:
     def reference(self) -> str:
         """The optimizer that the others are compared with.
 
-        It is what the recipe's ``[run]`` table declares as ``reference``, or else the first by name that is
-        no variant of NG+, or else the first.
+        It is SGD where there is one, or else the first by name that is no variant of NG+, or else the first.
         """
         names = sorted({run.manifest.optimizer for run in self.runs})
-        declared = self.runs[0].manifest.recipe.get("run", {}).get("reference")
-        if declared in names:
-            return declared
+        if "sgd" in names:
+            return "sgd"
         return next((name for name in names if name.partition("-")[0] != "ngplus"), names[0])
 
 
