@@ -25,7 +25,14 @@ def plain_step_on_fakes(model, optimizer):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"block_size": 2}, {"solver": "low_rank"}, {"weight_decay": 0.1, "momentum": 0.9}]
+    "options",
+    [
+        {},
+        {"block_size": 2},
+        {"solver": "low_rank"},
+        {"weight_decay": 0.1, "momentum": 0.9},
+        {"base": torch.optim.Adam, "fused": True},  # unfused it asks for its count of steps, which lies on the CPU
+    ],
 )
 def test_a_plain_step_asks_for_no_value(options):
     model, optimizer = make(**options)
