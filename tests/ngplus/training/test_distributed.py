@@ -14,6 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 from ngplus import NGPlus
 
 
+pytestmark = pytest.mark.slow  # starting the processes is
+
+
 @pytest.fixture(scope="module")
 def team():
     team = Team()
