@@ -13,7 +13,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ngplus import NGPlus
 
-
 pytestmark = pytest.mark.slow  # starting the processes is
 
 
