@@ -269,7 +269,7 @@ class Capture:
         accumulator = torch.autograd.graph.get_gradient_edge(call.layer.weight).node
         use = _Use(call, output.shape, accumulator)
         self._record(call.layer).pending.add(use)
-        hook = partial(self._receive, use)
+        hook = partial(_receive, weakref.ref(self), use)  # weakly: a loss that is kept would keep the watch going
         _viewed(output).register_hook(hook)  # type: ignore[no-untyped-call]
 
     def _receive(self, use: _Use, gradient: Tensor) -> None:
@@ -398,6 +398,11 @@ def _undispatched(function: Any) -> Callable[..., Any]:
     )
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy
+
+
+def _receive(capture: weakref.ref[Capture], use: _Use, gradient: Tensor) -> None:
+    if (alive := capture()) is not None:
+        alive._receive(use, gradient)
 
 
 def _release(handles: Iterable[RemovableHandle]) -> None:

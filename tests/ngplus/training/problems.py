@@ -1,6 +1,8 @@
 """Small problems for training loops, and the plain float64 loop that they are compared with."""
 
 import copy
+import gc
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -105,3 +107,12 @@ def flat(model: nn.Module) -> Tensor:
 def unseen(optimizer: NGPlus, names: Sequence[str]) -> bool:
     """Whether none of these weights has a curvature."""
     return not set(names) & set(optimizer.curvature)
+
+
+def collect_optimizers() -> None:
+    """Let go of the optimizers of a test that is over, which may still wait for a forward pass.
+
+    Where the test failed, Python keeps its variables with the traceback.
+    """
+    sys.last_exc = sys.last_value = sys.last_traceback = None
+    gc.collect()

@@ -5,7 +5,7 @@ import gc
 
 import pytest
 import torch
-from problems import SETTINGS, attentive, convolutional, distance, perceptron, train
+from problems import SETTINGS, attentive, collect_optimizers, convolutional, distance, perceptron, train
 from torch._dynamo import eval_frame
 
 from ngplus import NGPlus
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Using `torch.compile.module.` wh
 def fresh_compiler():
     torch._dynamo.reset()
     yield
-    gc.collect()
+    collect_optimizers()
     assert stance() == "default"
 
 
@@ -141,6 +141,18 @@ def test_an_optimizer_that_goes_while_it_watches_lets_go_of_the_compiler(end):
     del optimizer
     gc.collect()
     assert stance() == "default"
+
+
+def test_an_optimizer_that_goes_before_its_loss_lets_go_of_the_compiler():
+    problem = perceptron()
+    optimizer = NGPlus(problem.model, **{**SETTINGS, "update_every": 1})
+    loss = problem.loss(problem.model)
+    loss.backward()
+    optimizer.step()
+    del optimizer
+    gc.collect()
+    assert stance() == "default"
+    assert loss.isfinite()
 
 
 def test_a_stance_that_was_set_before_is_put_back():
