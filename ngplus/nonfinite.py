@@ -14,13 +14,13 @@ def _values(gradient: Tensor) -> Tensor:
 
 def any_nonfinite(gradients: Iterable[Tensor]) -> Tensor | None:
     """Whether any entry is NaN or Inf: a bool scalar on the first gradient's device; None without gradients."""
-    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    devices: dict[torch.device, list[Tensor]] = {}
     for gradient in gradients:
         if (values := _values(gradient)).numel():
-            alike.setdefault((values.device, values.dtype), []).append(values)
+            devices.setdefault(values.device, []).append(values)
     flags = [
         torch.stack(torch._foreach_norm(values, float("inf"))).isfinite().all().logical_not()
-        for values in alike.values()
+        for values in devices.values()
     ]
     if not flags:
         return None

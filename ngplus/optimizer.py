@@ -187,8 +187,6 @@ class NGPlus(Optimizer):
         for layer in self._layers:
             if layer.bias is not None and id(layer.bias) not in mine:
                 layer.bias = None
-        if (before := getattr(self, "_capture", None)) is not None:
-            before.disarm()  # a graph that is still alive would keep it watching
         self._capture: Capture | None = None
         if self._model is not None and self._options.curvature == "per_sample":
             self._capture = Capture(

@@ -235,6 +235,16 @@ def test_the_largest_number_of_a_dtype_is_finite(dtype):
     assert gradients[0].all()
 
 
+@BAD
+@pytest.mark.parametrize("place", range(3))
+def test_gradients_may_be_of_several_dtypes(bad, place):
+    dtypes = (torch.bfloat16, torch.float32, torch.float64)
+    gradients = [torch.full((2,), torch.finfo(dtype).max, dtype=dtype) for dtype in dtypes]
+    assert any_nonfinite(gradients).item() is False
+    gradients[place][1] = bad
+    assert any_nonfinite(gradients).item() is True
+
+
 def test_no_gradients_are_no_question():
     assert any_nonfinite([]) is None
     assert any_nonfinite([torch.empty(0)]) is None
