@@ -234,10 +234,10 @@ class Curvature:
         state, gradient = self.states.get(layer), layer.weight.grad
         if state is None or gradient is None:
             return
-        if layer.shape(state.shape.block_size) != state.shape:  # its bias was frozen or freed meanwhile
+        if layer.columns != state.shape.columns:  # its bias was frozen or freed meanwhile
             del self.states[layer]
             return
-        if any(tensor.device != gradient.device for tensor in state.tensors()[:1]):
+        if state.preconditioner.main.device != gradient.device:
             state.to(gradient.device)
         if gradient.is_sparse:
             layer.weight.grad = _sparse_direction(state, gradient)
@@ -268,29 +268,39 @@ def _finite(sums: Mapping[Layer, Statistic]) -> tuple[list[Layer], list[Layer]]:
 def _precondition_dense(layer: Layer, state: LayerState, gradient: Tensor) -> None:
     matrix = as_matrix(layer, gradient)
     bias = layer.trained_bias
-    dtype = state.tensors()[0].dtype
-    G = matrix.to(dtype)  # (groups, m, n)
+    G = matrix.to(state.preconditioner.main.dtype)  # (groups, m, n)
     if bias is None:
-        gradient.copy_(_direction(state, G).reshape(gradient.shape))
+        layer.weight.grad = _replaced(gradient, _direction(state, G))
         return
     column = torch.zeros_like(bias) if bias.grad is None else bias.grad
-    column = column[layer.bias_slice].reshape(*matrix.shape[:2], 1).to(dtype)
+    column = column[layer.bias_slice].reshape(*matrix.shape[:2], 1).to(G.dtype)
     D = _direction(state, torch.cat([G, column], dim=2))  # (groups, m, n + 1)
     gradient.copy_(D[:, :, :-1].reshape(gradient.shape))
     if bias.grad is not None:
         bias.grad[layer.bias_slice].copy_(D[:, :, -1].flatten())
 
 
+def _replaced(gradient: Tensor, direction: Tensor) -> Tensor:
+    """``gradient`` with the direction's entries; the direction itself where nobody holds the gradient's memory.
+
+    DDP's gradients are views of its buckets, which have to stay.
+    """
+    if gradient._is_view() or direction.dtype != gradient.dtype or not direction.is_contiguous():
+        return gradient.copy_(direction.reshape(gradient.shape))
+    replacement = direction.view(gradient.shape)
+    return replacement if replacement.stride() == gradient.stride() else gradient.copy_(replacement)
+
+
 def _direction(state: LayerState, G: Tensor) -> Tensor:
     """(λI + L)⁻¹G or G(λI + R)⁻¹, equation (6)."""
     if state.shape.side == "left":
         return state.preconditioner.apply(G)
-    return state.preconditioner.apply(G.mT).mT
+    return state.preconditioner.apply_right(G)
 
 
 def _sparse_direction(state: LayerState, gradient: Tensor) -> Tensor:
     """The direction for a table's sparse gradient, which stays sparse: each row times (λI + R)⁻¹."""
-    dtype = state.tensors()[0].dtype
+    dtype = state.preconditioner.main.dtype
     if state.shape.side == "right":
         indices, values = gradient._indices(), gradient._values()
         direction = _direction(state, values.to(dtype).unsqueeze(0))[0]

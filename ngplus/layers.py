@@ -57,9 +57,13 @@ class Layer:
 
     def shape(self, block_size: int | None) -> Shape:
         """Shape of the layer's matrix now, the bias counted if it is trained."""
-        columns = math.prod(self.weight.shape[1:]) + (self.trained_bias is not None)
         rows = self.weight.shape[0] // self.groups
-        return Shape(groups=self.groups, rows=rows, columns=columns, block_size=block_size)
+        return Shape(groups=self.groups, rows=rows, columns=self.columns, block_size=block_size)
+
+    @property
+    def columns(self) -> int:
+        """Columns n of the matrix, the bias counted if it is trained."""
+        return math.prod(self.weight.shape[1:]) + (self.trained_bias is not None)
 
     @property
     def trained_bias(self) -> nn.Parameter | None:

@@ -18,8 +18,17 @@ from ngplus.inverse import Request, factor_dtype, invert
 class Preconditioner(Protocol):
     """(λI + L)⁻¹, in whatever form."""
 
+    @property
+    def main(self) -> Tensor:
+        """The tensor whose dtype and device are those of all that is kept."""
+        ...
+
     def apply(self, gradient: Tensor) -> Tensor:
         """(λI + L)⁻¹G for G (groups, p, q), in the dtype of the statistics."""
+        ...
+
+    def apply_right(self, gradient: Tensor) -> Tensor:
+        """G(λI + R)⁻¹ for G (groups, q, p)."""
         ...
 
     def tensors(self) -> dict[str, Tensor]:
@@ -38,6 +47,17 @@ class DenseInverse:
 
     inverses: list[Tensor]
     shape: Shape
+
+    @property
+    def main(self) -> Tensor:
+        """The first stack."""
+        return self.inverses[0]
+
+    def apply_right(self, gradient: Tensor) -> Tensor:
+        """Each block times its columns of the gradient."""
+        if self.shape.blocks == (1, 0):
+            return gradient @ self.inverses[0]
+        return self.apply(gradient.mT).mT
 
     def apply(self, gradient: Tensor) -> Tensor:
         """Each block times its rows of the gradient."""
@@ -72,6 +92,15 @@ class LowRankInverse:
     columns: Tensor
     damping: float
 
+    @property
+    def main(self) -> Tensor:
+        """The columns."""
+        return self.columns
+
+    def apply_right(self, gradient: Tensor) -> Tensor:
+        """The same from the right, the matrix being symmetric."""
+        return (gradient - (gradient @ self.columns) @ self.columns.T) / self.damping
+
     def apply(self, gradient: Tensor) -> Tensor:
         """Equation (14), never forming a p×p matrix."""
         return (gradient - self.columns @ (self.columns.T @ gradient)) / self.damping
@@ -96,6 +125,16 @@ class SketchedInverse:
     drawn: Tensor
     core: Tensor
     damping: float
+
+    @property
+    def main(self) -> Tensor:
+        """The columns."""
+        return self.columns
+
+    def apply_right(self, gradient: Tensor) -> Tensor:
+        """G(I − …)/λ, sampling columns of G as `apply` samples rows."""
+        coefficients = gradient.index_select(2, self.drawn) @ self.core.T
+        return (gradient - coefficients @ self.columns.T) / self.damping
 
     def apply(self, gradient: Tensor) -> Tensor:
         """Equation (16); Ω's scale √(p/q) is in ``core``."""
