@@ -100,7 +100,9 @@ def _soap(workload: Workload, interval: int) -> Peer:
     from pytorch_optimizer import SOAP
 
     parameters = workload.model.parameters()
-    return _trained(workload, SOAP(parameters, lr=1e-9, precondition_frequency=interval, max_precondition_dim=LARGEST_SIDE))
+    return _trained(
+        workload, SOAP(parameters, lr=1e-9, precondition_frequency=interval, max_precondition_dim=LARGEST_SIDE)
+    )
 
 
 def _kfac(workload: Workload, interval: int) -> Peer:
