@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from experiments.bench.workloads import Workload
@@ -111,14 +111,23 @@ def _kfac(workload: Workload, interval: int) -> Peer:
     if any(isinstance(m, (nn.MultiheadAttention, nn.Embedding, nn.EmbeddingBag)) for m in workload.model.modules()):
         raise Unsupported("asdfghjkl's K-FAC has no attention or embeddings")
     config = PreconditioningConfig(
-        preconditioner_upd_interval=interval, curvature_upd_interval=interval, damping=0.1, ema_decay=0.95
+        preconditioner_upd_interval=interval,
+        curvature_upd_interval=interval,
+        damping=0.1,
+        ema_decay=0.95,
+        data_size=workload.inputs[0].shape[0],
     )
+
+    def loss(output: Tensor, reduction: str = "mean") -> Tensor:
+        mean = workload.loss(output)
+        return mean * workload.inputs[0].shape[0] if reduction == "sum" else mean
+
     maker = KfacGradientMaker(workload.model, config, fisher_type=FISHER_EMP)
     optimizer = torch.optim.SGD(workload.model.parameters(), lr=1e-9, momentum=0.9)
 
     def step() -> None:
         output = maker.setup_model_call(workload.model, *workload.inputs)
-        maker.setup_loss_call(workload.loss, output)
+        maker.setup_loss_call(loss, output)
         maker.forward_and_backward()
         optimizer.step()
         optimizer.zero_grad()
