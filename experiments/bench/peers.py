@@ -47,6 +47,10 @@ def _adam(workload: Workload, _interval: int) -> Peer:
     return _trained(workload, torch.optim.Adam(workload.model.parameters(), lr=1e-9))
 
 
+def _adagrad(workload: Workload, _interval: int) -> Peer:
+    return _trained(workload, torch.optim.Adagrad(workload.model.parameters(), lr=1e-9))
+
+
 def _ngplus(workload: Workload, interval: int, base: type[Optimizer], **options: Any) -> Peer:
     options = {"momentum": 0.9, **options} if base is torch.optim.SGD else options
     samples = options.pop("samples", workload.samples)
@@ -138,9 +142,11 @@ def _kfac(workload: Workload, interval: int) -> Peer:
 PEERS: dict[str, Callable[[Workload, int], Peer]] = {
     "sgd": _sgd,
     "adam": _adam,
+    "adagrad": _adagrad,
     "muon": _muon,
     "ngplus": partial(_ngplus, base=torch.optim.SGD),
     "ngplus-adam": partial(_ngplus, base=torch.optim.Adam),
+    "ngplus-adagrad": partial(_ngplus, base=torch.optim.Adagrad),
     "ngplus-dense": partial(_ngplus, base=torch.optim.SGD, solver="dense"),
     "ngplus-low-rank": partial(_ngplus, base=torch.optim.SGD, solver="low_rank"),
     "ngplus-sketched": partial(_ngplus, base=torch.optim.SGD, solver="sketched", sketch_size=128),

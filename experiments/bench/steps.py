@@ -21,6 +21,7 @@ from experiments.bench.peers import PEERS, Peer, Unsupported
 from experiments.bench.workloads import WORKLOADS, Workload
 
 EQUAL_INTERVAL = 10
+FOUR_MODELS = ["resnet50", "schnet", "transformer", "dlrm"]
 
 
 def compare(model: str, names: Iterable[str], *, rounds: int, device: str, memory: bool) -> pd.DataFrame:
@@ -125,7 +126,7 @@ def _at(pair: tuple[float, float], interval: int) -> float:
 def main() -> None:
     """Measure, print and write ``results/bench/steps-<model>.csv``."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
+    parser.add_argument("--model", nargs="+", choices=list(WORKLOADS), default=FOUR_MODELS)
     parser.add_argument("--optimizer", nargs="+", choices=list(PEERS), default=list(PEERS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

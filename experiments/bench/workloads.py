@@ -159,6 +159,7 @@ def dlrm(device: str, *, batch: int = 128, largest: int = 100_000, sparse: bool 
 
 WORKLOADS: dict[str, Callable[[str], Workload]] = {
     "resnet50": lambda device: resnet50(device, batch=8 if device == "cpu" else 256),
+    "resnet50-32": resnet50,
     "schnet": schnet,
     "transformer": transformer,
     "dlrm": dlrm,

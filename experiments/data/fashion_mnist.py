@@ -11,11 +11,8 @@ Algorithms", arXiv:1708.07747. Licence: MIT, copyright 2017 Zalando SE.
 
 import gzip
 import hashlib
-import io
 import shutil
-import subprocess
 import urllib.request
-import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +21,8 @@ from typing import Literal
 import numpy as np
 
 from experiments.data.checksum import DataFileError, sha256_of, verify
+from experiments.data.npz import write_npz
+from experiments.data.packages import debian_package
 from experiments.data.sampling import balanced_subset
 
 Part = Literal["train", "test"]
@@ -159,17 +158,7 @@ def _installed_package(scratch: Path) -> Path:
 
 
 def _downloaded_package(scratch: Path) -> Path:
-    """The Debian package, fetched and unpacked without root."""
-    _run(["apt-get", "download", PACKAGE], scratch)
-    package = max(scratch.glob(f"{PACKAGE}_*.deb"), key=lambda path: path.stat().st_mtime)
-    _run(["dpkg-deb", "-x", package.name, "package"], scratch)
-    return scratch / "package" / INSTALLED.relative_to("/")
-
-
-def _run(command: list[str], folder: Path) -> None:
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise DataFileError(f"`{' '.join(command)}` failed: {done.stderr.strip()[-300:]}")
+    return debian_package(PACKAGE, scratch) / INSTALLED.relative_to("/")
 
 
 def _official_site(scratch: Path) -> Path:
@@ -238,22 +227,8 @@ def draw_embedded(data_dir: Path) -> dict[Part, Images]:
 
 
 def write_embedded(parts: dict[Part, Images], target: Path) -> str:
-    """Write an ``.npz`` that depends on the pixels alone, and return its SHA-256.
-
-    `numpy.savez_compressed` stamps the time of writing into the archive and its deflate is a sixth larger.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(target, "w", zipfile.ZIP_LZMA) as archive:
-        for part, images in parts.items():
-            _write_array(archive, f"{part}_pixels", images.pixels)
-            _write_array(archive, f"{part}_labels", images.labels.astype(np.uint8))
-    return sha256_of(target)
-
-
-def _write_array(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:
-    buffer = io.BytesIO()
-    np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
-    entry = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
-    entry.compress_type = zipfile.ZIP_LZMA
-    entry.create_system = 3
-    archive.writestr(entry, buffer.getvalue())
+    """Write the sample's ``.npz``, whose bytes depend on the pixels alone, and return its SHA-256."""
+    arrays = {}
+    for part, images in parts.items():
+        arrays |= {f"{part}_pixels": images.pixels, f"{part}_labels": images.labels.astype(np.uint8)}
+    return write_npz(arrays, target)

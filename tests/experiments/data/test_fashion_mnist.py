@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.data import PREPARE, fashion_mnist
+from experiments.data import PREPARE, fashion_mnist, packages
 from experiments.data.checksum import DataFileError
 
 FULL = Path(__file__).parents[3] / "data"
@@ -84,7 +84,7 @@ def test_prepare_replaces_a_damaged_file_only(files, installed, tmp_path):
 def test_a_damaged_package_is_not_taken_and_the_error_names_every_source(files, installed, tmp_path, monkeypatch):
     archive = installed / "t10k-images-idx3-ubyte.gz"
     archive.write_bytes(archive.read_bytes()[:100])
-    monkeypatch.setattr(fashion_mnist, "_run", _fail)
+    monkeypatch.setattr(packages, "run_in", _fail)
     monkeypatch.setattr(fashion_mnist, "_first_that_works", _fail)
     with pytest.raises(DataFileError) as caught:
         fashion_mnist.prepare(tmp_path)
@@ -173,7 +173,7 @@ def test_prepare_takes_the_official_site_when_there_is_no_package(files, site, t
         (folder / f"{name}.gz").write_bytes(gzip.compress(raw))
     monkeypatch.setattr("torchvision.datasets.FashionMNIST.mirrors", ["http://127.0.0.1:9/", url])
     monkeypatch.setattr(fashion_mnist, "INSTALLED", tmp_path / "nowhere")
-    monkeypatch.setattr(fashion_mnist, "_run", _fail)
+    monkeypatch.setattr(packages, "run_in", _fail)
     prepared = fashion_mnist.prepare(tmp_path)
     assert {path.name: path.read_bytes() for path in prepared.iterdir()} == files
 
