@@ -7,7 +7,7 @@ are not finite are written as ``null``, which is what JSON has for them.
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -88,6 +88,7 @@ class Epoch:
         apply_s: the same for applying the preconditioner.
         lr: the first parameter group's learning rate for the next step.
         damping: its damping, ``None`` for an optimizer without one.
+        others: the task's further figures on the reported split.
     """
 
     event: ClassVar = "epoch"
@@ -103,6 +104,7 @@ class Epoch:
     apply_s: float | None
     lr: float
     damping: float | None
+    others: Mapping[str, float | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

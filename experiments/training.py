@@ -140,6 +140,7 @@ class Training:
             **vars(self.position.times),
             lr=float(group["lr"]),
             damping=None if damping is None else float(damping),
+            others=dict(evaluation.others),
         )
 
     def save(self, plan: CheckpointPlan) -> None:

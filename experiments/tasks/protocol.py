@@ -1,7 +1,7 @@
 """What the runner asks of a task, and nothing more."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
@@ -46,10 +46,18 @@ class Metric:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Mean loss a sample and the task's metric on one split."""
+    """What a split says of a model.
+
+    Attributes:
+        loss: mean loss a sample.
+        metric: the task's metric.
+        others: further figures by name, each with its unit behind a blank if it has one, e.g.
+            ``{"auc": 0.76, "MAE/atom eV": 0.01}``. They are recorded and drawn, no target is set for them.
+    """
 
     loss: float
     metric: float
+    others: Mapping[str, float] = field(default_factory=dict)
 
 
 class Task(Protocol):

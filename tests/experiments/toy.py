@@ -61,7 +61,7 @@ class Toy:
         assert not model.training
         x, y = self.x[SAMPLES:], self.y[SAMPLES:]
         loss = nn.functional.mse_loss(model(x), y).item()
-        return Evaluation(loss=loss, metric=loss)
+        return Evaluation(loss=loss, metric=loss, others={"rmse": loss**0.5})
 
     def to_device(self, batch, device):
         return tuple(each.to(device) for each in batch)
