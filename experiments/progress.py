@@ -128,8 +128,9 @@ class TensorBoard:
 
     def recorded(self, epoch: Epoch) -> None:
         """Add a point to each curve."""
-        for name, value in vars(epoch).items():
-            if value is not None and name != "epoch":
+        own = {name: value for name, value in vars(epoch).items() if name not in ("epoch", "others")}
+        for name, value in (own | dict(epoch.others)).items():
+            if value is not None:
                 self._writer.add_scalar(name, value, epoch.epoch)
 
     def ended(self, end: End) -> None:
