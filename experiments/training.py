@@ -170,6 +170,7 @@ class Training:
         """One optimizer step on `size` batches, their losses averaged."""
         for number in range(1, size + 1):
             batch = self.task.to_device(self._next(batches), str(self.device))
+            self._tell_samples(batch)
             with self._synchronised(number == size):
                 with self._autocast():
                     loss = self.task.loss(self.replica, batch)
@@ -181,6 +182,12 @@ class Training:
             schedule.step()
         self.position.step += 1
         self.position.batches += size
+
+    def _tell_samples(self, batch: Any) -> None:
+        """Which rows belong to which sample, for an optimizer that asks, from a task that knows."""
+        known = getattr(self.task, "sample_index", None)
+        if known is not None and getattr(self.optimizer, "curvature_is_due", False):
+            self.optimizer.sample_index = known(batch)
 
     def _batches(self) -> Iterator[Any]:
         """The epoch's batches but those already trained on, and the random state as it was behind them."""

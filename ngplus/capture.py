@@ -28,6 +28,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ngplus import eager, gfim
 from ngplus.gfim import Part, Shape
+from ngplus.grouping import SampleIndex, rows_by_sample, rows_that_count
 from ngplus.layers import AttentionCall, Call, Layer, UnsupportedCall, read_call, weight_argument
 from ngplus.options import LossReduction, Samples
 from ngplus.times import Stopwatch
@@ -95,6 +96,7 @@ class _Use:
     call: Call
     output: torch.Size
     accumulator: torch.autograd.graph.Node
+    grouping: SampleIndex | None
     returned: bool = False
 
 
@@ -147,6 +149,7 @@ class Capture:
         self._wanted: frozenset[int] = frozenset()
         self._inside = _Inside()
         self._handles: list[RemovableHandle] = []
+        self.sample_index: SampleIndex | None = None
 
     @property
     def armed(self) -> bool:
@@ -261,13 +264,13 @@ class Capture:
                 if argument is not weight:
                     raise UnsupportedCall(f"is used by {getattr(function, '__name__', function)}")
                 call = read_call(layer, function, args, kwargs, argument, attention)
-                self._expect(call, output)
+                self._expect(call, output, None if attention else self.sample_index)
             except UnsupportedCall as reason:
                 self._record(layer).opaque = str(reason)
 
-    def _expect(self, call: Call, output: Tensor) -> None:
+    def _expect(self, call: Call, output: Tensor, grouping: SampleIndex | None) -> None:
         accumulator = torch.autograd.graph.get_gradient_edge(call.layer.weight).node
-        use = _Use(call, output.shape, accumulator)
+        use = _Use(call, output.shape, accumulator, grouping)
         self._record(call.layer).pending.add(use)
         hook = partial(_receive, weakref.ref(self), use)  # weakly: a loss that is kept would keep the watch going
         _viewed(output).register_hook(hook)  # type: ignore[no-untyped-call]
@@ -288,10 +291,20 @@ class Capture:
             record.backward = backward
         record.pending.discard(use)
         with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
-            record.parts.append(use.call.factors(use.call.source, gradient.detach().reshape(use.output)))
+            part = use.call.factors(use.call.source, gradient.detach().reshape(use.output))
+            record.parts.append(part if use.grouping is None else self._grouped(part, use.grouping, layer))
         use.call.source = None
         if not record.pending or self._sampling.samples == "rows":
             self._reduce(record)
+
+    def _grouped(self, part: Part, grouping: SampleIndex, layer: Layer) -> Part:
+        """The part with its rows put to the samples that the user's index says."""
+        index = grouping.index_of(layer.module)
+        if index is None:
+            return part
+        if self._sampling.samples == "rows":
+            return rows_that_count(part, index, layer.batch_dim, layer.name)
+        return rows_by_sample(part, index, layer.batch_dim, grouping.samples, layer.name)
 
     def _drop_stale(self, record: _Record) -> None:
         """Drop the sums of a backward whose gradients are gone: a skipped step, then ``model.zero_grad()``."""

@@ -55,6 +55,11 @@ class Layer:
     groups: int = 1
     batch_dim: int = 0
 
+    @property
+    def module(self) -> str:
+        """Name of the module that the weight is a parameter of."""
+        return self.name.rpartition(".")[0]
+
     def shape(self, block_size: int | None) -> Shape:
         """Shape of the layer's matrix now, the bias counted if it is trained."""
         rows = self.weight.shape[0] // self.groups

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from ngplus.capture import Capture
 from ngplus.curvature import Curvature as CurvatureOfLayers
 from ngplus.curvature import LayerState, layer_statistic, sampling
 from ngplus.distributed import world_size
+from ngplus.grouping import SampleIndex
 from ngplus.layers import SUPPORTED, Layer, find_layers, parameter_layers, unsupported_modules
 from ngplus.loss_scale import loss_scale
 from ngplus.nonfinite import any_nonfinite, nonfinite_names, zero_where
@@ -99,6 +100,16 @@ class NGPlus(Optimizer):
         ...     optimizer.zero_grad()
     """
 
+    # What the baselines, which differ in the curvature alone, replace.
+    _title: ClassVar[str] = "NG+"
+    _key: ClassVar[str] = "ngplus"
+
+    def _make_curvature(self) -> CurvatureOfLayers:
+        return CurvatureOfLayers(self._options, self._generator)
+
+    def _make_capture(self, model: nn.Module) -> Capture:
+        return Capture(model, self._layers, sampling(self._options), self._stopwatch, self._generator)
+
     def __init__(
         self,
         model: nn.Module | Params,
@@ -138,14 +149,14 @@ class NGPlus(Optimizer):
         check_positive("lr", float(lr) if isinstance(lr, Tensor) else lr)
         check_positive("damping", damping)
         self._model, chosen = _model_and_params(model, params, self._options)
-        self._base = _make_base(base, chosen, lr, base_options)
+        self._base = _make_base(base, chosen, lr, base_options, type(self).__name__)
         super().__init__(self._base.param_groups, {**self._base.defaults, "damping": damping})
         _check_whole(self._named_parameters())
         self._share_with_base()
         self._start()
         if not self._layers:
             raise ValueError(
-                "the model has no layer that NG+ preconditions with its weight among the parameters given; "
+                f"the model has no layer that {self._title} preconditions with its weight among the parameters given; "
                 f"supported are {', '.join(kind.__name__ for kind in SUPPORTED)}"
             )
         self._warn_of_unsupported()
@@ -170,7 +181,8 @@ class NGPlus(Optimizer):
         self._devices: set[torch.device] = set()
         self._generator = torch.Generator().manual_seed(0)
         self._stopwatch = Stopwatch()
-        self._curvature = CurvatureOfLayers(self._options, self._generator)
+        self._sample_index: SampleIndex | None = None
+        self._curvature = self._make_curvature()
         self._find_layers()
         self._watch()
 
@@ -189,15 +201,14 @@ class NGPlus(Optimizer):
                 layer.bias = None
         self._capture: Capture | None = None
         if self._model is not None and self._options.curvature == "per_sample":
-            self._capture = Capture(
-                self._model, self._layers, sampling(self._options), self._stopwatch, self._generator
-            )
+            self._capture = self._make_capture(self._model)
+            self._capture.sample_index = self._sample_index
 
     def _warn_of_unsupported(self) -> None:
         if self._model is None or not (modules := unsupported_modules(self._model)):
             return
         warnings.warn(
-            f"NG+ does not precondition {', '.join(modules)}; their parameters go to "
+            f"{self._title} does not precondition {', '.join(modules)}; their parameters go to "
             f"{type(self._base).__name__} untouched",
             stacklevel=3,
         )
@@ -394,6 +405,34 @@ class NGPlus(Optimizer):
         return {layer.name: state for layer, state in self._curvature.states.items()}
 
     @property
+    def curvature_is_due(self) -> bool:
+        """Whether the next step builds curvature, of some layer at least."""
+        return bool(self._wanted())
+
+    @property
+    def sample_index(self) -> Mapping[str, Tensor] | None:
+        """Which sample each row of a layer's input belongs to, where that is not its batch dimension.
+
+        Set it before the forward pass of a step with `curvature_is_due`: an integer tensor for all layers, or a dict
+        from patterns of module names (as in `fnmatch`, the first that fits counts) to such tensors; of shape (b,), or
+        of the input's shape without its features. With ``samples="batch"``, rows of the same number are the positions
+        of one sample, as the atoms of a molecule are; with ``samples="rows"`` each row stays a sample. Rows with a
+        negative number count as none, as padding should. It holds until it is set again; None goes back to
+        ``batch_dim``. Attention modules know their samples.
+
+        Raises:
+            TypeError: no integer tensors by module name.
+            ValueError: in the backward pass, where a layer's input has another number of rows than its index.
+        """
+        return None if self._sample_index is None else self._sample_index.indices
+
+    @sample_index.setter
+    def sample_index(self, given: Tensor | Mapping[str, Tensor] | None) -> None:
+        self._sample_index = SampleIndex.of(given)
+        if self._capture is not None:
+            self._capture.sample_index = self._sample_index
+
+    @property
     def skipped_steps(self) -> int:
         """Steps whose gradients counted as zero because they were not finite. Waits for the device."""
         return 0 if self._skipped is None else int(self._skipped)
@@ -409,7 +448,7 @@ class NGPlus(Optimizer):
 
     def __repr__(self) -> str:
         options = ", ".join(f"{name}={value!r}" for name, value in vars(self._options).items())
-        return f"NGPlus({len(self._layers)} layers, {options})\nbase {self._base!r}"
+        return f"{type(self).__name__}({len(self._layers)} layers, {options})\nbase {self._base!r}"
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, and what was summed of this step's curvature with them."""
@@ -425,7 +464,7 @@ class NGPlus(Optimizer):
         Loads with ``torch.load(weights_only=True)``. Sums of a curvature step whose ``step`` has not come yet are not
         part of it, as gradients are not.
         """
-        return {**super().state_dict(), "ngplus": self._pack()}
+        return {**super().state_dict(), self._key: self._pack()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from what `state_dict` gave.
@@ -433,13 +472,14 @@ class NGPlus(Optimizer):
         Raises:
             ValueError: a state of another optimizer or another model. Nothing has changed then.
         """
-        if "ngplus" not in state_dict:
+        if self._key not in state_dict:
             raise ValueError(
-                f"this is no state of NGPlus: its keys are {sorted(state_dict)}, and 'ngplus' is not among them"
+                f"this is no state of {type(self).__name__}: its keys are {sorted(state_dict)}, "
+                f"and {self._key!r} is not among them"
             )
-        states = self._unpack(state_dict["ngplus"])
-        super().load_state_dict({key: value for key, value in state_dict.items() if key != "ngplus"})
-        self._restore(state_dict["ngplus"], states)
+        states = self._unpack(state_dict[self._key])
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != self._key})
+        self._restore(state_dict[self._key], states)
 
     def _pack(self) -> dict[str, Any]:
         return {
@@ -455,17 +495,18 @@ class NGPlus(Optimizer):
     def _unpack(self, packed: Mapping[str, Any]) -> dict[Layer, LayerState]:
         """The layers' states, checked against the model."""
         if missing := [name for name in _PACKED if name not in packed]:
-            raise ValueError(f"the state of NGPlus has no {', '.join(missing)}: it was cut short or made otherwise")
+            raise ValueError(f"the state of {type(self).__name__} has no {', '.join(missing)}: it was cut short or made otherwise")
         if packed["base"] != (base := type(self._base).__name__):
-            raise ValueError(f"the state is of NGPlus around {packed['base']}, but this one is around {base}")
+            raise ValueError(
+                f"the state is of {type(self).__name__} around {packed['base']}, but this one is around {base}"
+            )
         layers = {layer.name: layer for layer in self._layers}
         if unknown := sorted(set(packed["layers"]) - set(layers)):
             raise ValueError(
                 f"the state has layers that this model does not: {', '.join(unknown)}; it has {', '.join(layers)}"
             )
-        return {
-            layers[name]: LayerState.from_state_dict(layers[name], state) for name, state in packed["layers"].items()
-        }
+        unpack = self._curvature.state.from_state_dict
+        return {layers[name]: unpack(layers[name], state) for name, state in packed["layers"].items()}
 
     def _restore(self, packed: Mapping[str, Any], states: dict[Layer, LayerState]) -> None:
         layers = {layer.name: layer for layer in self._layers}
@@ -534,7 +575,7 @@ _WHOLE_WEIGHTS = (
 )
 
 
-def _make_base(base: Any, params: Params, lr: Any, options: dict[str, Any]) -> Optimizer:
+def _make_base(base: Any, params: Params, lr: Any, options: dict[str, Any], owner: str) -> Optimizer:
     """The base optimizer, its arguments checked by name first."""
     if not (isinstance(base, type) and issubclass(base, Optimizer)):
         raise TypeError(f"base must be a torch.optim.Optimizer class, such as torch.optim.SGD, got {base!r}")
@@ -543,7 +584,7 @@ def _make_base(base: Any, params: Params, lr: Any, options: dict[str, Any]) -> O
     if (unknown := sorted(set(options) - set(known))) and not open_ended:
         allowed = ", ".join(name for name in known if name not in ("params", "lr"))
         raise TypeError(
-            f"{', '.join(unknown)} is an option of neither NGPlus nor its base {base.__name__}, which takes {allowed}"
+            f"{', '.join(unknown)} is an option of neither {owner} nor its base {base.__name__}, which takes {allowed}"
         )
     for group in params:
         if isinstance(group, dict) and "damping" in group:

@@ -63,6 +63,10 @@ class Evaluation:
 class Task(Protocol):
     """Data, model, loss and metric of one experiment. Knows nothing of optimizers.
 
+    A task whose batches are not laid out sample by sample (atoms of molecules, say) has one more method,
+    ``sample_index(batch)``: from patterns of module names to the number of the sample that each row of the
+    module's input belongs to, as `ngplus.NGPlus.sample_index` takes it.
+
     An instance is made by ``TASKS[name](settings, scale=..., data_dir=...)`` where ``settings`` is the
     recipe's ``[task]`` table, checked by the task's own frozen dataclass.
     """

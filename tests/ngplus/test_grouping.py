@@ -1,0 +1,149 @@
+"""Rows that belong to samples by an index, as atoms do to molecules, against one molecule at a time."""
+
+import oracle
+import pytest
+import torch
+from torch import nn
+
+from ngplus import NGPlus
+
+ATOMS = [3, 1, 4, 2]
+MOLECULE = torch.arange(len(ATOMS)).repeat_interleave(torch.tensor(ATOMS))
+
+
+class Network(nn.Module):
+    """Atoms and pairs of atoms of several molecules in long lists, one energy a molecule."""
+
+    def __init__(self):
+        super().__init__()
+        self.kind = nn.Embedding(5, 3)
+        self.atom = nn.Linear(3, 6)
+        self.filter = nn.Linear(2, 6)
+        self.interaction = nn.Linear(6, 4)
+        self.energy = nn.Linear(4, 1)
+
+    def forward(self, kinds, pairs, features, molecule, molecules):
+        atoms = self.atom(self.kind(kinds)).tanh()
+        messages = atoms[pairs[1]] * self.filter(features)
+        atoms = atoms.index_add(0, pairs[0], messages)
+        energies = self.energy(self.interaction(atoms).tanh()).squeeze(1)
+        return energies.new_zeros(molecules).index_add(0, molecule, energies)
+
+
+def batch(seed=0, shuffle=False):
+    generator = torch.Generator().manual_seed(seed)
+    atoms = len(MOLECULE)
+    molecule = MOLECULE[torch.randperm(atoms, generator=generator)] if shuffle else MOLECULE
+    kinds = torch.randint(5, (atoms,), generator=generator)
+    same = molecule[:, None] == molecule[None, :]
+    pairs = (same & ~torch.eye(atoms, dtype=torch.bool)).nonzero().T
+    features = torch.randn(pairs.shape[1], 2, generator=generator, dtype=torch.float64)
+    return kinds, pairs, features, molecule, len(ATOMS)
+
+
+def one_molecule(number, kinds, pairs, features, molecule, _molecules):
+    atoms = (molecule == number).nonzero().squeeze(1)
+    place = torch.full((len(molecule),), -1)
+    place[atoms] = torch.arange(len(atoms))
+    inside = molecule[pairs[0]] == number
+    return kinds[atoms], place[pairs[:, inside]], features[inside], torch.zeros(len(atoms), dtype=torch.long), 1
+
+
+def index_of(kinds, pairs, features, molecule, molecules):
+    return {"filter": molecule[pairs[0]], "*": molecule}
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("options", [{}, {"block_size": 2}, {"max_samples": 3}, {"ema": 0.5}])
+def test_a_molecule_is_one_sample(options, shuffle):
+    torch.manual_seed(0)
+    model = Network().double()
+    inputs = batch(shuffle=shuffle)
+    losses = [lambda m, i=i: oracle.energy(m(*one_molecule(i, *inputs))) for i in range(len(ATOMS))]
+    gradients = oracle.sample_gradients(model, losses)
+    optimizer = NGPlus(model, lr=1e-9, damping=0.3, update_every=1, **options)
+    assert optimizer.curvature_is_due
+    optimizer.sample_index = index_of(*inputs)
+    (oracle.energy(model(*inputs)) / len(ATOMS)).backward()
+    optimizer.step()
+    expected = oracle.directions(gradients, 0.3, options.get("block_size"), options.get("max_samples"))
+    assert oracle.error(model, expected) <= 1e-10
+
+
+def test_a_tensor_alone_is_the_index_of_every_layer():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+    x = torch.randn(6, 3, dtype=torch.float64)
+    sample = torch.tensor([0, 0, 1, 2, 2, 2])
+    gradients = oracle.sample_gradients(model, [lambda m, i=i: oracle.energy(m(x[sample == i])) for i in range(3)])
+    optimizer = NGPlus(model, lr=1e-9, damping=0.3, update_every=1)
+    optimizer.sample_index = sample
+    (oracle.energy(model(x)) / 3).backward()
+    optimizer.step()
+    assert oracle.error(model, oracle.directions(gradients, 0.3)) <= 1e-10
+
+
+def test_rows_with_a_negative_number_are_no_samples():
+    """As padding in a batch of sentences (T, B, C): the real tokens alone make the curvature."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+    x = torch.randn(4, 2, 3, dtype=torch.float64)
+    real = torch.tensor([[1, 1], [1, 1], [1, 0], [0, 0]]).bool()
+    packed = x[real]  # in an order of its own: a sum over samples does not mind
+    gradients = oracle.row_gradients(model, lambda m: oracle.energy(m(packed)) / len(packed))
+    optimizer = NGPlus(model, lr=1e-9, damping=0.3, update_every=1, samples="rows", batch_dim=1)
+    optimizer.sample_index = torch.where(real, 0, -1)
+    (oracle.energy(model(x)[real]) / len(packed)).backward()
+    optimizer.step()
+    assert oracle.error(model, oracle.directions(gradients, 0.3)) <= 1e-10
+
+
+def test_sequences_of_several_rows_of_the_batch_form_one_sample():
+    """An index of shape (b,) takes all positions of an element to its sample; convolutions have it too."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(2, 3, 3), nn.Tanh(), nn.Conv1d(3, 4, 2)).double()
+    x = torch.randn(5, 2, 7, dtype=torch.float64)
+    sample = torch.tensor([1, 0, 1, 2, 0])
+    gradients = oracle.sample_gradients(model, [lambda m, i=i: oracle.energy(m(x[sample == i])) for i in range(3)])
+    optimizer = NGPlus(model, lr=1e-9, damping=0.3, update_every=1)
+    optimizer.sample_index = {"*": sample}
+    (oracle.energy(model(x)) / 3).backward()
+    optimizer.step()
+    assert oracle.error(model, oracle.directions(gradients, 0.3)) <= 1e-10
+
+
+def test_layers_that_no_pattern_fits_keep_their_batch_dimension():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+    x = torch.randn(6, 3, dtype=torch.float64)
+    optimizer = NGPlus(model, lr=1e-9, damping=0.3, update_every=1)
+    optimizer.sample_index = {"7": torch.zeros(1, dtype=torch.long)}
+    (oracle.energy(model(x)) / 6).backward()
+    gradients = oracle.sample_gradients(model, oracle.sample_losses(x))
+    optimizer.step()
+    assert oracle.error(model, oracle.directions(gradients, 0.3)) <= 1e-10
+    optimizer.sample_index = None
+    assert optimizer.sample_index is None
+
+
+def test_an_index_that_does_not_fit_names_the_layer_and_both_sizes():
+    model = nn.Sequential(nn.Linear(3, 5))
+    optimizer = NGPlus(model, lr=1e-9, damping=0.3, update_every=1)
+    optimizer.sample_index = torch.zeros(4, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"0\.weight has shape \(4,\), but .* 6 elements of 1 positions"):
+        model(torch.randn(6, 3)).sum().backward()
+
+
+@pytest.mark.parametrize("wrong", [[0, 1], torch.zeros(3), {"*": [0]}, {0: torch.zeros(3, dtype=torch.long)}])
+def test_what_is_no_index_is_refused(wrong):
+    optimizer = NGPlus(nn.Linear(3, 5), lr=1e-9, damping=0.3, update_every=1)
+    with pytest.raises(TypeError, match="sample_index"):
+        optimizer.sample_index = wrong
+
+
+def test_bags_cannot_be_grouped():
+    model = nn.EmbeddingBag(4, 3, mode="sum")
+    optimizer = NGPlus(model, lr=1e-9, damping=0.3, update_every=1)
+    optimizer.sample_index = torch.zeros(2, dtype=torch.long)
+    with pytest.raises(ValueError, match="embedding bag"):
+        model(torch.tensor([[0, 1], [2, 3]])).sum().backward()
