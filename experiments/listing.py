@@ -44,7 +44,7 @@ def _runs_folder(results_dir: Path, task: str, scale: str) -> Path:
 
 
 def _head(recipe: Recipe) -> list[str]:
-    target = "–" if recipe.run.target is None else f"{recipe.run.target:g}"
+    target = "–" if recipe.run.target is None else str(recipe.run.target)
     return [recipe.task, recipe.scale, str(recipe.run.epochs), target]
 
 

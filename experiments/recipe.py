@@ -15,13 +15,14 @@ a table ``[optimizers.<name>]`` for each optimizer. Every value is written with 
 
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
 from experiments.errors import UserError
 from experiments.optimizers import entry_of
+from experiments.records import Target
 from experiments.schedules import Constant, DampingSchedule, LRSchedule
 from experiments.settings import SettingsError, one_of, plain, read_settings
 from experiments.tasks import TASKS
@@ -39,7 +40,10 @@ class RunSettings:
         epochs: passes over the training data.
         seeds: the seeds that are reported.
         tuning_seed: the seed at which settings were chosen; never one of `seeds`.
-        target: the value of the metric that counts as reached; none if left out.
+        target: the value of the metric that counts as reached; none if left out. ``"reference best"`` is the
+            median over seeds of the best value of each of the reference's runs.
+        reference: the optimizer that the others are compared with; in a recipe that leaves it out, SGD if it is
+            there, or else the first.
         report_split: the split that is evaluated after each epoch.
         precision: ``"bf16"`` runs the model under autocast; the optimizer always works in float32.
         accumulate: batches to one optimizer step.
@@ -48,7 +52,8 @@ class RunSettings:
     epochs: int
     seeds: tuple[int, ...]
     tuning_seed: int
-    target: float | None = None
+    target: Target | None = None
+    reference: str | None = None
     report_split: Split = "test"
     precision: Literal["float32", "bf16"] = "float32"
     accumulate: int = 1
@@ -143,7 +148,7 @@ def load_recipe(task: str, scale: str, *, overrides: Sequence[str] = (), folder:
         scale=scale,
         path=path,
         task_settings=MappingProxyType(values["task"]),
-        run=read_settings(RunSettings, values["run"], f"{path}: [run]"),
+        run=_run(values, f"{path}: [run]"),
         optimizers={name: _optimizer(name, own, path) for name, own in values["optimizers"].items()},
         sources=sources,
     )
@@ -218,6 +223,14 @@ def _only_keys(values: Mapping[str, Any], keys: tuple[str, ...], where: str) -> 
     for key in keys:
         if not isinstance(values.get(key), dict) or not values[key]:
             raise SettingsError(f"{where}: the table [{key}] is missing or empty")
+
+
+def _run(values: Mapping[str, Any], where: str) -> RunSettings:
+    run, names = read_settings(RunSettings, values["run"], where), list(values["optimizers"])
+    reference = run.reference or ("sgd" if "sgd" in names else names[0])
+    if reference not in names:
+        raise SettingsError(f"{where}: reference = {reference!r}: there is no such optimizer here; {one_of(names)}")
+    return replace(run, reference=reference)
 
 
 def _optimizer(name: str, table: Any, path: Path) -> OptimizerRecipe:

@@ -16,6 +16,8 @@ from experiments.settings import read_settings
 from experiments.tasks.protocol import DatasetInfo, Metric
 
 SCHEMA = 1
+REFERENCE_BEST = "reference best"
+Target = float | Literal["reference best"]
 
 
 class RecordError(UserError):
@@ -41,7 +43,8 @@ class Manifest:
         world_size: number of data-parallel processes.
         dataset: the data really used.
         metric: what ``Epoch.metric`` is.
-        target: the value of the metric that counts as reached, ``None`` for no target.
+        target: the value of the metric that counts as reached, ``None`` for no target; ``"reference best"`` is
+            what the reference's runs reach, known when they are all there.
         epochs: how many epochs the run was asked for.
         started_at: ISO 8601, UTC.
     """
@@ -61,7 +64,7 @@ class Manifest:
     world_size: int
     dataset: DatasetInfo
     metric: Metric
-    target: float | None
+    target: Target | None
     epochs: int
     started_at: str
 

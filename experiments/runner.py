@@ -33,7 +33,7 @@ from experiments.tasks import TASKS
 from experiments.training import CheckpointPlan, Training
 
 # Settings that say which runs there are, or how a run is judged, but change no number in it.
-_NO_NUMBER = ("run.seeds", "run.tuning_seed", "run.target")
+_NO_NUMBER = ("run.seeds", "run.tuning_seed", "run.target", "run.reference")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,9 @@
 """Tables of plain values (TOML, JSON) to checked frozen dataclasses, and back.
 
 A field's annotation is the check: ``int``, ``float`` (an integer will do), ``bool``, ``str``, ``Literal``,
-``tuple[X, ...]``, ``X | None``, a mapping, or a settings dataclass. Where several dataclasses are allowed,
-each has a ``kind`` and the table's own ``kind`` says which one it is.
+``tuple[X, ...]``, several of these (``float | Literal["all"]``) or ``None``, a mapping, or a settings
+dataclass. Where several dataclasses are allowed, each has a ``kind`` and the table's own ``kind`` says which
+one it is.
 """
 
 import dataclasses
@@ -93,8 +94,18 @@ def _read_union(hints: tuple[Any, ...], value: Any, where: str) -> Any:
     others = tuple(hint for hint in hints if hint is not type(None))
     if all(dataclasses.is_dataclass(hint) for hint in others):
         return _read_table(others, value, where)
-    (hint,) = others
-    return _read_value(hint, value, where)
+    return _read_first(others, value, where)
+
+
+def _read_first(hints: tuple[Any, ...], value: Any, where: str) -> Any:
+    """The value as the first of several plain kinds that it fits."""
+    refusals = []
+    for hint in hints:
+        try:
+            return _read_value(hint, value, where)
+        except SettingsError as error:
+            refusals.append(str(error).removeprefix(f"{where} = {value!r}: "))
+    raise SettingsError(f"{where} = {value!r}: {', or '.join(refusals)}")
 
 
 def _read_table(choices: tuple[type, ...], value: Any, where: str) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from experiments.analysis.runs import Comparable, load_comparable
+from experiments.analysis.runs import Comparable, best_metric, load_comparable
 from experiments.analysis.statistics import MedianInterval, PairedTest, median_interval, paired_test
 from experiments.records import Epoch, Run
 
@@ -23,6 +23,7 @@ COLUMNS = (
     "diverged",
     "metric",
     "target",
+    "target_rule",
     "epochs",
     "epochs_to_target",
     "epochs_to_target_low",
@@ -82,9 +83,10 @@ def summarise(comparable: Comparable) -> pd.DataFrame:
     """The table that `compare` writes."""
     runs = comparable.by_optimizer()
     reference = comparable.reference()
-    outcomes = {name: {run.manifest.seed: outcome(run) for run in own} for name, own in runs.items()}
+    outcomes = {name: {run.manifest.seed: outcome(run, comparable.target) for run in own} for name, own in runs.items()}
     rows = [_row(own[0], outcomes[name], outcomes[reference], reference) for name, own in runs.items()]
     frame = pd.DataFrame(rows, columns=list(COLUMNS))
+    frame["target"] = math.nan if comparable.target is None else comparable.target
     frame.attrs["complaints"] = list(comparable.complaints)
     return frame
 
@@ -116,17 +118,15 @@ class Outcome:
     diverged: bool
 
 
-def outcome(run: Run) -> Outcome:
+def outcome(run: Run, target: float | None) -> Outcome:
     """Reduce a finished run to an `Outcome`."""
-    hit = _first_hit(run)
-    missed = math.inf if run.manifest.target is not None else math.nan
-    values = [epoch.metric for epoch in run.epochs if epoch.metric is not None]
-    best = max if run.manifest.metric.higher_is_better else min
+    hit = _first_hit(run, target)
+    missed = math.inf if target is not None else math.nan
     seconds = np.diff([epoch.seconds for epoch in run.epochs])
     return Outcome(
         epochs_to_target=hit.epoch if hit else missed,
         seconds_to_target=hit.seconds if hit else missed,
-        best_metric=best(values, default=math.nan),
+        best_metric=best_metric(run),
         seconds_per_epoch=float(np.median(seconds)) if len(seconds) else math.nan,
         curvature_s=_per_epoch(run, lambda epoch: epoch.curvature_s),
         inverse_s=_per_epoch(run, lambda epoch: epoch.inverse_s),
@@ -136,8 +136,7 @@ def outcome(run: Run) -> Outcome:
     )
 
 
-def _first_hit(run: Run) -> Epoch | None:
-    target = run.manifest.target
+def _first_hit(run: Run, target: float | None) -> Epoch | None:
     if target is None:
         return None
     sign = 1 if run.manifest.metric.higher_is_better else -1
@@ -169,7 +168,7 @@ def _row(run: Run, own: Mapping[int, Outcome], reference: Mapping[int, Outcome],
         "reached": sum(math.isfinite(each.epochs_to_target) for each in outcomes),
         "diverged": sum(each.diverged for each in outcomes),
         "metric": manifest.metric.name,
-        "target": math.nan if manifest.target is None else manifest.target,
+        "target_rule": manifest.target if isinstance(manifest.target, str) else "",
         "epochs": manifest.epochs,
         **_named("epochs_to_target", epochs),
         **_named("wall_time_to_target_s", wall),

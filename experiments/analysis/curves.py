@@ -77,7 +77,7 @@ def figure(comparable: Comparable) -> Figure:
     for row, label, value in zip(axes, labels, values, strict=True):
         _draw_row(row, comparable.by_optimizer(), value)
         row[0].set_ylabel(label)
-    _mark_target(axes[1], manifest.target)
+    _mark_target(axes[1], comparable.target)
     for ax, label in zip(axes[1], ("epochs", "seconds of training"), strict=True):
         ax.set_xlabel(label)
         ax.set_xlim(left=0)

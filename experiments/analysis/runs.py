@@ -1,12 +1,15 @@
 """The finished, mutually comparable runs of a task at a scale."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from statistics import median
 
 from experiments.errors import UserError
-from experiments.records import Run, read_runs
+from experiments.records import REFERENCE_BEST, Run, read_runs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,14 +38,39 @@ class Comparable:
         return {name: [run for run in self.runs if run.manifest.optimizer == name] for name in names}
 
     def reference(self) -> str:
-        """The optimizer that the others are compared with.
+        """The optimizer that the others are compared with: the one that most runs name.
 
-        It is SGD where there is one, or else the first by name that is no variant of NG+, or else the first.
+        If none of its runs is there it is SGD where there is one, or else the first by name that is no variant
+        of NG+, or else the first.
         """
         names = sorted({run.manifest.optimizer for run in self.runs})
+        ((named, _),) = Counter(run.manifest.recipe.get("run", {}).get("reference") for run in self.runs).most_common(1)
+        if named in names:
+            return named
         if "sgd" in names:
             return "sgd"
         return next((name for name in names if name.partition("-")[0] != "ngplus"), names[0])
+
+    @cached_property
+    def target(self) -> float | None:
+        """The value of the metric that counts as reached.
+
+        For ``"reference best"`` it is the median over seeds of the best value of each of the reference's runs;
+        ``None`` without a target, or if no such run has a value.
+        """
+        said = self.runs[0].manifest.target
+        if said != REFERENCE_BEST:
+            return said
+        bests = [best_metric(run) for run in self.runs if run.manifest.optimizer == self.reference()]
+        known = [best for best in bests if not math.isnan(best)]
+        return median(known) if known else None
+
+
+def best_metric(run: Run) -> float:
+    """The best value of the metric over a run's epochs, NaN if it never was a number."""
+    values = [epoch.metric for epoch in run.epochs if epoch.metric is not None]
+    best = max if run.manifest.metric.higher_is_better else min
+    return best(values, default=math.nan)
 
 
 def load_comparable(results_dir: Path, task: str, scale: str) -> Comparable:

@@ -10,6 +10,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from experiments.records import REFERENCE_BEST
+
 Format = Literal["terminal", "markdown", "latex"]
 WIDTH = 100
 MISSED = "missed"
@@ -37,7 +39,8 @@ def render(frame: pd.DataFrame, format: Format = "terminal") -> str:
 
 def _title(frame: pd.DataFrame) -> str:
     first = frame.iloc[0]
-    target = "no target" if math.isnan(first.target) else f"target {first.metric} {first.target:g}"
+    rule = f" ({first.reference}'s best)" if first.target_rule == REFERENCE_BEST else ""
+    target = "no target" if math.isnan(first.target) else f"target {first.metric} {first.target:.4g}{rule}"
     return f"{first.task}, scale {first.scale}: {first.dataset}; {target}, {first.epochs} epochs"
 
 

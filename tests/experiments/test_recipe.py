@@ -56,6 +56,12 @@ def test_the_settings_in_full_hold_the_defaults_too(load):
         ("tuning_seed = { value = 100", "tuning_seed = { value = 1", "tuning_seed = 1: must not be one of the seeds"),
         ("value = [0, 1]", "value = [0, 0]", "[run]: seeds = [0, 0]: must be a list of different integers"),
         ("tuning_seed", "tuned_at", "[run]: tuned_at = 100: unknown key; must be one of accumulate, epochs"),
+        (
+            "target = { value = 0.5",
+            'target = { value = "best"',
+            "target = 'best': must be a number, or must be one of ref",
+        ),
+        ("[run]", "[run]\nreference = { value = 'kfac', source = 'x' }", "[run]: reference = 'kfac': there is no such"),
         ("[run]", "[running]", "running = {'epochs': 3"),
         ("[optimizers.adam]", "[optimizers.adamw]", "[optimizers]: name = 'adamw': there is no such optimizer;"),
         ("[optimizers.adam]", "[optimizers.kfac]", "must be one of adagrad, adam, lars, ngplus, sgd"),
@@ -86,6 +92,18 @@ def test_an_unknown_task_or_scale_lists_what_there_is():
         load_recipe("toys", "tiny")
     with pytest.raises(SettingsError, match="scale = 'huge': toy has no recipe for it; must be one of tiny"):
         load_recipe("toy", "huge")
+
+
+def test_the_reference_is_the_one_named_or_sgd_or_the_first(recipes, load):
+    assert load().run.reference == "sgd"
+    assert load("run.reference=adam").run.reference == "adam"
+    changed(recipes, "optimizers.sgd", "optimizers.lars")
+    assert load().run.reference == "lars"
+    assert load().settings_of("adam")["run"]["reference"] == "lars"
+
+
+def test_a_target_may_be_the_references_best(load):
+    assert load('run.target="reference best"').run.target == "reference best"
 
 
 def test_a_scale_may_carry_a_suffix(recipes):

@@ -33,6 +33,7 @@ class Drawing:
     sizes: tuple[int, ...] = ()
     pair: tuple[float, float] = (0.0, 1.0)
     title: str | None = None
+    limit: float | Literal["none"] | None = None
     origin: Origin = Origin()
 
     def __post_init__(self):
@@ -49,6 +50,7 @@ WHOLE = {
     "sizes": [1, 2, 3],
     "pair": [0.5, 1],
     "title": "a",
+    "limit": "none",
     "origin": {"x": 4},
 }
 
@@ -63,6 +65,7 @@ def test_a_table_of_every_type_is_read():
         sizes=(1, 2, 3),
         pair=(0.5, 1.0),
         title="a",
+        limit="none",
         origin=Origin(x=4),
     )
 
@@ -88,6 +91,7 @@ def test_reading_what_plain_wrote_gives_the_same():
         ({"sizes": ["a"]}, "file: sizes = 'a': must be an integer"),
         ({"pair": [1]}, "file: pair = [1]: must be a list of 2 values"),
         ({"title": 3}, "file: title = 3: must be a string"),
+        ({"limit": "some"}, "file: limit = 'some': must be a number, or must be one of none"),
         ({"shape": 3}, "file: shape = 3: must be a table"),
         ({"shape": {"side": 3}}, "file: shape: kind is missing; must be one of circle, square"),
         ({"shape": {"kind": "cube"}}, "file: shape: kind = 'cube': must be one of circle, square"),

@@ -135,6 +135,42 @@ def test_the_reference_is_sgd_or_the_first_baseline(tmp_path):
     assert list(frame.optimizer) == ["sgd", "lars", "ngplus", "ngplus-adam"]
 
 
+def named_reference(name: str) -> dict:
+    return {"task": {}, "run": {"reference": name}, "optimizer": {"lr": 0.1}}
+
+
+def test_the_reference_is_the_one_that_the_recipe_names(tmp_path):
+    for name in ("ngplus", "adam", "sgd"):
+        write(tmp_path, name, 1, HIT_1, recipe=named_reference("adam"))
+    frame = compare(tmp_path, TASK, SCALE)
+    assert set(frame.reference) == {"adam"}
+    assert list(frame.optimizer) == ["adam", "ngplus", "sgd"]
+
+
+def test_a_named_reference_that_was_not_run_is_replaced(tmp_path):
+    for name in ("ngplus", "sgd"):
+        write(tmp_path, name, 1, HIT_1, recipe=named_reference("adam"))
+    assert set(compare(tmp_path, TASK, SCALE).reference) == {"sgd"}
+
+
+def test_the_target_may_be_what_the_reference_reaches(tmp_path):
+    asked = {"target": "reference best", "recipe": named_reference("adam")}
+    for seed, (ours, theirs) in enumerate([(HIT_1, HIT_4), (HIT_3, HIT_2), (MISS, MISS)], 1):
+        write(tmp_path, "ngplus", seed, ours, **asked)
+        write(tmp_path, "adam", seed, theirs, **asked)
+    table = compared(tmp_path)
+    # Adam's best values are .8, .82 and .79.
+    assert (set(table.target), set(table.target_rule)) == ({0.8}, {"reference best"})
+    assert (table.loc["adam"].reached, table.loc["adam"].epochs_to_target) == (2, 4)
+    assert (table.loc["ngplus"].reached, table.loc["ngplus"].epochs_to_target) == (2, 3)
+
+
+def test_a_reference_without_a_number_leaves_no_target(tmp_path):
+    write(tmp_path, "sgd", 1, [None], end="diverged", target="reference best")
+    write(tmp_path, "ngplus", 1, HIT_1, target="reference best")
+    assert math.isnan(compared(tmp_path).loc["ngplus"].target)
+
+
 def test_only_ngplus(tmp_path):
     write(tmp_path, "ngplus", 1, HIT_1)
     assert compared(tmp_path).loc["ngplus"].p_reason == "is the reference"
