@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -84,15 +84,19 @@ class LayerState:
                 f"the state of {layer.name} is for a matrix {groups}×{rows}×{columns} (groups × rows × columns), "
                 f"but the model's is {ours.groups}×{ours.rows}×{ours.columns}"
             )
-        made = preconditioner.from_tensors(packed["preconditioner"], shape)
+        made = cls._preconditioner(packed["preconditioner"], shape)
         state = cls(shape, made, packed["average"], packed["damping"], packed["updates"])
         state.to(layer.weight.device)
         return state
 
+    @staticmethod
+    def _preconditioner(tensors: dict[str, Tensor], shape: Shape) -> Preconditioner:
+        return preconditioner.from_tensors(tensors, shape)
+
     def to(self, device: torch.device) -> None:
         """Follow a model that was moved."""
         moved = {name: tensor.to(device) for name, tensor in self.preconditioner.tensors().items()}
-        self.preconditioner = preconditioner.from_tensors(moved, self.shape)
+        self.preconditioner = self._preconditioner(moved, self.shape)
         self.average = None if self.average is None else [stack.to(device) for stack in self.average]
 
 
@@ -117,6 +121,8 @@ class Curvature:
         options: of the optimizer.
         generator: draws the rows of (16).
     """
+
+    state: ClassVar[type[LayerState]] = LayerState
 
     def __init__(self, options: Options, generator: torch.Generator) -> None:
         self._options = options
@@ -159,7 +165,7 @@ class Curvature:
 
     def _average_over_processes(self, layers: Sequence[Layer], sums: dict[Layer, Statistic]) -> None:
         """Average over processes; afterwards ``sums`` has the same layers on all of them."""
-        ours = [sums.get(layer) or _empty(layer, self._options.block_size) for layer in layers]
+        ours = [sums.get(layer) or self._empty(layer) for layer in layers]
         for statistic in ours:
             statistic.densify()
         moments = [statistic.moments for statistic in ours]
@@ -168,6 +174,13 @@ class Curvature:
             statistic.used = int(total)
             if total:
                 sums[layer] = statistic
+
+    def _empty(self, layer: Layer) -> Statistic:
+        """What a process without samples brings to the average."""
+        shape = layer.shape(self._options.block_size)
+        dtype = statistics_dtype(layer.weight.dtype)
+        zeros = [torch.zeros(size, dtype=dtype, device=layer.weight.device) for size in shape.stack_shapes]
+        return Statistic(shape, moments=zeros)
 
     def _prepare(self, layer: Layer, statistic: Statistic, damping: float) -> list[Request]:
         """The matrices to invert for a layer; none where it is kept as columns."""
@@ -214,7 +227,7 @@ class Curvature:
         before = self.states.get(layer)
         average = [request.matrices for request in requests] if self._options.ema else None
         updates = 1 + (before.updates if before else 0)
-        self.states[layer] = LayerState(statistic.shape, made, average, used, updates)
+        self.states[layer] = self.state(statistic.shape, made, average, used, updates)
 
     def _made(self, statistic: Statistic, requests: Sequence[Request], damping: float) -> Preconditioner | None:
         if statistic.columns:
@@ -243,13 +256,6 @@ class Curvature:
             layer.weight.grad = _sparse_direction(state, gradient)
         else:
             _precondition_dense(layer, state, gradient)
-
-
-def _empty(layer: Layer, block_size: int | None) -> Statistic:
-    shape = layer.shape(block_size)
-    dtype = statistics_dtype(layer.weight.dtype)
-    zeros = [torch.zeros(size, dtype=dtype, device=layer.weight.device) for size in shape.stack_shapes]
-    return Statistic(shape, moments=zeros)
 
 
 def _finite(sums: Mapping[Layer, Statistic]) -> tuple[list[Layer], list[Layer]]:

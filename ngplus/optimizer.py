@@ -495,7 +495,9 @@ class NGPlus(Optimizer):
     def _unpack(self, packed: Mapping[str, Any]) -> dict[Layer, LayerState]:
         """The layers' states, checked against the model."""
         if missing := [name for name in _PACKED if name not in packed]:
-            raise ValueError(f"the state of {type(self).__name__} has no {', '.join(missing)}: it was cut short or made otherwise")
+            raise ValueError(
+                f"the state of {type(self).__name__} has no {', '.join(missing)}: it was cut short or made otherwise"
+            )
         if packed["base"] != (base := type(self._base).__name__):
             raise ValueError(
                 f"the state is of {type(self).__name__} around {packed['base']}, but this one is around {base}"
