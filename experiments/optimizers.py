@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from experiments.muon import MuonAndAdamW, refuse_sparse_gradients
 from experiments.settings import SettingsError, one_of
 from ngplus import NGPlus
 
@@ -92,6 +93,38 @@ class LARSSettings(_LearningRate):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MuonSettings(_LearningRate):
+    """`experiments.muon.MuonAndAdamW`; every field is its argument of that name."""
+
+    adamw: tuple[str, ...] = ()
+    adamw_lr: float | None = None
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    momentum: float = 0.95
+    nesterov: bool = True
+    ns_steps: int = 5
+    adjust_lr_fn: Literal["original", "match_rms_adamw"] = "match_rms_adamw"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SOAPSettings(_LearningRate):
+    """SOAP from pytorch-optimizer; a side longer than `max_precondition_dim` is left as it is."""
+
+    betas: tuple[float, float] = (0.95, 0.95)
+    weight_decay: float = 1e-2
+    precondition_frequency: int = 10
+    max_precondition_dim: int = 2048
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("precondition_frequency", "max_precondition_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class NGPlusSettings(_LearningRate):
     """`ngplus.NGPlus` on a base optimizer; every field but `base` is its argument of that name."""
 
@@ -128,6 +161,17 @@ def _build_lars(model: nn.Module, settings: LARSSettings) -> Optimizer:
     return LARS(model.parameters(), **asdict(settings))
 
 
+def _build_muon(model: nn.Module, settings: MuonSettings) -> Optimizer:
+    return MuonAndAdamW(model, **asdict(settings))
+
+
+def _build_soap(model: nn.Module, settings: SOAPSettings) -> Optimizer:
+    from pytorch_optimizer import SOAP  # as for LARS
+
+    refuse_sparse_gradients(model, "SOAP")
+    return SOAP(model.parameters(), **asdict(settings))
+
+
 def _build_ngplus(model: nn.Module, settings: NGPlusSettings) -> Optimizer:
     own = asdict(settings)
     base_arguments = own.pop("base")
@@ -138,8 +182,10 @@ OPTIMIZERS: dict[str, Entry] = {
     "adagrad": _torch_entry(AdagradSettings, torch.optim.Adagrad),
     "adam": _torch_entry(AdamSettings, torch.optim.Adam),
     "lars": Entry(settings=LARSSettings, build=_build_lars),
+    "muon": Entry(settings=MuonSettings, build=_build_muon),
     "ngplus": Entry(settings=NGPlusSettings, build=_build_ngplus),
     "sgd": _torch_entry(SGDSettings, torch.optim.SGD),
+    "soap": Entry(settings=SOAPSettings, build=_build_soap),
 }
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from experiments.bench.workloads import Workload
+from experiments.muon import MuonAndAdamW, hidden_matrices
 from ngplus import NGPlus
 
 
@@ -59,31 +60,11 @@ def _ngplus(workload: Workload, interval: int, base: type[Optimizer], **options:
     return _trained(workload, optimizer)
 
 
-class _MuonAndAdam(Optimizer):
-    """Muon on the matrices between input and output, Adam on the rest, as Muon is used."""
-
-    def __init__(self, model: nn.Module) -> None:
-        matrices = _hidden_matrices(model)
-        chosen = {id(p) for p in matrices}
-        rest = [p for p in model.parameters() if id(p) not in chosen]
-        super().__init__(model.parameters(), {})
-        self._parts = [torch.optim.Muon(matrices, lr=1e-9), torch.optim.AdamW(rest, lr=1e-9)]
-
-    def step(self, closure: Callable[[], Any] | None = None) -> None:
-        for part in self._parts:
-            part.step()
-
-
-def _hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """Muon of torch takes 2-D parameters only; embeddings go to Adam."""
-    return [m.weight for m in model.modules() if isinstance(m, nn.Linear) and m.weight.dim() == 2]
-
-
 def _muon(workload: Workload, _interval: int) -> Peer:
-    matrices = _hidden_matrices(workload.model)
+    matrices = hidden_matrices(workload.model)
     if sum(p.numel() for p in matrices) < 0.2 * sum(p.numel() for p in workload.model.parameters()):
-        raise Unsupported("torch.optim.Muon takes 2-D parameters only, which are few here")
-    return _trained(workload, _MuonAndAdam(workload.model))
+        raise Unsupported("Muon is for matrices that are no embeddings, which are few here")
+    return _trained(workload, MuonAndAdamW(workload.model, lr=1e-9))
 
 
 LARGEST_SIDE = 5000
