@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -131,6 +131,8 @@ class Capture:
         generator: draws the columns of (17).
     """
 
+    _statistic: ClassVar[type[Statistic]] = Statistic
+
     def __init__(
         self,
         model: nn.Module,
@@ -191,7 +193,7 @@ class Capture:
     def clear(self) -> None:
         """Forget what was summed so far, but not the forward passes whose backward is still to come."""
         for record in self._records.values():
-            record.statistic = Statistic(record.statistic.shape)
+            record.statistic = self._statistic(record.statistic.shape)
             record.parts = []
 
     def _forget(self) -> None:
@@ -242,7 +244,7 @@ class Capture:
 
     def _record(self, layer: Layer) -> _Record:
         if layer not in self._records:
-            statistic = Statistic(layer.shape(self._sampling.block_size))
+            statistic = self._statistic(layer.shape(self._sampling.block_size))
             self._records[layer] = _Record(layer, statistic)
         return self._records[layer]
 
@@ -309,7 +311,7 @@ class Capture:
     def _drop_stale(self, record: _Record) -> None:
         """Drop the sums of a backward whose gradients are gone: a skipped step, then ``model.zero_grad()``."""
         if record.layer.weight.grad is None and record.statistic.used:
-            record.statistic = Statistic(record.statistic.shape)
+            record.statistic = self._statistic(record.statistic.shape)
 
     def _reduce(self, record: _Record) -> None:
         """Sum the samples of the parts that are back; parts of equally many samples are uses by the same ones."""

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ngplus import distributed, gfim, preconditioner
+from ngplus import direction, distributed, gfim, preconditioner
 from ngplus.capture import Sampling, Statistic
 from ngplus.factors import statistics_dtype
 from ngplus.gfim import Shape
@@ -147,7 +147,7 @@ class Curvature:
         Returns:
             Layers whose sums were not finite. They keep what they had.
         """
-        sums = {layer: self._scaled(statistics[layer], loss_scale) for layer in layers if layer in statistics}
+        sums = {layer: self._scaled(layer, statistics[layer], loss_scale) for layer in layers if layer in statistics}
         if distributed.world_size() > 1:
             self._average_over_processes(layers, sums)
         finite, rejected = _finite(sums)
@@ -157,7 +157,7 @@ class Curvature:
             self._finish(layer, sums[layer], stacks, damping[layer])
         return rejected
 
-    def _scaled(self, statistic: Statistic, loss_scale: float) -> Statistic:
+    def _scaled(self, layer: Layer, statistic: Statistic, loss_scale: float) -> Statistic:
         scale = statistic.scale(self._options.loss_reduction) / loss_scale**2
         statistic.moments = [stack * scale for stack in statistic.moments]
         statistic.columns = [columns * scale**0.5 for columns in statistic.columns]
@@ -217,13 +217,14 @@ class Curvature:
                 stacklevel=5,
             )
             return
-        used = max([self._shift(damping), *(request.used_damping for request in requests)])
-        if used > self._shift(damping):
-            warnings.warn(
-                f"the damping of {layer.name} was raised from {self._shift(damping):g} to {used:g} for this "
-                "curvature step: the matrix would not factorise with less",
-                stacklevel=5,
-            )
+        for request in requests:
+            if request.used_damping > request.damping:
+                warnings.warn(
+                    f"the damping of {layer.name} was raised from {request.damping:g} to {request.used_damping:g} for "
+                    "this curvature step: the matrix would not factorise with less",
+                    stacklevel=5,
+                )
+        used = max((request.used_damping for request in requests), default=self._shift(damping))
         before = self.states.get(layer)
         average = [request.matrices for request in requests] if self._options.ema else None
         updates = 1 + (before.updates if before else 0)
@@ -252,10 +253,7 @@ class Curvature:
             return
         if state.preconditioner.main.device != gradient.device:
             state.to(gradient.device)
-        if gradient.is_sparse:
-            layer.weight.grad = _sparse_direction(state, gradient)
-        else:
-            _precondition_dense(layer, state, gradient)
+        direction.precondition(layer, state.preconditioner, state.shape)
 
 
 def _finite(sums: Mapping[Layer, Statistic]) -> tuple[list[Layer], list[Layer]]:
@@ -269,54 +267,6 @@ def _finite(sums: Mapping[Layer, Statistic]) -> tuple[list[Layer], list[Layer]]:
     good = torch.stack(flags).tolist()
     finite = [layer for layer, fine in zip(sums, good, strict=True) if fine]
     return finite, [layer for layer, fine in zip(sums, good, strict=True) if not fine]
-
-
-def _precondition_dense(layer: Layer, state: LayerState, gradient: Tensor) -> None:
-    matrix = as_matrix(layer, gradient)
-    bias = layer.trained_bias
-    G = matrix.to(state.preconditioner.main.dtype)  # (groups, m, n)
-    if bias is None:
-        layer.weight.grad = _replaced(gradient, _direction(state, G))
-        return
-    column = torch.zeros_like(bias) if bias.grad is None else bias.grad
-    column = column[layer.bias_slice].reshape(*matrix.shape[:2], 1).to(G.dtype)
-    D = _direction(state, torch.cat([G, column], dim=2))  # (groups, m, n + 1)
-    gradient.copy_(D[:, :, :-1].reshape(gradient.shape))
-    if bias.grad is not None:
-        bias.grad[layer.bias_slice].copy_(D[:, :, -1].flatten())
-
-
-def _replaced(gradient: Tensor, direction: Tensor) -> Tensor:
-    """``gradient`` with the direction's entries; the direction itself where nobody holds the gradient's memory.
-
-    DDP's gradients are views of its buckets, which have to stay.
-    """
-    if gradient._is_view() or direction.dtype != gradient.dtype or not direction.is_contiguous():
-        return gradient.copy_(direction.reshape(gradient.shape))
-    replacement = direction.view(gradient.shape)
-    return replacement if replacement.stride() == gradient.stride() else gradient.copy_(replacement)
-
-
-def _direction(state: LayerState, G: Tensor) -> Tensor:
-    """(λI + L)⁻¹G or G(λI + R)⁻¹, equation (6)."""
-    if state.shape.side == "left":
-        return state.preconditioner.apply(G)
-    return state.preconditioner.apply_right(G)
-
-
-def _sparse_direction(state: LayerState, gradient: Tensor) -> Tensor:
-    """The direction for a table's sparse gradient, which stays sparse: each row times (λI + R)⁻¹."""
-    dtype = state.preconditioner.main.dtype
-    if state.shape.side == "right":
-        indices, values = gradient._indices(), gradient._values()
-        direction = _direction(state, values.to(dtype).unsqueeze(0))[0]
-    else:
-        indices = torch.arange(gradient.shape[0], device=gradient.device).unsqueeze(0)
-        values = gradient.to_dense()
-        direction = _direction(state, values.to(dtype).unsqueeze(0))[0]
-    # A copy in rows: of a transposed view, torch's dense-sparse sums read a single row with a wrong stride.
-    rows = values.new_empty(values.shape).copy_(direction)
-    return torch.sparse_coo_tensor(indices, rows, gradient.shape, check_invariants=False)
 
 
 def layer_statistic(layer: Layer, options: Options, generator: torch.Generator) -> Statistic | None:

@@ -103,6 +103,7 @@ class NGPlus(Optimizer):
     # What the baselines, which differ in the curvature alone, replace.
     _title: ClassVar[str] = "NG+"
     _key: ClassVar[str] = "ngplus"
+    _unseen: ClassVar[str] = "where a single sample's gradient cannot be seen"
 
     def _make_curvature(self) -> CurvatureOfLayers:
         return CurvatureOfLayers(self._options, self._generator)
@@ -307,10 +308,7 @@ class NGPlus(Optimizer):
     def _report_opaque(self, opaque: Mapping[Layer, str]) -> None:
         for layer, reason in opaque.items():
             self._curvature.states.pop(layer, None)
-            self._warn_once(
-                f"{layer.name} {reason}, where a single sample's gradient cannot be seen; it goes to "
-                f"{type(self._base).__name__} untouched"
-            )
+            self._warn_once(f"{layer.name} {reason}, {self._unseen}; it goes to {type(self._base).__name__} untouched")
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:
