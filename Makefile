@@ -10,10 +10,14 @@ EXPERIMENTS := $(PYTHON) -m experiments
 RESULTS ?= build/results
 # E.g. RUN_OPTIONS="--epochs 1 --seed 1".
 RUN_OPTIONS ?=
+# How many trials an optimizer, by default the recipe's number; e.g. TUNE_OPTIONS="--optimizer adam".
+TRIALS ?=
+TUNE_OPTIONS ?=
+TUNE = $(EXPERIMENTS) tune --scale $(SCALE) $(if $(TRIALS),--trials $(TRIALS)) $(TUNE_OPTIONS)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup test lint lock reproduce reproduce-resnet50 reproduce-figure1 reproduce-theory
-.PHONY: data-fashion-mnist bench bench-curvature
+.PHONY: data-fashion-mnist bench bench-curvature tune-resnet50 tune-qm9 tune-matproj tune-iwslt14 tune-dlrm
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*##  */\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name what; do printf '  %-20s %s\n' "$$name" "$$what"; done
@@ -35,6 +39,21 @@ reproduce: reproduce-resnet50  ## train every task there is, by default at scale
 reproduce-resnet50: $(STAMP)  ## ResNet on images: SCALE=tiny (minutes), small (hours), paper (ImageNet)
 	$(EXPERIMENTS) run resnet50-imagenet --scale $(SCALE) --results-dir $(RESULTS) $(RUN_OPTIONS)
 	$(EXPERIMENTS) table resnet50-imagenet --scale $(SCALE) --results-dir $(RESULTS)
+
+tune-resnet50: $(STAMP)  ## search each optimizer's settings with TRIALS trials, and write them into the recipe
+	$(TUNE) resnet50-imagenet
+
+tune-qm9: $(STAMP)  ## the same for SchNet on QM9
+	$(TUNE) schnet-qm9
+
+tune-matproj: $(STAMP)  ## the same for SchNet on crystals
+	$(TUNE) schnet-matproj
+
+tune-iwslt14: $(STAMP)  ## the same for the Transformer
+	$(TUNE) transformer-iwslt14
+
+tune-dlrm: $(STAMP)  ## the same for DLRM
+	$(TUNE) dlrm-criteo
 
 reproduce-figure1: $(STAMP)  ## Figure 1: the generalized Fisher information beside the empirical one
 	$(PYTHON) -m experiments.theory.figure1

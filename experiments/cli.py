@@ -1,4 +1,4 @@
-"""The command line: ``python -m experiments run | list | table | data``."""
+"""The command line: ``python -m experiments run | tune | list | table | data``."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -95,6 +95,39 @@ def run_command(
         for name in names
     ]
     run_jobs(jobs)
+
+
+@app.command("tune")
+def tune_command(
+    task: TaskName,
+    scale: Scale = "tiny",
+    optimizer: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="An optimizer of the recipe; may be repeated. Default: all with a space."),
+    ] = None,
+    trials: Annotated[int | None, typer.Option(metavar="N", help="Trials each. Default: the recipe's.")] = None,
+    keep_recipe: Annotated[bool, typer.Option("--keep-recipe", help="Do not change the recipe.")] = False,
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu or cuda.")] = "auto",
+    data_dir: DataDir = Path("data"),
+    results_dir: ResultsDir = Path("results"),
+    tuning_dir: Annotated[Path, typer.Option(metavar="DIR", help="Where the searches are kept, to go on from.")] = Path(
+        "build/tuning"
+    ),
+) -> None:
+    """Search the settings of each optimizer, and write the best ones into the recipe.
+
+    Every optimizer gets the same number of trials in the spaces that the recipe declares, on the validation split
+    at the tuning seed. The trials are kept in tuning.csv beside the results. What was interrupted goes on where it
+    stopped.
+    """
+    from experiments.tuning.tune import tune  # Optuna and pandas, needed only here
+
+    recipe = load_recipe(task, scale)
+    if recipe.tuning is None:
+        raise UserError(f"{recipe.path}: has no table [tuning]")
+    options = RunOptions(device=device, data_dir=data_dir, results_dir=results_dir)
+    for name in optimizer or [name for name, space in recipe.tuning.spaces.items() if space]:
+        tune(recipe, name, options, folder=tuning_dir, trials=trials, write=not keep_recipe)
 
 
 @app.command("list")

@@ -1,7 +1,8 @@
 """Recipes: what a task is run with at a scale, every value beside the source it was taken from.
 
 ``recipes/<task>/<scale>.toml`` has a table ``[task]``, which the task itself checks, a table ``[run]``, and
-a table ``[optimizers.<name>]`` for each optimizer. Every value is written with its source:
+a table ``[optimizers.<name>]`` for each optimizer; a table ``[tuning]`` says where their settings are searched
+(`tuning.space`). Every value is written with its source:
 
     [run]
     epochs = { value = 52, source = "paper, appendix A" }
@@ -27,6 +28,7 @@ from experiments.schedules import Constant, DampingSchedule, LRSchedule
 from experiments.settings import SettingsError, one_of, plain, read_settings
 from experiments.tasks import TASKS
 from experiments.tasks.protocol import Split
+from experiments.tuning.space import Tuning, read_tuning
 
 RECIPES = Path(__file__).parent / "recipes"
 SCALES = ("tiny", "small", "paper")
@@ -101,6 +103,8 @@ class Recipe:
         run: the ``[run]`` table.
         optimizers: by name, in the file's order.
         sources: where each value comes from, by its dotted key, e.g. ``"optimizers.ngplus.lr"``.
+        tuning: the ``[tuning]`` table, ``None`` without one.
+        overrides: values that were given in place of the file's.
     """
 
     task: str
@@ -110,6 +114,13 @@ class Recipe:
     run: RunSettings
     optimizers: Mapping[str, OptimizerRecipe]
     sources: Mapping[str, str]
+    tuning: Tuning | None
+    overrides: tuple[str, ...]
+
+    def changed(self, overrides: Mapping[str, Any]) -> "Recipe":
+        """The recipe with other values, by dotted key."""
+        given = (*self.overrides, *(f"{key}={value}" for key, value in overrides.items()))
+        return load_recipe(self.task, self.scale, overrides=given, folder=self.path.parents[1])
 
     def settings_of(self, optimizer: str) -> dict[str, Any]:
         """All settings of one optimizer's runs, defaults included, as a run's manifest keeps them."""
@@ -142,15 +153,19 @@ def load_recipe(task: str, scale: str, *, overrides: Sequence[str] = (), folder:
         _override(table, override)
     sources = dict(_sources(table, path))
     values = _values(table)
-    _only_keys(values, ("task", "run", "optimizers"), str(path))
+    _only_keys(values, ("task", "run", "optimizers"), ("tuning",), str(path))
+    optimizers = {name: _optimizer(name, own, path) for name, own in values["optimizers"].items()}
+    run = _run(values, f"{path}: [run]")
     return Recipe(
         task=task,
         scale=scale,
         path=path,
         task_settings=MappingProxyType(values["task"]),
-        run=_run(values, f"{path}: [run]"),
-        optimizers={name: _optimizer(name, own, path) for name, own in values["optimizers"].items()},
+        run=run,
+        optimizers=optimizers,
         sources=sources,
+        tuning=_tuning(values.get("tuning"), optimizers, run, f"{path}: [tuning]"),
+        overrides=tuple(overrides),
     )
 
 
@@ -216,11 +231,11 @@ def _override(table: dict[str, Any], override: str) -> None:
     table[key] = {"value": value, "source": "given on the command line"}
 
 
-def _only_keys(values: Mapping[str, Any], keys: tuple[str, ...], where: str) -> None:
+def _only_keys(values: Mapping[str, Any], needed: tuple[str, ...], allowed: tuple[str, ...], where: str) -> None:
     for key, value in values.items():
-        if key not in keys:
-            raise SettingsError(f"{where}: {key} = {value!r}: unknown key; {one_of(keys)}")
-    for key in keys:
+        if key not in (*needed, *allowed):
+            raise SettingsError(f"{where}: {key} = {value!r}: unknown key; {one_of((*needed, *allowed))}")
+    for key in needed:
         if not isinstance(values.get(key), dict) or not values[key]:
             raise SettingsError(f"{where}: the table [{key}] is missing or empty")
 
@@ -231,6 +246,14 @@ def _run(values: Mapping[str, Any], where: str) -> RunSettings:
     if reference not in names:
         raise SettingsError(f"{where}: reference = {reference!r}: there is no such optimizer here; {one_of(names)}")
     return replace(run, reference=reference)
+
+
+def _tuning(table: Any, optimizers: Mapping[str, OptimizerRecipe], run: RunSettings, where: str) -> Tuning | None:
+    if table is None:
+        return None
+    if not isinstance(table, dict):
+        raise SettingsError(f"{where} = {table!r}: must be a table")
+    return read_tuning(table, {name: each.settings for name, each in optimizers.items()}, run.epochs, where)
 
 
 def _optimizer(name: str, table: Any, path: Path) -> OptimizerRecipe:

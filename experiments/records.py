@@ -6,6 +6,7 @@ are not finite are written as ``null``, which is what JSON has for them.
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -153,6 +154,13 @@ class Run:
     resumed: tuple[Resumed, ...]
     end: End | None
     truncated: bool
+
+    @property
+    def best_metric(self) -> float:
+        """The best value of the metric over the epochs, NaN if it never was a number."""
+        values = [epoch.metric for epoch in self.epochs if epoch.metric is not None]
+        best = max if self.manifest.metric.higher_is_better else min
+        return best(values, default=math.nan)
 
 
 def record_path(results_dir: Path, task: str, scale: str, optimizer: str, seed: int) -> Path:

@@ -1,7 +1,7 @@
 """One run from start to end: what is there already, the record, the checkpoints, the epochs in between."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -59,10 +59,11 @@ class RunOptions:
     tensorboard: bool = False
 
 
-def run(recipe: Recipe, optimizer: str, seed: int, options: RunOptions) -> Run:
+def run(recipe: Recipe, optimizer: str, seed: int, options: RunOptions, observers: Sequence[Observer] = ()) -> Run:
     """Train one optimizer from one seed, or what is left of it, and return the record.
 
-    A finished run is returned as it is. Under ``torchrun`` every process must call this.
+    A finished run is returned as it is. Under ``torchrun`` every process must call this. An exception that one
+    of the `observers` raises ends the run where it is.
 
     Raises:
         UserError: for what the user can mend: an optimizer that the recipe does not have, a setting out of
@@ -81,7 +82,7 @@ def run(recipe: Recipe, optimizer: str, seed: int, options: RunOptions) -> Run:
     manifest = workers.from_first(lambda: _manifest(recipe, optimizer, training))
     if before:
         manifest = replace(manifest, started_at=before.manifest.started_at)
-    _Run(training, manifest, options).go(record, before)
+    _Run(training, manifest, options, observers).go(record, before)
     return workers.from_first(lambda: read_run(record))
 
 
@@ -116,7 +117,10 @@ def _previous(record: Path) -> Run | None:
 class _Run:
     """Takes a training through its epochs and writes down what happens."""
 
-    def __init__(self, training: Training, manifest: Manifest, options: RunOptions) -> None:
+    def __init__(
+        self, training: Training, manifest: Manifest, options: RunOptions, observers: Sequence[Observer]
+    ) -> None:
+        self.given = observers
         self.training, self.manifest, self.options = training, manifest, options
         folder = options.checkpoint_dir or options.results_dir / "checkpoints"
         name = (manifest.task, manifest.scale, manifest.optimizer, manifest.seed)
@@ -193,7 +197,7 @@ class _Run:
         manifest = self.manifest
         name = f"{manifest.optimizer}-seed{manifest.seed}"
         folder = self.options.results_dir / "tensorboard" / manifest.task / manifest.scale / name
-        return [terminal_observer(), *([TensorBoard(folder)] if self.options.tensorboard else [])]
+        return [terminal_observer(), *([TensorBoard(folder)] if self.options.tensorboard else []), *self.given]
 
 
 def _manifest(recipe: Recipe, optimizer: str, training: Training) -> Manifest:
@@ -227,10 +231,10 @@ def _identity(manifest: Manifest) -> dict[str, Any]:
     """What a checkpoint must share with a run that goes on from it."""
     named = {key: getattr(manifest, key) for key in ("task", "scale", "optimizer", "seed", "world_size")}
     own = {"started_at": manifest.started_at, "dataset.sha256": manifest.dataset.sha256}
-    return named | own | _numbers(manifest.recipe)
+    return named | own | numbers_of(manifest.recipe)
 
 
-def _numbers(settings: Mapping[str, Any]) -> dict[str, Any]:
+def numbers_of(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that change a number in the record, by dotted key."""
     return {key: value for key, value in _flat(settings) if key not in _NO_NUMBER}
 
@@ -245,7 +249,7 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 def _check_settings(before: Run, settings: Mapping[str, Any]) -> None:
     """A setting that did not exist when the run was finished is no difference."""
-    there, here = _numbers(before.manifest.recipe), _numbers(settings)
+    there, here = numbers_of(before.manifest.recipe), numbers_of(settings)
     different = [
         f"{key} was {there[key]!r} and is {here[key]!r}"
         for key in sorted(there.keys() & here.keys())

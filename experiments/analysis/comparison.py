@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from experiments.analysis.runs import Comparable, best_metric, load_comparable
+from experiments.analysis.runs import Comparable, load_comparable
 from experiments.analysis.statistics import MedianInterval, PairedTest, median_interval, paired_test
 from experiments.records import Epoch, Run
 
@@ -126,7 +126,7 @@ def outcome(run: Run, target: float | None) -> Outcome:
     return Outcome(
         epochs_to_target=hit.epoch if hit else missed,
         seconds_to_target=hit.seconds if hit else missed,
-        best_metric=best_metric(run),
+        best_metric=run.best_metric,
         seconds_per_epoch=float(np.median(seconds)) if len(seconds) else math.nan,
         curvature_s=_per_epoch(run, lambda epoch: epoch.curvature_s),
         inverse_s=_per_epoch(run, lambda epoch: epoch.inverse_s),

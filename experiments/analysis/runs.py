@@ -61,16 +61,9 @@ class Comparable:
         said = self.runs[0].manifest.target
         if said != REFERENCE_BEST:
             return said
-        bests = [best_metric(run) for run in self.runs if run.manifest.optimizer == self.reference()]
+        bests = [run.best_metric for run in self.runs if run.manifest.optimizer == self.reference()]
         known = [best for best in bests if not math.isnan(best)]
         return median(known) if known else None
-
-
-def best_metric(run: Run) -> float:
-    """The best value of the metric over a run's epochs, NaN if it never was a number."""
-    values = [epoch.metric for epoch in run.epochs if epoch.metric is not None]
-    best = max if run.manifest.metric.higher_is_better else min
-    return best(values, default=math.nan)
 
 
 def load_comparable(results_dir: Path, task: str, scale: str) -> Comparable:

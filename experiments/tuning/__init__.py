@@ -1,0 +1,1 @@
+"""The same search for the settings of every optimizer, on the validation split at the tuning seed."""

@@ -1,0 +1,37 @@
+"""One trial: an ordinary run, on the validation split at the tuning seed, with a trial's settings and length."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from experiments.recipe import Recipe
+from experiments.settings import plain
+
+# The fields of schedules that are lengths: a shorter trial goes through the whole schedule in miniature.
+_LENGTHS = ("max_epoch", "warmup_epochs", "hold_epochs", "every_epochs", "warmup_updates")
+
+
+def trial_recipe(recipe: Recipe, optimizer: str, values: Mapping[str, float]) -> Recipe:
+    """The recipe with a trial's settings.
+
+    Args:
+        recipe: has a ``[tuning]`` table.
+        optimizer: which one is tuned.
+        values: of the tuned settings, by dotted key below the optimizer's table.
+    """
+    changes: dict[str, Any] = {"run.report_split": "validation", "run.epochs": recipe.tuning.epochs}
+    factor = recipe.tuning.epochs / recipe.run.epochs
+    if factor != 1:
+        changes |= dict(_scaled(recipe, optimizer, factor))
+    changes |= {f"optimizers.{optimizer}.{key}": value for key, value in values.items()}
+    return recipe.changed(changes)
+
+
+def _scaled(recipe: Recipe, optimizer: str, factor: float) -> Iterator[tuple[str, float]]:
+    chosen = recipe.optimizers[optimizer]
+    for name in ("schedule", "damping_schedule"):
+        table: dict[str, Any] = plain(getattr(chosen, name)) or {}
+        for key in _LENGTHS:
+            if key in table:
+                length = table[key] * factor
+                whole = isinstance(table[key], int)
+                yield f"optimizers.{optimizer}.{name}.{key}", max(1, round(length)) if whole else length

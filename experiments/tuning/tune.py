@@ -1,0 +1,58 @@
+"""Tuning an optimizer from its search to the recipe."""
+
+from pathlib import Path
+
+from filelock import FileLock
+
+from experiments.errors import UserError
+from experiments.recipe import Recipe
+from experiments.runner import RunOptions
+from experiments.tuning.recipe_file import write_values
+from experiments.tuning.search import Search, Tried
+from experiments.tuning.trials import record_trials
+
+
+def tune(
+    recipe: Recipe, optimizer: str, options: RunOptions, *, folder: Path, trials: int | None = None, write: bool = True
+) -> Tried:
+    """Search the settings of an optimizer, keep the trials as CSV, and write the best ones into the recipe.
+
+    Args:
+        recipe: has a ``[tuning]`` table.
+        optimizer: which one.
+        options: how to run; ``tuning.csv`` goes to ``<results_dir>/<task>/<scale>``.
+        folder: where searches are kept, to go on from.
+        trials: how many, by default the recipe's number.
+        write: whether to change the recipe's file.
+
+    Returns:
+        The best trial.
+
+    Raises:
+        UserError: there is no space to search in, no trial came to its end, or another search is in the folder.
+    """
+    tried = Search(recipe, optimizer, options, folder).run(trials or recipe.tuning.trials)
+    csv = options.results_dir / recipe.task / recipe.scale / "tuning.csv"
+    best = best_of(tried)
+    source = f"tuned on the validation split at seed {best.run.manifest.seed}, {len(tried)} trials: {csv.as_posix()}"
+    with FileLock(folder / "write.lock"):
+        record_trials(csv, optimizer, tried)
+        if write:
+            values = {f"optimizers.{optimizer}.{key}": value for key, value in best.settings.items()}
+            write_values(recipe.path, values, source)
+    shown = ", ".join(f"{key} {value:g}" for key, value in best.settings.items())
+    print(f"{optimizer}: best of {len(tried)} trials is trial {best.number}: {shown}; all are in {csv}")
+    return best
+
+
+def best_of(tried: list[Tried]) -> Tried:
+    """The trial with the best metric of those that came to their end; the first of equals.
+
+    Raises:
+        UserError: none came to its end.
+    """
+    complete = [each for each in tried if each.ended == "complete"]
+    if not complete:
+        raise UserError(f"{tried[0].run.manifest.optimizer}: no trial came to its end: {len(tried)} diverged")
+    sign = -1 if complete[0].run.manifest.metric.higher_is_better else 1
+    return min(complete, key=lambda each: sign * each.run.best_metric)
