@@ -6,6 +6,7 @@ recipe leaves out keeps the optimizer's own default.
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,6 +16,7 @@ from torch.optim import Optimizer
 from experiments.muon import MuonAndAdamW, refuse_sparse_gradients
 from experiments.settings import SettingsError, one_of
 from ngplus import NGPlus
+from ngplus.baselines import KFAC
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +146,19 @@ class NGPlusSettings(_LearningRate):
 
 
 @dataclass(frozen=True, kw_only=True)
+class KFACSettings(_LearningRate):
+    """`ngplus.baselines.KFAC` on a base optimizer; every field but `base` is its argument of that name."""
+
+    damping: float
+    update_every: int
+    base: SGDBase | AdamBase | AdagradBase
+    ema: float = 0.95
+    split: Literal["trace", "equal"] = "trace"
+    max_side: int = 8192
+    batch_dim: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Entry:
     """What it takes to be an optimizer here: a settings dataclass, and a function that builds one."""
 
@@ -172,18 +187,23 @@ def _build_soap(model: nn.Module, settings: SOAPSettings) -> Optimizer:
     return SOAP(model.parameters(), **asdict(settings))
 
 
-def _build_ngplus(model: nn.Module, settings: NGPlusSettings) -> Optimizer:
+def _around_base(cls: Callable[..., Optimizer], model: nn.Module, settings: Any) -> Optimizer:
     own = asdict(settings)
     base_arguments = own.pop("base")
-    return NGPlus(model, base=_BASE_CLASSES[type(settings.base)], **own, **base_arguments)
+    return cls(model, base=_BASE_CLASSES[type(settings.base)], **own, **base_arguments)
+
+
+def _entry_around_base(settings: type, cls: Callable[..., Optimizer]) -> Entry:
+    return Entry(settings=settings, build=partial(_around_base, cls))
 
 
 OPTIMIZERS: dict[str, Entry] = {
     "adagrad": _torch_entry(AdagradSettings, torch.optim.Adagrad),
     "adam": _torch_entry(AdamSettings, torch.optim.Adam),
+    "kfac": _entry_around_base(KFACSettings, KFAC),
     "lars": Entry(settings=LARSSettings, build=_build_lars),
     "muon": Entry(settings=MuonSettings, build=_build_muon),
-    "ngplus": Entry(settings=NGPlusSettings, build=_build_ngplus),
+    "ngplus": _entry_around_base(NGPlusSettings, NGPlus),
     "sgd": _torch_entry(SGDSettings, torch.optim.SGD),
     "soap": Entry(settings=SOAPSettings, build=_build_soap),
 }

@@ -27,7 +27,8 @@ def check_positive(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a finite number > 0, got {value!r}")
 
 
-def _check_count(name: str, value: Any, *, optional: bool = True) -> None:
+def check_count(name: str, value: Any, *, optional: bool = True) -> None:
+    """Raise where ``value`` is no integer above zero (nor None, if it is optional): `TypeError`, `ValueError`."""
     if optional and value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int):
@@ -36,7 +37,8 @@ def _check_count(name: str, value: Any, *, optional: bool = True) -> None:
         raise ValueError(f"{name} must be an integer ≥ 1{' or None' if optional else ''}, got {value!r}")
 
 
-def _check_choice(name: str, value: Any, allowed: Any) -> None:
+def check_choice(name: str, value: Any, allowed: Any) -> None:
+    """Raise `ValueError` where ``value`` is none of the values of ``allowed``, a `Literal`."""
     choices = get_args(allowed)
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
@@ -60,11 +62,11 @@ class Options:
     nonfinite: NonFinite
 
     def __post_init__(self) -> None:
-        _check_count("update_every", self.update_every, optional=False)
+        check_count("update_every", self.update_every, optional=False)
         for name in ("block_size", "sketch_size", "max_samples"):
-            _check_count(name, getattr(self, name))
+            check_count(name, getattr(self, name))
         for name, allowed in _CHOICES.items():
-            _check_choice(name, getattr(self, name), allowed)
+            check_choice(name, getattr(self, name), allowed)
         if isinstance(self.ema, bool) or not isinstance(self.ema, int | float):
             raise TypeError(f"ema must be a number in [0, 1), got {self.ema!r}")
         if not 0 <= self.ema < 1:

@@ -28,8 +28,12 @@ def model():
     return model
 
 
+AROUND_BASE = {"damping": 0.5, "update_every": 7, "base": SGDBase()}
+NEEDED = {"kfac": AROUND_BASE, "ngplus": AROUND_BASE}
+
+
 def ngplus(**changes) -> NGPlusSettings:
-    return NGPlusSettings(**{"lr": 0.1, "damping": 0.5, "update_every": 7, "base": SGDBase()} | changes)
+    return NGPlusSettings(**{"lr": 0.1} | AROUND_BASE | changes)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +75,7 @@ def test_every_entry_builds_an_optimizer_that_steps(model):
     for name, entry in OPTIMIZERS.items():
         own = copy.deepcopy(model)
         own.zero_grad()
-        settings = ngplus() if name == "ngplus" else entry.settings(lr=0.1)
+        settings = entry.settings(lr=0.1, **NEEDED.get(name, {}))
         optimizer = entry.build(own, settings)
         for _ in range(2):  # SOAP's first step only gathers
             own(torch.ones(4, 3).double()).square().mean().backward()

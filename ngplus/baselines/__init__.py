@@ -1,0 +1,5 @@
+"""The methods that NG+ is compared with, on the same capture and with the same handling of base and state."""
+
+from ngplus.baselines.kfac import KFAC
+
+__all__ = ["KFAC"]
