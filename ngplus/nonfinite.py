@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -18,20 +19,26 @@ def any_nonfinite(gradients: Iterable[Tensor]) -> Tensor | None:
     for gradient in gradients:
         if (values := _values(gradient)).numel():
             devices.setdefault(values.device, []).append(values)
-    flags = [torch.stack(_extremes(values)).isfinite().all().logical_not() for values in devices.values()]
+    flags = [_any_nonfinite(values) for values in devices.values()]
     if not flags:
         return None
     return torch.stack([flag.to(flags[0].device) for flag in flags]).any()
 
 
-def _extremes(tensors: list[Tensor]) -> list[Tensor]:
-    """Scalars that are finite if and only if all entries are.
+def _any_nonfinite(tensors: list[Tensor]) -> Tensor:
+    """On a GPU one kernel for many tensors; on a CPU their sums first, which read at the memory's speed.
 
-    On a GPU one kernel for many tensors; on a CPU the largest and the smallest entry, ten times as fast as a norm.
+    Every NaN or Inf survives a sum. A sum that overflowed by itself is cleared by a second look.
     """
-    if tensors[0].device.type == "cpu":
-        return [scalar for tensor in tensors for scalar in torch.aminmax(tensor)]
-    return list(torch._foreach_norm(tensors, float("inf")))
+    if not can_ask(tensors[0]):
+        return torch.stack(torch._foreach_norm(tensors, float("inf"))).isfinite().all().logical_not()
+    suspects = [tensor for tensor in tensors if not math.isfinite(tensor.sum().item())]
+    return torch.tensor(not all(bool(tensor.isfinite().all()) for tensor in suspects))
+
+
+def can_ask(tensor: Tensor) -> bool:
+    """Whether a tensor's values are there at once: on a CPU, and not for tensors that stand in for others."""
+    return tensor.device.type == "cpu" and type(tensor) in (Tensor, nn.Parameter)
 
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -40,8 +47,11 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def zero_where(bad: Tensor, gradients: Iterable[Tensor]) -> None:
     """Set all gradients to zero if ``bad``, a bool scalar on a device, is true.
 
-    By an "and" of their bits with all ones or all zeros: as cheap as a product, and NaN becomes zero too.
+    By an "and" of their bits with all ones or all zeros: as cheap as a product, and NaN becomes zero too. On a CPU,
+    where the answer is there, nothing is passed over for nothing.
     """
+    if can_ask(bad) and not bool(bad):
+        return
     masks: dict[tuple[torch.device, torch.dtype], Tensor] = {}
     for gradient in gradients:
         values = _values(gradient)

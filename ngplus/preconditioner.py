@@ -24,11 +24,11 @@ class Preconditioner(Protocol):
         ...
 
     def apply(self, gradient: Tensor) -> Tensor:
-        """(λI + L)⁻¹G for G (groups, p, q), in the dtype of the statistics."""
+        """(λI + L)⁻¹G for G (groups, p, q), in the dtype of the statistics. G may be overwritten."""
         ...
 
     def apply_right(self, gradient: Tensor) -> Tensor:
-        """G(λI + R)⁻¹ for G (groups, q, p)."""
+        """G(λI + R)⁻¹ for G (groups, q, p). G may be overwritten."""
         ...
 
     def tensors(self) -> dict[str, Tensor]:
@@ -81,8 +81,9 @@ class DenseInverse:
 class LowRankInverse:
     """Sherman-Morrison-Woodbury, equation (14) as corrected: (1/λ)[G − U (λI + UᵀU)⁻¹ UᵀG].
 
-    With λI + UᵀU = CCᵀ and W = UC⁻ᵀ this is (1/λ)[G − WWᵀG]. No column of W is longer than one, so that rounding
-    grows with ‖L‖/λ no more than it does for the explicit inverse; with the core apart it is ten times as much.
+    With λI + UᵀU = V(λI + S)Vᵀ and W = UV(λI + S)^(−½) this is (1/λ)[G − WWᵀG]. No column of W is longer than one, so
+    that rounding grows with ‖L‖/λ no more than it does for the explicit inverse; with the core apart it is ten times as
+    much.
 
     Attributes:
         columns: W, (p, rank).
@@ -99,11 +100,13 @@ class LowRankInverse:
 
     def apply_right(self, gradient: Tensor) -> Tensor:
         """The same from the right, the matrix being symmetric."""
-        return (gradient - (gradient @ self.columns) @ self.columns.T) / self.damping
+        coefficients = gradient[0] @ self.columns
+        return _minus_product(gradient, coefficients, self.columns.T, self.damping)
 
     def apply(self, gradient: Tensor) -> Tensor:
         """Equation (14), never forming a p×p matrix."""
-        return (gradient - self.columns @ (self.columns.T @ gradient)) / self.damping
+        coefficients = self.columns.T @ gradient[0]
+        return _minus_product(gradient, self.columns, coefficients, self.damping)
 
     def tensors(self) -> dict[str, Tensor]:
         """W and λ."""
@@ -134,12 +137,12 @@ class SketchedInverse:
     def apply_right(self, gradient: Tensor) -> Tensor:
         """G(I − …)/λ, sampling columns of G as `apply` samples rows."""
         coefficients = gradient.index_select(2, self.drawn) @ self.core.T
-        return (gradient - coefficients @ self.columns.T) / self.damping
+        return _minus_product(gradient, coefficients[0], self.columns.T, self.damping)
 
     def apply(self, gradient: Tensor) -> Tensor:
         """Equation (16); Ω's scale √(p/q) is in ``core``."""
         coefficients = self.core @ gradient.index_select(1, self.drawn)
-        return (gradient - self.columns @ coefficients) / self.damping
+        return _minus_product(gradient, self.columns, coefficients[0], self.damping)
 
     def tensors(self) -> dict[str, Tensor]:
         """U, the rows drawn, the core and λ."""
@@ -147,14 +150,25 @@ class SketchedInverse:
         return {"columns": self.columns, "drawn": self.drawn, "core": self.core, "damping": damping}
 
 
+def _minus_product(gradient: Tensor, left: Tensor, right: Tensor, damping: float) -> Tensor:
+    """(G − left·right)/λ for G (1, ·, ·), in G's own memory and one pass over it."""
+    gradient[0].addmm_(left, right, beta=1 / damping, alpha=-1 / damping)
+    return gradient
+
+
 def low_rank(columns: Tensor, damping: float) -> LowRankInverse | None:
-    """`LowRankInverse` of UUᵀ for U (p, rank); None where λI + UᵀU will not factorise."""
+    """`LowRankInverse` of UUᵀ for U (p, rank); None where UᵀU has no eigenvalues.
+
+    With UᵀU = VSVᵀ, W = UV(λI + S)^(−½); the columns that are not to be seen beside I in U's precision, s/(λ + s) below
+    its ε, are left out, which on a network in training is often most of them.
+    """
     U = columns.to(factor_dtype(columns))
-    damped = damping * torch.eye(U.shape[1], dtype=U.dtype, device=U.device) + U.T @ U
-    factor, info = torch.linalg.cholesky_ex(damped)
-    W = torch.linalg.solve_triangular(factor, U.T, upper=False).T
-    if bool((info != 0) | ~W.isfinite().all()):  # waits for the device, as for the explicit inverse
+    products = U.T @ U
+    if not bool(products.isfinite().all()):  # waits for the device, as for the explicit inverse
         return None
+    S, V = torch.linalg.eigh(products)
+    kept = S / (damping + S) > torch.finfo(columns.dtype).eps
+    W = (U @ V[:, kept]) / (damping + S[kept]).sqrt()
     return LowRankInverse(W.to(columns.dtype).contiguous(), damping)
 
 
