@@ -10,6 +10,8 @@ EXPERIMENTS := $(PYTHON) -m experiments
 RESULTS ?= build/results
 # E.g. RUN_OPTIONS="--epochs 1 --seed 1".
 RUN_OPTIONS ?=
+# For `make gpu`.
+MINUTES ?= 25
 # How many trials an optimizer, by default the recipe's number; e.g. TUNE_OPTIONS="--optimizer adam".
 TRIALS ?=
 TUNE_OPTIONS ?=
@@ -17,7 +19,7 @@ TUNE = $(EXPERIMENTS) tune --scale $(SCALE) $(if $(TRIALS),--trials $(TRIALS)) $
 
 .DEFAULT_GOAL := help
 .PHONY: help setup test lint lock reproduce reproduce-resnet50 reproduce-figure1 reproduce-theory
-.PHONY: data-fashion-mnist bench bench-curvature tune-resnet50 tune-qm9 tune-matproj tune-iwslt14 tune-dlrm
+.PHONY: data-fashion-mnist bench bench-curvature gpu tune-resnet50 tune-qm9 tune-matproj tune-iwslt14 tune-dlrm
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*##  */\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name what; do printf '  %-20s %s\n' "$$name" "$$what"; done
@@ -69,6 +71,11 @@ bench-curvature: $(STAMP)  ## what building the curvature of resnet50 costs besi
 
 bench: $(STAMP)  ## what a step costs under each optimizer, on the four models
 	$(PYTHON) -m experiments.bench.steps
+	$(PYTHON) -m experiments.bench.steps --model resnet50-32 --optimizer ngplus
+	$(PYTHON) -m experiments.bench.rows
+
+gpu: $(STAMP)  ## everything that wants a GPU, in one call: tests, benches, SchNet at the paper's scale (MINUTES=25)
+	$(PYTHON) -m experiments.bench.gpu --minutes $(MINUTES)
 
 lock: $(STAMP)  ## write down the newest set of packages that fits pyproject.toml
 	$(VENV)/bin/uv pip compile pyproject.toml --all-extras --universal --python-version 3.12 --no-annotate --no-header --no-emit-index-url -o requirements.lock --upgrade

@@ -1,0 +1,69 @@
+"""Whether a plain step of NG+ on a GPU ever waits for it: ``make gpu`` runs it.
+
+A plain step, one that builds no curvature, only queues work. The profiler counts the calls into CUDA that wait for the
+device or bring a value back from it during optimizer steps alone, forward and backward being left out.
+"""
+
+import argparse
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from experiments.bench.hardware import device_name
+from experiments.bench.peers import PEERS
+from experiments.bench.workloads import WORKLOADS, Workload
+from experiments.errors import UserError
+
+WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "Memcpy DtoH")
+STEPS = 5
+
+
+def waits(model: str, optimizer: str) -> pd.DataFrame:
+    """A row for each kind of wait: how often it came in `STEPS` plain steps.
+
+    Raises:
+        UserError: there is no CUDA device.
+    """
+    if not torch.cuda.is_available():
+        raise UserError("waiting for a device is measured on one: there is no CUDA device here")
+    workload = WORKLOADS[model]("cuda")
+    peer = PEERS[optimizer](workload, 10**6)
+    peer.step()
+    peer.step()
+    counts = dict.fromkeys(WAITS, 0)
+    for _ in range(STEPS):
+        for name, count in _step(workload, peer.optimizer).items():
+            counts[name] += count
+    rows = [{"wait": name, "calls": count} for name, count in counts.items()]
+    return pd.DataFrame(rows).assign(device=device_name("cuda"), model=workload.name, optimizer=optimizer, steps=STEPS)
+
+
+def _step(workload: Workload, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    workload.loss(workload.model(*workload.inputs)).backward()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        optimizer.step()
+    optimizer.zero_grad()
+    # The profiler itself waits for the device once, as it stops.
+    own = {"cudaDeviceSynchronize": 1}
+    events = profiler.events()
+    return {wait: sum(wait in event.name for event in events) - own.get(wait, 0) for wait in WAITS}
+
+
+def main() -> None:
+    """Count, print and write ``results/bench/plain-step-cuda.csv``."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=list(WORKLOADS), default="resnet50")
+    parser.add_argument("--optimizer", choices=list(PEERS), default="ngplus")
+    parser.add_argument("--out", type=Path, default=Path("results/bench/plain-step-cuda.csv"))
+    arguments = parser.parse_args()
+    frame = waits(arguments.model, arguments.optimizer)
+    print(frame.to_string(index=False))
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    frame.to_csv(arguments.out, index=False)
+
+
+if __name__ == "__main__":
+    main()
