@@ -208,8 +208,24 @@ def _tail(layer: Layer, bias: Tensor | None) -> float | None:
     """The constant in the bias's column for this call; see `Dense`."""
     if layer.trained_bias is None:
         return None
-    used = bias is not None and (bias is layer.bias or bias._base is layer.bias)
+    used = bias is not None and (bias is layer.bias or bias._base is layer.bias or _is_piece(bias, layer.bias))
     return 1.0 if used else 0.0
+
+
+def _is_piece(bias: Tensor, of: Tensor | None) -> bool:
+    """Whether ``bias`` is cut out of several joined by ``torch.cat``, exactly where ``of`` went in.
+
+    fairseq's attention joins the biases of its three projections, to have `F.multi_head_attention_forward` cut them
+    apart again. Only pieces of equal length are told apart.
+    """
+    joined = bias._base
+    node = None if joined is None else joined.grad_fn
+    if joined is None or node is None or node.name() != "CatBackward0":
+        return False
+    pieces = [getattr(source, "variable", None) for source, _ in node.next_functions]
+    place, left = divmod(int(bias.storage_offset() - joined.storage_offset()), bias.numel())
+    equal = left == 0 and len(pieces) * bias.numel() == joined.numel()
+    return equal and pieces[place] is of
 
 
 def _rows_of(layer: Layer, weight: Tensor) -> tuple[int, int | None]:

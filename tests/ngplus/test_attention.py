@@ -158,3 +158,29 @@ def test_encoder_layer_in_evaluation_mode_is_seen_too():
 def test_bias_of_keys_goes_to_the_base_with_a_warning():
     with pytest.warns(UserWarning, match=r"does not precondition attention \(MultiheadAttention\)"):
         oracle.check(Attention("self", batch_first=True, add_bias_kv=True), torch.randn(3, 5, 4, dtype=torch.float64))
+
+
+class JoinedBiases(nn.Module):
+    """Attention as fairseq calls it: three linear layers, their biases joined for the function to cut apart."""
+
+    def __init__(self, frozen=()):
+        super().__init__()
+        torch.manual_seed(0)
+        for name in ("query", "key", "value", "out"):
+            setattr(self, name, nn.Linear(4, 4))
+            getattr(self, name).bias.requires_grad_(name not in frozen)
+        self.double()
+
+    def forward(self, x):
+        return nn.functional.multi_head_attention_forward(
+            x, x.tanh(), x.sin(), 4, 2, None, torch.cat([self.query.bias, self.key.bias, self.value.bias]),
+            None, None, False, 0.0, self.out.weight, self.out.bias, use_separate_proj_weight=True,
+            q_proj_weight=self.query.weight, k_proj_weight=self.key.weight, v_proj_weight=self.value.weight,
+        )[0]  # fmt: skip
+
+
+@pytest.mark.parametrize("frozen", [(), ("query",), ("key", "out")])
+def test_biases_that_are_joined_and_cut_apart_again(frozen):
+    model = JoinedBiases(frozen)
+    optimizer = oracle.check(model, torch.randn(5, 3, 4, dtype=torch.float64), batch_dim=1)
+    assert {f"{name}.weight" for name in ("query", "key", "value", "out")} == set(optimizer.curvature)
