@@ -19,6 +19,7 @@ TUNE = $(EXPERIMENTS) tune --scale $(SCALE) $(if $(TRIALS),--trials $(TRIALS)) $
 
 .DEFAULT_GOAL := help
 .PHONY: help setup test lint lock reproduce reproduce-resnet50 reproduce-figure1 reproduce-theory
+.PHONY: reproduce-iwslt14 data-libreoffice-help data-ding data-iwslt14
 .PHONY: data-fashion-mnist bench bench-curvature gpu tune-resnet50 tune-qm9 tune-matproj tune-iwslt14 tune-dlrm
 
 help:  ## list the targets
@@ -36,11 +37,16 @@ test: $(STAMP)  ## run the tests
 lint: $(STAMP)  ## check the code: ruff, mypy
 	$(VENV)/bin/ruff format --check . && $(VENV)/bin/ruff check . && $(VENV)/bin/mypy
 
-reproduce: reproduce-resnet50  ## train every task there is, by default at scale tiny, and print the comparison
+reproduce: reproduce-resnet50 reproduce-iwslt14  ## train every task there is, by default at scale tiny, and print the comparison
 
 reproduce-resnet50: $(STAMP)  ## ResNet on images: SCALE=tiny (minutes), small (hours), paper (ImageNet)
 	$(EXPERIMENTS) run resnet50-imagenet --scale $(SCALE) --results-dir $(RESULTS) $(RUN_OPTIONS)
 	$(EXPERIMENTS) table resnet50-imagenet --scale $(SCALE) --results-dir $(RESULTS)
+
+reproduce-iwslt14: $(STAMP)  ## the Transformer on German-English: SCALE=tiny, small (help pages), paper (IWSLT14)
+	$(if $(filter small,$(SCALE)),$(EXPERIMENTS) data libreoffice-help)
+	$(EXPERIMENTS) run transformer-iwslt14 --scale $(SCALE) --results-dir $(RESULTS) $(RUN_OPTIONS)
+	$(EXPERIMENTS) table transformer-iwslt14 --scale $(SCALE) --results-dir $(RESULTS)
 
 tune-resnet50: $(STAMP)  ## search each optimizer's settings with TRIALS trials, and write them into the recipe
 	$(TUNE) resnet50-imagenet
@@ -65,6 +71,15 @@ reproduce-theory: $(STAMP)  ## the theorems and the errata, as experiments
 
 data-fashion-mnist: $(STAMP)  ## fetch Fashion-MNIST, for SCALE=small; once, then no network is needed
 	$(EXPERIMENTS) data fashion-mnist
+
+data-libreoffice-help: $(STAMP)  ## fetch the German and English help pages of LibreOffice
+	$(EXPERIMENTS) data libreoffice-help
+
+data-ding: $(STAMP)  ## fetch the example sentences of the Ding dictionary
+	$(EXPERIMENTS) data ding
+
+data-iwslt14: $(STAMP)  ## make IWSLT14 ready: RAW=de-en.tgz, the folder in it, or one of fairseq-preprocess
+	$(PYTHON) -m experiments.data.iwslt14 $(RAW)
 
 bench-curvature: $(STAMP)  ## what building the curvature of resnet50 costs beside a forward and backward
 	$(PYTHON) -m experiments.bench.curvature

@@ -3,11 +3,14 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from experiments.data import fashion_mnist
+from experiments.data import ding, fashion_mnist, iwslt14, libreoffice_help
 from experiments.data.checksum import DataFileError
 
 PREPARE: dict[str, Callable[[Path], Path]] = {
+    "ding": ding.prepare,
     "fashion-mnist": fashion_mnist.prepare,
+    "iwslt14": iwslt14.prepare,
+    "libreoffice-help": libreoffice_help.prepare,
 }
 """Name to function: put the dataset into a data folder (no network if it is there), return where it lies."""
 

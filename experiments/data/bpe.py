@@ -1,0 +1,62 @@
+"""From sentences to subwords: Moses tokens (sacremoses), cleaning, byte pair encoding (subword-nmt)."""
+
+import io
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from contextlib import redirect_stderr
+
+TokenPair = tuple[str, str]
+"""A German and an English sentence, tokens separated by blanks."""
+
+MAX_TOKENS, MAX_RATIO = 175, 1.5  # what fairseq's recipe for IWSLT14 gives Moses' clean-corpus-n
+
+
+def tokenise(pairs: Iterable[tuple[str, str]], *, lowercase: bool = False) -> list[TokenPair]:
+    """Moses tokens of each side; with ``lowercase``, in lower case."""
+    from sacremoses import MosesTokenizer
+
+    tokenizers = MosesTokenizer("de"), MosesTokenizer("en")
+    split = ((de, en) for de, en in pairs)
+    tokens = (
+        tuple(t.tokenize(text, return_str=True) for t, text in zip(tokenizers, pair, strict=True)) for pair in split
+    )
+    return [(de.lower(), en.lower()) if lowercase else (de, en) for de, en in tokens]
+
+
+def clean(pairs: Sequence[TokenPair]) -> tuple[list[TokenPair], Counter[str]]:
+    """Leave out what cannot be a translation, as Moses' ``clean-corpus-n -ratio 1.5 … 1 175`` does.
+
+    Returns:
+        The pairs that are kept, and how many were left out, by reason.
+    """
+    kept, dropped = [], Counter[str]()
+    for pair in pairs:
+        lengths = [len(side.split()) for side in pair]
+        if not min(lengths):
+            dropped["empty"] += 1
+        elif max(lengths) > MAX_TOKENS:
+            dropped[f"longer than {MAX_TOKENS} tokens"] += 1
+        elif max(lengths) > MAX_RATIO * min(lengths):
+            dropped[f"one side more than {MAX_RATIO} times as long"] += 1
+        else:
+            kept.append(pair)
+    return kept, dropped
+
+
+def learn_codes(pairs: Iterable[TokenPair], merges: int) -> str:
+    """The merge operations of both languages together, as ``subword-nmt learn-bpe`` writes them."""
+    from subword_nmt.learn_bpe import learn_bpe
+
+    codes = io.StringIO()
+    text = [f"{side}\n" for pair in pairs for side in pair]
+    with redirect_stderr(io.StringIO()):  # a progress bar
+        learn_bpe(text, codes, merges)
+    return codes.getvalue()
+
+
+def apply_codes(pairs: Iterable[TokenPair], codes: str) -> list[TokenPair]:
+    """Tokens cut into subwords; a piece that goes on ends in ``@@``."""
+    from subword_nmt.apply_bpe import BPE
+
+    bpe = BPE(io.StringIO(codes))
+    return [(bpe.process_line(de), bpe.process_line(en)) for de, en in pairs]
