@@ -1,0 +1,151 @@
+"""Click logs as columns: dense numbers, categories, labels, in memory or mapped from files.
+
+A category is stored as its rank: 0 is the value that the training part holds most often. What a table's row is for
+a rank is chosen afterwards, so that one prepared folder serves every choice:
+
+- `Frequent`: ranks whose value the training part holds at least ``min_count`` times have rows 1, 2, …; all others
+  share row 0;
+- `Hashed`: the value modulo a number of rows, as the DLRM's ``max_ind_range`` has it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+
+Part = Literal["train", "validation", "test"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vocabulary:
+    """The values of every column in the order of their ranks.
+
+    Attributes:
+        values: uint32, all columns one after the other.
+        counts: uint32, how often the training part holds each value; falling within a column.
+        offsets: int64, (columns + 1,): column j is ``[offsets[j], offsets[j + 1])`` of both.
+    """
+
+    values: np.ndarray
+    counts: np.ndarray
+    offsets: np.ndarray
+
+    def sizes(self) -> np.ndarray:
+        """Number of values of each column."""
+        return np.diff(self.offsets)
+
+    def column(self, j: int) -> tuple[np.ndarray, np.ndarray]:
+        """Values and counts of column j."""
+        part = slice(self.offsets[j], self.offsets[j + 1])
+        return self.values[part], self.counts[part]
+
+
+class Rows(Protocol):
+    """Which row of its table a category has.
+
+    Attributes:
+        sizes: rows of each table.
+    """
+
+    sizes: list[int]
+
+    def of(self, ranks: np.ndarray) -> np.ndarray:
+        """Ranks, (B, columns), to rows, int64."""
+        ...
+
+
+class Frequent:
+    """A row for each value that the training part holds ``min_count`` times or more, row 0 for all others.
+
+    With ``min_count=0`` the values that only the test part holds have rows too, which no step ever moves.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, min_count: int) -> None:
+        columns = (vocabulary.column(j)[1] for j in range(len(vocabulary.offsets) - 1))
+        # Counts fall within a column, so that the negated ones are sorted.
+        kept = [int(np.searchsorted(-counts.astype(np.int64), -min_count, side="right")) for counts in columns]
+        self.kept = np.array(kept)
+        self.sizes = [each + 1 for each in kept]
+
+    def of(self, ranks: np.ndarray) -> np.ndarray:
+        """See `Rows`."""
+        return np.where(ranks < self.kept, ranks.astype(np.int64) + 1, 0)
+
+
+class Hashed:
+    """Row = value mod ``rows``; a table has no more rows than the largest value asks for."""
+
+    def __init__(self, vocabulary: Vocabulary, rows: int) -> None:
+        self.values, self.starts, self.rows = vocabulary.values, vocabulary.offsets[:-1], rows
+        columns = (vocabulary.column(j)[0] for j in range(len(self.starts)))
+        self.sizes = [min(rows, int(values.max()) + 1) for values in columns]
+
+    def of(self, ranks: np.ndarray) -> np.ndarray:
+        """See `Rows`."""
+        return self.values[self.starts + ranks].astype(np.int64) % self.rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clicks:
+    """A click log; its rows lie in the order of time, part after part.
+
+    Attributes:
+        dense: float32, (N, numbers), as the model takes them.
+        categories: int32, (N, columns): ranks.
+        labels: uint8, (N,), 0 or 1.
+        vocabulary: what the ranks stand for.
+        parts: rows ``[start, stop)`` of each part.
+    """
+
+    dense: np.ndarray
+    categories: np.ndarray
+    labels: np.ndarray
+    vocabulary: Vocabulary
+    parts: Mapping[Part, tuple[int, int]]
+
+    def __post_init__(self) -> None:
+        lengths = {len(self.dense), len(self.categories), len(self.labels)}
+        if len(lengths) > 1:
+            raise ValueError(f"columns of different lengths: {sorted(lengths)}")
+        if self.categories.shape[1] != len(self.vocabulary.offsets) - 1:
+            raise ValueError(
+                f"{self.categories.shape[1]} columns of categories, "
+                f"but a vocabulary of {len(self.vocabulary.offsets) - 1}"
+            )
+
+
+def ranked(columns: np.ndarray, train: slice) -> tuple[np.ndarray, Vocabulary]:
+    """Categories to ranks, for a log that fits in memory.
+
+    Args:
+        columns: unsigned values below 2³², (N, columns).
+        train: the rows that are counted.
+
+    Returns:
+        Ranks, int32, (N, columns), and the vocabulary.
+    """
+    made = [_ranked(column, train) for column in columns.T]
+    ranks, values, counts = zip(*made, strict=True)
+    offsets = np.concatenate([[0], np.cumsum([len(each) for each in values])])
+    vocabulary = Vocabulary(values=np.concatenate(values), counts=np.concatenate(counts), offsets=offsets)
+    return np.stack(ranks, axis=1), vocabulary
+
+
+def _ranked(column: np.ndarray, train: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    values, positions = np.unique(column, return_inverse=True)
+    counts = np.bincount(positions[train], minlength=len(values))
+    order = by_frequency(counts)
+    return rank_of(order)[positions], values[order].astype(np.uint32), counts[order].astype(np.uint32)
+
+
+def by_frequency(counts: np.ndarray) -> np.ndarray:
+    """Positions by falling count; what ties stays in order, so that the ranks depend on the data alone."""
+    return np.argsort(-counts.astype(np.int64), kind="stable")
+
+
+def rank_of(order: np.ndarray) -> np.ndarray:
+    """The inverse of a permutation, int32."""
+    ranks = np.empty(len(order), np.int32)
+    ranks[order] = np.arange(len(order), dtype=np.int32)
+    return ranks
