@@ -78,6 +78,10 @@ class Statistic:
         """Factor from the sum to (4): backward of a mean loss returns 𝒢ᵢ/N, so that (4) is N² Σ / |S|."""
         return (self.seen**2 if loss_reduction == "mean" else 1) / max(1, self.used)
 
+    def tensors(self) -> list[Tensor]:
+        """Everything that was gathered."""
+        return [*self.moments, *self.columns]
+
     def add(self, moments: list[Tensor]) -> None:
         """Add to the sum."""
         self.moments = gfim.added([self.moments, moments]) if self.moments else moments
@@ -97,6 +101,7 @@ class _Use:
     output: torch.Size
     accumulator: torch.autograd.graph.Node
     grouping: SampleIndex | None
+    batch_dim: int
     returned: bool = False
 
 
@@ -266,13 +271,14 @@ class Capture:
                 if argument is not weight:
                     raise UnsupportedCall(f"is used by {getattr(function, '__name__', function)}")
                 call = read_call(layer, function, args, kwargs, argument, attention)
-                self._expect(call, output, None if attention else self.sample_index)
+                grouping = None if attention and layer.of_attention else self.sample_index
+                self._expect(call, output, grouping, 1 if attention else layer.batch_dim)
             except UnsupportedCall as reason:
                 self._record(layer).opaque = str(reason)
 
-    def _expect(self, call: Call, output: Tensor, grouping: SampleIndex | None) -> None:
+    def _expect(self, call: Call, output: Tensor, grouping: SampleIndex | None, batch_dim: int) -> None:
         accumulator = torch.autograd.graph.get_gradient_edge(call.layer.weight).node
-        use = _Use(call, output.shape, accumulator, grouping)
+        use = _Use(call, output.shape, accumulator, grouping, batch_dim)
         self._record(call.layer).pending.add(use)
         hook = partial(_receive, weakref.ref(self), use)  # weakly: a loss that is kept would keep the watch going
         _viewed(output).register_hook(hook)  # type: ignore[no-untyped-call]
@@ -294,19 +300,20 @@ class Capture:
         record.pending.discard(use)
         with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
             part = use.call.factors(use.call.source, gradient.detach().reshape(use.output))
-            record.parts.append(part if use.grouping is None else self._grouped(part, use.grouping, layer))
+            record.parts.append(part if use.grouping is None else self._grouped(part, use.grouping, use))
         use.call.source = None
         if not record.pending or self._sampling.samples == "rows":
             self._reduce(record)
 
-    def _grouped(self, part: Part, grouping: SampleIndex, layer: Layer) -> Part:
+    def _grouped(self, part: Part, grouping: SampleIndex, use: _Use) -> Part:
         """The part with its rows put to the samples that the user's index says."""
+        layer = use.call.layer
         index = grouping.index_of(layer.module)
         if index is None:
             return part
         if self._sampling.samples == "rows":
-            return rows_that_count(part, index, layer.batch_dim, layer.name)
-        return rows_by_sample(part, index, layer.batch_dim, grouping.samples, layer.name)
+            return rows_that_count(part, index, use.batch_dim, layer.name)
+        return rows_by_sample(part, index, use.batch_dim, grouping.samples, layer.name)
 
     def _drop_stale(self, record: _Record) -> None:
         """Drop the sums of a backward whose gradients are gone: a skipped step, then ``model.zero_grad()``."""

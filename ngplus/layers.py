@@ -46,6 +46,7 @@ class Layer:
         bias_start: where this layer's bias begins in ``bias`` (attention packs three into one).
         groups: of a convolution, else 1.
         batch_dim: the dimension of a linear layer's input along which samples lie.
+        of_attention: whether it is a part of an `nn.MultiheadAttention`, which knows its samples.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Layer:
     bias_start: int = 0
     groups: int = 1
     batch_dim: int = 0
+    of_attention: bool = False
 
     @property
     def module(self) -> str:
@@ -139,7 +141,8 @@ def _module_layers(prefix: str, module: nn.Module) -> Iterator[Layer]:
         yield from _attention_layers(named, module)
     elif isinstance(module, SUPPORTED) and (weight := own.get("weight")) is not None:
         groups = module.groups if isinstance(module, CONVOLUTIONS) else 1
-        yield Layer(named("weight"), weight, bias, groups=groups)
+        of_attention = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)  # what it calls out_proj
+        yield Layer(named("weight"), weight, bias, groups=groups, of_attention=of_attention)
 
 
 def _attention_layers(named: Callable[[str], str], module: nn.MultiheadAttention) -> Iterator[Layer]:
@@ -149,7 +152,7 @@ def _attention_layers(named: Callable[[str], str], module: nn.MultiheadAttention
     start = 0
     for name, weight in projections:
         if weight is not None:
-            yield Layer(named(name), weight, bias, bias_start=start)
+            yield Layer(named(name), weight, bias, bias_start=start, of_attention=True)
             start += weight.shape[0]
 
 

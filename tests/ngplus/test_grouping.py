@@ -147,3 +147,54 @@ def test_bags_cannot_be_grouped():
     optimizer.sample_index = torch.zeros(2, dtype=torch.long)
     with pytest.raises(ValueError, match="embedding bag"):
         model(torch.tensor([[0, 1], [2, 3]])).sum().backward()
+
+
+class Attention(nn.Module):
+    """Attention over (T, B, C) by linear layers of its own, called as fairseq does; rows of padding give zero."""
+
+    def __init__(self):
+        super().__init__()
+        for name in ("query", "key", "value", "out"):
+            setattr(self, name, nn.Linear(4, 4))
+
+    def forward(self, x, padding):
+        output, _ = nn.functional.multi_head_attention_forward(
+            x, x, x, 4, 2, None, torch.cat([self.query.bias, self.key.bias, self.value.bias]), None, None, False, 0.0,
+            self.out.weight, self.out.bias, key_padding_mask=padding, use_separate_proj_weight=True,
+            q_proj_weight=self.query.weight, k_proj_weight=self.key.weight, v_proj_weight=self.value.weight,
+        )  # fmt: skip
+        return output.masked_fill(padding.T.unsqueeze(-1), 0)
+
+
+@pytest.mark.parametrize("samples", ["rows", "batch"])
+def test_padding_inside_attention_is_no_sample(samples):
+    torch.manual_seed(0)
+    model = Attention().double()
+    x = torch.randn(4, 2, 4, dtype=torch.float64)
+    padding = torch.tensor([[False, False, False, False], [False, False, True, True]])  # (B, T)
+    short = [(x[:, :1], padding[:1]), (x[:2, 1:], padding[1:, :2])]
+    gradients = {
+        "rows": lambda: one_token_at_a_time(model, [sentence.squeeze(1) for sentence, _ in short]),
+        "batch": lambda: oracle.sample_gradients(model, [lambda m, s=s: oracle.energy(m(*s)) for s in short]),
+    }[samples]()
+    optimizer = NGPlus(model, lr=1e-9, damping=0.3, update_every=1, samples=samples)
+    optimizer.sample_index = torch.where(padding, -1, torch.arange(2)[:, None]).T  # (T, B)
+    oracle.energy(model(x, padding)).div({"rows": 6, "batch": 2}[samples]).backward()
+    optimizer.step()
+    assert oracle.error(model, oracle.directions(gradients, 0.3)) <= 1e-10
+
+
+def one_token_at_a_time(model, sentences):
+    """The gradient of each token's row of each layer: the attention of single sentences (T, C) written out."""
+    rows = {matrix: [] for matrix in oracle.matrices(model)}
+    for x in sentences:
+        outputs = {name: getattr(model, name)(x) for name in ("query", "key", "value")}
+        q, k, v = (output.view(-1, 2, 2).transpose(0, 1) for output in outputs.values())  # (heads, T, d)
+        mixed = ((q @ k.mT / 2**0.5).softmax(-1) @ v).transpose(0, 1).reshape(-1, 4)
+        outputs["out"] = model.out(mixed)
+        gradients = torch.autograd.grad(oracle.energy(outputs["out"]), list(outputs.values()))
+        for name, gradient in zip(outputs, gradients, strict=True):
+            (matrix,) = [matrix for matrix in rows if matrix.weight == f"{name}.weight"]
+            inputs = nn.functional.pad((mixed if name == "out" else x).detach(), (0, 1), value=1.0)  # a 1 for the bias
+            rows[matrix] += [torch.outer(g, a)[None] for g, a in zip(gradient, inputs, strict=True)]
+    return rows
