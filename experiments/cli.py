@@ -1,4 +1,4 @@
-"""The command line: ``python -m experiments run | tune | list | table | data``."""
+"""The command line: ``python -m experiments run | sweep | tune | list | table | data``."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -8,7 +8,7 @@ import typer
 from experiments import listing
 from experiments.data import PREPARE
 from experiments.errors import UserError
-from experiments.jobs import Job, in_one_line, run_jobs
+from experiments.jobs import in_one_line, jobs_of, run_jobs
 from experiments.recipe import load_recipe
 from experiments.runner import RunOptions
 from experiments.settings import one_of
@@ -30,6 +30,31 @@ Scale = Annotated[
 ]
 DataDir = Annotated[Path, typer.Option(metavar="DIR", help="Where datasets lie.")]
 ResultsDir = Annotated[Path, typer.Option(metavar="DIR", help="Where records, tables and figures lie.")]
+OptimizerNames = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--optimizer", metavar="NAME", help="An optimizer of the recipe; may be repeated. Default: all of them."
+    ),
+]
+Seeds = Annotated[
+    list[int] | None,
+    typer.Option("--seed", metavar="N", help="A seed; may be repeated. Default: the recipe's seeds."),
+]
+Epochs = Annotated[int | None, typer.Option(metavar="N", help="Train this many epochs instead of the recipe's.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Replace a value of the recipe, e.g. optimizers.sgd.lr=0.2; may be repeated.",
+    ),
+]
+Force = Annotated[bool, typer.Option("--force", help="Run again what is finished; start over what is not.")]
+Device = Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu or cuda.")]
+CheckpointDir = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Where checkpoints lie. Default: checkpoints/ in the results.")
+]
+CheckpointEvery = Annotated[float, typer.Option(metavar="SECONDS", help="Time between checkpoints inside an epoch.")]
 
 
 def main() -> None:
@@ -41,34 +66,16 @@ def main() -> None:
 def run_command(
     task: TaskName,
     scale: Scale = "tiny",
-    optimizer: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME", help="An optimizer of the recipe; may be repeated. Default: all of them."),
-    ] = None,
-    seed: Annotated[
-        list[int] | None, typer.Option(metavar="N", help="A seed; may be repeated. Default: the recipe's seeds.")
-    ] = None,
-    epochs: Annotated[
-        int | None, typer.Option(metavar="N", help="Train this many epochs instead of the recipe's.")
-    ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Replace a value of the recipe, e.g. optimizers.sgd.lr=0.2; may be repeated.",
-        ),
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Run again what is finished; start over what is not.")] = False,
-    device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu or cuda.")] = "auto",
+    optimizer: OptimizerNames = None,
+    seed: Seeds = None,
+    epochs: Epochs = None,
+    set_: Overrides = None,
+    force: Force = False,
+    device: Device = "auto",
     data_dir: DataDir = Path("data"),
     results_dir: ResultsDir = Path("results"),
-    checkpoint_dir: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where checkpoints lie. Default: checkpoints/ in the results.")
-    ] = None,
-    checkpoint_every: Annotated[
-        float, typer.Option(metavar="SECONDS", help="Time between checkpoints inside an epoch.")
-    ] = 60.0,
+    checkpoint_dir: CheckpointDir = None,
+    checkpoint_every: CheckpointEvery = 60.0,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard files.")] = False,
 ) -> None:
     """Train a task, and record each run.
@@ -77,8 +84,6 @@ def run_command(
     where it stopped. Several runs go one after the other, all optimizers for the first seed, then all for the
     next. Under torchrun, the processes train each run together.
     """
-    overrides = (*(set_ or ()), *([f"run.epochs={epochs}"] if epochs is not None else ()))
-    recipe = load_recipe(task, scale, overrides=overrides)
     options = RunOptions(
         device=device,
         data_dir=data_dir,
@@ -88,13 +93,60 @@ def run_command(
         force=force,
         tensorboard=tensorboard,
     )
-    names, seeds = optimizer or list(recipe.optimizers), seed or recipe.run.seeds
-    jobs = [
-        Job(task=task, scale=scale, overrides=overrides, optimizer=name, seed=number, options=options)
-        for number in seeds
-        for name in names
-    ]
-    run_jobs(jobs)
+    run_jobs(jobs_of(task, scale, optimizer, seed, _overrides(set_, epochs), options))
+
+
+@app.command("sweep")
+def sweep_command(
+    task: Annotated[list[str], typer.Argument(metavar="TASK...", help="The tasks, e.g. resnet50-imagenet.")],
+    scale: Scale = "tiny",
+    optimizer: OptimizerNames = None,
+    seed: Seeds = None,
+    epochs: Epochs = None,
+    set_: Overrides = None,
+    force: Force = False,
+    workers: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Runs at a time. Default: 2, or no limit with --slurm.")
+    ] = None,
+    threads: Annotated[int, typer.Option(metavar="N", min=1, help="CPU threads of each process.")] = 1,
+    slurm: Annotated[bool, typer.Option("--slurm", help="Submit the runs to SLURM instead.")] = False,
+    partition: Annotated[str | None, typer.Option(metavar="NAME", help="SLURM's partition.")] = None,
+    gpus: Annotated[int, typer.Option(metavar="N", help="GPUs of each node, with --slurm.")] = 0,
+    nodes: Annotated[int, typer.Option(metavar="N", help="Nodes that train a run together, with --slurm.")] = 1,
+    minutes: Annotated[int, typer.Option(metavar="N", help="Until a job is queued again, with --slurm.")] = 1440,
+    device: Device = "auto",
+    data_dir: DataDir = Path("data"),
+    results_dir: ResultsDir = Path("results"),
+    checkpoint_dir: CheckpointDir = None,
+    checkpoint_every: CheckpointEvery = 60.0,
+) -> None:
+    """Train many runs at once on this machine, or on a SLURM cluster.
+
+    All optimizers for the first seed come before the next seed. What is finished is not run again, what was
+    interrupted goes on where it stopped, and a run that fails does not stop the others.
+    """
+    options = RunOptions(
+        device=device,
+        data_dir=data_dir,
+        results_dir=results_dir,
+        checkpoint_dir=checkpoint_dir,
+        checkpoint_every_s=checkpoint_every,
+        force=force,
+        bar=False,
+    )
+    overrides = _overrides(set_, epochs)
+    jobs = [job for name in task for job in jobs_of(name, scale, optimizer, seed, overrides, options)]
+    if not slurm:
+        run_jobs(jobs, workers=workers or 2, threads=threads)
+        return
+    from experiments.cluster import Resources, submit  # submitit, needed only here
+
+    resources = Resources(
+        partition=partition, nodes=nodes, gpus=gpus, threads=threads, minutes=minutes, at_once=workers
+    )
+    folder = results_dir / "slurm"
+    for job, submitted in submit(jobs, resources, folder):
+        typer.echo(f"{job.name}: SLURM job {submitted.job_id}, its output is in {folder}")
 
 
 @app.command("tune")
@@ -107,7 +159,7 @@ def tune_command(
     ] = None,
     trials: Annotated[int | None, typer.Option(metavar="N", help="Trials each. Default: the recipe's.")] = None,
     keep_recipe: Annotated[bool, typer.Option("--keep-recipe", help="Do not change the recipe.")] = False,
-    device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     data_dir: DataDir = Path("data"),
     results_dir: ResultsDir = Path("results"),
     tuning_dir: Annotated[Path, typer.Option(metavar="DIR", help="Where the searches are kept, to go on from.")] = Path(
@@ -175,3 +227,8 @@ def data_command(
     if name not in PREPARE:
         raise UserError(f"data = {name!r}: there is no such dataset; {one_of(PREPARE)}")
     typer.echo(f"{name}: {PREPARE[name](data_dir)}")
+
+
+def _overrides(given: list[str] | None, epochs: int | None) -> tuple[str, ...]:
+    """What replaces the recipe's values."""
+    return (*(given or ()), *([f"run.epochs={epochs}"] if epochs is not None else ()))

@@ -1,17 +1,17 @@
-"""Several runs one after the other, each in a process of its own, so that its peak memory is its own."""
+"""Several runs, named by what the command line asks for, in this process or in others."""
 
-import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from experiments.data import DataFileError
 from experiments.errors import UserError
 from experiments.parallel import leave_workers
+from experiments.pool import run_apart
 from experiments.recipe import Recipe, load_recipe
-from experiments.runner import RunOptions, finished_run, run
+from experiments.runner import RunOptions, check_optimizer, finished_run, run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,11 @@ class Job:
     optimizer: str
     seed: int
     options: RunOptions
+
+    @property
+    def name(self) -> str:
+        """What a person calls it."""
+        return f"{self.task} {self.optimizer} seed {self.seed}"
 
     @property
     def recipe(self) -> Recipe:
@@ -46,15 +51,72 @@ class Job:
         in_one_line(self.run)
 
 
-def run_jobs(jobs: Sequence[Job]) -> None:
-    """Run what is not finished; stops at the first run that fails, with its exit status."""
-    waiting = [job for job in jobs if not job.is_finished()]
-    apart = len(waiting) > 1 and "WORLD_SIZE" not in os.environ
+def jobs_of(
+    task: str,
+    scale: str,
+    optimizers: Sequence[str] | None,
+    seeds: Sequence[int] | None,
+    overrides: tuple[str, ...],
+    options: RunOptions,
+) -> list[Job]:
+    """The runs of a recipe, all optimizers for the first seed, then all for the next.
+
+    Args:
+        task: the task's name.
+        scale: its scale.
+        optimizers: names in the recipe, ``None`` for all.
+        seeds: ``None`` for those of the recipe.
+        overrides: values that replace the recipe's.
+        options: how and where to run.
+
+    Raises:
+        UserError: for an optimizer that the recipe does not have.
+    """
+    recipe = load_recipe(task, scale, overrides=overrides)
+    for name in optimizers or ():
+        check_optimizer(recipe, name)
+    return [
+        Job(task=task, scale=scale, overrides=overrides, optimizer=name, seed=seed, options=options)
+        for seed in seeds or recipe.run.seeds
+        for name in optimizers or recipe.optimizers
+    ]
+
+
+def run_jobs(jobs: Sequence[Job], *, workers: int = 1, threads: int | None = None) -> None:
+    """Run what is not finished; a run that fails does not stop the others.
+
+    A single run, and every run under ``torchrun``, is run in this process, the others apart: see `run_apart`.
+    Of several, those that failed are named at the end, and the exit status is 1.
+    """
+    if len(jobs) == 1 or "WORLD_SIZE" in os.environ:
+        _run_here(jobs)
+        return
+    waiting, failed = [], {}
+    for job in jobs:
+        try:
+            if not job.is_finished():
+                waiting.append(job)
+        except UserError as error:
+            failed[job.name] = str(error)
+    failed |= run_apart(waiting, workers=workers, threads=threads)
+    if failed:
+        _tell_failed(failed, len(jobs))
+
+
+def _run_here(jobs: Sequence[Job]) -> None:
     try:
-        for job in waiting:
-            _run_apart(job) if apart else job.run()
+        for job in jobs:
+            if not job.is_finished():
+                job.run()
     finally:
         leave_workers()
+
+
+def _tell_failed(failed: Mapping[str, str], count: int) -> None:
+    lines = [f"{len(failed)} of {count} runs failed; the same command tries them again:"]
+    lines += [f"  {name}: {reason}" for name, reason in failed.items()]
+    print("\n".join(lines), file=sys.stderr)
+    sys.exit(1)
 
 
 def in_one_line(command: Callable[[], None]) -> None:
@@ -67,17 +129,6 @@ def in_one_line(command: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
-
-
-def _run_apart(job: Job) -> None:
-    process = multiprocessing.get_context("spawn").Process(target=job.run_in_one_line)
-    process.start()
-    process.join()
-    if process.exitcode:
-        name = f"{job.optimizer} seed {job.seed}"
-        if process.exitcode < 0:
-            print(f"{name}: killed by {signal.Signals(-process.exitcode).name}", file=sys.stderr)
-        sys.exit(process.exitcode if process.exitcode > 0 else 128 - process.exitcode)
 
 
 def _is_first() -> bool:

@@ -141,9 +141,9 @@ class TensorBoard:
         self._writer.close()
 
 
-def terminal_observer() -> Observer:
-    """A bar on a terminal, lines elsewhere."""
-    return Bar() if sys.stdout.isatty() else Lines()
+def terminal_observer(*, bar: bool) -> Observer:
+    """Lines, with a bar on a terminal if it is wanted."""
+    return Bar() if bar and sys.stdout.isatty() else Lines()
 
 
 def _figure(value: float | None) -> str:

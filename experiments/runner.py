@@ -48,6 +48,7 @@ class RunOptions:
         checkpoint_every_s: seconds between checkpoints inside an epoch; each epoch's end has one anyway.
         force: run again what is finished, and start over what is not.
         tensorboard: also write TensorBoard files, below ``<results_dir>/tensorboard``.
+        bar: show a progress bar where there is a terminal.
     """
 
     device: str = "auto"
@@ -57,6 +58,7 @@ class RunOptions:
     checkpoint_every_s: float = 60.0
     force: bool = False
     tensorboard: bool = False
+    bar: bool = True
 
 
 def run(recipe: Recipe, optimizer: str, seed: int, options: RunOptions, observers: Sequence[Observer] = ()) -> Run:
@@ -93,14 +95,19 @@ def finished_run(recipe: Recipe, optimizer: str, seed: int, options: RunOptions)
         UserError: for an optimizer that the recipe does not have, a damaged record, or a run finished with
             other settings.
     """
-    if optimizer not in recipe.optimizers:
-        raise UserError(f"optimizer = {optimizer!r}: not in {recipe.path}; {one_of(recipe.optimizers)}")
+    check_optimizer(recipe, optimizer)
     record = _record_of(recipe, optimizer, seed, options)
     before = None if options.force else _previous(record)
     if before is None or before.end is None:
         return None
     _check_settings(before, recipe.settings_of(optimizer))
     return before
+
+
+def check_optimizer(recipe: Recipe, optimizer: str) -> None:
+    """Refuse an optimizer that the recipe does not have."""
+    if optimizer not in recipe.optimizers:
+        raise UserError(f"optimizer = {optimizer!r}: not in {recipe.path}; {one_of(recipe.optimizers)}")
 
 
 def _record_of(recipe: Recipe, optimizer: str, seed: int, options: RunOptions) -> Path:
@@ -197,7 +204,11 @@ class _Run:
         manifest = self.manifest
         name = f"{manifest.optimizer}-seed{manifest.seed}"
         folder = self.options.results_dir / "tensorboard" / manifest.task / manifest.scale / name
-        return [terminal_observer(), *([TensorBoard(folder)] if self.options.tensorboard else []), *self.given]
+        return [
+            terminal_observer(bar=self.options.bar),
+            *([TensorBoard(folder)] if self.options.tensorboard else []),
+            *self.given,
+        ]
 
 
 def _manifest(recipe: Recipe, optimizer: str, training: Training) -> Manifest:

@@ -38,10 +38,34 @@ def test_run_takes_the_optimizer_seed_and_epochs_it_is_given(command, tmp_path):
 
 
 def test_optimizers_take_turns_seed_by_seed(command, monkeypatch, tmp_path):
-    started = []
-    monkeypatch.setattr(jobs, "_run_apart", lambda job: started.append((job.optimizer, job.seed)))
-    assert command("run", "toy", "--optimizer", "sgd", "--optimizer", "adam", "--results-dir", tmp_path)[0] == 0
-    assert started == [("sgd", 0), ("adam", 0), ("sgd", 1), ("adam", 1)]
+    asked = []
+    monkeypatch.setattr(jobs, "run_apart", lambda waiting, **how: asked.append((waiting, how)) or {})
+    names = ("--optimizer", "sgd", "--optimizer", "adam", "--results-dir", tmp_path)
+    assert command("run", "toy", *names)[0] == 0
+    assert command("sweep", "toy", *names, "--workers", 3)[0] == 0
+    for waiting, _ in asked:
+        assert [(job.optimizer, job.seed) for job in waiting] == [("sgd", 0), ("adam", 0), ("sgd", 1), ("adam", 1)]
+    assert [how for _, how in asked] == [{"workers": 1, "threads": None}, {"workers": 3, "threads": 1}]
+
+
+def test_a_run_that_cannot_begin_does_not_stop_the_others(command, monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(jobs, "run_apart", lambda waiting, **_: asked.extend(waiting) or {"toy adam seed 0": "killed"})
+    (tmp_path / "toy" / "tiny" / "runs").mkdir(parents=True)
+    (tmp_path / "toy" / "tiny" / "runs" / "sgd-seed0.jsonl").write_text("{}\n")
+    status, _, err = command("sweep", "toy", "--seed", 0, "--results-dir", tmp_path)
+    assert status == 1
+    assert [job.optimizer for job in asked] == ["adam", "ngplus"]
+    first, *named = err.splitlines()
+    assert first == "2 of 3 runs failed; the same command tries them again:"
+    assert named[0].startswith("  toy sgd seed 0: ")
+    assert named[1] == "  toy adam seed 0: killed"
+
+
+def test_where_there_is_no_slurm_it_is_said(command, tmp_path):
+    status, _, err = command("sweep", "toy", "--slurm", "--results-dir", tmp_path)
+    assert status == 2
+    assert err.startswith("error: slurm: ")
 
 
 def test_a_finished_run_is_said_to_be_finished(command, tmp_path):
@@ -57,13 +81,13 @@ def test_a_finished_run_is_said_to_be_finished(command, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run", "toys"], "error: task = 'toys': there is no such task; must be one of resnet50-imagenet, toy"),
+        (["run", "toys"], "error: task = 'toys': there is no such task; must be one of "),
         (["run", "toy", "--scale", "big"], "error: scale = 'big': toy has no recipe for it; must be one of tiny"),
         (["run", "toy", "--optimizer", "lion"], "must be one of adam, ngplus, sgd"),
         (["run", "toy", "--set", "optimizers.sgd.size=1"], "[optimizers.sgd]: size = 1: unknown key"),
         (["run", "toy", "--epochs", "0"], "[run]: epochs = 0: must be at least 1"),
         (["run", "toy", "--optimizer", "sgd", "--seed", "0", "--device", "tpu"], "must be one of auto, cpu, cuda"),
-        (["data", "mnist"], "error: data = 'mnist': there is no such dataset; must be one of fashion-mnist"),
+        (["data", "mnist"], "error: data = 'mnist': there is no such dataset; must be one of "),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(command, tmp_path, arguments, message):

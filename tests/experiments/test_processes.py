@@ -1,6 +1,7 @@
 """What only whole processes can show: a kill, several runs in a row, data-parallel training."""
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -74,3 +75,46 @@ def test_two_processes_are_one_on_the_joint_batch(load, options, environment, tm
         for figure in ("train_loss", "eval_loss"):
             ours, theirs = ([getattr(epoch, figure) for epoch in each.epochs[1:]] for each in (two, one))
             assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_sweep_killed_at_random_moments_ends_with_the_same_numbers(load, options, environment, tmp_path):
+    more = ("--set", "task.pause=0.1", "--checkpoint-every", "0", "--workers", "2")
+    more = (*more, "--optimizer", "sgd", "--optimizer", "ngplus", "--seed", "0", "--seed", "1")
+    sweep = [sys.executable, *arguments(tmp_path / "swept", *more)]
+    sweep[sweep.index("run")] = "sweep"
+    chance = random.Random(7)
+    runs = tmp_path / "swept" / "toy" / "tiny" / "runs"
+    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
+        process = subprocess.Popen(sweep, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        lines, deadline = sum(1 for _ in _lines(runs)), time.monotonic() + 120
+        while process.poll() is None and sum(1 for _ in _lines(runs)) <= lines and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(chance.uniform(0, 2))
+        process.send_signal(number)
+        process.wait(timeout=60)
+    subprocess.run(sweep, env=environment, check=True, timeout=240)
+    for name in ("sgd", "ngplus"):
+        for seed in (0, 1):
+            found = read_run(runs / f"{name}-seed{seed}.jsonl")
+            assert found.end.reason == "finished"
+            assert found.manifest.threads == 1
+            assert numbers(found) == numbers(run(load(), name, seed, options))
+
+
+def _lines(runs: Path):
+    for path in runs.glob("*.jsonl"):
+        yield from path.read_text().splitlines()
+
+
+def test_a_run_that_was_deleted_is_the_only_one_that_is_run_again(environment, tmp_path):
+    sweep = [sys.executable, *arguments(tmp_path, "--seed", "0", "--epochs", "1", "--workers", "3")]
+    sweep[sweep.index("run")] = "sweep"
+    subprocess.run(sweep, env=environment, check=True, stdout=subprocess.DEVNULL)
+    runs = tmp_path / "toy" / "tiny" / "runs"
+    before = {path.name: path.stat().st_mtime_ns for path in runs.iterdir()}
+    (runs / "adam-seed0.jsonl").unlink()
+    subprocess.run(sweep, env=environment, check=True, stdout=subprocess.DEVNULL)
+    after = {path.name: path.stat().st_mtime_ns for path in runs.iterdir()}
+    assert [name for name in before if before[name] != after[name]] == ["adam-seed0.jsonl"]
+    assert len(after) == 3

@@ -1,0 +1,78 @@
+"""The path of a SLURM job, walked with submitit's executor for one machine."""
+
+import dataclasses
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import toy
+
+from experiments.cluster import Resources, submit
+from experiments.errors import UserError
+from experiments.jobs import jobs_of
+from experiments.records import read_run
+from experiments.runner import run
+
+GAUGES = {"seconds", "peak_memory_mb", "curvature_s", "inverse_s", "apply_s"}
+
+
+def numbers(record):
+    return [{k: v for k, v in vars(epoch).items() if k not in GAUGES} for epoch in record.epochs]
+
+
+@pytest.fixture
+def submitted(recipes, options, monkeypatch, tmp_path):
+    """Submit the toy's runs with seed 0; the processes that submitit starts have the toy among their tasks too."""
+    (tmp_path / "sitecustomize.py").write_text("import toy\n")
+    paths = [tmp_path, Path(toy.__file__).parent, Path(toy.__file__).parents[2]]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, paths)))
+    monkeypatch.setenv("TOY_RECIPES", str(recipes))
+    own = dataclasses.replace(options, results_dir=tmp_path / "cluster", checkpoint_every_s=0.0)
+
+    def submit_(optimizers, resources, *overrides):
+        jobs = jobs_of("toy", "tiny", optimizers, [0], overrides, own)
+        return [job for _, job in submit(jobs, resources, tmp_path / "slurm", cluster="local")]
+
+    return submit_
+
+
+def record(tmp_path, name):
+    return tmp_path / "cluster" / "toy" / "tiny" / "runs" / f"{name}-seed0.jsonl"
+
+
+@pytest.mark.slow
+def test_a_preempted_job_is_queued_again_and_ends_with_the_same_numbers(submitted, load, options, tmp_path):
+    (job,) = submitted(["ngplus"], Resources(threads=1), "task.pause=0.3")
+    path, deadline = record(tmp_path, "ngplus"), time.monotonic() + 120
+    while not (path.exists() and '"epoch": 1' in path.read_text()):
+        assert time.monotonic() < deadline
+        assert not job.done(), job.stderr()
+        time.sleep(0.05)
+    # SLURM's signal that the time is over; the process that submitit trains in is the controller's child.
+    children = Path(f"/proc/{job.job_id}/task/{job.job_id}/children").read_text().split()
+    os.kill(int(children[0]), signal.SIGUSR2)
+    job.result()
+    resumed = read_run(path)
+    assert len(resumed.resumed) == 1
+    assert numbers(resumed) == numbers(run(load(), "ngplus", 0, options))
+    assert submitted(["ngplus"], Resources(), "task.pause=0.3") == []
+
+
+@pytest.mark.slow
+def test_processes_of_a_job_train_together(submitted, load, options, tmp_path, monkeypatch):
+    # One process a GPU; that there is none here does not matter to a run on the CPU.
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    (job,) = submitted(["sgd"], Resources(gpus=2), "task.dropout=0.0")
+    job.results()
+    two, one = read_run(record(tmp_path, "sgd")), run(load("task.dropout=0.0"), "sgd", 0, options)
+    assert two.manifest.world_size == 2
+    assert [e.eval_loss for e in two.epochs] == pytest.approx([e.eval_loss for e in one.epochs], rel=1e-4)
+
+
+@pytest.mark.parametrize("wrong", [{"nodes": 0}, {"gpus": -1}, {"threads": 0}, {"minutes": 0}])
+def test_resources_that_are_none_are_refused(wrong):
+    ((name, value),) = wrong.items()
+    with pytest.raises(UserError, match=f"{name} = {value}: must be at least"):
+        Resources(**wrong)
