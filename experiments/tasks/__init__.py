@@ -26,6 +26,7 @@ def _task(module: str, name: str, extra: str) -> Callable[..., Task]:
 
 
 TASKS: dict[str, Callable[..., Task]] = {
+    "dlrm-criteo": _task("dlrm_criteo", "DLRMCriteo", "recsys"),
     "resnet50-imagenet": _task("resnet50_imagenet", "ResNet50ImageNet", "vision"),
     "schnet-matproj": _task("schnet_matproj", "SchNetMatProj", "quantum"),
     "schnet-qm9": _task("schnet_qm9", "SchNetQM9", "quantum"),
