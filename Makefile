@@ -20,6 +20,7 @@ TUNE = $(EXPERIMENTS) tune --scale $(SCALE) $(if $(TRIALS),--trials $(TRIALS)) $
 .DEFAULT_GOAL := help
 .PHONY: help setup test lint lock reproduce reproduce-resnet50 reproduce-figure1 reproduce-theory
 .PHONY: reproduce-iwslt14 data-libreoffice-help data-ding data-iwslt14
+.PHONY: reproduce-dlrm data-flights data-criteo
 .PHONY: data-fashion-mnist bench bench-curvature gpu tune-resnet50 tune-qm9 tune-matproj tune-iwslt14 tune-dlrm
 
 help:  ## list the targets
@@ -37,7 +38,7 @@ test: $(STAMP)  ## run the tests
 lint: $(STAMP)  ## check the code: ruff, mypy
 	$(VENV)/bin/ruff format --check . && $(VENV)/bin/ruff check . && $(VENV)/bin/mypy
 
-reproduce: reproduce-resnet50 reproduce-iwslt14  ## train every task there is, by default at scale tiny, and print the comparison
+reproduce: reproduce-resnet50 reproduce-iwslt14 reproduce-dlrm  ## train every task there is, by default at scale tiny, and print the comparison
 
 reproduce-resnet50: $(STAMP)  ## ResNet on images: SCALE=tiny (minutes), small (hours), paper (ImageNet)
 	$(EXPERIMENTS) run resnet50-imagenet --scale $(SCALE) --results-dir $(RESULTS) $(RUN_OPTIONS)
@@ -47,6 +48,11 @@ reproduce-iwslt14: $(STAMP)  ## the Transformer on German-English: SCALE=tiny, s
 	$(if $(filter small,$(SCALE)),$(EXPERIMENTS) data libreoffice-help)
 	$(EXPERIMENTS) run transformer-iwslt14 --scale $(SCALE) --results-dir $(RESULTS) $(RUN_OPTIONS)
 	$(EXPERIMENTS) table transformer-iwslt14 --scale $(SCALE) --results-dir $(RESULTS)
+
+reproduce-dlrm: $(STAMP)  ## DLRM on clicks: SCALE=tiny, small (flights of 2013), paper (Criteo Kaggle)
+	$(if $(filter small,$(SCALE)),$(EXPERIMENTS) data flights)
+	$(EXPERIMENTS) run dlrm-criteo --scale $(SCALE) --results-dir $(RESULTS) $(RUN_OPTIONS)
+	$(EXPERIMENTS) table dlrm-criteo --scale $(SCALE) --results-dir $(RESULTS)
 
 tune-resnet50: $(STAMP)  ## search each optimizer's settings with TRIALS trials, and write them into the recipe
 	$(TUNE) resnet50-imagenet
@@ -77,6 +83,12 @@ data-libreoffice-help: $(STAMP)  ## fetch the German and English help pages of L
 
 data-ding: $(STAMP)  ## fetch the example sentences of the Ding dictionary
 	$(EXPERIMENTS) data ding
+
+data-flights: $(STAMP)  ## fetch the flights out of New York in 2013
+	$(EXPERIMENTS) data flights
+
+data-criteo: $(STAMP)  ## make data/criteo/train.txt of Criteo Kaggle ready: once, then runs map it from disk
+	$(EXPERIMENTS) data criteo
 
 data-iwslt14: $(STAMP)  ## make IWSLT14 ready: RAW=de-en.tgz, the folder in it, or one of fairseq-preprocess
 	$(PYTHON) -m experiments.data.iwslt14 $(RAW)
