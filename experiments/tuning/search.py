@@ -1,5 +1,7 @@
 """The search: Optuna's TPE sampler and median pruner over one optimizer's space, one trial after the other.
 
+The first trials are the recipe's own settings and points spread evenly over the space, at the same shares of its
+ranges for every optimizer; then the sampler draws.
 A trial may be stopped from its middle on: before that, a learning rate that pays off late looks bad.
 What is drawn depends on the trials before and on the trial's number alone, and a killed trial goes on from its
 checkpoint: a search that was interrupted ends with the same trials.
@@ -17,6 +19,7 @@ from filelock import FileLock, Timeout
 from optuna.pruners import MedianPruner
 from optuna.samplers import TPESampler
 from optuna.trial import FrozenTrial, Trial, TrialState
+from scipy.stats.qmc import Sobol
 
 from experiments.errors import UserError
 from experiments.recipe import Recipe
@@ -26,10 +29,12 @@ from experiments.settings import plain
 from experiments.tuning.space import value_at
 from experiments.tuning.trial import trial_recipe
 
-# Trials before the sampler models what it saw, and before any trial is stopped early.
+# Trials before the sampler draws, and before any trial is stopped early.
 STARTUP_TRIALS = 5
 # Significant digits of a value that is tried, so that what a recipe is given is what was tried.
 DIGITS = 3
+# Of the sequence that the first trials come from: the same for all, or else their learning rates would differ.
+_DIMENSIONS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,8 +146,8 @@ class Search:
         """The next trial: one that a killed process left, or the recipe's own settings, or a new draw."""
         left = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         known = next((trial.params for trial in left if trial.params.keys() == self.space.keys()), None)
-        if known is None and number == 0:
-            known = self._current()
+        if known is None and number < STARTUP_TRIALS:
+            known = self._spread(number) if number else self._current()
         if known and not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
             study.enqueue_trial(known)
         for trial in left:
@@ -154,6 +159,13 @@ class Search:
     def _current(self) -> dict[str, float]:
         settings = plain(self.recipe.optimizers[self.optimizer].settings)
         return {key: where.clip(value_at(settings, key)) for key, where in self.space.items()}
+
+    def _spread(self, number: int) -> dict[str, float]:
+        """Point `number` of a Sobol sequence, from 1; its first four have one in each quarter of every range."""
+        points = Sobol(max(_DIMENSIONS, len(self.space)), seed=self.seed).random_base2(3)
+        return {
+            key: where.at(share) for (key, where), share in zip(self.space.items(), points[number - 1], strict=False)
+        }
 
     def _suggest(self, trial: Trial, key: str) -> float:
         where = self.space[key]

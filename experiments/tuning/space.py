@@ -42,6 +42,12 @@ class Range:
         if self.log and self.low <= 0:
             raise ValueError(f"low = {self.low}: must be positive where log = true")
 
+    def at(self, share: float) -> float:
+        """The value with this share, 0 to 1, of the range below it."""
+        if self.log:
+            return self.low * (self.high / self.low) ** share
+        return self.low + share * (self.high - self.low)
+
     def clip(self, value: float) -> float:
         """The value of the range that is nearest."""
         return min(max(value, self.low), self.high)
@@ -85,7 +91,7 @@ def read_tuning(table: Mapping[str, Any], settings: Mapping[str, Any], epochs: i
         for key in own:
             if locate(given, key) is None:
                 raise SettingsError(f"{where}: spaces.{name}: {key} is no setting of {name}")
-        found = {locate(given, key): each for key, each in (shared | own).items()}
+        found = {locate(given, key): each for key, each in sorted((shared | own).items(), key=_learning_rate_first)}
         spaces[name] = {key: each for key, each in found.items() if key is not None}
     return Tuning(trials=read.trials, epochs=read.epochs, spaces=spaces)
 
@@ -115,6 +121,10 @@ class _Table:
         for name in ("trials", "epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
+
+
+def _learning_rate_first(item: tuple[str, Range]) -> bool:
+    return item[0] != "lr"
 
 
 def _ranges(spaces: Mapping[str, Any], name: str, where: str) -> dict[str, Range]:

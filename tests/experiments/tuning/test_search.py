@@ -1,4 +1,5 @@
 import dataclasses
+import math
 import tomllib
 
 import optuna
@@ -63,6 +64,16 @@ def test_the_recipes_own_settings_are_tried_first_and_all_are_at_the_tuning_seed
         assert each.run.manifest.recipe["optimizer"]["lr"] == each.settings["lr"]
         assert 0.003 <= each.settings["lr"] <= 3
         assert float(f"{each.settings['damping']:.3g}") == each.settings["damping"]
+
+
+def test_the_next_trials_are_spread_and_the_same_for_every_optimizer(recipe, options, tmp_path):
+    rates = {}
+    for name in ("sgd", "ngplus"):
+        tried = Search(recipe, name, options, tmp_path).run(5)
+        rates[name] = [each.settings["lr"] for each in tried[1:]]
+    assert rates["sgd"] == rates["ngplus"]
+    quarters = [int(4 * math.log10(rate / 0.003) / 3) for rate in rates["sgd"]]
+    assert sorted(quarters) == [0, 1, 2, 3]
 
 
 def test_some_trials_are_stopped_and_the_best_is_one_that_was_not(recipe, options, tmp_path):
