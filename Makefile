@@ -100,6 +100,7 @@ bench: $(STAMP)  ## what a step costs under each optimizer, on the four models
 	$(PYTHON) -m experiments.bench.steps
 	$(PYTHON) -m experiments.bench.steps --model resnet50-32 --optimizer ngplus
 	$(PYTHON) -m experiments.bench.rows
+	$(PYTHON) -m experiments.bench.chart
 
 gpu: $(STAMP)  ## everything that wants a GPU, in one call: tests, benches, SchNet at the paper's scale (MINUTES=25)
 	$(PYTHON) -m experiments.bench.gpu --minutes $(MINUTES)
