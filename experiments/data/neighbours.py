@@ -16,7 +16,10 @@ from experiments.data.array_folder import folder_sha256, open_folder, prepare_fo
 from experiments.data.structures import Structures
 
 CHUNK = 2000
-"""Structures that a process takes at a time; so many or fewer are done in this process."""
+"""Structures that a process takes at a time."""
+
+FEW = 5000
+"""So many structures are done in this process: to start others takes longer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +55,12 @@ def find_neighbours(structures: Structures, cutoff: float) -> Neighbours:
     if not cutoff > 0:
         raise ValueError(f"cutoff = {cutoff}: must be positive")
     found = list(_in_chunks(structures, cutoff))
-    if not (pairs := sum(len(part.centres) for part in found)):
+    if not any(len(part.centres) for part in found):
         raise ValueError(f"cutoff = {cutoff}: no two atoms of any structure are so near to each other")
     index = np.min_scalar_type(int(structures.n_atoms.max()) - 1)
     sizes = np.concatenate([np.diff(part.starts) for part in found])
     starts = np.zeros(len(structures) + 1, np.int64)
     np.cumsum(sizes, out=starts[1:])
-    assert starts[-1] == pairs
     return Neighbours(
         centres=np.concatenate([part.centres for part in found]).astype(index),
         others=np.concatenate([part.others for part in found]).astype(index),
@@ -87,14 +89,14 @@ def prepare_neighbours(folder: Path, structures: Structures, cutoff: float, *, r
 
 
 def _in_chunks(structures: Structures, cutoff: float) -> Iterator[Neighbours]:
+    work = partial(_of_chunk, cutoff=cutoff)
+    if len(structures) <= FEW:
+        yield work(structures)
+        return
     parts = [
         structures.select(np.arange(start, min(start + CHUNK, len(structures))))
         for start in range(0, len(structures), CHUNK)
     ]
-    work = partial(_of_chunk, cutoff=cutoff)
-    if len(parts) == 1:
-        yield work(parts[0])
-        return
     # Not forked: torch has started its threads, and a fork would inherit their locks.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(len(parts), os.cpu_count() or 1), context) as pool:

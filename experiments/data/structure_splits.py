@@ -67,9 +67,7 @@ def cut(
     """
     limits = [test_size, validation_size, len(order) if train_size is None else train_size]
     if (wanted := test_size + validation_size + (train_size or 0)) > len(order):
-        raise ValueError(
-            f"test_size + validation_size + train_size = {wanted}: must not exceed the {len(order)} structures there are"
-        )
+        raise ValueError(f"test_size + validation_size + train_size = {wanted}: there are {len(order)} structures only")
     owner = _deal(order, groups, limits)
     parts = [order[owner == part] for part in range(3)]
     names = ("test_size", "validation_size", "train_size")

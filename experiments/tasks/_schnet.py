@@ -109,6 +109,8 @@ class SchNetTask:
     metric: Metric
     aggregation: str
     """schnetpack's name for how atoms make up a structure's target: ``"sum"`` or ``"avg"``."""
+    kind: str
+    """What a structure is called in tables."""
 
     def __init__(self, settings: SplitSettings, data: StructureSet, *, where: str) -> None:
         self.settings, self._structures = settings, data.structures
@@ -130,9 +132,6 @@ class SchNetTask:
             train_size=train_size,
             eval_size=len(self._split.test),
         )
-
-    kind: str
-    """What a structure is called in tables."""
 
     def baseline(self, train: np.ndarray) -> np.ndarray:
         """The part of every structure's target that needs no network, float64, (N,).
@@ -183,8 +182,8 @@ class SchNetTask:
             raise ValueError(f"the {split} split is empty: set {split}_size in the recipe's [task] table")
         device = next(model.parameters()).device
         squared, absolute = torch.zeros(2, dtype=torch.float64, device=device)
-        for batch in self._assembled(indices[start : start + EVAL_BATCH] for start in range(0, len(indices), EVAL_BATCH)):
-            batch = self.to_device(batch, device)
+        parts = (indices[start : start + EVAL_BATCH] for start in range(0, len(indices), EVAL_BATCH))
+        for batch in (self.to_device(batch, device) for batch in self._assembled(parts)):
             error = (_predict(model, batch).float() - batch[TARGET]).double()
             squared += error.square().sum()
             absolute += error.abs().sum()
