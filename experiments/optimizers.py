@@ -4,7 +4,7 @@ A new one is a settings dataclass, a function that builds it, and a line in `OPT
 recipe leaves out keeps the optimizer's own default.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -140,7 +140,7 @@ class NGPlusSettings(_LearningRate):
     solver: Literal["auto", "dense", "low_rank", "sketched"] = "auto"
     block_size: int | None = None
     sketch_size: int | None = None
-    batch_dim: int | Mapping[str, int] = 0
+    batch_dim: int = 0
     max_samples: int | None = None
     nonfinite: Literal["skip", "raise"] = "skip"
 

@@ -19,6 +19,7 @@ from experiments.data.fairseq_folder import Folder
 from experiments.data.fairseq_library import LabelSmoothedCrossEntropyCriterion, TransformerModel
 from experiments.data.parallel_text import Pair
 from experiments.data.text_corpus import CorpusSettings, corpus_folder
+from experiments.fairseq_plugin.padding import sentence_index
 from experiments.settings import SettingsError, read_settings
 from experiments.tasks._translation import (
     Batch,
@@ -138,6 +139,10 @@ class TransformerIWSLT14:
         loss, metric = (sums / tokens).tolist()
         bleu = self._translator.bleu(model, self._to_translate[split], device)
         return Evaluation(loss=loss, metric=metric, others=bleu)
+
+    def sample_index(self, batch: Batch) -> dict[str, Tensor]:
+        """Which sentence each row of each layer's input belongs to, -1 for padding; see `sentence_index`."""
+        return sentence_index(batch, self._task.source_dictionary.pad(), self._task.target_dictionary.pad())
 
     def to_device(self, batch: Batch, device: str | torch.device) -> Batch:
         """The batch on a device."""
