@@ -21,6 +21,7 @@ TUNE = $(EXPERIMENTS) tune --scale $(SCALE) $(if $(TRIALS),--trials $(TRIALS)) $
 .PHONY: help setup test lint lock reproduce reproduce-resnet50 reproduce-figure1 reproduce-theory
 .PHONY: reproduce-iwslt14 data-libreoffice-help data-ding data-iwslt14
 .PHONY: reproduce-dlrm data-flights data-criteo
+.PHONY: reproduce-qm9 reproduce-matproj data-qm9 data-matproj bench-schnet-loading
 .PHONY: data-fashion-mnist bench bench-curvature gpu tune-resnet50 tune-qm9 tune-matproj tune-iwslt14 tune-dlrm
 
 help:  ## list the targets
@@ -38,11 +39,21 @@ test: $(STAMP)  ## run the tests
 lint: $(STAMP)  ## check the code: ruff, mypy
 	$(VENV)/bin/ruff format --check . && $(VENV)/bin/ruff check . && $(VENV)/bin/mypy
 
-reproduce: reproduce-resnet50 reproduce-iwslt14 reproduce-dlrm  ## train every task there is, by default at scale tiny, and print the comparison
+reproduce: reproduce-resnet50 reproduce-qm9 reproduce-matproj reproduce-iwslt14 reproduce-dlrm  ## train every task there is, by default at scale tiny, and print the comparison
 
 reproduce-resnet50: $(STAMP)  ## ResNet on images: SCALE=tiny (minutes), small (hours), paper (ImageNet)
 	$(EXPERIMENTS) run resnet50-imagenet --scale $(SCALE) --results-dir $(RESULTS) $(RUN_OPTIONS)
 	$(EXPERIMENTS) table resnet50-imagenet --scale $(SCALE) --results-dir $(RESULTS)
+
+reproduce-qm9: $(STAMP)  ## SchNet on molecules: SCALE=tiny, small (20,000 of QM9), paper (all of QM9)
+	$(if $(filter small paper,$(SCALE)),$(EXPERIMENTS) data qm9)
+	$(EXPERIMENTS) run schnet-qm9 --scale $(SCALE) --results-dir $(RESULTS) $(RUN_OPTIONS)
+	$(EXPERIMENTS) table schnet-qm9 --scale $(SCALE) --results-dir $(RESULTS)
+
+reproduce-matproj: $(STAMP)  ## SchNet on crystals: SCALE=tiny, small (3,938 crystals), paper (schnetpack's database)
+	$(if $(filter small,$(SCALE)),$(EXPERIMENTS) data materials-project)
+	$(EXPERIMENTS) run schnet-matproj --scale $(SCALE) --results-dir $(RESULTS) $(RUN_OPTIONS)
+	$(EXPERIMENTS) table schnet-matproj --scale $(SCALE) --results-dir $(RESULTS)
 
 reproduce-iwslt14: $(STAMP)  ## the Transformer on German-English: SCALE=tiny, small (help pages), paper (IWSLT14)
 	$(if $(filter small,$(SCALE)),$(EXPERIMENTS) data libreoffice-help)
@@ -84,6 +95,12 @@ data-libreoffice-help: $(STAMP)  ## fetch the German and English help pages of L
 data-ding: $(STAMP)  ## fetch the example sentences of the Ding dictionary
 	$(EXPERIMENTS) data ding
 
+data-qm9: $(STAMP)  ## fetch all of QM9, 104 MB, and parse it, for SCALE=small and paper
+	$(EXPERIMENTS) data qm9
+
+data-matproj: $(STAMP)  ## fetch 3,938 crystals of the Materials Project, for SCALE=small
+	$(EXPERIMENTS) data materials-project
+
 data-flights: $(STAMP)  ## fetch the flights out of New York in 2013
 	$(EXPERIMENTS) data flights
 
@@ -95,6 +112,9 @@ data-iwslt14: $(STAMP)  ## make IWSLT14 ready: RAW=de-en.tgz, the folder in it, 
 
 bench-curvature: $(STAMP)  ## what building the curvature of resnet50 costs beside a forward and backward
 	$(PYTHON) -m experiments.bench.curvature
+
+bench-schnet-loading: $(STAMP)  ## what loading adds to a training step of SchNet
+	$(PYTHON) -m experiments.bench.schnet_loading
 
 bench: $(STAMP)  ## what a step costs under each optimizer, on the four models
 	$(PYTHON) -m experiments.bench.steps
