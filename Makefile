@@ -108,7 +108,7 @@ data-criteo: $(STAMP)  ## make data/criteo/train.txt of Criteo Kaggle ready: onc
 	$(EXPERIMENTS) data criteo
 
 data-iwslt14: $(STAMP)  ## make IWSLT14 ready: RAW=de-en.tgz, the folder in it, or one of fairseq-preprocess
-	$(PYTHON) -m experiments.data.iwslt14 $(RAW)
+	$(PYTHON) -m experiments.data.iwslt14_archive $(RAW)
 
 bench-curvature: $(STAMP)  ## what building the curvature of resnet50 costs beside a forward and backward
 	$(PYTHON) -m experiments.bench.curvature

@@ -28,6 +28,7 @@ with unchanged_logging(), warnings.catch_warnings():
     from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterion
     from fairseq.data import Dictionary, LanguagePairDataset, data_utils
     from fairseq.data.indexed_dataset import MMapIndexedDataset
+    from fairseq.data.indexed_dataset import _code_to_dtype as NUMBER_KINDS
     from fairseq.models import ARCH_CONFIG_REGISTRY
     from fairseq.models.transformer import TransformerModel
     from fairseq.sequence_generator import SequenceGenerator
@@ -42,6 +43,7 @@ logging.getLogger("fairseq_cli").setLevel(logging.WARNING)
 
 __all__ = [
     "ARCH_CONFIG_REGISTRY",
+    "NUMBER_KINDS",
     "Dictionary",
     "LabelSmoothedCrossEntropyCriterion",
     "LanguagePairDataset",

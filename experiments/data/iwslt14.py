@@ -1,50 +1,20 @@
-"""IWSLT14 German-English: from the official archive, or from a folder that ``fairseq-preprocess`` made of it.
+"""IWSLT14 German-English, as a folder of ``fairseq-preprocess`` in ``<data_dir>/iwslt14``.
 
-``python -m experiments.data.iwslt14 RAW`` takes either and leaves ``<data_dir>/iwslt14``. The archive is
-``de-en.tgz`` of the 2014 evaluation campaign, or the folder it unpacks to:
-
-    de-en/train.tags.de-en.{de,en}                     a sentence a line, between lines of tags
-    de-en/IWSLT14.TED.{dev2010,tst2010,…}.de-en.{de,en}.xml    <seg id="1"> a sentence </seg>
-    de-en/IWSLT14.TEDX.dev2012.de-en.{de,en}.xml
-
-What is made of it is what fairseq's recipe makes: Moses tokens in lower case; training pairs of 1 to 175 tokens
-whose lengths differ by a factor of at most 1.5, every 23rd of them for validation; all five dev and test sets
-together for testing; 10,000 joint merges of byte pair encoding.
+`experiments.data.iwslt14_archive` puts it there.
 
 Licence: Creative Commons BY-NC-ND, copyright TED; the user gets the archive, it is in no package.
 """
 
-import argparse
-import re
-import shutil
-import sys
-import tarfile
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from html import unescape
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from experiments.data.bpe import TokenPair, clean, tokenise
-from experiments.data.checksum import DataFileError
-from experiments.data.parallel_text import read_lines
-from experiments.errors import UserError
 
 if TYPE_CHECKING:  # importing fairseq takes its time, and not everything here needs it
     from experiments.data.fairseq_folder import Folder
 
 NAME = "iwslt14"
 LICENCE = "CC BY-NC-ND 4.0, TED"
-MERGES = 10_000
 REMEDY = "run `make data-iwslt14 RAW=<de-en.tgz, or a folder of fairseq-preprocess>`"
-EVAL_SETS = ("TED.dev2010", "TEDX.dev2012", "TED.tst2010", "TED.tst2011", "TED.tst2012")
 OFFICIAL_SIZES = {"train": 160_239, "valid": 7_283, "test": 6_750}  # of fairseq's recipe
-
-_TAG_LINE = re.compile(r"<(url|talkid|keywords|speaker|reviewer|translator|doc|/doc)\b")
-_TITLE = re.compile(r"</?(title|description)>")
-_SEGMENT = re.compile(r"<seg id=\"\d+\">(.*)</seg>")
-_VALIDATION_EVERY = 23
 
 
 def prepare(data_dir: Path) -> Path:
@@ -57,7 +27,7 @@ def prepare(data_dir: Path) -> Path:
 
 
 def load(data_dir: Path) -> "Folder":
-    """The folder that `convert` or ``fairseq-preprocess`` left in ``<data_dir>/iwslt14``.
+    """The folder, checked from end to end.
 
     Raises:
         DataFileError: it is not there or not whole.
@@ -71,132 +41,3 @@ def title_of(folder: "Folder") -> str:
     """What a folder may be called: only the campaign's own sentences are IWSLT14."""
     official = folder.about.get("source") == NAME or dict(folder.sizes) == OFFICIAL_SIZES
     return "IWSLT14 de-en" if official else "de-en folder of fairseq-preprocess"
-
-
-def convert(raw: Path, data_dir: Path, *, merges: int = MERGES) -> "Folder":
-    """Put ``<data_dir>/iwslt14`` together.
-
-    Args:
-        raw: the official archive, the folder it unpacks to, or a folder that ``fairseq-preprocess`` made, which
-            is copied as it is.
-        data_dir: where the datasets lie.
-        merges: operations of the byte pair encoding.
-
-    Raises:
-        DataFileError: ``raw`` is none of these, or a file of it is missing or damaged.
-    """
-    from experiments.data.fairseq_folder import read_folder
-    from experiments.data.text_corpus import subword_folder
-
-    target = data_dir / NAME
-    data_dir.mkdir(parents=True, exist_ok=True)
-    if (raw / "dict.de.txt").is_file():
-        read_folder(raw, "make it again with fairseq-preprocess")
-        _copy(raw, target)
-    else:
-        with _unpacked(raw) as folder:
-            splits, dropped = read_official(folder)
-        subword_folder(splits, merges, target, {"source": NAME, "left out of train and valid": dropped})
-    return read_folder(target, REMEDY)
-
-
-def _copy(source: Path, target: Path) -> None:
-    if source.resolve() == target.resolve():
-        return
-    partial = target.with_name(target.name + ".part")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(source, partial)
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
-
-
-@contextmanager
-def _unpacked(raw: Path) -> Iterator[Path]:
-    """The folder with the training files, unpacked for as long as it is needed."""
-    if raw.is_dir():
-        yield _inner(raw)
-        return
-    with tempfile.TemporaryDirectory() as scratch:
-        try:
-            with tarfile.open(raw) as archive:
-                archive.extractall(scratch, filter="data")
-        except (tarfile.TarError, OSError, EOFError) as error:
-            raise DataFileError(f"{raw}: neither a folder nor a tar archive that can be read: {error}") from None
-        yield _inner(Path(scratch))
-
-
-def _inner(folder: Path) -> Path:
-    found = sorted(folder.rglob("train.tags.de-en.de"))
-    if not found:
-        raise DataFileError(
-            f"{folder} holds neither train.tags.de-en.de, as the official archive does, nor dict.de.txt"
-        )
-    return found[0].parent
-
-
-def read_official(folder: Path) -> tuple[dict[str, list[TokenPair]], dict[str, int]]:
-    """The tokens of the three splits, and how many training pairs were left out by reason.
-
-    Raises:
-        DataFileError: a file is missing or not UTF-8, or the languages have not equally many sentences.
-    """
-    pairs, dropped = clean(tokenise(_training_pairs(folder), lowercase=True))
-    numbered = list(enumerate(pairs, 1))
-    test = [pair for name in EVAL_SETS for pair in _eval_pairs(folder, name)]
-    return {
-        "train": [pair for number, pair in numbered if number % _VALIDATION_EVERY],
-        "valid": [pair for number, pair in numbered if not number % _VALIDATION_EVERY],
-        "test": tokenise(test, lowercase=True),
-    }, dict(dropped)
-
-
-def _training_pairs(folder: Path) -> list[tuple[str, str]]:
-    """The training sentences, the lines of tags left out, titles and descriptions taken as sentences."""
-    sides = []
-    for language in ("de", "en"):
-        path = folder / f"train.tags.de-en.{language}"
-        lines = [(number, line) for number, line in enumerate(read_lines(path), 1) if not _TAG_LINE.match(line)]
-        sides.append([(f"{path}, line {number}", _TITLE.sub("", line).strip()) for number, line in lines])
-    return _paired(*sides)
-
-
-def _eval_pairs(folder: Path, name: str) -> list[tuple[str, str]]:
-    """The sentences of a dev or test set."""
-    sides = []
-    for language in ("de", "en"):
-        path = folder / f"IWSLT14.{name}.de-en.{language}.xml"
-        found = [(number, _SEGMENT.search(line)) for number, line in enumerate(read_lines(path), 1)]
-        sides.append(
-            [(f"{path}, line {number}", unescape(hit[1]).strip().replace("’", "'")) for number, hit in found if hit]
-        )
-    return _paired(*sides)
-
-
-def _paired(german: list[tuple[str, str]], english: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Sentences, each with its place, as pairs."""
-    short = min(len(german), len(english))
-    if len(german) != len(english):
-        where, _ = (german if len(german) > short else english)[short]
-        raise DataFileError(
-            f"{where} has no counterpart: there are {len(german):,} German and {len(english):,} English sentences"
-        )
-    return [(de, en) for (_, de), (_, en) in zip(german, english, strict=True)]
-
-
-def main() -> None:
-    """Make the folder and say what is in it; what a user can mend is one line and exit status 2."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.data.iwslt14", description=main.__doc__)
-    parser.add_argument("raw", type=Path, help="de-en.tgz, the folder it unpacks to, or one of fairseq-preprocess")
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where the datasets lie")
-    arguments = parser.parse_args()
-    try:
-        folder = convert(arguments.raw, arguments.data_dir)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    sizes = ", ".join(f"{count:,} {split}" for split, count in folder.sizes.items())
-    print(f"{folder.path}: {title_of(folder)}: {sizes} pairs; {folder.about or 'taken as it was'}")
-
-
-if __name__ == "__main__":
-    main()
