@@ -1,4 +1,4 @@
-"""``comparison.csv``: a row an optimizer, medians over seeds, misses censored."""
+"""``comparison.csv``: a row an optimizer, medians over seeds, misses censored, differences tested."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -9,9 +9,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from experiments.analysis.outcomes import Outcome, outcome
 from experiments.analysis.runs import Comparable, load_comparable
-from experiments.analysis.statistics import MedianInterval, PairedTest, median_interval, paired_test
-from experiments.records import Epoch, Run
+from experiments.analysis.statistics import (
+    MedianInterval,
+    PairedTest,
+    holm,
+    median_interval,
+    paired_difference,
+    paired_test,
+)
+from experiments.analysis.survival import TimesToTarget
+from experiments.records import Run
 
 COLUMNS = (
     "task",
@@ -28,9 +37,18 @@ COLUMNS = (
     "epochs_to_target",
     "epochs_to_target_low",
     "epochs_to_target_high",
+    "epochs_to_target_restricted_mean",
+    "steps_to_target",
+    "steps_to_target_low",
+    "steps_to_target_high",
+    "steps_to_target_restricted_mean",
     "wall_time_to_target_s",
     "wall_time_to_target_s_low",
     "wall_time_to_target_s_high",
+    "wall_time_to_target_s_restricted_mean",
+    "restricted_to_epochs",
+    "restricted_to_steps",
+    "restricted_to_s",
     "time_per_epoch_s",
     "curvature_s_per_epoch",
     "inverse_s_per_epoch",
@@ -43,10 +61,27 @@ COLUMNS = (
     "interval_coverage",
     "reference",
     "epochs_vs_reference",
+    "epochs_difference",
+    "epochs_difference_low",
+    "epochs_difference_high",
     "p_value",
+    "p_value_holm",
+    "p_value_exact",
     "p_test",
     "p_reason",
+    "wall_time_difference_s",
+    "wall_time_difference_s_low",
+    "wall_time_difference_s_high",
+    "wall_time_p_value",
+    "wall_time_p_value_holm",
+    "wall_time_p_value_exact",
+    "wall_time_p_test",
+    "best_metric_difference",
+    "best_metric_difference_low",
+    "best_metric_difference_high",
     "best_metric_p_value",
+    "best_metric_p_value_holm",
+    "best_metric_p_value_exact",
     "best_metric_p_test",
     "device",
     "dataset_sha256",
@@ -59,14 +94,19 @@ def compare(results_dir: Path, task: str, scale: str) -> pd.DataFrame:
     Returns:
         A row an optimizer, the reference first, with `COLUMNS`:
 
-        - ``epochs_to_target``, ``wall_time_to_target_s``: median over seeds of the first epoch whose metric
-          reaches the target. A run that misses is infinitely late, so the median is infinite when half of
-          the seeds or more missed, and NaN without a target. ``_low`` and ``_high`` are order statistics,
-          ``interval_coverage`` their coverage (`statistics.median_interval`).
+        - ``epochs_to_target``, ``steps_to_target``, ``wall_time_to_target_s``: the Kaplan-Meier median over
+          seeds of the first epoch whose metric reaches the target; a run that misses, or diverges, is censored.
+          Infinite if fewer than half of the seeds reach it, NaN without a target. ``_low`` and ``_high`` are
+          order statistics, ``interval_coverage`` their coverage (`statistics.median_interval`).
+        - ``..._restricted_mean``: the mean of these times, each at most ``restricted_to_...``, which is how long
+          every optimizer was watched for.
         - ``time_per_epoch_s`` and the split ``curvature_s_per_epoch`` ...: medians, on the training clock.
         - ``best_metric``: median of each run's best epoch; ``best_metric_std`` is over seeds (n − 1).
         - ``epochs_vs_reference``: ratio of the two medians, NaN unless both are finite.
-        - ``p_value``: of ``p_test`` on the epochs to target against the reference; NaN with ``p_reason``.
+        - ``epochs_difference``, ``wall_time_difference_s``, ``best_metric_difference``: mean over the seeds that
+          both have of the value less the reference's, with a bootstrap interval; times restricted as above.
+        - ``p_value`` of ``p_test``, the same for the other two; ``_holm`` is corrected over the optimizers of
+          the table, ``_exact`` is of the sign-flip permutation test; NaN with ``p_reason``.
 
         ``attrs["complaints"]`` names the records that were left out.
 
@@ -75,8 +115,15 @@ def compare(results_dir: Path, task: str, scale: str) -> pd.DataFrame:
     """
     comparable = load_comparable(results_dir, task, scale)
     frame = summarise(comparable)
-    _write(frame, comparable.folder / "comparison.csv")
+    write_csv(frame, comparable.folder / "comparison.csv")
     return frame
+
+
+def write_csv(frame: pd.DataFrame, path: Path) -> None:
+    """Replace the file as a whole, so that a kill leaves the old table or the new one."""
+    partial = path.with_suffix(".csv.partial")
+    frame.to_csv(partial, index=False, float_format="%.6g")
+    partial.replace(path)
 
 
 def summarise(comparable: Comparable) -> pd.DataFrame:
@@ -84,81 +131,47 @@ def summarise(comparable: Comparable) -> pd.DataFrame:
     runs = comparable.by_optimizer()
     reference = comparable.reference()
     outcomes = {name: {run.manifest.seed: outcome(run, comparable.target) for run in own} for name, own in runs.items()}
-    rows = [_row(own[0], outcomes[name], outcomes[reference], reference) for name, own in runs.items()]
-    frame = pd.DataFrame(rows, columns=list(COLUMNS))
-    frame["target"] = math.nan if comparable.target is None else comparable.target
+    horizon = _horizon(outcomes)
+    rows = [_row(own[0], outcomes[name], outcomes[reference], horizon) for name, own in runs.items()]
+    frame = pd.DataFrame(rows).assign(
+        reference=reference, target=math.nan if comparable.target is None else comparable.target
+    )
+    frame["epochs_vs_reference"] = _ratios(frame)
+    for name in ("p_value", "wall_time_p_value", "best_metric_p_value"):
+        frame[f"{name}_holm"] = holm(frame[name])
+    frame = frame[list(COLUMNS)]
     frame.attrs["complaints"] = list(comparable.complaints)
     return frame
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What one run came to.
+class _Horizon:
+    """How long every optimizer was watched for."""
 
-    Attributes:
-        epochs_to_target: infinite if it missed, NaN without a target.
-        seconds_to_target: the same on the training clock.
-        best_metric: over its epochs; NaN if it never was a number.
-        seconds_per_epoch: median over its epochs, NaN if it has none.
-        curvature_s: seconds an epoch spent on curvature, NaN if not reported.
-        inverse_s: the same for inversions.
-        apply_s: the same for applying the preconditioner.
-        peak_memory_mb: the most of any epoch, MiB.
-        diverged: whether it ended because its loss stopped being a number.
-    """
-
-    epochs_to_target: float
-    seconds_to_target: float
-    best_metric: float
-    seconds_per_epoch: float
-    curvature_s: float
-    inverse_s: float
-    apply_s: float
-    peak_memory_mb: float
-    diverged: bool
+    epochs: float
+    steps: float
+    seconds: float
 
 
-def outcome(run: Run, target: float | None) -> Outcome:
-    """Reduce a finished run to an `Outcome`."""
-    hit = _first_hit(run, target)
-    missed = math.inf if target is not None else math.nan
-    seconds = np.diff([epoch.seconds for epoch in run.epochs])
-    return Outcome(
-        epochs_to_target=hit.epoch if hit else missed,
-        seconds_to_target=hit.seconds if hit else missed,
-        best_metric=run.best_metric,
-        seconds_per_epoch=float(np.median(seconds)) if len(seconds) else math.nan,
-        curvature_s=_per_epoch(run, lambda epoch: epoch.curvature_s),
-        inverse_s=_per_epoch(run, lambda epoch: epoch.inverse_s),
-        apply_s=_per_epoch(run, lambda epoch: epoch.apply_s),
-        peak_memory_mb=max((epoch.peak_memory_mb for epoch in run.epochs), default=math.nan),
-        diverged=run.end is not None and run.end.reason == "diverged",
+def _horizon(outcomes: Mapping[str, Mapping[int, Outcome]]) -> _Horizon:
+    """The least, over optimizers, of the longest that a run was watched for, leaving out what diverged."""
+    whole = [[each for each in own.values() if not each.diverged] for own in outcomes.values()]
+    whole = [own for own in whole if own] or [list(own.values()) for own in outcomes.values()]
+
+    def least(value: Callable[[Outcome], float]) -> float:
+        return min(max(map(value, own)) for own in whole)
+
+    return _Horizon(
+        epochs=least(lambda each: each.epochs),
+        steps=least(lambda each: each.steps),
+        seconds=least(lambda each: each.seconds),
     )
 
 
-def _first_hit(run: Run, target: float | None) -> Epoch | None:
-    if target is None:
-        return None
-    sign = 1 if run.manifest.metric.higher_is_better else -1
-    reached = (e for e in run.epochs if e.metric is not None and sign * e.metric >= sign * target)
-    return next(reached, None)
-
-
-def _per_epoch(run: Run, part: Callable[[Epoch], float | None]) -> float:
-    """Mean seconds an epoch of a cumulative counter."""
-    last = run.epochs[-1] if run.epochs else None
-    total = part(last) if last and last.epoch else None
-    return math.nan if total is None else total / last.epoch
-
-
-def _row(run: Run, own: Mapping[int, Outcome], reference: Mapping[int, Outcome], name: str) -> dict[str, Any]:
+def _row(run: Run, own: Mapping[int, Outcome], reference: Mapping[int, Outcome], horizon: _Horizon) -> dict[str, Any]:
     """One optimizer's row; `own` and `reference` are by seed."""
     manifest, outcomes = run.manifest, list(own.values())
-    epochs = _interval([each.epochs_to_target for each in outcomes])
-    wall = _interval([each.seconds_to_target for each in outcomes])
-    metric = _interval([each.best_metric for each in outcomes])
-    test = _versus(own, reference, lambda each: each.epochs_to_target)
-    metric_test = _versus(own, reference, lambda each: each.best_metric)
+    coverage = _interval([each.epochs_to_target for each in outcomes]).coverage
     return {
         "task": manifest.task,
         "scale": manifest.scale,
@@ -170,26 +183,50 @@ def _row(run: Run, own: Mapping[int, Outcome], reference: Mapping[int, Outcome],
         "metric": manifest.metric.name,
         "target_rule": manifest.target if isinstance(manifest.target, str) else "",
         "epochs": manifest.epochs,
-        **_named("epochs_to_target", epochs),
-        **_named("wall_time_to_target_s", wall),
+        **_times("epochs_to_target", own, lambda each: (each.epochs_to_target, each.epochs), horizon.epochs),
+        **_times("steps_to_target", own, lambda each: (each.steps_to_target, each.steps), horizon.steps),
+        **_times("wall_time_to_target_s", own, lambda each: (each.seconds_to_target, each.seconds), horizon.seconds),
+        "restricted_to_epochs": horizon.epochs,
+        "restricted_to_steps": horizon.steps,
+        "restricted_to_s": horizon.seconds,
         "time_per_epoch_s": _median([each.seconds_per_epoch for each in outcomes]),
         "curvature_s_per_epoch": _median([each.curvature_s for each in outcomes]),
         "inverse_s_per_epoch": _median([each.inverse_s for each in outcomes]),
         "apply_s_per_epoch": _median([each.apply_s for each in outcomes]),
-        **_named("best_metric", metric),
+        **_named("best_metric", _interval([each.best_metric for each in outcomes])),
         "best_metric_std": _std([each.best_metric for each in outcomes]),
         "peak_memory_mb": _median([each.peak_memory_mb for each in outcomes]),
-        "interval_coverage": epochs.coverage,
-        "reference": name,
-        "epochs_vs_reference": _ratio(epochs.median, [each.epochs_to_target for each in reference.values()]),
-        "p_value": test.p_value,
-        "p_test": test.name,
-        "p_reason": test.reason,
-        "best_metric_p_value": metric_test.p_value,
-        "best_metric_p_test": metric_test.name,
+        "interval_coverage": coverage,
+        **_versus("epochs_difference", "p", own, reference, lambda each: each.epochs_to_target, horizon.epochs),
+        **_versus(
+            "wall_time_difference_s",
+            "wall_time_p",
+            own,
+            reference,
+            lambda each: each.seconds_to_target,
+            horizon.seconds,
+        ),
+        **_versus("best_metric_difference", "best_metric_p", own, reference, lambda each: each.best_metric, math.inf),
         "device": manifest.device,
         "dataset_sha256": manifest.dataset.sha256,
     }
+
+
+def _times(
+    name: str, own: Mapping[int, Outcome], value: Callable[[Outcome], tuple[float, float]], until: float
+) -> dict[str, float]:
+    """Median, interval and restricted mean of a time; `value` is the time and how long the run was watched."""
+    names = (name, f"{name}_low", f"{name}_high", f"{name}_restricted_mean")
+    found = [value(each) for each in own.values()]
+    if any(math.isnan(time) for time, _ in found):
+        return dict.fromkeys(names, math.nan)
+    # A run that diverged never reaches the target: it is no shorter watched than the others.
+    longest = max(until, *(watched for _, watched in found))
+    diverged = [each.diverged for each in own.values()]
+    watched = [longest if gone else seen for (_, seen), gone in zip(found, diverged, strict=True)]
+    times = TimesToTarget(values=[time for time, _ in found], watched=watched)
+    interval = median_interval(times.values)
+    return dict(zip(names, (times.median(), interval.low, interval.high, times.restricted_mean(until)), strict=True))
 
 
 def _named(name: str, interval: MedianInterval) -> dict[str, float]:
@@ -212,24 +249,31 @@ def _std(values: list[float]) -> float:
     return float(np.std(known, ddof=1)) if len(known) > 1 else math.nan
 
 
-def _ratio(median: float, reference: list[float]) -> float:
-    other = _median(reference)
-    return median / other if math.isfinite(median) and math.isfinite(other) and other else math.nan
+def _ratios(frame: pd.DataFrame) -> pd.Series:
+    """Each optimizer's median epochs to the target over the reference's, NaN unless both are finite."""
+    epochs = frame["epochs_to_target"].where(np.isfinite(frame["epochs_to_target"]))
+    return epochs / (epochs.iloc[0] or math.nan)
 
 
 def _versus(
-    own: Mapping[int, Outcome], reference: Mapping[int, Outcome], value: Callable[[Outcome], float]
-) -> PairedTest:
-    if own is reference:
-        return PairedTest(p_value=math.nan, name="", reason="is the reference")
-    ours, theirs = (
-        {seed: value(each) for seed, each in side.items() if not math.isnan(value(each))} for side in (own, reference)
-    )
-    return paired_test(ours, theirs)
-
-
-def _write(frame: pd.DataFrame, path: Path) -> None:
-    """Replace the file as a whole, so that a kill leaves the old table or the new one."""
-    partial = path.with_suffix(".csv.partial")
-    frame.to_csv(partial, index=False, float_format="%.6g")
-    partial.replace(path)
+    difference: str,
+    test: str,
+    own: Mapping[int, Outcome],
+    reference: Mapping[int, Outcome],
+    value: Callable[[Outcome], float],
+    until: float,
+) -> dict[str, Any]:
+    """The columns of one value's paired difference and test."""
+    ours, theirs = ({seed: value(each) for seed, each in side.items()} for side in (own, reference))
+    same = own is reference
+    found = PairedTest(reason="is the reference") if same else paired_test(ours, theirs, until=until)
+    gap = paired_difference(ours if not same else {}, theirs, until=until)
+    columns = {
+        difference: gap.mean,
+        f"{difference}_low": gap.low,
+        f"{difference}_high": gap.high,
+        f"{test}_value": found.p_value,
+        f"{test}_value_exact": found.exact_p_value,
+        f"{test}_test": found.name,
+    }
+    return columns | ({"p_reason": found.reason} if test == "p" else {})

@@ -1,4 +1,4 @@
-"""Medians, intervals and paired tests over seeds, in which a run that misses its target is infinitely late."""
+"""Intervals, differences and tests over seeds, in which a run that misses its target is infinitely late."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,6 +9,8 @@ from scipy import stats
 
 LEVEL = 0.95
 MIN_PAIRS = 3
+# The same records give the same intervals.
+RESAMPLING_SEED = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,35 +67,107 @@ class PairedTest:
         p_value: NaN where there is nothing to test.
         name: the test, with the number of pairs.
         reason: why `p_value` is NaN, else empty.
+        exact_p_value: of the sign-flip permutation test; with n seeds it is never under ``2 / 2ⁿ``, which is
+            .0625 for five.
     """
 
-    p_value: float
-    name: str
-    reason: str
+    p_value: float = math.nan
+    name: str = ""
+    reason: str = ""
+    exact_p_value: float = math.nan
 
 
-def paired_test(ours: Mapping[int, float], reference: Mapping[int, float]) -> PairedTest:
+def paired_test(ours: Mapping[int, float], reference: Mapping[int, float], *, until: float = math.inf) -> PairedTest:
     """Test whether values differ, seed by seed.
 
-    With finite differences that vary it is Student's paired t-test. With a miss (infinite) or equal
-    differences it is the sign test, which only asks which of the two was earlier; ties and seeds in which
-    both missed do not count in it.
+    With finite differences that vary it is Student's paired t-test. With a miss (infinite) or equal differences
+    it is the permutation test that flips the sign of each seed's difference, over all flips; a miss then counts
+    as `until`, so that two misses are a tie.
 
     Args:
         ours: value by seed; infinite for a miss.
         reference: the same of the reference.
+        until: how long runs were watched for, finite if one missed.
     """
-    seeds = sorted(set(ours) & set(reference))
-    pairs = [(ours[seed], reference[seed]) for seed in seeds]
+    pairs = _pairs(ours, reference)
     if len(pairs) < MIN_PAIRS:
-        return PairedTest(p_value=math.nan, name="", reason=f"fewer than {MIN_PAIRS} seeds in common")
-    signs = [int(mine > other) - int(mine < other) for mine, other in pairs]
-    if not any(signs):
-        return PairedTest(p_value=math.nan, name="", reason="tied in every seed")
-    differences = np.array([mine - other for mine, other in pairs if math.isfinite(mine) and math.isfinite(other)])
-    if len(differences) == len(pairs) and np.ptp(differences) > 0:
-        p_value = stats.ttest_rel(*zip(*pairs, strict=True)).pvalue
-        return PairedTest(p_value=float(p_value), name=f"paired t-test, {len(pairs)} seeds", reason="")
-    counted = [sign for sign in signs if sign]
-    p_value = stats.binomtest(counted.count(1), len(counted)).pvalue
-    return PairedTest(p_value=float(p_value), name=f"sign test, {len(counted)} untied seeds", reason="")
+        return PairedTest(reason=f"fewer than {MIN_PAIRS} seeds in common")
+    restricted = np.minimum(pairs, until)  # (seeds, 2)
+    differences = restricted[:, 0] - restricted[:, 1]
+    if not differences.any():
+        return PairedTest(reason="tied in every seed")
+    exact = stats.permutation_test(
+        tuple(restricted.T), _mean_difference, permutation_type="samples", vectorized=True, n_resamples=np.inf
+    ).pvalue
+    if np.isfinite(pairs).all() and np.ptp(differences) > 0:
+        p_value, name = stats.ttest_rel(*restricted.T).pvalue, "paired t-test"
+    else:
+        p_value, name = exact, "sign-flip permutation test"
+    return PairedTest(p_value=float(p_value), name=f"{name}, {len(pairs)} seeds", exact_p_value=float(exact))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairedDifference:
+    """The mean difference over the seeds that both have, with its bootstrap interval.
+
+    Attributes:
+        mean: ours less the reference's; NaN without a seed in common.
+        low: lower end of the 95 % interval; NaN for one seed.
+        high: upper end.
+        seeds: how many pairs.
+    """
+
+    mean: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
+    seeds: int = 0
+
+
+def paired_difference(
+    ours: Mapping[int, float], reference: Mapping[int, float], *, until: float = math.inf
+) -> PairedDifference:
+    """How far values differ, seed by seed: the mean and its BCa bootstrap interval over seeds.
+
+    Args:
+        ours: value by seed; infinite for a miss, which counts as `until`.
+        reference: the same of the reference.
+        until: how long runs were watched for, finite if one missed.
+    """
+    pairs = np.minimum(_pairs(ours, reference), until)
+    if not len(pairs):
+        return PairedDifference()
+    differences = pairs[:, 0] - pairs[:, 1]
+    mean = float(differences.mean())
+    if len(pairs) == 1:
+        return PairedDifference(mean=mean, seeds=1)
+    if np.ptp(differences) == 0:  # no resample differs, and the method has nothing to correct
+        return PairedDifference(mean=mean, low=mean, high=mean, seeds=len(pairs))
+    interval = stats.bootstrap(
+        tuple(pairs.T), _mean_difference, paired=True, vectorized=True, confidence_level=LEVEL, rng=RESAMPLING_SEED
+    ).confidence_interval
+    return PairedDifference(mean=mean, low=float(interval.low), high=float(interval.high), seeds=len(pairs))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's correction: p values that stay under α only if the family's error rate does (Holm, 1979).
+
+    The i-th smallest of m, from 0, becomes ``(m − i) p``, at least what a smaller one became and at most 1.
+    A NaN is no test: it stays and does not count.
+    """
+    values = np.asarray(p_values, dtype=float)
+    order = np.argsort(values)[: np.count_nonzero(~np.isnan(values))]
+    corrected = np.full(len(values), math.nan)
+    scaled = values[order] * np.arange(len(order), 0, -1)
+    corrected[order] = np.minimum(1.0, np.maximum.accumulate(scaled))
+    return corrected.tolist()
+
+
+def _pairs(ours: Mapping[int, float], reference: Mapping[int, float]) -> np.ndarray:
+    """Ours and the reference's value for each seed that both have and that is no NaN, (seeds, 2)."""
+    found = [(ours[seed], reference[seed]) for seed in sorted(ours.keys() & reference.keys())]
+    pairs = np.array(found, dtype=float).reshape(-1, 2)
+    return pairs[~np.isnan(pairs).any(axis=1)]
+
+
+def _mean_difference(ours: np.ndarray, reference: np.ndarray, axis: int) -> np.ndarray:
+    return (ours - reference).mean(axis=axis)

@@ -56,7 +56,10 @@ def _notes(frame: pd.DataFrame) -> list[str]:
     if tests:
         alike = len(set(tests.values())) == 1
         named = next(iter(tests.values())) if alike else "; ".join(f"{k}: {v}" for k, v in tests.items())
-        lines.append(f"p: epochs to target against {first.reference}, paired over seeds ({named}).")
+        lines.append(
+            f"p: epochs to target against {first.reference}, paired over seeds ({named}), "
+            "corrected after Holm for the number of optimizers."
+        )
     return lines + [f"Left out: {complaint}" for complaint in frame.attrs.get("complaints", [])]
 
 
@@ -71,7 +74,7 @@ def _cells(frame: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
         f"best {first.metric}",
         "MiB",
         f"epochs vs {first.reference}",
-        "p",
+        "p Holm",
     ]
     return header, [_row(row) for row in frame.itertuples()]
 
@@ -86,7 +89,7 @@ def _row(row: Any) -> list[str]:
         _with_spread(row.best_metric, row.best_metric_std),
         _number(row.peak_memory_mb),
         "" if row.optimizer == row.reference else _number(row.epochs_vs_reference, suffix="×"),
-        "" if row.optimizer == row.reference else _number(row.p_value, digits=2),
+        "" if row.optimizer == row.reference else _number(row.p_value_holm, digits=2),
     ]
 
 

@@ -57,15 +57,49 @@ def test_a_miss_is_later_than_every_hit_and_never_averaged_in(tmp_path):
     row = table.loc["ngplus"]
     assert (row.reached, row.epochs_to_target, row.epochs_to_target_high) == (2, 3, math.inf)
     assert row.wall_time_to_target_s == 6
-    assert row.p_test == "sign test, 2 untied seeds"
+    assert row.p_test == "sign-flip permutation test, 3 seeds"
+    # A miss counts as the four epochs it was watched for: 1, 4 and 3 against 4.
+    assert row.epochs_difference == pytest.approx((-3 + 0 - 1) / 3)
+    assert row.epochs_to_target_restricted_mean == pytest.approx((1 + 4 + 3) / 3)
+    assert (row.restricted_to_epochs, row.restricted_to_steps, row.restricted_to_s) == (4, 144, 8)
     assert math.isnan(row.epochs_vs_reference)  # the reference has no number of epochs
     assert table.loc["sgd"].epochs_to_target == math.inf
 
 
-def test_half_missing_is_not_reached(tmp_path):
-    for seed, metrics in enumerate([HIT_1, HIT_1, MISS, MISS], 1):
+def test_what_fewer_than_half_reach_is_not_reached(tmp_path):
+    for seed, metrics in enumerate([HIT_1, HIT_3, MISS, MISS], 1):
         write(tmp_path, "sgd", seed, metrics)
+    assert compared(tmp_path).loc["sgd"].epochs_to_target == 3
+    write(tmp_path, "sgd", 5, MISS)
     assert compared(tmp_path).loc["sgd"].epochs_to_target == math.inf
+
+
+def test_steps_and_seconds_are_compared_like_epochs(tmp_path):
+    pairs = [(HIT_1, HIT_2), (HIT_2, HIT_4), (HIT_1, HIT_4), (HIT_3, HIT_4)]
+    for seed, (ours, theirs) in enumerate(pairs, 1):
+        write(tmp_path, "ngplus", seed, ours, seconds_per_epoch=3.0)
+        write(tmp_path, "sgd", seed, theirs)
+    row = compared(tmp_path).loc["ngplus"]
+    assert (row.steps_to_target, row.steps_to_target_low, row.steps_to_target_high) == (36, 36, 108)
+    assert row.epochs_difference == (-1 - 2 - 3 - 1) / 4
+    assert row.epochs_difference_low < row.epochs_difference < row.epochs_difference_high <= -1
+    # 3, 6, 3 and 9 seconds against 4, 8, 8 and 8; the reference was watched for 8.
+    assert (row.restricted_to_s, row.wall_time_difference_s) == (8, (-1 - 2 - 5 - 0) / 4)
+    assert row.wall_time_p_test == "paired t-test, 4 seeds"
+    assert row.best_metric_difference == pytest.approx((0.84 - 0.82 + 0.82 - 0.8 + 0.84 - 0.8 + 0.85 - 0.8) / 4)
+
+
+def test_p_values_are_corrected_for_the_number_of_optimizers(tmp_path):
+    for seed, theirs in enumerate([HIT_3, HIT_4, HIT_4], 1):
+        write(tmp_path, "sgd", seed, theirs)
+        write(tmp_path, "ngplus", seed, [HIT_1, HIT_1, HIT_2][seed - 1])
+        write(tmp_path, "adam", seed, [HIT_2, HIT_2, HIT_1][seed - 1])
+    table = compared(tmp_path)
+    ngplus, adam = table.loc["ngplus"], table.loc["adam"]
+    assert ngplus.p_value_holm == pytest.approx(2 * min(ngplus.p_value, adam.p_value))
+    assert adam.p_value_holm >= adam.p_value
+    assert ngplus.p_value_exact == 0.25
+    assert math.isnan(table.loc["sgd"].p_value_holm)
 
 
 def test_one_seed(tmp_path):
@@ -123,6 +157,17 @@ def test_a_run_that_diverged_at_once_has_no_numbers(tmp_path):
     assert row.epochs_to_target == math.inf
     assert math.isnan(row.best_metric)
     assert math.isnan(row.time_per_epoch_s)
+
+
+def test_a_diverged_run_is_a_miss_for_all_the_time_that_others_were_watched(tmp_path):
+    for seed in (1, 2, 3):
+        write(tmp_path, "sgd", seed, HIT_2)
+        write(tmp_path, "ngplus", seed, [0.1, None], end="diverged")
+    row = compared(tmp_path).loc["ngplus"]
+    assert (row.diverged, row.reached, row.epochs_to_target) == (3, 0, math.inf)
+    assert (row.epochs_to_target_restricted_mean, row.wall_time_to_target_s_restricted_mean) == (4, 8)
+    assert (row.epochs_difference, row.wall_time_difference_s) == (2, 4)
+    assert row.p_test == "sign-flip permutation test, 3 seeds"
 
 
 def test_the_reference_is_sgd_or_the_first_baseline(tmp_path):

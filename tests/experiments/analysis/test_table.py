@@ -44,7 +44,7 @@ def test_markdown_shows_the_numbers(frame):
     text = render(frame, "markdown")
     assert "| ngplus | 2/3 | 3 [1, missed] | 6.00 | 2.00 |" in text
     assert "**resnet50-imagenet, scale tiny: Fashion-MNIST, 3,600 embedded images; target top1 0.8, 4 epochs**" in text
-    assert "sign test" in text
+    assert "sign-flip permutation test, 3 seeds" in text
 
 
 def test_latex_escapes_what_latex_reads(frame):

@@ -1,0 +1,82 @@
+"""What each run came to: when it reached the target, its best metric, what an epoch cost."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from experiments.records import Epoch, Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What one run came to.
+
+    Attributes:
+        epochs_to_target: infinite if it missed, NaN without a target.
+        steps_to_target: the same in optimizer steps.
+        seconds_to_target: the same on the training clock.
+        epochs: how many it was asked for.
+        steps: how many it took.
+        seconds: how long it trained for.
+        best_metric: over its epochs; NaN if it never was a number.
+        seconds_per_epoch: median over its epochs, NaN if it has none.
+        curvature_s: seconds an epoch spent on curvature, NaN if not reported.
+        inverse_s: the same for inversions.
+        apply_s: the same for applying the preconditioner.
+        peak_memory_mb: the most of any epoch, MiB.
+        diverged: whether it ended because its loss stopped being a number.
+    """
+
+    epochs_to_target: float
+    steps_to_target: float
+    seconds_to_target: float
+    epochs: int
+    steps: int
+    seconds: float
+    best_metric: float
+    seconds_per_epoch: float
+    curvature_s: float
+    inverse_s: float
+    apply_s: float
+    peak_memory_mb: float
+    diverged: bool
+
+
+def outcome(run: Run, target: float | None) -> Outcome:
+    """Reduce a finished run to an `Outcome`."""
+    hit = _first_hit(run, target)
+    missed = math.inf if target is not None else math.nan
+    seconds = np.diff([epoch.seconds for epoch in run.epochs])
+    last = run.epochs[-1] if run.epochs else None
+    return Outcome(
+        epochs_to_target=hit.epoch if hit else missed,
+        steps_to_target=hit.step if hit else missed,
+        seconds_to_target=hit.seconds if hit else missed,
+        epochs=run.manifest.epochs,
+        steps=last.step if last else 0,
+        seconds=last.seconds if last else 0.0,
+        best_metric=run.best_metric,
+        seconds_per_epoch=float(np.median(seconds)) if len(seconds) else math.nan,
+        curvature_s=_per_epoch(run, lambda epoch: epoch.curvature_s),
+        inverse_s=_per_epoch(run, lambda epoch: epoch.inverse_s),
+        apply_s=_per_epoch(run, lambda epoch: epoch.apply_s),
+        peak_memory_mb=max((epoch.peak_memory_mb for epoch in run.epochs), default=math.nan),
+        diverged=run.end is not None and run.end.reason == "diverged",
+    )
+
+
+def _first_hit(run: Run, target: float | None) -> Epoch | None:
+    if target is None:
+        return None
+    sign = 1 if run.manifest.metric.higher_is_better else -1
+    reached = (e for e in run.epochs if e.metric is not None and sign * e.metric >= sign * target)
+    return next(reached, None)
+
+
+def _per_epoch(run: Run, part: Callable[[Epoch], float | None]) -> float:
+    """Mean seconds an epoch of a cumulative counter."""
+    last = run.epochs[-1] if run.epochs else None
+    total = part(last) if last and last.epoch else None
+    return math.nan if total is None else total / last.epoch
