@@ -14,6 +14,8 @@ from torch import nn
 
 from ngplus import NGPlus
 
+WITHOUT = "leave out --fp16, --bf16 and --amp"
+
 _MODELS: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
 
@@ -33,8 +35,8 @@ def model_of(parameters: Iterable[nn.Parameter]) -> nn.Module:
         if wanted <= {id(parameter) for parameter in model.parameters()}:
             return model
     raise ValueError(
-        "--optimizer ngplus has to watch the model that its parameters are of: use --task translation_ngplus, "
-        "without --fp16, --bf16 and --amp, which hand the optimizer copies of the parameters or scale the loss"
+        "--optimizer ngplus has to watch the model that its parameters are of: use --task translation_ngplus; "
+        f"{WITHOUT}"
     )
 
 

@@ -6,7 +6,7 @@ from fairseq.tasks import register_task
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from torch import nn
 
-from .optimizer import FairseqNGPlus, remember
+from .optimizer import WITHOUT, FairseqNGPlus, remember
 from .padding import sentence_index
 
 
@@ -28,7 +28,13 @@ class TranslationWithNGPlus(TranslationTask):
         self.epoch = epoch
 
     def train_step(self, sample: dict, model: nn.Module, criterion: nn.Module, optimizer: Any, *args: Any, **kw: Any):
-        """One forward and backward pass; before one that builds curvature, NG+ is told of damping and padding."""
+        """One forward and backward pass; before one that builds curvature, NG+ is told of damping and padding.
+
+        Raises:
+            ValueError: the optimizer is NG+ under ``--amp``.
+        """
+        if isinstance(getattr(optimizer, "fp32_optimizer", None), FairseqNGPlus):
+            raise ValueError(f"--amp scales the loss, which --optimizer ngplus cannot know: {WITHOUT}")
         if isinstance(optimizer, FairseqNGPlus) and optimizer.optimizer.curvature_is_due:
             optimizer.begin_epoch(self.epoch)
             padding = self.source_dictionary.pad(), self.target_dictionary.pad()
