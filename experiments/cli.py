@@ -1,4 +1,4 @@
-"""The command line: ``python -m experiments run | sweep | tune | list | table | data``."""
+"""The command line: ``python -m experiments run | sweep | tune | list | table | profiles | data``."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -213,6 +213,21 @@ def table_command(
         frame = comparison.compare(results_dir, name, scale)
         curves.draw(results_dir, name, scale)
         typer.echo(table.render(frame, format_))
+
+
+@app.command("profiles")
+def profiles_command(scale: Scale = "tiny", results_dir: ResultsDir = Path("results")) -> None:
+    """Compare the optimizers over all tasks that were run: performance profiles and geometric-mean speed-ups.
+
+    Prints the table, and writes profiles-SCALE.csv and a figure into the results. Never starts a run.
+    """
+    from experiments.analysis import profiles  # pandas and matplotlib, needed only here
+
+    names = listing.tasks_with_runs(results_dir, scale)
+    if not names:
+        raise UserError(f"{results_dir}: there are no runs at scale {scale}; `run` makes them")
+    table = profiles.profile(results_dir, names, scale)
+    typer.echo(table.drop(columns="scale").to_string(index=False, float_format=lambda value: f"{value:.3g}"))
 
 
 @app.command("data")

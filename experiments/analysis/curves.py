@@ -30,6 +30,10 @@ STYLE: dict[str, Any] = {
 }
 
 
+# The greatest value over the least from which on an axis is better logarithmic.
+FAR_APART = 4.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Curve:
     """One optimizer's course over its seeds; a point an epoch.
@@ -56,44 +60,74 @@ def draw(results_dir: Path, task: str, scale: str) -> tuple[Path, Path]:
         UserError: there is no finished run.
     """
     comparable = load_comparable(results_dir, task, scale)
-    paths = comparable.folder / "curves.svg", comparable.folder / "curves.png"
     with mpl.rc_context(STYLE):
-        made = figure(comparable)
-        made.savefig(paths[0], metadata={"Date": None, "Creator": None})
-        made.savefig(paths[1], dpi=160, metadata={"Software": None})
-    return paths
+        return save(figure(comparable), comparable.folder / "curves")
+
+
+def save(made: Figure, path: Path) -> tuple[Path, Path]:
+    """Write a figure as ``.svg`` and ``.png``, the same bytes for the same figure."""
+    svg, png = path.with_suffix(".svg"), path.with_suffix(".png")
+    made.savefig(svg, metadata={"Date": None, "Creator": None})
+    made.savefig(png, dpi=160, metadata={"Software": None})
+    return svg, png
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """One row of a figure: what it shows of an epoch."""
+
+    label: str
+    value: Callable[[Epoch], float | None]
+    lower_is_better: bool
+
+
+def panels(comparable: Comparable) -> list[Panel]:
+    """Training loss, the metric, and the task's further figures."""
+    manifest = comparable.runs[0].manifest
+    split = manifest.recipe.get("run", {}).get("report_split", "test")
+    metric = f"{split} {manifest.metric.name} ({manifest.metric.unit})"
+    own = [
+        Panel(label="training loss", value=lambda epoch: epoch.train_loss, lower_is_better=True),
+        Panel(label=metric, value=lambda epoch: epoch.metric, lower_is_better=not manifest.metric.higher_is_better),
+    ]
+    names = dict.fromkeys(name for run in comparable.runs for epoch in run.epochs for name in epoch.others)
+    return own + [_further(split, name) for name in names]
+
+
+def _further(split: str, name: str) -> Panel:
+    """A further figure; its unit stands behind a blank, and nobody says which way it is better."""
+    figure, _, unit = name.rpartition(" ")
+    label = f"{split} {figure} ({unit})" if figure else f"{split} {name}"
+    return Panel(label=label, value=lambda epoch: epoch.others.get(name), lower_is_better=False)
 
 
 def figure(comparable: Comparable) -> Figure:
-    """Two rows, training loss above the metric, against epochs and against seconds."""
-    manifest = comparable.runs[0].manifest
-    made = Figure(figsize=(9.0, 6.2), layout="constrained")
+    """A row for the training loss, the metric and each further figure, against epochs and against seconds."""
+    manifest, shown = comparable.runs[0].manifest, panels(comparable)
+    made = Figure(figsize=(9.0, 3.1 * len(shown)), layout="constrained")
     FigureCanvasAgg(made)
     made.suptitle(f"{manifest.task}, scale {manifest.scale}: {manifest.dataset.name}", fontsize=11)
-    axes = made.subplots(2, 2, sharex="col", sharey="row")
-    split = manifest.recipe.get("run", {}).get("report_split", "test")
-    labels = ("training loss", f"{split} {manifest.metric.name} ({manifest.metric.unit})")
-    values: tuple[Callable[[Epoch], float | None], ...] = (lambda e: e.train_loss, lambda e: e.metric)
-    for row, label, value in zip(axes, labels, values, strict=True):
-        _draw_row(row, comparable.by_optimizer(), value)
-        row[0].set_ylabel(label)
+    axes = made.subplots(len(shown), 2, sharex="col", sharey="row")
+    for row, panel in zip(axes, shown, strict=True):
+        _draw_row(row, comparable.by_optimizer(), panel)
+        row[0].set_ylabel(panel.label)
     _mark_target(axes[1], comparable.target)
-    for ax, label in zip(axes[1], ("epochs", "seconds of training"), strict=True):
+    for ax, label in zip(axes[-1], ("epochs", "seconds of training"), strict=True):
         ax.set_xlabel(label)
         ax.set_xlim(left=0)
     axes[0, 0].legend(loc="upper right", title=f"median and range of seeds ({_seeds(comparable)})")
     return made
 
 
-def _draw_row(row: np.ndarray, runs: dict[str, list[Run]], value: Callable[[Epoch], float | None]) -> None:
-    for name, own in runs.items():
-        curve = curve_of(own, value)
+def _draw_row(row: np.ndarray, runs: dict[str, list[Run]], panel: Panel) -> None:
+    curves = {name: curve_of(own, panel.value) for name, own in runs.items()}
+    for name, curve in curves.items():
         style = {"color": colour_of(name), "linestyle": dashes_of(name, list(runs))}
         for ax, x in zip(row, (curve.epochs, curve.seconds), strict=True):
             ax.fill_between(x, curve.low, curve.high, color=style["color"], alpha=0.18, linewidth=0)
             ax.plot(x, curve.median, label=name, linewidth=1.6, **style)
     # The untrained model and a divergence would squeeze what matters into a corner.
-    _limit(row[0], [curve_of(own, value) for own in runs.values()])
+    _limit(row[0], list(curves.values()), logarithmic=panel.lower_is_better)
 
 
 def curve_of(runs: list[Run], value: Callable[[Epoch], float | None]) -> Curve:
@@ -114,11 +148,21 @@ def curve_of(runs: list[Run], value: Callable[[Epoch], float | None]) -> Curve:
     )
 
 
-def _limit(ax: Axes, curves: list[Curve]) -> None:
-    """Show the medians from the first trained epoch on, with a margin."""
+def _limit(ax: Axes, curves: list[Curve], *, logarithmic: bool) -> None:
+    """Show the medians from the first trained epoch on, with a margin.
+
+    With `logarithmic` the axis is, if the values are positive and far apart: what falls by factors shows there.
+    """
     trained = [curve.median[curve.epochs > 0] for curve in curves]
     values = np.concatenate(trained) if trained else np.array([])
-    if len(values) and np.ptp(values) > 0:
+    values = values[np.isfinite(values)]
+    if not len(values) or np.ptp(values) == 0:
+        return
+    if logarithmic and values.min() > 0 and values.max() > FAR_APART * values.min():
+        ax.set_yscale("log")
+        margin = (values.max() / values.min()) ** 0.08
+        ax.set_ylim(values.min() / margin, values.max() * margin)
+    else:
         margin = 0.08 * np.ptp(values)
         ax.set_ylim(values.min() - margin, values.max() + margin)
 

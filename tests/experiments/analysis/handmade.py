@@ -65,7 +65,13 @@ def run_lines(optimizer: str, seed: int, metrics: list[float | None], **changes)
 
 
 def write(results: Path, optimizer: str, seed: int, metrics: list[float | None], **changes) -> Path:
-    path = results / TASK / SCALE / "runs" / f"{optimizer}-seed{seed}.jsonl"
+    """The record of a run of `TASK`; a change of ``task`` makes it one that lies in the wrong folder."""
+    return write_run(results, optimizer, seed, metrics, folder=TASK, **changes)
+
+
+def write_run(results: Path, optimizer: str, seed: int, metrics: list[float | None], **changes) -> Path:
+    folder = changes.pop("folder", changes.get("task", TASK))
+    path = results / folder / SCALE / "runs" / f"{optimizer}-seed{seed}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = run_lines(optimizer, seed, metrics, **changes)
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))

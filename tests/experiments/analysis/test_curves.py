@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 from handmade import HIT_1, HIT_2, HIT_3, HIT_4, SCALE, TASK, write
@@ -74,3 +76,37 @@ def test_an_optimizer_keeps_its_colour_and_its_variants_differ_in_dashes():
     shown = ["ngplus", "ngplus-adam", "sgd"]
     assert dashes_of("ngplus", shown) != dashes_of("ngplus-adam", shown)
     assert dashes_of("ngplus", shown) == dashes_of("sgd", shown) == "solid"
+
+
+def add_others(path, name, values):
+    """Give each epoch of a record a further figure."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line, value in zip([line for line in lines if line["event"] == "epoch"], values, strict=True):
+        line["others"] = {name: value}
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_each_further_figure_has_a_row_of_its_own_with_its_unit(tmp_path):
+    add_others(write(tmp_path, "adam", 1, HIT_1), "MAE/atom eV", [9, 3, 2, 1, 0.5])
+    add_others(write(tmp_path, "sgd", 1, HIT_2), "AUC", [0.5, 0.6, 0.7, 0.8, None])
+    made = figure(load_comparable(tmp_path, TASK, SCALE))
+    assert [ax.get_ylabel() for ax in made.axes[::2]][2:] == ["test MAE/atom (eV)", "test AUC"]
+    assert [ax.get_xlabel() for ax in made.axes[-2:]] == ["epochs", "seconds of training"]
+    assert [line.get_ydata().tolist() for line in made.axes[-2].lines if len(line.get_ydata())] == [
+        [0.5, 0.6, 0.7, 0.8]
+    ]
+
+
+@pytest.mark.parametrize(("last", "scale"), [(0.01, "log"), (0.8, "linear"), (0.0, "linear")])
+def test_what_falls_by_factors_is_drawn_on_a_logarithmic_axis(tmp_path, last, scale):
+    metric = {"name": "mae", "unit": "eV", "higher_is_better": False}
+    write(tmp_path, "adam", 1, [50.0, 1.0, 0.9, 0.85, last], metric=metric, target=0.5)
+    ax = figure(load_comparable(tmp_path, TASK, SCALE)).axes[2]
+    assert ax.get_yscale() == scale
+    low, high = ax.get_ylim()
+    assert low < last
+    assert 1.0 < high < 2.0
+
+
+def test_a_metric_that_grows_is_drawn_on_a_linear_axis(results):
+    assert figure(load_comparable(results, TASK, SCALE)).axes[2].get_yscale() == "linear"
