@@ -41,24 +41,39 @@ def losses(log):
     return {int(epoch): float(loss) for epoch, loss in found}
 
 
-@pytest.mark.slow
-def test_training_resuming_and_translating(tmp_path):
-    corpus = corpus_folder(
-        sentences.pairs(300), CorpusSettings(merges=30, validation_size=11, test_size=13), tmp_path
-    ).path
-    train = [str(corpus), PLUGIN, *TRAINING, *NGPLUS, f"--save-dir={tmp_path / 'saved'}"]
-    status, log = run("fairseq-train", *train, "--max-epoch=2", elsewhere=tmp_path)
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of two epochs: its folder, its command and what it printed."""
+    folder = tmp_path_factory.mktemp("trained")
+    settings = CorpusSettings(merges=30, validation_size=11, test_size=13)
+    corpus = corpus_folder(sentences.pairs(300), settings, folder).path
+    command = [corpus, PLUGIN, *TRAINING, *NGPLUS, f"--save-dir={folder / 'saved'}"]
+    status, log = run("fairseq-train", *command, "--max-epoch=2", elsewhere=folder)
     assert status == 0, log[-3000:]
-    status, resumed = run("fairseq-train", *train, "--max-epoch=4", elsewhere=tmp_path)
+    return folder, command, log
+
+
+@pytest.mark.slow
+def test_another_architectures_checkpoint_is_refused(trained):
+    folder, command, _ = trained
+    status, log = run("fairseq-train", *command, "--max-epoch=3", "--encoder-layers=1", elsewhere=folder)
+    assert status != 0
+    assert "please ensure that the architectures match" in log
+
+
+@pytest.mark.slow
+def test_training_resuming_and_translating(trained):
+    folder, command, log = trained
+    status, resumed = run("fairseq-train", *command, "--max-epoch=4", elsewhere=folder)
     assert status == 0, resumed[-3000:]
     assert re.search(r"Loaded checkpoint .*checkpoint_last\.pt \(epoch 3 @ \d+ updates\)", resumed)
     assert list(losses(log) | losses(resumed)) == [1, 2, 3, 4]
     assert losses(resumed)[4] < losses(resumed)[3] < losses(log)[2] < losses(log)[1]
-    check_state(torch_load(tmp_path / "saved" / "checkpoint_last.pt"))
+    last = folder / "saved" / "checkpoint_last.pt"
+    check_state(torch_load(last))
 
-    path = f"--path={tmp_path / 'saved' / 'checkpoint_last.pt'}"
-    translate = [str(corpus), PLUGIN, path, "--beam=2", "--remove-bpe", "--scoring=sacrebleu", "--cpu"]
-    status, log = run("fairseq-generate", *translate, "--required-batch-size-multiple=1", elsewhere=tmp_path)
+    translate = [command[0], PLUGIN, f"--path={last}", "--beam=2", "--remove-bpe", "--scoring=sacrebleu", "--cpu"]
+    status, log = run("fairseq-generate", *translate, "--required-batch-size-multiple=1", elsewhere=folder)
     assert status == 0, log[-3000:]
     assert re.search(r"Translated 13 sentences", log)
     assert re.search(r"^Generate test with beam=2: BLEU = \d", log, re.MULTILINE)
