@@ -261,7 +261,7 @@ def _finite(sums: Mapping[Layer, Statistic]) -> tuple[list[Layer], list[Layer]]:
     if not sums:
         return [], []
     flags = [
-        torch.stack([stack.isfinite().all() for stack in (*statistic.moments, *statistic.columns)]).all().cpu()
+        torch.stack([stack.isfinite().all() for stack in statistic.tensors()]).all().cpu()
         for statistic in sums.values()
     ]
     good = torch.stack(flags).tolist()

@@ -3,10 +3,11 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from experiments.data import ding, fashion_mnist, flights, iwslt14, libreoffice_help, materials, qm9
+from experiments.data import criteo, ding, fashion_mnist, flights, iwslt14, libreoffice_help, materials, qm9
 from experiments.data.checksum import DataFileError
 
 PREPARE: dict[str, Callable[[Path], Path]] = {
+    "criteo": criteo.prepare,
     "ding": ding.prepare,
     "fashion-mnist": fashion_mnist.prepare,
     "flights": flights.prepare,

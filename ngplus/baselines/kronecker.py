@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ngplus.capture import Capture, Sampling, Statistic, _Record
+from ngplus.capture import Capture, Sampling, Statistic, _Record, _Use
 from ngplus.curvature import Curvature, LayerState
 from ngplus.factors import Bags, Factor, OneHot, statistics_dtype
 from ngplus.gfim import CHUNK, Part, Shape
@@ -150,10 +150,11 @@ class KroneckerCapture(Capture):
         self._tables = {layer for layer in layers if is_table(model, layer)}
         self._max_side = max_side
 
-    def _grouped(self, part: Part, grouping: SampleIndex, layer: Layer) -> Part:
+    def _grouped(self, part: Part, grouping: SampleIndex, use: _Use) -> Part:
         """Every row that counts as a sample: the factors sum over rows, whatever sample they belong to."""
+        layer = use.call.layer
         index = grouping.index_of(layer.module)
-        return part if index is None else rows_that_count(part, index, layer.batch_dim, layer.name)
+        return part if index is None else rows_that_count(part, index, use.batch_dim, layer.name)
 
     def _reduce(self, record: _Record) -> None:
         table = record.layer in self._tables

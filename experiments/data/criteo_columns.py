@@ -1,0 +1,162 @@
+"""Pieces of Criteo's log to the columns that runs map: count the categories, rank them, put all lines together."""
+
+import errno
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock
+from rich.progress import track
+
+from experiments.data.checksum import DataFileError, sha256_of
+from experiments.data.clicks import by_frequency, rank_of
+from experiments.data.criteo import CATEGORIES, FILES, INTEGERS, MANIFEST, VERSION, read_manifest, test_lines
+from experiments.data.criteo_pieces import PIECE, Piece, joined, make_pieces
+from experiments.data.npy import write_bytes, write_npy
+
+BLOCK = 1_000_000
+"""Lines of `categories.npy` that are put together at a time."""
+
+
+def make_columns(source: Path, folder: Path, *, piece_size: int = PIECE) -> None:
+    """Read the log and leave the columns in ``folder``; what an interrupted call has made is kept.
+
+    Raises:
+        DataFileError: see `make_pieces`; or the disk is full.
+    """
+    if not source.is_file():
+        make_pieces(source, folder)  # says what to put where
+    work = folder.with_name(f".{folder.name}.work")
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        if _is_whole(folder):  # another process has been here while this one waited
+            return
+        try:
+            pieces = make_pieces(source, work / "pieces", size=piece_size)
+            _rank_columns(pieces, work)
+            _put_together(pieces, work)
+            shutil.rmtree(folder, ignore_errors=True)
+            (work / "whole").replace(folder)
+            shutil.rmtree(work)
+        except OSError as error:
+            raise DataFileError(_write_failure(work, error)) from error
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        read_manifest(folder)
+    except DataFileError:
+        return False
+    return True
+
+
+def _write_failure(work: Path, error: OSError) -> str:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    what = "the disk is full: make room" if full else f"{error.strerror or error}"
+    path = error.filename or work
+    return f"{path}: could not be written: {what}; the pieces in {work} are kept, the same command goes on from them"
+
+
+# --- ranks, a column at a time
+
+
+def _rank_columns(pieces: Sequence[Piece], work: Path) -> None:
+    """``ranks-<j>.npy``, ``values-<j>.npy`` and ``counts-<j>.npy`` of every column, two columns at a time."""
+    wanted = [j for j in range(CATEGORIES) if not _column_file(work, "ranks", j).is_file()]
+    with ThreadPoolExecutor(2) as pool:
+        made = pool.map(lambda j: _rank_column(pieces, work, j), wanted)
+        for _ in track(made, total=len(wanted), description="Ranking categories"):
+            pass
+
+
+def _column_file(work: Path, name: str, j: int) -> Path:
+    return work / f"{name}-{j:02d}.npy"
+
+
+def _rank_column(pieces: Sequence[Piece], work: Path, j: int) -> None:
+    column = np.concatenate([array[j] for array in joined(pieces, "categories")])
+    train = len(column) - test_lines(len(column))
+    ranks, values, counts = rank_column(column, train)
+    for name, array in {"values": values, "counts": counts, "ranks": ranks}.items():  # ranks last: they say "done"
+        write_npy(_column_file(work, name, j), array.shape, array.dtype, [array])
+
+
+def rank_column(column: np.ndarray, train: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ranks of one column's values by their count in its first ``train`` rows; ties by the value.
+
+    Sorts pairs (value, row) as one integer of 64 bits, which is several times as fast as sorting positions by
+    value, and needs 24 bytes a row.
+
+    Args:
+        column: uint32, (N,), N < 2³².
+        train: rows that are counted.
+
+    Returns:
+        Ranks, int32, (N,); values, uint32, and counts, uint32, in the order of ranks.
+    """
+    pairs = column.astype(np.uint64)
+    pairs <<= np.uint64(32)
+    pairs |= np.arange(len(column), dtype=np.uint64)
+    pairs.sort()
+    rows = pairs.astype(np.uint32)  # the lower half
+    pairs >>= np.uint64(32)
+    ordered = pairs.astype(np.uint32)
+    del pairs
+    firsts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
+    counts = np.add.reduceat((rows < train).astype(np.uint32), firsts, dtype=np.uint32)
+    values = ordered[firsts]
+    del ordered
+    order = by_frequency(counts)
+    ranks = np.empty(len(column), np.int32)
+    ranks[rows] = np.repeat(rank_of(order), np.diff(firsts, append=len(column)))
+    return ranks, values[order], counts[order]
+
+
+# --- all lines
+
+
+def _put_together(pieces: Sequence[Piece], work: Path) -> None:
+    """The folder that is left, still under another name."""
+    whole = work / "whole"
+    shutil.rmtree(whole, ignore_errors=True)
+    whole.mkdir()
+    lines = sum(piece.lines for piece in pieces)
+    write_npy(whole / "dense.npy", (lines, INTEGERS), np.dtype(np.float32), joined(pieces, "dense"))
+    write_npy(whole / "labels.npy", (lines,), np.dtype(np.uint8), joined(pieces, "labels"))
+    columns = [np.load(_column_file(work, "ranks", j), mmap_mode="r") for j in range(CATEGORIES)]
+    blocks = (
+        np.stack([column[start : start + BLOCK] for column in columns], axis=1)
+        for start in track(range(0, lines, BLOCK), description="Putting lines together")
+    )
+    write_npy(whole / "categories.npy", (lines, CATEGORIES), np.dtype(np.int32), blocks)
+    sizes = _write_vocabulary(work, whole)
+    _write_manifest(whole, pieces, lines, sizes)
+
+
+def _write_vocabulary(work: Path, whole: Path) -> list[int]:
+    """The columns' values and counts, one after the other; returns how many each has."""
+    for name in ("values", "counts"):
+        arrays = [np.load(_column_file(work, name, j), mmap_mode="r") for j in range(CATEGORIES)]
+        sizes = [len(array) for array in arrays]
+        write_npy(whole / f"{name}.npy", (sum(sizes),), np.dtype(np.uint32), arrays)
+    offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    write_npy(whole / "offsets.npy", offsets.shape, offsets.dtype, [offsets])
+    return sizes
+
+
+def _write_manifest(whole: Path, pieces: Sequence[Piece], lines: int, sizes: list[int]) -> None:
+    """A function of the log's text alone, so that its SHA-256 names the data."""
+    text = hashlib.sha256("".join(piece.sha256 for piece in pieces).encode()).hexdigest()
+    manifest = {
+        "version": VERSION,
+        "lines": lines,
+        "test_lines": test_lines(lines),
+        "values": sizes,
+        "sha256_of_pieces": text,
+        "sha256": {name: sha256_of(whole / f"{name}.npy") for name in ("values", "counts", "offsets")},
+        "bytes": {name: (whole / f"{name}.npy").stat().st_size for name in FILES},
+    }
+    write_bytes(whole / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())

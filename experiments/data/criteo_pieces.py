@@ -1,0 +1,139 @@
+"""Criteo's log to pieces of arrays, 64 MiB of text at a time; pieces that are there are not made again."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from rich.progress import track
+
+from experiments.data.checksum import DataFileError
+from experiments.data.criteo import CATEGORIES, INTEGERS, VERSION
+from experiments.data.criteo_lines import LineError, Lines, parse
+from experiments.data.npy import write_bytes, write_npy
+
+PIECE = 64 * 2**20
+LONGEST_LINE = 2**16
+ARCHIVES = {b"\x1f\x8b": "gzip", b"PK": "zip", b"\xfd7": "xz", b"BZ": "bzip2"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """A stretch of the log as arrays on disk: ``<stem>.dense.npy``, ``.categories.npy`` and ``.labels.npy``.
+
+    Attributes:
+        stem: path without the endings.
+        lines: how many it holds.
+        sha256: of its text.
+    """
+
+    stem: Path
+    lines: int
+    sha256: str
+
+    def array(self, name: str) -> np.ndarray:
+        """One of its arrays, mapped from the disk."""
+        return np.load(self.stem.with_suffix(f".{name}.npy"), mmap_mode="r", allow_pickle=False)
+
+
+def make_pieces(source: Path, folder: Path, *, size: int = PIECE) -> list[Piece]:
+    """Parse the log into pieces; those that an earlier, interrupted call made of the same file are kept.
+
+    Args:
+        source: the log.
+        folder: where the pieces go.
+        size: bytes of text a piece. A piece has the lines that begin in its stretch.
+
+    Raises:
+        DataFileError: a line is not as it should be (names file and line), or there is none.
+    """
+    _check(source)
+    _keep_only_pieces_of(source, folder, size)
+    count = -(-source.stat().st_size // size)
+    pieces: list[Piece] = []
+    with source.open("rb") as file:
+        for number in track(range(count), description=f"Reading {source.name}"):
+            stem = folder / f"{number:06d}"
+            piece = _finished(stem)
+            if piece is None:
+                before = sum(each.lines for each in pieces)
+                piece = _make(stem, _text(file, source, number * size, (number + 1) * size), source, before)
+            pieces.append(piece)
+    return [piece for piece in pieces if piece.lines]
+
+
+def _check(source: Path) -> None:
+    if not source.is_file():
+        raise DataFileError(
+            f"{source} is missing: put train.txt of the Criteo Kaggle display advertising challenge there, unpacked "
+            f"(1 label, {INTEGERS} integers and {CATEGORIES} categories a line, between tabs)"
+        )
+    with source.open("rb") as file:
+        start = file.read(2)
+    if not start:
+        raise DataFileError(f"{source} is empty")
+    if start in ARCHIVES:
+        raise DataFileError(f"{source} is compressed ({ARCHIVES[start]}): unpack it and put the text in its place")
+
+
+def _keep_only_pieces_of(source: Path, folder: Path, size: int) -> None:
+    """Start over where the pieces are of another file, size or version."""
+    status = source.stat()
+    own = {"version": VERSION, "bytes": status.st_size, "modified_ns": status.st_mtime_ns, "piece": size}
+    mark = folder / "source.json"
+    if mark.is_file() and mark.read_text(encoding="utf-8") == json.dumps(own):
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    write_bytes(mark, json.dumps(own).encode())
+
+
+def _finished(stem: Path) -> Piece | None:
+    mark = stem.with_suffix(".json")
+    return Piece(stem=stem, **json.loads(mark.read_text(encoding="utf-8"))) if mark.is_file() else None
+
+
+def _make(stem: Path, text: bytes, source: Path, lines_before: int) -> Piece:
+    try:
+        lines = parse(text) if text else _NO_LINES
+    except LineError as error:
+        raise DataFileError(f"{source}, line {lines_before + error.line:,}: {error.what}") from None
+    for name, array in vars(lines).items():
+        write_npy(stem.with_suffix(f".{name}.npy"), array.shape, array.dtype, [array])
+    mark = {"lines": len(lines.labels), "sha256": hashlib.sha256(text).hexdigest()}
+    write_bytes(stem.with_suffix(".json"), json.dumps(mark).encode())  # last: it says that the others are whole
+    return Piece(stem=stem, **mark)
+
+
+_NO_LINES = Lines(
+    dense=np.empty((0, INTEGERS), np.float32),
+    categories=np.empty((CATEGORIES, 0), np.uint32),
+    labels=np.empty(0, np.uint8),
+)
+
+
+def _text(file: BinaryIO, source: Path, start: int, stop: int) -> bytes:
+    """The lines that begin in ``[start, stop)``, whole."""
+    if start:
+        file.seek(start - 1)
+        _rest_of_line(file, source)
+    else:
+        file.seek(0)
+    text = file.read(max(stop - file.tell(), 0))
+    return text if not text or text.endswith(b"\n") else text + _rest_of_line(file, source)
+
+
+def _rest_of_line(file: BinaryIO, source: Path) -> bytes:
+    rest = file.readline(LONGEST_LINE)
+    if len(rest) == LONGEST_LINE and not rest.endswith(b"\n"):
+        raise DataFileError(f"{source}: a line at byte {file.tell():,} is longer than {LONGEST_LINE:,} bytes")
+    return rest
+
+
+def joined(pieces: Iterable[Piece], name: str) -> Iterator[np.ndarray]:
+    """One array of every piece, in order."""
+    return (piece.array(name) for piece in pieces)
