@@ -1,4 +1,4 @@
-"""The command line: ``python -m experiments run | sweep | tune | list | table | profiles | data``."""
+"""The command line: ``python -m experiments run | sweep | tune | sensitivity | list | table | profiles | data``."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -6,6 +6,22 @@ from typing import Annotated, Literal
 import typer
 
 from experiments import listing
+from experiments.cli_options import (
+    CheckpointDir,
+    CheckpointEvery,
+    DataDir,
+    Device,
+    Epochs,
+    Force,
+    OptimizerNames,
+    Overrides,
+    ResultsDir,
+    Scale,
+    Seeds,
+    TaskName,
+    Threads,
+    Workers,
+)
 from experiments.data import PREPARE
 from experiments.errors import UserError
 from experiments.jobs import in_one_line, jobs_of, run_jobs
@@ -20,41 +36,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-TaskName = Annotated[str, typer.Argument(metavar="TASK", help="The task, e.g. resnet50-imagenet; see `list`.")]
-Scale = Annotated[
-    str,
-    typer.Option(
-        metavar="SCALE", help="How big: tiny (minutes on 2 cores), small (hours), or paper (the paper's settings)."
-    ),
-]
-DataDir = Annotated[Path, typer.Option(metavar="DIR", help="Where datasets lie.")]
-ResultsDir = Annotated[Path, typer.Option(metavar="DIR", help="Where records, tables and figures lie.")]
-OptimizerNames = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--optimizer", metavar="NAME", help="An optimizer of the recipe; may be repeated. Default: all of them."
-    ),
-]
-Seeds = Annotated[
-    list[int] | None,
-    typer.Option("--seed", metavar="N", help="A seed; may be repeated. Default: the recipe's seeds."),
-]
-Epochs = Annotated[int | None, typer.Option(metavar="N", help="Train this many epochs instead of the recipe's.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help="Replace a value of the recipe, e.g. optimizers.sgd.lr=0.2; may be repeated.",
-    ),
-]
-Force = Annotated[bool, typer.Option("--force", help="Run again what is finished; start over what is not.")]
-Device = Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu or cuda.")]
-CheckpointDir = Annotated[
-    Path | None, typer.Option(metavar="DIR", help="Where checkpoints lie. Default: checkpoints/ in the results.")
-]
-CheckpointEvery = Annotated[float, typer.Option(metavar="SECONDS", help="Time between checkpoints inside an epoch.")]
 
 
 def main() -> None:
@@ -108,7 +89,7 @@ def sweep_command(
     workers: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Runs at a time. Default: 2, or no limit with --slurm.")
     ] = None,
-    threads: Annotated[int, typer.Option(metavar="N", min=1, help="CPU threads of each process.")] = 1,
+    threads: Threads = 1,
     slurm: Annotated[bool, typer.Option("--slurm", help="Submit the runs to SLURM instead.")] = False,
     partition: Annotated[str | None, typer.Option(metavar="NAME", help="SLURM's partition.")] = None,
     gpus: Annotated[int, typer.Option(metavar="N", help="GPUs of each node, with --slurm.")] = 0,
@@ -180,6 +161,32 @@ def tune_command(
     options = RunOptions(device=device, data_dir=data_dir, results_dir=results_dir)
     for name in optimizer or [name for name, space in recipe.tuning.spaces.items() if space]:
         tune(recipe, name, options, folder=tuning_dir, trials=trials, write=not keep_recipe)
+
+
+@app.command("sensitivity")
+def sensitivity_command(
+    task: TaskName,
+    scale: Scale = "tiny",
+    set_: Overrides = None,
+    workers: Workers = 2,
+    threads: Threads = 1,
+    device: Device = "auto",
+    data_dir: DataDir = Path("data"),
+    results_dir: ResultsDir = Path("results"),
+    grid_dir: Annotated[Path, typer.Option(metavar="DIR", help="Where the runs are kept, to go on from.")] = Path(
+        "build/sensitivity"
+    ),
+) -> None:
+    """Run the grids of settings that the recipe declares, on the validation split at the tuning seed.
+
+    Writes sensitivity.csv and heat maps beside the results. What is finished is not run again, and what was
+    interrupted goes on where it stopped.
+    """
+    from experiments.tuning.sensitivity import measure  # pandas and matplotlib, needed only here
+
+    recipe = load_recipe(task, scale, overrides=tuple(set_ or ()))
+    options = RunOptions(device=device, data_dir=data_dir, results_dir=results_dir, bar=False)
+    typer.echo(f"{task}: {measure(recipe, options, folder=grid_dir, workers=workers, threads=threads)}")
 
 
 @app.command("list")

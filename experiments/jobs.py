@@ -28,7 +28,8 @@ class Job:
     @property
     def name(self) -> str:
         """What a person calls it."""
-        return f"{self.task} {self.optimizer} seed {self.seed}"
+        own = f" with {', '.join(self.overrides)}" if self.overrides else ""
+        return f"{self.task} {self.optimizer} seed {self.seed}{own}"
 
     @property
     def recipe(self) -> Recipe:

@@ -1,8 +1,8 @@
 """Recipes: what a task is run with at a scale, every value beside the source it was taken from.
 
 ``recipes/<task>/<scale>.toml`` has a table ``[task]``, which the task itself checks, a table ``[run]``, and
-a table ``[optimizers.<name>]`` for each optimizer; a table ``[tuning]`` says where their settings are searched
-(`tuning.space`). Every value is written with its source:
+a table ``[optimizers.<name>]`` for each optimizer; tables ``[tuning]`` and ``[sensitivity]`` say where their
+settings are searched (`tuning.space`, `tuning.grid`). Every value is written with its source:
 
     [run]
     epochs = { value = 52, source = "paper, appendix A" }
@@ -15,7 +15,7 @@ a table ``[optimizers.<name>]`` for each optimizer; a table ``[tuning]`` says wh
 """
 
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -28,6 +28,7 @@ from experiments.schedules import Constant, DampingSchedule, LRSchedule
 from experiments.settings import SettingsError, one_of, plain, read_settings
 from experiments.tasks import TASKS
 from experiments.tasks.protocol import Split
+from experiments.tuning.grid import Sensitivity, read_sensitivity
 from experiments.tuning.space import Tuning, read_tuning
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -104,6 +105,7 @@ class Recipe:
         optimizers: by name, in the file's order.
         sources: where each value comes from, by its dotted key, e.g. ``"optimizers.ngplus.lr"``.
         tuning: the ``[tuning]`` table, ``None`` without one.
+        sensitivity: the ``[sensitivity]`` table, ``None`` without one.
         overrides: values that were given in place of the file's.
     """
 
@@ -115,6 +117,7 @@ class Recipe:
     optimizers: Mapping[str, OptimizerRecipe]
     sources: Mapping[str, str]
     tuning: Tuning | None
+    sensitivity: Sensitivity | None
     overrides: tuple[str, ...]
 
     def changed(self, overrides: Mapping[str, Any]) -> "Recipe":
@@ -153,7 +156,7 @@ def load_recipe(task: str, scale: str, *, overrides: Sequence[str] = (), folder:
         _override(table, override)
     sources = dict(_sources(table, path))
     values = _values(table)
-    _only_keys(values, ("task", "run", "optimizers"), ("tuning",), str(path))
+    _only_keys(values, ("task", "run", "optimizers"), ("tuning", "sensitivity"), str(path))
     optimizers = {name: _optimizer(name, own, path) for name, own in values["optimizers"].items()}
     run = _run(values, f"{path}: [run]")
     return Recipe(
@@ -164,7 +167,8 @@ def load_recipe(task: str, scale: str, *, overrides: Sequence[str] = (), folder:
         run=run,
         optimizers=optimizers,
         sources=sources,
-        tuning=_tuning(values.get("tuning"), optimizers, run, f"{path}: [tuning]"),
+        tuning=_search(read_tuning, values.get("tuning"), optimizers, run, f"{path}: [tuning]"),
+        sensitivity=_search(read_sensitivity, values.get("sensitivity"), optimizers, run, f"{path}: [sensitivity]"),
         overrides=tuple(overrides),
     )
 
@@ -248,12 +252,15 @@ def _run(values: Mapping[str, Any], where: str) -> RunSettings:
     return replace(run, reference=reference)
 
 
-def _tuning(table: Any, optimizers: Mapping[str, OptimizerRecipe], run: RunSettings, where: str) -> Tuning | None:
+def _search[T](
+    read: Callable[..., T], table: Any, optimizers: Mapping[str, OptimizerRecipe], run: RunSettings, where: str
+) -> T | None:
+    """A table that says what is searched, as `read` makes it."""
     if table is None:
         return None
     if not isinstance(table, dict):
         raise SettingsError(f"{where} = {table!r}: must be a table")
-    return read_tuning(table, {name: each.settings for name, each in optimizers.items()}, run.epochs, where)
+    return read(table, {name: each.settings for name, each in optimizers.items()}, run.epochs, where)
 
 
 def _optimizer(name: str, table: Any, path: Path) -> OptimizerRecipe:

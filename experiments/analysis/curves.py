@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from experiments.analysis.palette import colour_of, dashes_of
 from experiments.analysis.runs import Comparable, load_comparable
@@ -160,6 +161,9 @@ def _limit(ax: Axes, curves: list[Curve], *, logarithmic: bool) -> None:
         return
     if logarithmic and values.min() > 0 and values.max() > FAR_APART * values.min():
         ax.set_yscale("log")
+        ax.yaxis.set_minor_locator(LogLocator(subs=(2.0, 5.0)))
+        ax.yaxis.set_minor_formatter("{x:g}")
+        ax.yaxis.set_major_formatter("{x:g}")
         margin = (values.max() / values.min()) ** 0.08
         ax.set_ylim(values.min() / margin, values.max() * margin)
     else:
@@ -173,7 +177,7 @@ def _mark_target(row: np.ndarray, target: float | None) -> None:
     for ax in row:
         ax.axhline(target, color="#333333", linestyle=(0, (4, 3)), linewidth=1.0)
     place = {"xycoords": ("axes fraction", "data"), "ha": "left", "va": "bottom", "fontsize": 8}
-    row[0].annotate(f"target {target:g}", (0.01, target), **place)
+    row[0].annotate(f"target {target:.4g}", (0.01, target), **place)
 
 
 def _seeds(comparable: Comparable) -> str:

@@ -18,12 +18,23 @@ def trial_recipe(recipe: Recipe, optimizer: str, values: Mapping[str, float]) ->
         optimizer: which one is tuned.
         values: of the tuned settings, by dotted key below the optimizer's table.
     """
-    changes: dict[str, Any] = {"run.report_split": "validation", "run.epochs": recipe.tuning.epochs}
-    factor = recipe.tuning.epochs / recipe.run.epochs
+    return recipe.changed(trial_changes(recipe, optimizer, values, recipe.tuning.epochs))
+
+
+def trial_changes(recipe: Recipe, optimizer: str, values: Mapping[str, Any], epochs: int) -> dict[str, Any]:
+    """What a trial changes in the recipe, by dotted key.
+
+    Args:
+        recipe: what is changed.
+        optimizer: which one is tried.
+        values: of its settings, by dotted key below its table.
+        epochs: of the trial.
+    """
+    changes: dict[str, Any] = {"run.report_split": "validation", "run.epochs": epochs}
+    factor = epochs / recipe.run.epochs
     if factor != 1:
         changes |= dict(_scaled(recipe, optimizer, factor))
-    changes |= {f"optimizers.{optimizer}.{key}": value for key, value in values.items()}
-    return recipe.changed(changes)
+    return changes | {f"optimizers.{optimizer}.{key}": value for key, value in values.items()}
 
 
 def _scaled(recipe: Recipe, optimizer: str, factor: float) -> Iterator[tuple[str, float]]:

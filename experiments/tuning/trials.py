@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 
+from experiments.records import Run
 from experiments.tuning.search import Tried
 
 
@@ -15,7 +16,6 @@ def record_trials(path: Path, optimizer: str, trials: Sequence[Tried]) -> pd.Dat
     Columns: ``optimizer, trial, ended``, the tuned settings, then ``seed, split, epochs`` and, on that split,
     ``loss`` and the metric after the last epoch and the best value of the metric. Other optimizers' rows stay.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     own = pd.DataFrame([_row(trial) for trial in trials])
     higher = trials[0].run.manifest.metric.higher_is_better
     own = own.sort_values(own.columns[-1], ascending=not higher, kind="stable", na_position="last")
@@ -23,30 +23,43 @@ def record_trials(path: Path, optimizer: str, trials: Sequence[Tried]) -> pd.Dat
     others = others[others["optimizer"] != optimizer]
     whole = pd.concat([each for each in (others, own) if len(each)])
     whole = whole[_ordered(list(whole.columns), list(own.columns))]
-    partial = path.with_suffix(".csv.partial")
-    whole.to_csv(partial, index=False, float_format="%.6g")
-    partial.replace(path)
+    write_rows(whole, path)
     return whole
 
 
-_HEAD = ["optimizer", "trial", "ended"]
-_TAIL = 6  # seed, split, epochs, loss, the metric, its best
+def write_rows(table: pd.DataFrame, path: Path) -> None:
+    """Replace a CSV file as a whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".csv.partial")
+    table.to_csv(partial, index=False, float_format="%.6g")
+    partial.replace(path)
 
 
-def _row(tried: Tried) -> dict[str, Any]:
-    manifest, last = tried.run.manifest, tried.run.epochs[-1]
-    settings = {key.rpartition(".")[2]: value for key, value in tried.settings.items()}
+def course_of(run: Run) -> dict[str, Any]:
+    """The columns for what a run was and came to."""
+    manifest, last = run.manifest, run.epochs[-1]
     return {
-        "optimizer": manifest.optimizer,
-        "trial": tried.number,
-        "ended": tried.ended,
-        **settings,
         "seed": manifest.seed,
         "split": manifest.recipe["run"]["report_split"],
         "epochs": last.epoch,
         "loss": last.eval_loss,
         manifest.metric.name: last.metric,
-        f"best_{manifest.metric.name}": tried.run.best_metric,
+        f"best_{manifest.metric.name}": run.best_metric,
+    }
+
+
+_HEAD = ["optimizer", "trial", "ended"]
+_TAIL = 6  # the columns of `course_of`
+
+
+def _row(tried: Tried) -> dict[str, Any]:
+    settings = {key.rpartition(".")[2]: value for key, value in tried.settings.items()}
+    return {
+        "optimizer": tried.run.manifest.optimizer,
+        "trial": tried.number,
+        "ended": tried.ended,
+        **settings,
+        **course_of(tried.run),
     }
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from experiments.errors import UserError
+from experiments.provenance import REPOSITORY
 from experiments.recipe import Recipe
 from experiments.runner import RunOptions
 from experiments.tuning.recipe_file import write_values
@@ -34,7 +35,7 @@ def tune(
     tried = Search(recipe, optimizer, options, folder).run(trials or recipe.tuning.trials)
     csv = options.results_dir / recipe.task / recipe.scale / "tuning.csv"
     best = best_of(tried)
-    source = f"tuned on the validation split at seed {best.run.manifest.seed}, {len(tried)} trials: {csv.as_posix()}"
+    source = f"tuned on the validation split at seed {best.run.manifest.seed}, {len(tried)} trials: {_named(csv)}"
     with FileLock(folder / "write.lock"):
         record_trials(csv, optimizer, tried)
         if write:
@@ -43,6 +44,12 @@ def tune(
     shown = ", ".join(f"{key} {value:g}" for key, value in best.settings.items())
     print(f"{optimizer}: best of {len(tried)} trials is trial {best.number}: {shown}; all are in {csv}")
     return best
+
+
+def _named(path: Path) -> str:
+    """A path as whoever has the repository finds it."""
+    whole = path.resolve()
+    return (whole.relative_to(REPOSITORY) if whole.is_relative_to(REPOSITORY) else path).as_posix()
 
 
 def best_of(tried: list[Tried]) -> Tried:

@@ -20,7 +20,7 @@ def test_the_terminal_table_fits_100_columns_and_names_the_data_first(frame):
     tabular = [line for line in lines if not line.startswith("Left out")]
     assert max(map(len, tabular)) <= 100
     assert "Fashion-MNIST, 3,600 embedded images" in " ".join(lines[:2])
-    assert any("junk.jsonl" in line for line in lines)
+    assert "junk.jsonl" in "".join(lines)
 
 
 def test_misses_are_words_not_numbers(frame):

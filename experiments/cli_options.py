@@ -1,0 +1,43 @@
+"""The arguments and options that several commands share."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+TaskName = Annotated[str, typer.Argument(metavar="TASK", help="The task, e.g. resnet50-imagenet; see `list`.")]
+Scale = Annotated[
+    str,
+    typer.Option(
+        metavar="SCALE", help="How big: tiny (minutes on 2 cores), small (hours), or paper (the paper's settings)."
+    ),
+]
+DataDir = Annotated[Path, typer.Option(metavar="DIR", help="Where datasets lie.")]
+ResultsDir = Annotated[Path, typer.Option(metavar="DIR", help="Where records, tables and figures lie.")]
+OptimizerNames = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--optimizer", metavar="NAME", help="An optimizer of the recipe; may be repeated. Default: all of them."
+    ),
+]
+Seeds = Annotated[
+    list[int] | None,
+    typer.Option("--seed", metavar="N", help="A seed; may be repeated. Default: the recipe's seeds."),
+]
+Epochs = Annotated[int | None, typer.Option(metavar="N", help="Train this many epochs instead of the recipe's.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Replace a value of the recipe, e.g. optimizers.sgd.lr=0.2; may be repeated.",
+    ),
+]
+Force = Annotated[bool, typer.Option("--force", help="Run again what is finished; start over what is not.")]
+Device = Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu or cuda.")]
+CheckpointDir = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Where checkpoints lie. Default: checkpoints/ in the results.")
+]
+CheckpointEvery = Annotated[float, typer.Option(metavar="SECONDS", help="Time between checkpoints inside an epoch.")]
+Workers = Annotated[int, typer.Option(metavar="N", min=1, help="Runs at a time.")]
+Threads = Annotated[int, typer.Option(metavar="N", min=1, help="CPU threads of each process.")]

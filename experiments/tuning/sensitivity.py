@@ -1,0 +1,105 @@
+"""The runs of a recipe's grids, each one an ordinary run on the validation split at the tuning seed."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from experiments.analysis import heatmaps
+from experiments.errors import UserError
+from experiments.jobs import Job, run_jobs
+from experiments.recipe import Recipe
+from experiments.records import Run, read_run, record_path
+from experiments.runner import RunOptions
+from experiments.tuning.grid import Grid, Sensitivity
+from experiments.tuning.space import value_at
+from experiments.tuning.trial import trial_changes
+from experiments.tuning.trials import course_of, write_rows
+
+
+def measure(recipe: Recipe, options: RunOptions, *, folder: Path, workers: int = 1, threads: int | None = None) -> Path:
+    """Run what is not finished of all grids, and write ``sensitivity.csv`` and heat maps beside the results.
+
+    A run that fails, or is interrupted, leaves its row out; the file holds what there is in any case.
+
+    Args:
+        recipe: has a ``[sensitivity]`` table.
+        options: how to run; the file goes to ``<results_dir>/<task>/<scale>``.
+        folder: where the runs are kept, to go on from.
+        workers: runs at a time.
+        threads: CPU threads each, ``None`` for what the environment says.
+
+    Returns:
+        The file.
+
+    Raises:
+        UserError: the recipe has no grid.
+    """
+    grids = _asked(recipe).grids
+    jobs = {job.options.results_dir: job for grid in grids for job in _jobs(recipe, grid, options, folder)}
+    csv = options.results_dir / recipe.task / recipe.scale / "sensitivity.csv"
+    try:
+        run_jobs(list(jobs.values()), workers=workers, threads=threads)
+    finally:
+        _write([(grid, cell) for grid in grids for cell in _finished(recipe, grid, folder)], recipe, csv)
+    return csv
+
+
+def _write(cells: Sequence[tuple[Grid, Run]], recipe: Recipe, csv: Path) -> None:
+    if not cells:
+        return
+    rows, course = [], []
+    for grid, run in cells:
+        course = course_of(run)
+        settings = {key.rpartition(".")[2]: value_at(run.manifest.recipe["optimizer"], key) for key in grid.axes}
+        rows.append({"grid": grid.name, "ended": run.end.reason, **settings, **course})
+    table = pd.DataFrame(rows)
+    # Each grid has settings of its own, which would otherwise come last.
+    table = table[[*table.columns.drop(list(course)), *course]]
+    write_rows(table, csv)
+    manifest = cells[0][1].manifest
+    title = f"{manifest.task}, scale {manifest.scale}: {manifest.optimizer}, {manifest.dataset.name}"
+    heatmaps.draw(csv, title, higher_is_better=manifest.metric.higher_is_better)
+
+
+def _asked(recipe: Recipe) -> Sensitivity:
+    if recipe.sensitivity is None:
+        raise UserError(f"{recipe.path}: has no table [sensitivity]")
+    return recipe.sensitivity
+
+
+def _jobs(recipe: Recipe, grid: Grid, options: RunOptions, folder: Path) -> list[Job]:
+    asked = _asked(recipe)
+    return [
+        Job(
+            task=recipe.task,
+            scale=recipe.scale,
+            overrides=(*recipe.overrides, *(f"{key}={value}" for key, value in _changes(recipe, cell).items())),
+            optimizer=asked.optimizer,
+            seed=recipe.run.tuning_seed,
+            options=replace(options, results_dir=_place(recipe, cell, folder), checkpoint_dir=None),
+        )
+        for cell in grid.cells()
+    ]
+
+
+def _changes(recipe: Recipe, cell: Mapping[str, Any]) -> dict[str, Any]:
+    asked = _asked(recipe)
+    return trial_changes(recipe, asked.optimizer, cell, asked.epochs)
+
+
+def _place(recipe: Recipe, cell: Mapping[str, Any], folder: Path) -> Path:
+    """A folder for each set of changes, whichever grids it is in."""
+    name = ",".join(f"{key}={cell[key]}" for key in sorted(cell)) or "as-it-is"
+    return folder / recipe.task / recipe.scale / name
+
+
+def _finished(recipe: Recipe, grid: Grid, folder: Path) -> list[Run]:
+    """The runs of a grid that are over."""
+    optimizer, seed = _asked(recipe).optimizer, recipe.run.tuning_seed
+    places = [_place(recipe, cell, folder) for cell in grid.cells()]
+    records = [record_path(place, recipe.task, recipe.scale, optimizer, seed) for place in places]
+    runs = [read_run(record) for record in records if record.exists() and b"\n" in record.read_bytes()]
+    return [run for run in runs if run.end]
