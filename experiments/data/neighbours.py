@@ -18,6 +18,9 @@ from experiments.data.structures import Structures
 CHUNK = 2000
 """Structures that a process takes at a time."""
 
+LEAST_CUTOFF = 0.1
+"""Å; the search divides space into bins of this size."""
+
 FEW = 5000
 """So many structures are done in this process: to start others takes longer."""
 
@@ -50,10 +53,10 @@ def find_neighbours(structures: Structures, cutoff: float) -> Neighbours:
     An atom may have no pair; then it contributes what its element alone says.
 
     Raises:
-        ValueError: the cutoff is not positive, or leaves no pair in any structure.
+        ValueError: the cutoff is below `LEAST_CUTOFF`, or leaves no pair in any structure.
     """
-    if not cutoff > 0:
-        raise ValueError(f"cutoff = {cutoff}: must be positive")
+    if not cutoff >= LEAST_CUTOFF:
+        raise ValueError(f"cutoff = {cutoff}: must be at least {LEAST_CUTOFF} Å")
     found = list(_in_chunks(structures, cutoff))
     if not any(len(part.centres) for part in found):
         raise ValueError(f"cutoff = {cutoff}: no two atoms of any structure are so near to each other")
