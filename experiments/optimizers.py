@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from experiments.muon import MuonAndAdamW, refuse_sparse_gradients
 from experiments.settings import SettingsError, one_of
 from ngplus import NGPlus
-from ngplus.baselines import KFAC
+from ngplus.baselines import KFAC, SENG, Shampoo
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +159,31 @@ class KFACSettings(_LearningRate):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SENGSettings(_LearningRate):
+    """`ngplus.baselines.SENG` on a base optimizer; every field but `base` is its argument of that name."""
+
+    damping: float
+    update_every: int
+    base: SGDBase | AdamBase | AdagradBase
+    sketch_size: int | None = None
+    samples: Literal["batch", "rows"] = "batch"
+    max_samples: int | None = None
+    batch_dim: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShampooSettings(_LearningRate):
+    """`ngplus.baselines.Shampoo` on a base optimizer; every field but `base` is its argument of that name."""
+
+    damping: float
+    update_every: int
+    base: SGDBase | AdamBase | AdagradBase
+    ema: float | None = None
+    max_side: int = 2048
+    grafting: Literal["none", "sgd"] = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Entry:
     """What it takes to be an optimizer here: a settings dataclass, and a function that builds one."""
 
@@ -187,6 +212,11 @@ def _build_soap(model: nn.Module, settings: SOAPSettings) -> Optimizer:
     return SOAP(model.parameters(), **asdict(settings))
 
 
+def _build_shampoo(model: nn.Module, settings: ShampooSettings) -> Optimizer:
+    refuse_sparse_gradients(model, "Shampoo")
+    return _around_base(Shampoo, model, settings)
+
+
 def _around_base(cls: Callable[..., Optimizer], model: nn.Module, settings: Any) -> Optimizer:
     own = asdict(settings)
     base_arguments = own.pop("base")
@@ -204,7 +234,9 @@ OPTIMIZERS: dict[str, Entry] = {
     "lars": Entry(settings=LARSSettings, build=_build_lars),
     "muon": Entry(settings=MuonSettings, build=_build_muon),
     "ngplus": _entry_around_base(NGPlusSettings, NGPlus),
+    "seng": _entry_around_base(SENGSettings, SENG),
     "sgd": _torch_entry(SGDSettings, torch.optim.SGD),
+    "shampoo": Entry(settings=ShampooSettings, build=_build_shampoo),
     "soap": Entry(settings=SOAPSettings, build=_build_soap),
 }
 

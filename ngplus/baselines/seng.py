@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from ngplus import distributed, gfim
 from ngplus.baselines.relative import Relative
-from ngplus.baselines.sample_gradients import SampleGradients, from_tensors, gather, joined
+from ngplus.baselines.sample_gradients import LookedUp, SampleGradients, from_tensors, gather, joined
 from ngplus.capture import Capture, Statistic
 from ngplus.curvature import Curvature, LayerState, sampling
 from ngplus.gfim import Part, Shape
@@ -177,12 +177,20 @@ class SENGCurvature(Curvature):
             state.to(gradient.device)
         inverse = state.preconditioner
         assert isinstance(inverse, GramInverse)
-        looked_up = inverse.gradients.tensors().get("index", gradient._indices()[:0])
-        touched = torch.cat([gradient._indices()[0], looked_up.flatten()]).unique()  # type: ignore[no-untyped-call]
+        touched = _touched_rows(gradient, inverse.gradients)
         dense = gradient.to_dense()
         rows = inverse.apply(dense.to(inverse.main.dtype).unsqueeze(0))[0, touched].to(gradient.dtype)
         indices = touched.unsqueeze(0)
         layer.weight.grad = torch.sparse_coo_tensor(indices, rows, gradient.shape, check_invariants=False)
+
+
+def _touched_rows(gradient: Tensor, gradients: SampleGradients) -> Tensor:
+    """Rows of a table that its direction may change: those of the gradient and of the samples."""
+    if not isinstance(gradients, LookedUp):
+        return torch.arange(gradient.shape[0], device=gradient.device)
+    both = torch.cat([gradient._indices()[0], gradients.index.flatten()])
+    rows: Tensor = torch.unique(both)
+    return rows
 
 
 def _inverse(gram: Tensor, damping: float) -> Tensor | None:

@@ -29,7 +29,7 @@ def model():
 
 
 AROUND_BASE = {"damping": 0.5, "update_every": 7, "base": SGDBase()}
-NEEDED = {"kfac": AROUND_BASE, "ngplus": AROUND_BASE}
+NEEDED = dict.fromkeys(["kfac", "ngplus", "seng", "shampoo"], AROUND_BASE)
 
 
 def ngplus(**changes) -> NGPlusSettings:
@@ -85,7 +85,9 @@ def test_every_entry_builds_an_optimizer_that_steps(model):
 
 @pytest.mark.parametrize("name", ["adadelta", "", "adamw-x"])
 def test_a_name_that_is_not_there_lists_what_is(name):
-    with pytest.raises(SettingsError, match=r"must be one of adagrad, adam, .*, sgd, soap, or one of these with"):
+    with pytest.raises(
+        SettingsError, match=r"must be one of adagrad, adam, .*, sgd, shampoo, soap, or one of these with"
+    ):
         entry_of(name)
 
 
@@ -110,8 +112,8 @@ def test_a_soap_state_goes_on_to_the_bit(model):
     assert torch.equal(model.weight, other.weight)
 
 
-@pytest.mark.parametrize("name", ["muon", "soap"])
+@pytest.mark.parametrize("name", ["muon", "shampoo", "soap"])
 def test_what_takes_no_sparse_gradients_says_so_when_it_is_made(name):
     model = nn.Sequential(nn.Embedding(4, 3, sparse=True), nn.Linear(3, 2))
     with pytest.raises(ValueError, match="takes no sparse gradients, which 0 has"):
-        entry_of(name).build(model, entry_of(name).settings(lr=0.1))
+        entry_of(name).build(model, entry_of(name).settings(lr=0.1, **NEEDED.get(name, {})))
