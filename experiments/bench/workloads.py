@@ -1,12 +1,13 @@
 """The four models at their papers' shapes, on made-up data: for cost only, never in a table of results."""
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from experiments.tasks._dlrm import DLRM
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,34 +116,6 @@ def transformer(device: str, *, sentences: int = 160, length: int = 25, vocabula
     )
 
 
-class _DLRM(nn.Module):
-    """DLRM as on Criteo Kaggle: 26 tables of 16, bottom 13-512-256-64-16, dot interaction, top 512-256-1."""
-
-    def __init__(self, rows: list[int], sparse: bool) -> None:
-        super().__init__()
-        self.tables = nn.ModuleList(nn.EmbeddingBag(n, 16, mode="sum", sparse=sparse) for n in rows)
-        self.bottom = _perceptron(13, 512, 256, 64, 16)
-        features = len(rows) + 1
-        self.top = nn.Sequential(
-            *_perceptron(16 + features * (features - 1) // 2, 512, 256), nn.Linear(256, 1), nn.Flatten(0)
-        )
-        self.register_buffer("pairs", torch.tril_indices(features, features, -1))
-
-    def forward(self, dense: Tensor, categories: Tensor) -> Tensor:
-        bottom = self.bottom(dense)
-        embedded = [table(categories[:, i : i + 1]) for i, table in enumerate(self.tables)]
-        features = torch.stack([bottom, *embedded], dim=1)  # (b, 27, 16)
-        products = features @ features.mT
-        return self.top(torch.cat([bottom, products[:, self.pairs[0], self.pairs[1]]], dim=1))
-
-
-def _perceptron(*sizes: int) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for inputs, outputs in itertools.pairwise(sizes):
-        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
-    return nn.Sequential(*layers)
-
-
 def dlrm(device: str, *, batch: int = 128, largest: int = 100_000, sparse: bool = False) -> Workload:
     """A DLRM of Criteo Kaggle's shape; ``largest`` is the number of rows of its largest table."""
     rows = [largest, *([10_000] * 5), *([1_000] * 10), *([100] * 10)]
@@ -150,7 +123,7 @@ def dlrm(device: str, *, batch: int = 128, largest: int = 100_000, sparse: bool 
     categories = torch.stack([torch.randint(n, (batch,)) for n in rows], dim=1)
     return Workload(
         name=f"DLRM, largest table {largest:,} rows{', sparse' if sparse else ''}",
-        model=_DLRM(rows, sparse).to(device),
+        model=DLRM(13, rows, sparse=sparse).to(device),
         inputs=(torch.randn(batch, 13, device=device), categories.to(device)),
         loss=lambda logits: F.binary_cross_entropy_with_logits(logits, clicks),
         interval=200,

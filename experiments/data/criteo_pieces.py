@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -17,6 +18,8 @@ from experiments.data.criteo_lines import LineError, Lines, parse
 from experiments.data.npy import write_bytes, write_npy
 
 PIECE = 64 * 2**20
+WORKERS = 2
+"""Pieces in work at a time, half a gigabyte of memory each; polars has threads of its own beside them."""
 LONGEST_LINE = 2**16
 ARCHIVES = {b"\x1f\x8b": "gzip", b"PK": "zip", b"\xfd7": "xz", b"BZ": "bzip2"}
 
@@ -55,14 +58,14 @@ def make_pieces(source: Path, folder: Path, *, size: int = PIECE) -> list[Piece]
     _keep_only_pieces_of(source, folder, size)
     count = -(-source.stat().st_size // size)
     pieces: list[Piece] = []
-    with source.open("rb") as file:
-        for number in track(range(count), description=f"Reading {source.name}"):
-            stem = folder / f"{number:06d}"
-            piece = _finished(stem)
-            if piece is None:
-                before = sum(each.lines for each in pieces)
-                piece = _make(stem, _text(file, source, number * size, (number + 1) * size), source, before)
-            pieces.append(piece)
+    try:
+        with ThreadPoolExecutor(WORKERS) as pool:
+            made = pool.map(lambda k: _piece(source, folder / f"{k:06d}", k * size, (k + 1) * size), range(count))
+            for piece in track(made, total=count, description=f"Reading {source.name}"):
+                pieces.append(piece)
+    except LineError as error:
+        line = error.line + sum(piece.lines for piece in pieces)
+        raise DataFileError(f"{source}, line {line:,}: {error.what}") from None
     return [piece for piece in pieces if piece.lines]
 
 
@@ -92,21 +95,34 @@ def _keep_only_pieces_of(source: Path, folder: Path, size: int) -> None:
     write_bytes(mark, json.dumps(own).encode())
 
 
-def _finished(stem: Path) -> Piece | None:
-    mark = stem.with_suffix(".json")
-    return Piece(stem=stem, **json.loads(mark.read_text(encoding="utf-8"))) if mark.is_file() else None
+def _piece(source: Path, stem: Path, start: int, stop: int) -> Piece:
+    """The lines that begin in bytes ``[start, stop)``; made unless they are there.
 
-
-def _make(stem: Path, text: bytes, source: Path, lines_before: int) -> Piece:
-    try:
-        lines = parse(text) if text else _NO_LINES
-    except LineError as error:
-        raise DataFileError(f"{source}, line {lines_before + error.line:,}: {error.what}") from None
+    Raises:
+        LineError: a line is not as it should be, counted from the piece's first.
+    """
+    if done := _finished(stem):
+        return done
+    with source.open("rb") as file:
+        text = _text(file, source, start, stop)
+    lines = parse(text) if text else _NO_LINES
     for name, array in vars(lines).items():
         write_npy(stem.with_suffix(f".{name}.npy"), array.shape, array.dtype, [array])
     mark = {"lines": len(lines.labels), "sha256": hashlib.sha256(text).hexdigest()}
     write_bytes(stem.with_suffix(".json"), json.dumps(mark).encode())  # last: it says that the others are whole
     return Piece(stem=stem, **mark)
+
+
+def _finished(stem: Path) -> Piece | None:
+    mark = stem.with_suffix(".json")
+    if not mark.is_file():
+        return None
+    piece = Piece(stem=stem, **json.loads(mark.read_text(encoding="utf-8")))
+    try:
+        lengths = {len(piece.array("dense")), piece.array("categories").shape[1], len(piece.array("labels"))}
+    except (OSError, ValueError):  # missing or cut short: make it again
+        return None
+    return piece if lengths == {piece.lines} else None
 
 
 _NO_LINES = Lines(

@@ -1,7 +1,6 @@
-"""Files that appear under their name only when they are whole and on the disk; arrays larger than memory among them."""
+"""Files that appear under their name only when they are whole; arrays larger than memory among them."""
 
-import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -29,7 +28,7 @@ def write_npy(path: Path, shape: tuple[int, ...], dtype: np.dtype, blocks: Itera
         np.lib.format.write_array_header_1_0(file, header)
         written = 0
         for block in blocks:
-            written += file.write(np.ascontiguousarray(block, dtype).data.cast("B"))
+            written += file.write(np.ascontiguousarray(block, dtype).reshape(-1).view(np.uint8).data)
         if written != int(np.prod(shape)) * dtype.itemsize:
             raise ValueError(f"{path.name}: {written:,} bytes do not make up shape {shape} of {dtype}")
 
@@ -41,13 +40,11 @@ def write_bytes(path: Path, content: bytes) -> None:
     _write(path, lambda file: file.write(content))
 
 
-def _write(path: Path, write) -> None:
+def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
     partial = path.with_name(path.name + ".partial")
     try:
         with partial.open("wb") as file:
             write(file)
-            file.flush()
-            os.fsync(file.fileno())
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)

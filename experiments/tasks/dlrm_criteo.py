@@ -16,7 +16,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from experiments.data import flights, flights_table
+from experiments.data import criteo, flights, flights_table
 from experiments.data.block_shuffle import block_batches
 from experiments.data.clicks import Clicks, Frequent, Hashed, Rows
 from experiments.settings import SettingsError, read_settings
@@ -32,7 +32,7 @@ class Settings:
     """The recipe's ``[task]`` table.
 
     Attributes:
-        data: the embedded sample of flights, or all flights.
+        data: the embedded sample of flights, all flights, or Criteo's log as `criteo.prepare` left it.
         batch_size: samples of a joint batch.
         embedding: width of the tables.
         bottom: widths of the bottom perceptron between the numbers and ``embedding``.
@@ -41,9 +41,10 @@ class Settings:
         hash_rows: instead, the category's row is its value modulo this number.
         sparse: whether tables have sparse gradients; `torch.optim.Adam` takes none.
         epoch_parts: recorded epochs to one pass over the training part.
+        validation_size: lines held out at the end of Criteo's six days. The flights have a part of their own.
     """
 
-    data: Literal["flights-embedded", "flights"]
+    data: Literal["flights-embedded", "flights", "criteo"]
     batch_size: int
     embedding: int = 16
     bottom: tuple[int, ...] = (512, 256, 64)
@@ -52,6 +53,7 @@ class Settings:
     hash_rows: int | None = None
     sparse: bool = False
     epoch_parts: int = 1
+    validation_size: int = 0
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "embedding", "epoch_parts"):
@@ -60,11 +62,13 @@ class Settings:
         for name in ("bottom", "top"):
             if not getattr(self, name) or min(getattr(self, name)) < 1:
                 raise ValueError(f"{name} = {list(getattr(self, name))}: must be positive widths, at least one")
-        for name in ("min_count",):
+        for name in ("min_count", "validation_size"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} = {getattr(self, name)}: must not be negative")
         if self.hash_rows is not None and self.hash_rows < 1:
             raise ValueError(f"hash_rows = {self.hash_rows}: must be at least 1")
+        if self.validation_size and self.data != "criteo":
+            raise ValueError(f"validation_size = {self.validation_size}: {self.data} has a validation part of its own")
 
 
 class DLRMCriteo:
@@ -186,6 +190,9 @@ def _auc(logits: Tensor, labels: Tensor) -> float:
 
 def _load(settings: Settings, data_dir: Path) -> tuple[Clicks, str, str, str]:
     """The log, its name, its SHA-256 and its licence."""
+    if settings.data == "criteo":
+        clicks, digest = criteo.load(data_dir, validation_size=settings.validation_size)
+        return clicks, criteo.name_of(clicks), digest, criteo.LICENCE
     if settings.data == "flights":
         loaded, digest, what = flights_table.load(data_dir), flights.FULL_SHA256, "flights of 2013 out of New York"
     else:
