@@ -1,14 +1,16 @@
 import itertools
+import shutil
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from criteo_text import make_lines, put_log, text_of
 
 import experiments
 from experiments.checkpoint import CheckpointError
-from experiments.data import DataFileError, flights
+from experiments.data import PREPARE, DataFileError, flights, flights_table
 from experiments.optimizers import entry_of
 from experiments.recipe import load_recipe
 from experiments.runner import RunOptions, run
@@ -304,6 +306,8 @@ def test_a_checkpoint_is_refused_for_other_data(small_sample, tmp_path, monkeypa
         ({"min_count": -1}, "min_count = -1: must not be negative"),
         ({"hash_rows": 0}, "hash_rows = 0: must be at least 1"),
         ({"sparse": 1}, "sparse = 1: must be"),
+        ({"validation_size": -1}, "validation_size = -1: must not be negative"),
+        ({"validation_size": 5}, "validation_size = 5: flights-embedded has a validation part of its own"),
         ({"epoch_parts": 188}, "epoch_parts = 188: the 24,000 training samples .* do not fill one batch a part"),
         ({"batch_size": 24_001}, "batch_size = 24001.*do not fill one batch"),
     ],
@@ -316,3 +320,95 @@ def test_a_wrong_setting_is_named_with_its_value_and_what_is_allowed(changes, me
 def test_missing_flights_name_what_to_do(tmp_path):
     with pytest.raises(DataFileError, match="make data-flights"):
         task(tmp_path, data="flights")
+
+
+# --- Criteo's log
+
+
+@pytest.fixture
+def log_dir(tmp_path):
+    """A prepared log of 700 lines in Criteo's format, of which 100 are the last day's."""
+    put_log(tmp_path, text_of(make_lines(700)))
+    PREPARE["criteo"](tmp_path)
+    return tmp_path
+
+
+def log_task(data_dir, **changes):
+    return task(data_dir, data="criteo", batch_size=20, **changes)
+
+
+def test_batches_of_a_log_are_its_lines(log_dir):
+    made = log_task(log_dir, min_count=0)
+    lines = {}
+    for fields in make_lines(700)[:600]:
+        dense = [np.float32(np.log1p(max(int(field or 0), 0))) for field in fields[1:14]]
+        lines[tuple(np.round(dense, 4))] = float(fields[0]), [int(field or "0", 16) for field in fields[14:]]
+    values = made._clicks.vocabulary
+    seen = 0
+    for dense, rows, labels in made.train_batches(0, seed=1):
+        for numbers, own, label in zip(dense.numpy(), rows.numpy(), labels.tolist(), strict=True):
+            expected_label, expected = lines[tuple(np.round(numbers, 4))]
+            assert label == expected_label
+            assert [values.column(j)[0][row - 1] for j, row in enumerate(own)] == expected
+            seen += 1
+    assert seen == len(lines) == 600
+
+
+def test_a_log_is_named_for_what_it_is(log_dir):
+    info = log_task(log_dir, validation_size=60).dataset
+    assert info.name == "log in Criteo's format, 700 lines"
+    assert (info.train_size, info.eval_size) == (540, 100)
+    assert "not redistributed" in info.licence
+
+
+@pytest.mark.parametrize("choice", [{"min_count": 1}, {"min_count": 3}, {"hash_rows": 50}])
+def test_a_log_trains_with_every_vocabulary_and_sparse_tables(choice, log_dir):
+    made = log_task(log_dir, sparse=True, validation_size=60, **choice)
+    torch.manual_seed(0)
+    model = made.build_model()
+    optimizer = torch.optim.Adagrad(model.parameters(), lr=0.02)
+    for batch in made.train_batches(0, seed=1):
+        optimizer.zero_grad()
+        made.loss(model, batch).backward()
+        optimizer.step()
+    with torch.no_grad():
+        for split in ("validation", "test"):  # the last day has values that no training line has
+            assert np.isfinite(made.evaluate(model.eval(), split).loss)
+
+
+def test_an_empty_validation_part_is_named(log_dir):
+    made = log_task(log_dir)
+    with pytest.raises(ValueError, match="the validation split is empty: set validation_size"):
+        made.evaluate(_Constant(0.0), "validation")
+
+
+def test_a_checkpoint_is_refused_for_a_log_with_another_vocabulary(log_dir, tmp_path):
+    small = ("task.bottom=[8]", "task.top=[8]", "task.batch_size=20", "run.epochs=4", "run.precision=float32")
+    recipe = load_recipe("dlrm-criteo", "paper", folder=RECIPES, overrides=small)
+    options = RunOptions(device="cpu", data_dir=log_dir, results_dir=tmp_path / "results", checkpoint_every_s=0)
+    with pytest.raises(InterruptedError):
+        run(recipe, "ngplus-adagrad", 1, options, [_Interrupt(3)])
+    lines = make_lines(700)
+    lines[5][20] = "00c0ffee"
+    put_log(log_dir, text_of(lines))
+    shutil.rmtree(log_dir / "criteo" / "prepared")
+    PREPARE["criteo"](log_dir)
+    with pytest.raises(CheckpointError, match=r"is of another run: .*dataset\.sha256 is '[0-9a-f]{64}' there"):
+        run(recipe, "ngplus-adagrad", 1, options)
+
+
+def test_a_log_that_is_not_prepared_says_what_to_do(tmp_path):
+    with pytest.raises(DataFileError, match="make data-criteo"):
+        log_task(tmp_path)
+
+
+@pytest.mark.parametrize("scale", ["tiny", "small", "paper"])
+def test_every_recipe_fits_its_task(scale, small_sample, log_dir, monkeypatch):
+    monkeypatch.setattr(flights_table, "load", lambda data_dir: flights.load_embedded())
+    recipe = load_recipe("dlrm-criteo", scale, folder=RECIPES)
+    made = TASKS[recipe.task](recipe.task_settings, scale=scale, data_dir=log_dir)
+    model = made.build_model()
+    widths = [layer.out_features for layer in (*model.bottom, *model.top) if hasattr(layer, "out_features")]
+    assert widths == [512, 256, 64, 16, 512, 256, 1]
+    for chosen in recipe.optimizers.values():
+        entry_of(chosen.name).build(made.build_model(), chosen.settings)
