@@ -207,6 +207,11 @@ class LookedUp:
         """Times a number."""
         return LookedUp(self.index, self.columns * factor)
 
+    def factored(self, table_size: int) -> Factored:
+        """The unit vectors written out."""
+        hot = F.one_hot(self.index, table_size).to(self.columns.dtype)
+        return Factored(hot.unsqueeze(0), self.columns.unsqueeze(0))
+
     def written(self, table_size: int) -> Written:
         """Whole tables."""
         N, _, n = self.columns.shape
@@ -287,6 +292,9 @@ def joined(several: Sequence[SampleGradients], table_size: int) -> SampleGradien
     if len(several) == 1:
         return several[0]
     kinds = {type(each) for each in several}
+    if kinds == {Factored, LookedUp}:
+        several = [each.factored(table_size) if isinstance(each, LookedUp) else each for each in several]
+        kinds = {Factored}
     if kinds == {Factored}:
         factored = [each for each in several if isinstance(each, Factored)]
         longest = max(each.rows.shape[2] for each in factored)

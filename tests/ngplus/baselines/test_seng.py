@@ -102,16 +102,33 @@ def test_attention_with_packed_projections():
     check(Attention(), torch.randn(5, 3, 4), torch.randn(5, 2, 4))
 
 
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(5, 3)
+
+    def forward(self, index):
+        return F.linear(self.table(index).tanh(), self.table.weight)
+
+
 def test_a_table_that_is_a_matrix_too():
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.table = nn.Embedding(5, 3)
-
-        def forward(self, index):
-            return F.linear(self.table(index).tanh(), self.table.weight)
-
     check(Tied(), torch.randint(5, (4, 2)))
+
+
+def test_uses_as_table_and_as_matrix_are_samples_of_their_own_where_every_row_is():
+    model, index = Tied(), torch.randint(5, (4,))
+    hidden = model.table(index).detach().requires_grad_()
+    output = F.linear(hidden.tanh(), model.table.weight.detach()).requires_grad_()
+    oracle.energy(output).backward(inputs=[output, hidden])
+    uses = [torch.outer(g, h.tanh()) for g, h in zip(output.grad, hidden.detach(), strict=True)]
+    uses += [torch.outer(F.one_hot(i, 5).double(), g) for i, g in zip(index, hidden.grad, strict=True)]
+    # With a mean over 4, and 8 samples seen, each counts as 8/4 times its own gradient.
+    Fisher = sum(torch.outer(2 * G.flatten(), 2 * G.flatten()) for G in uses) / 8 + 0.3 * torch.eye(15)
+    expected = torch.linalg.solve(Fisher, sum(uses).flatten() / 4).view(5, 3)
+    optimizer = SENG(model, lr=1e-9, damping=0.3, samples="rows")
+    train(model, optimizer, index)
+    assert kept(optimizer)["table.weight"] is forms.Factored
+    torch.testing.assert_close(model.table.weight.grad, expected)
 
 
 @pytest.mark.parametrize("mode", ["sum", "mean"])
