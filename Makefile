@@ -20,7 +20,7 @@ TUNE = $(EXPERIMENTS) tune --scale $(SCALE) $(if $(TRIALS),--trials $(TRIALS)) $
 .DEFAULT_GOAL := help
 .PHONY: help setup test lint lock reproduce reproduce-resnet50 reproduce-figure1 reproduce-theory
 .PHONY: reproduce-iwslt14 data-libreoffice-help data-ding data-iwslt14
-.PHONY: reproduce-dlrm data-flights data-criteo
+.PHONY: reproduce-dlrm data-flights data-criteo bench-criteo
 .PHONY: reproduce-qm9 reproduce-matproj data-qm9 data-matproj bench-schnet-loading
 .PHONY: data-fashion-mnist bench bench-curvature gpu tune-resnet50 tune-qm9 tune-matproj tune-iwslt14 tune-dlrm
 
@@ -121,6 +121,9 @@ bench: $(STAMP)  ## what a step costs under each optimizer, on the four models
 	$(PYTHON) -m experiments.bench.steps --model resnet50-32 --optimizer ngplus
 	$(PYTHON) -m experiments.bench.rows
 	$(PYTHON) -m experiments.bench.chart
+
+bench-criteo: $(STAMP)  ## how fast Criteo's log is read, on a made file of 5 million lines, and in how much memory
+	$(PYTHON) -m experiments.bench.criteo_reader
 
 gpu: $(STAMP)  ## everything that wants a GPU, in one call: tests, benches, SchNet at the paper's scale (MINUTES=25)
 	$(PYTHON) -m experiments.bench.gpu --minutes $(MINUTES)
