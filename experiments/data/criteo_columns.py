@@ -4,7 +4,7 @@ import errno
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from experiments.data.criteo import CATEGORIES, FILES, INTEGERS, MANIFEST, VERSI
 from experiments.data.criteo_pieces import PIECE, Piece, joined, make_pieces
 from experiments.data.npy import write_bytes, write_npy
 
-BLOCK = 1_000_000
+BLOCK = 250_000
 """Lines of `categories.npy` that are put together at a time."""
 
 
@@ -124,16 +124,25 @@ def _put_together(pieces: Sequence[Piece], work: Path) -> None:
     shutil.rmtree(whole, ignore_errors=True)
     whole.mkdir()
     lines = sum(piece.lines for piece in pieces)
-    write_npy(whole / "dense.npy", (lines, INTEGERS), np.dtype(np.float32), joined(pieces, "dense"))
-    write_npy(whole / "labels.npy", (lines,), np.dtype(np.uint8), joined(pieces, "labels"))
-    columns = [np.load(_column_file(work, "ranks", j), mmap_mode="r") for j in range(CATEGORIES)]
-    blocks = (
-        np.stack([column[start : start + BLOCK] for column in columns], axis=1)
-        for start in track(range(0, lines, BLOCK), description="Putting lines together")
-    )
-    write_npy(whole / "categories.npy", (lines, CATEGORIES), np.dtype(np.int32), blocks)
+    with ThreadPoolExecutor(2) as pool:
+        numbers = pool.submit(_write_numbers, pieces, whole, lines)
+        blocks = _categories(work, lines)
+        write_npy(whole / "categories.npy", (lines, CATEGORIES), np.dtype(np.int32), blocks)
+        numbers.result()
     sizes = _write_vocabulary(work, whole)
     _write_manifest(whole, pieces, lines, sizes)
+
+
+def _write_numbers(pieces: Sequence[Piece], whole: Path, lines: int) -> None:
+    write_npy(whole / "dense.npy", (lines, INTEGERS), np.dtype(np.float32), joined(pieces, "dense"))
+    write_npy(whole / "labels.npy", (lines,), np.dtype(np.uint8), joined(pieces, "labels"))
+
+
+def _categories(work: Path, lines: int) -> Iterator[np.ndarray]:
+    """The ranks of all columns, a block of lines at a time; maps are closed with their block, to stay out of memory."""
+    for start in track(range(0, lines, BLOCK), description="Putting lines together"):
+        columns = (np.load(_column_file(work, "ranks", j), mmap_mode="r") for j in range(CATEGORIES))
+        yield np.stack([np.array(column[start : start + BLOCK]) for column in columns], axis=1)
 
 
 def _write_vocabulary(work: Path, whole: Path) -> list[int]:
