@@ -11,7 +11,6 @@ from functools import partial
 
 import numpy as np
 import torch
-from schnetpack import properties
 from schnetpack.atomistic import Atomwise, PairwiseDistances
 from schnetpack.model import NeuralNetworkPotential
 from schnetpack.nn import CosineCutoff, GaussianRBF
@@ -24,6 +23,7 @@ from experiments.data.sampling import epoch_batches
 from experiments.data.structure_batches import TARGET, Batch, assemble
 from experiments.data.structure_cache import StructureSet
 from experiments.data.structure_splits import StructureSplit, cut
+from experiments.schnetpack_task import sample_index
 from experiments.settings import SettingsError
 from experiments.tasks.protocol import DatasetInfo, Evaluation, Metric, Split
 
@@ -194,9 +194,8 @@ class SchNetTask:
         return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
 
     def sample_index(self, batch: Batch) -> dict[str, Tensor]:
-        """The structure of each row of a layer's input: filter networks see pairs, all other layers atoms."""
-        atoms = batch[properties.idx_m]
-        return {"*.filter_network.*": atoms[batch[properties.idx_i]], "*": atoms}
+        """The structure of each row of a layer's input; see `schnetpack_task.sample_index`."""
+        return sample_index(batch)
 
     def _assembled(self, order: Iterable[np.ndarray]) -> Iterator[Batch]:
         return ahead(partial(assemble, self._structures, self._neighbours, self._residual), order)
