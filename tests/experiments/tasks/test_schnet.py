@@ -1,336 +1,292 @@
-"""SchNet on made-up molecules and crystals: batches, errors and targets, and what NG+ sees of schnetpack's model."""
+from fnmatch import fnmatch
+from itertools import islice
+from pathlib import Path
 
+import molecules
 import numpy as np
 import pytest
 import torch
-from molecules import crystals, joined, molecules
 from schnetpack import properties
 from schnetpack.nn import GaussianRBF
+from torch import nn
 
 from experiments.data import materials, qm9
-from experiments.data.structure_batches import TARGET, assemble
-from experiments.data.structure_cache import StructureSet
-from experiments.data.structure_splits import composition_groups, draw_order, one_a_group
-from experiments.settings import SettingsError
+from experiments.data.checksum import DataFileError
+from experiments.data.structure_batches import TARGET
+from experiments.data.structures import Structures
+from experiments.optimizers import NGPlusSettings, entry_of
+from experiments.recipe import load_recipe, scales_of
+from experiments.settings import SettingsError, read_settings
 from experiments.tasks import TASKS
 from experiments.tasks._schnet import RadialBasis, ahead
-from ngplus import NGPlus
+from ngplus.layers import find_layers
 
-MODEL = {"features": 6, "interactions": 2, "cutoff": 4.0, "gaussians": 5}
-SETTINGS = {
-    "schnet-qm9": {"batch_size": 4, "validation_size": 5, "test_size": 7},
-    "schnet-matproj": {"batch_size": 4, "validation_size": 4, "test_size": 6},
-}
-DAMPING = 0.3
-NAMES = list(SETTINGS)
+MODEL = {"features": 8, "interactions": 2, "cutoff": 3.0, "gaussians": 6}
+SIZES = {"batch_size": 20, "train_size": 90, "validation_size": 40, "test_size": 250}
+NAMES = ("schnet-qm9", "schnet-matproj")
 
 
-def structure_set(entries, grouping):
-    structures = joined(entries)
-    groups = grouping(structures)
-    return StructureSet(
-        name="made up", structures=structures, order=draw_order(groups), groups=groups, sha256="0", licence="none",
-        folder=None,
-    )  # fmt: skip
+def task(name="schnet-qm9", data_dir=Path("nowhere"), **changes):
+    settings = {"data": "embedded", "model": MODEL, **SIZES} | changes
+    return TASKS[name](settings, scale="tiny", data_dir=data_dir)
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def made(request):
+    return task(request.param)
 
 
 @pytest.fixture
-def make(monkeypatch, tmp_path):
-    """A task on 30 made-up molecules or 24 crystals, with other settings."""
-    monkeypatch.setattr(qm9, "load_embedded", lambda: structure_set(molecules(30), one_a_group))
-    monkeypatch.setattr(materials, "load_embedded", lambda: structure_set(spread(crystals(24)), composition_groups))
-    return lambda name, **changed: TASKS[name](
-        {"data": "embedded", "model": MODEL} | SETTINGS[name] | changed, scale="tiny", data_dir=tmp_path
-    )
-
-
-def spread(entries):
-    """The crystals with metals of many elements, so that there are more formulas than four."""
-    for k, entry in enumerate(entries):
-        entry.numbers[0] = 20 + k // 2
-    return entries
-
-
-def model_of(task):
-    torch.manual_seed(0)
-    model = task.build_model().double()
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):  # zero at first, where a wrong column would not show
-            torch.nn.init.normal_(parameter, std=0.1)
-    return model
-
-
-def double(batch):
-    return {key: value.double() if value.is_floating_point() else value for key, value in batch.items()}
-
-
-def first_batch(task):
-    """One batch in float64; targets of the size of one, lest the damping of NG+ be lost beside its curvature."""
-    batch = double(next(task.train_batches(0, 0)))
-    return batch | {TARGET: batch[TARGET] / batch[TARGET].abs().max()}
-
-
-def one_at_a_time(batch):
-    """The batch's structures as batches of one, cut out by hand."""
-    for k in range(len(batch[TARGET])):
-        atoms = (batch[properties.idx_m] == k).nonzero().ravel()
-        pairs = (batch[properties.idx_m][batch[properties.idx_i]] == k).nonzero().ravel()
-        yield {
-            properties.Z: batch[properties.Z][atoms],
-            properties.R: batch[properties.R][atoms],
-            properties.idx_m: torch.zeros_like(atoms),
-            properties.idx_i: batch[properties.idx_i][pairs] - atoms[0],
-            properties.idx_j: batch[properties.idx_j][pairs] - atoms[0],
-            properties.offsets: batch[properties.offsets][pairs],
-            properties.n_atoms: batch[properties.n_atoms][k : k + 1],
-            TARGET: batch[TARGET][k : k + 1],
-        }
-
-
-# --- batches
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_batches_depend_on_seed_and_epoch_alone(make, name):
-    task = make(name)
+def net(made):
     torch.manual_seed(1)
-    first = list(task.train_batches(3, 5))
-    torch.manual_seed(2)
-    again = list(make(name).train_batches(3, 5))
-    assert len(first) == task.steps_per_epoch() == len(again)
-    for one, two in zip(first, again, strict=True):
-        assert all(torch.equal(one[key], two[key]) for key in one)
-    for epoch, seed in ((4, 5), (3, 6)):
-        assert not torch.equal(targets(task.train_batches(epoch, seed)), targets(first))
+    return made.build_model().eval()
 
 
-def targets(batches):
-    return torch.cat([batch[TARGET] for batch in batches])
+def sample_of(made):
+    return (qm9 if made.name == "schnet-qm9" else materials).load_embedded().structures
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_an_epoch_holds_every_training_structure_once_but_for_the_incomplete_batch(make, name):
-    task = make(name)
-    seen = targets(task.train_batches(0, 0)).tolist()
-    assert len(set(seen)) == len(seen) == task.dataset.train_size // 4 * 4
-    assert task.dataset.train_size == {"schnet-qm9": 18, "schnet-matproj": 14}[name]
+def one_at_a_time(structures: Structures, net, k):
+    """The model's output for one structure, in a batch of its own, its pairs found by hand."""
+    part = slice(structures.starts[k], structures.starts[k + 1])
+    positions = torch.from_numpy(structures.positions[part]).double()
+    size = len(positions)
+    reach = range(-3, 4) if structures.cells is not None else range(1)
+    rows = []
+    for shift in np.array(np.meshgrid(reach, reach, reach)).reshape(3, -1).T:
+        offset = shift @ structures.cells[k] if structures.cells is not None else np.zeros(3)
+        distance = (positions[None] - positions[:, None] + torch.from_numpy(offset)).norm(dim=2)
+        rows += [(i, j, *offset) for i, j in (distance < 3.0).nonzero().tolist() if i != j or shift.any()]
+    table = torch.tensor(rows, dtype=torch.float64).reshape(-1, 5)
+    inputs = {
+        properties.Z: torch.from_numpy(structures.numbers[part]).long(),
+        properties.R: positions.float(),
+        properties.idx_m: torch.zeros(size, dtype=torch.long),
+        properties.idx_i: table[:, 0].long(),
+        properties.idx_j: table[:, 1].long(),
+        properties.offsets: table[:, 2:].float(),
+        properties.n_atoms: torch.tensor([size]),
+    }
+    return net(inputs)["energy"].item()
 
 
-def test_two_processes_share_the_batches_of_one(make):
-    task = make("schnet-qm9")
-    joint = list(task.train_batches(1, 2))
-    parts = [list(task.train_batches(1, 2, rank=rank, world_size=2)) for rank in (0, 1)]
-    for batch, one, two in zip(joint, *parts, strict=True):
-        assert torch.equal(batch[TARGET], torch.cat([one[TARGET], two[TARGET]]))
+@torch.no_grad()
+def test_loss_and_metric_are_those_of_single_structures(made, net):
+    structures, split = sample_of(made), made._split
+    target = structures.target - made.baseline(split.train)
+    errors = [one_at_a_time(structures, net, k) - target[k] for k in split.validation]
+    evaluation = made.evaluate(net, "validation")
+    assert evaluation.loss == pytest.approx(np.mean(np.square(errors)), rel=1e-4)
+    assert evaluation.metric == pytest.approx(np.mean(np.abs(errors)), rel=1e-4)
 
 
-def test_the_next_item_is_made_ahead_in_order_and_its_error_arrives():
+@torch.no_grad()
+def test_the_training_loss_is_the_mean_squared_error_and_leaves_the_batch_as_it_was(made, net):
+    batch = next(made.train_batches(0, seed=1))
+    before = {key: value.clone() for key, value in batch.items()}
+    loss = made.loss(net, batch)
+    assert batch.keys() == before.keys()
+    energies = net({key: value for key, value in before.items() if key != TARGET})["energy"]
+    assert loss.item() == pytest.approx((energies - before[TARGET]).square().mean().item(), rel=1e-6)
+
+
+def test_an_epoch_is_every_structure_once_up_to_the_incomplete_batch(made):
+    batches = list(made.train_batches(0, seed=1))
+    assert len(batches) == made.steps_per_epoch() == 4
+    seen = torch.cat([batch[TARGET] for batch in batches]).tolist()
+    known = made._residual[made._split.train].astype(np.float32).tolist()
+    assert len(seen) == 80
+    assert set(seen) <= set(known)
+
+
+def test_batches_depend_on_seed_and_epoch_alone(made):
+    def targets(epoch, seed, **part):
+        return torch.cat([batch[TARGET] for batch in made.train_batches(epoch, seed, **part)]).tolist()
+
+    assert targets(0, 1) == targets(0, 1)
+    assert targets(0, 1) != targets(1, 1)
+    assert targets(0, 1) != targets(0, 2)
+    halves = [list(made.train_batches(0, 1, rank=rank, world_size=2)) for rank in (0, 1)]
+    joint = [torch.cat([left[TARGET], right[TARGET]]).tolist() for left, right in zip(*halves, strict=True)]
+    assert [value for part in joint for value in part] == targets(0, 1)
+
+
+def test_initial_weights_depend_on_the_global_generator_only(made):
+    def weights():
+        torch.manual_seed(3)
+        return torch.cat([parameter.flatten() for parameter in made.build_model().parameters()])
+
+    assert torch.equal(weights(), weights())
+
+
+def test_what_is_learnt_has_no_mean(made):
+    residual = made._residual[made._split.train]
+    sizes = sample_of(made).n_atoms[made._split.train] if made.name == "schnet-qm9" else 1
+    assert np.mean(residual / sizes) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_a_linear_fit_leaves_less_than_the_free_atoms():
+    left = [task(references=which)._residual[task()._split.test] for which in ("free-atoms", "linear-fit")]
+    assert 0 < left[1].std() < left[0].std() / 2
+
+
+def test_references_are_fitted_on_the_training_split_alone():
+    few = task(references="linear-fit", train_size=90)
+    many = task(references="linear-fit", train_size=900)
+    assert few._split.test.tolist() == many._split.test.tolist()
+    assert not np.allclose(few._residual, many._residual)
+
+
+def test_no_formula_of_a_crystal_is_in_two_splits():
+    made = task("schnet-matproj", train_size=None)
+    counts = materials.load_embedded().structures.element_counts()
+    reduced = counts // np.gcd.reduce(counts, axis=1, keepdims=True)
+    sides = [
+        {row.tobytes() for row in reduced[part]}
+        for part in (made._split.train, made._split.validation, made._split.test)
+    ]
+    assert sum(map(len, sides)) == len(set.union(*sides))
+    assert made.dataset.train_size + 40 + 250 == materials.EMBEDDED_SIZE
+
+
+def test_the_tables_name_the_data_and_its_size(made):
+    names = {"schnet-qm9": "QM9, embedded, 90 molecules", "schnet-matproj": "Materials Project, Faber's set, embedded"}
+    assert made.dataset.name.startswith(names[made.name])
+    assert (made.dataset.train_size, made.dataset.eval_size) == (90, 250)
+
+
+# --- samples
+
+
+def test_every_row_of_every_layer_has_its_structure(made):
+    net, batch = made.build_model(), next(made.train_batches(0, seed=1))
+    index = made.sample_index(batch)
+    rows = {}
+    for name, module in net.named_modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            module.register_forward_hook(lambda _, args, output, name=name: rows.update({name: len(args[0])}))
+    made.loss(net, batch)
+    assert rows.keys() == {layer.name.removesuffix(".weight") for layer in find_layers(net, 0)}
+    for name, count in rows.items():
+        structures = next(value for pattern, value in index.items() if fnmatch(name, pattern))
+        assert len(structures) == count
+        assert structures.max() < made.settings.batch_size
+    pairs = batch[properties.idx_m][batch[properties.idx_j]]
+    assert torch.equal(pairs, next(iter(index.values())))  # both atoms of a pair are of one structure
+
+
+@pytest.mark.parametrize("samples", ["rows", "batch"])
+def test_ngplus_lowers_the_loss(made, samples):
+    torch.manual_seed(0)
+    net = made.build_model()
+    settings = {"lr": 1e-2, "damping": 0.17, "update_every": 2, "samples": samples}
+    base = {"kind": "adam"}
+    optimizer = entry_of("ngplus").build(net, read_settings(NGPlusSettings, settings | {"base": base}, "here"))
+    losses = []
+    for epoch in range(6):
+        for batch in made.train_batches(epoch, seed=1):
+            optimizer.sample_index = made.sample_index(batch)
+            loss = made.loss(net, batch)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    assert np.mean(losses[-4:]) < np.mean(losses[:4]) / 2
+
+
+# --- the model
+
+
+def test_the_radial_basis_is_schnetpacks_without_denormal_numbers():
+    distances = torch.linspace(0, 5, 4001)
+    ours, theirs = RadialBasis(50, 5.0)(distances), GaussianRBF(50, 5.0)(distances)
+    assert (ours - theirs).abs().max() < 1e-20
+    tiny = torch.finfo(torch.float32).tiny
+    assert ((theirs > 0) & (theirs < tiny)).any()
+    assert not ((ours > 0) & (ours < tiny)).any()
+
+
+# --- loading ahead
+
+
+def test_items_come_in_order_and_one_is_made_ahead():
     made = []
 
-    def make(k):
-        made.append(k)
-        return 10 // k
+    def make(index):
+        made.append(index)
+        return index * 10
 
-    items = ahead(make, [5, 2, 1, 0])
-    assert [next(items), next(items), next(items)] == [2, 5, 10]
-    with pytest.raises(ZeroDivisionError):
-        next(items)
-    assert made == [5, 2, 1, 0]
+    items = ahead(make, iter(range(5)))
+    assert list(islice(items, 2)) == [0, 10]
+    items.close()
+    assert made == [0, 1, 2]
+    assert list(ahead(make, range(5))) == [0, 10, 20, 30, 40]
     assert list(ahead(make, [])) == []
 
 
-# --- targets and errors
+def test_an_error_in_the_thread_reaches_the_loop():
+    def make(index):
+        raise ValueError(f"no {index}")
+
+    with pytest.raises(ValueError, match="no 7"):
+        list(ahead(make, [7]))
 
 
-def test_molecules_are_learnt_without_their_free_atoms_and_the_mean_binding_energy(make):
-    task = make("schnet-qm9")
-    structures, train = task._structures, task._split.train
-    bare = [
-        sum(qm9.ATOM_ENERGIES[int(z)] * qm9.HARTREE for z in structures.select(np.array([k])).numbers)
-        for k in range(30)
-    ]
-    binding = structures.target - bare
-    mean = np.mean([binding[k] / structures.n_atoms[k] for k in train])
-    expected = binding - mean * structures.n_atoms
-    found = double(assemble(structures, task._neighbours, task._residual, train))[TARGET].numpy()
-    np.testing.assert_allclose(found, expected[train], rtol=1e-6, atol=1e-4)
-
-
-def test_references_fitted_on_the_training_split_leave_a_residual_with_no_part_by_element(make):
-    task = make("schnet-qm9", references="linear-fit")
-    train = task._split.train
-    counts = task._structures.select(train).element_counts()
-    assert np.abs(counts.T @ task._residual[train]).max() < 1e-6 * np.abs(task._structures.target).max()
-    assert np.abs(task._residual[task._split.test]).max() > 1e-3
-
-
-def test_crystals_are_learnt_beside_the_training_mean(make):
-    task = make("schnet-matproj")
-    assert task._residual[task._split.train].mean() == pytest.approx(0, abs=1e-12)
-    spread = task._structures.target - task._residual
-    assert spread == pytest.approx(np.full(24, task._structures.target[task._split.train].mean()))
+# --- errors
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("split", ["validation", "test"])
-def test_errors_are_those_of_one_structure_after_another(make, name, split):
-    task = make(name)
-    model = model_of(task).float()
-    indices = getattr(task._split, split)
-    batch = assemble(task._structures, task._neighbours, task._residual, indices)
-    errors = []
-    for one, target in zip(one_at_a_time(batch), task._residual[indices], strict=True):
-        inputs = {key: value for key, value in one.items() if key != TARGET}
-        errors.append(model(inputs)["energy"].item() - target)
-    with torch.no_grad():
-        found = task.evaluate(model.eval(), split)
-    assert found.loss == pytest.approx(np.mean(np.square(errors)), rel=1e-5)
-    assert found.metric == pytest.approx(np.mean(np.abs(errors)), rel=1e-5)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_batch_can_be_learnt_by_heart(make, name):
-    task = make(name)
-    model, batch = model_of(task), first_batch(task)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    losses = []
-    for _ in range(100):
-        loss = task.loss(model, batch)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.1 * losses[0]
-
-
-def test_the_radial_basis_is_schnetpacks_but_for_numbers_too_small_to_matter():
-    distances = torch.linspace(0, 12, 500)
-    found, whole = RadialBasis(50, 10.0)(distances), GaussianRBF(50, 10.0)(distances)
-    tiny = whole < 1e-20
-    assert tiny.any()
-    assert torch.equal(found[~tiny], whole[~tiny])
-    assert not found[tiny].any()
-
-
 @pytest.mark.parametrize(
-    ("changed", "complaint"),
+    ("changes", "complaint"),
     [
-        ({"train_size": 19}, "train_size = 31: there are 30 structures only"),
-        ({"train_size": 2}, "train_size = 2: must hold one batch of 4"),
-        ({"batch_size": 19}, "batch_size = 19: must not exceed the 18 training structures"),
         ({"batch_size": 0}, "batch_size = 0: must be at least 1"),
+        ({"train_size": 10}, "train_size = 10: must hold one batch of 20"),
         ({"test_size": -1}, "test_size = -1: must be at least 0"),
-        ({"model": MODEL | {"cutoff": 0.0}}, "cutoff = 0.0: must be positive"),
-        ({"model": MODEL | {"cutoff": 0.001}}, "cutoff = 0.001: must be at least 0.1 Å"),
+        ({"test_size": 5000}, r"test_size \+ validation_size \+ train_size = 5130: there are [0-9]+ structures only"),
+        ({"train_size": None, "test_size": 0, "batch_size": 4001}, "batch_size = 4001: must not exceed the"),
+        ({"model": MODEL | {"cutoff": 0.1}}, "cutoff = 0.1: no two atoms"),
+        ({"model": MODEL | {"cutoff": -1.0}}, "cutoff = -1.0: must be positive"),
         ({"model": MODEL | {"interactions": 0}}, "interactions = 0: must be at least 1"),
-        ({"references": "none"}, "references"),
-        ({"data": "elsewhere"}, "data"),
-        ({"width": 3}, "width"),
+        ({"data": "elsewhere"}, "data = 'elsewhere': must be one of"),
+        ({"colour": 1}, "colour = 1: unknown key"),
     ],
 )
-def test_settings_that_do_not_fit_are_named_with_the_recipe(make, changed, complaint):
-    with pytest.raises(SettingsError, match=complaint) as raised:
-        make("schnet-qm9", **changed)
-    assert "schnet-qm9/tiny, [task]" in str(raised.value)
+def test_a_setting_that_does_not_fit_is_named(name, changes, complaint):
+    with pytest.raises(SettingsError, match=rf"{name}/tiny, \[task\].*{complaint}"):
+        task(name, **changes)
 
 
-def test_an_empty_split_is_not_evaluated(make):
-    task = make("schnet-qm9", test_size=0)
-    with pytest.raises(ValueError, match="the test split is empty: set test_size"):
-        task.evaluate(task.build_model(), "test")
+def test_an_empty_split_is_an_error(made):
+    empty = task(made.name, validation_size=0)
+    with pytest.raises(ValueError, match="the validation split is empty: set validation_size"):
+        empty.evaluate(empty.build_model(), "validation")
 
 
-# --- what NG+ sees
+@pytest.mark.parametrize(("name", "target"), [("schnet-qm9", "data-qm9"), ("schnet-matproj", "data-matproj")])
+def test_missing_data_is_an_error_that_says_how_to_get_it(name, target, tmp_path):
+    with pytest.raises(DataFileError, match=f"run `make {target}`"):
+        task(name, data_dir=tmp_path, data="package")
 
 
-def layers_of(model):
-    return {layer.name: (layer.weight, layer.bias) for layer in NGPlus(model, lr=1.0, damping=1.0)._layers}
+def test_a_database_is_read_and_its_neighbours_are_kept(tmp_path):
+    molecules.write_database(molecules.molecules(40), tmp_path / "qm9" / "qm9.db", "energy_U0")
+    sizes = {"batch_size": 4, "train_size": 20, "validation_size": 5, "test_size": 5}
+    first = task(data_dir=tmp_path, data="database", **sizes)
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")}
+    again = task(data_dir=tmp_path, data="database", **sizes)
+    assert (tmp_path / "qm9" / "database-neighbours-3" / "centres.npy") in kept
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")} == kept
+    batches = [next(each.train_batches(0, seed=1)) for each in (first, again)]
+    assert all(torch.equal(batches[0][key], batches[1][key]) for key in batches[0])
 
 
-def matrix(weight, bias):
-    return weight.grad.clone() if bias is None else torch.cat([weight.grad, bias.grad[:, None]], dim=1)
+# --- recipes
 
 
-def solved(G, samples):
-    """(λI + L)⁻¹G of (6), or with R, from the samples' gradients: a dense solve."""
-    m, n = G.shape
-    moment = sum(g @ g.T if m <= n else g.T @ g for g in samples) / len(samples)
-    damped = moment + DAMPING * torch.eye(len(moment), dtype=G.dtype)
-    return torch.linalg.solve(damped, G) if m <= n else torch.linalg.solve(damped, G.T).T
-
-
-def directions(task, model, batch, samples):
-    """What a step of NG+ leaves in the gradients, by layer."""
-    optimizer = NGPlus(model, lr=1e-9, damping=DAMPING, update_every=1, samples=samples)
-    optimizer.sample_index = task.sample_index(batch)
-    task.loss(model, batch).backward()
-    optimizer.step()
-    assert set(optimizer.curvature) == set(layers_of(model))
-    return {name: matrix(*layer) for name, layer in layers_of(model).items()}
-
-
-def assert_close(found, expected):
-    assert set(found) == set(expected)
-    for name, D in expected.items():
-        assert D.norm() > 0
-        assert (found[name] - D).norm() <= 1e-9 * D.norm(), name
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_structure_as_sample_is_the_gradient_of_that_structure_alone(make, name):
-    task = make(name)
-    model, batch = model_of(task), first_batch(task)
-    samples = {layer: [] for layer in layers_of(model)}
-    for one in one_at_a_time(batch):
-        model.zero_grad()
-        for parameter in model.parameters():  # a lone atom leaves the filters without a gradient
-            parameter.grad = torch.zeros_like(parameter)
-        task.loss(model, one).backward()
-        for layer, own in layers_of(model).items():
-            samples[layer].append(matrix(*own))
-    model.zero_grad()
-    expected = {layer: solved(sum(own) / len(own), own) for layer, own in samples.items()}
-    assert_close(directions(task, model, batch, "batch"), expected)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_row_as_sample_is_what_the_loss_says_through_that_row_alone(make, name):
-    """Filters have a row a pair, all other layers a row an atom; of the mean loss its gradient is taken N times."""
-    task = make(name)
-    model, batch = model_of(task), first_batch(task)
-    rows = {layer: rows_of(task, model, batch, layer) for layer in layers_of(model)}
-    atoms, pairs = len(batch[properties.Z]), len(batch[properties.idx_i])
-    assert {len(own) for own in rows.values()} == {atoms, pairs}
-    assert all((len(own) == pairs) == ("filter_network" in layer) for layer, own in rows.items())
-    expected = {layer: solved(sum(own), [len(own) * row for row in own]) for layer, own in rows.items()}
-    model.zero_grad()
-    assert_close(directions(task, model, batch, "rows"), expected)
-
-
-def rows_of(task, model, batch, layer):
-    """The gradient of the layer through each row of its output, the other rows cut off the graph."""
-    module, found, count = model.get_submodule(layer.removesuffix(".weight")), [], 1
-    while len(found) < count:
-        kept = len(found)
-
-        def only(_module, _inputs, output, kept=kept):
-            nonlocal count
-            count = len(output)
-            return torch.cat([output[:kept].detach(), output[kept : kept + 1], output[kept + 1 :].detach()])
-
-        handle = module.register_forward_hook(only)
-        model.zero_grad()
-        task.loss(model, batch).backward()
-        handle.remove()
-        found.append(matrix(*layers_of(model)[layer]))
-    return found
-
-
-def test_a_batch_with_lone_atoms_has_finite_steps(make):
-    task = make("schnet-qm9")
-    lone = task._structures.n_atoms == 1
-    chosen = np.concatenate([np.flatnonzero(lone)[:2], np.flatnonzero(~lone)[:2]])
-    batch = double(assemble(task._structures, task._neighbours, task._residual, chosen))
-    for samples in ("rows", "batch"):
-        found = directions(task, model_of(task), batch, samples)
-        assert all(D.isfinite().all() for D in found.values())
+@pytest.mark.parametrize(("name", "scale"), [(name, scale) for name in NAMES for scale in scales_of(name)])
+def test_recipes_can_be_read_and_say_tuned_and_reported_on_different_structures(name, scale):
+    recipe = load_recipe(name, scale)
+    assert {"adam", "ngplus-adam"} <= recipe.optimizers.keys()
+    if scale != "paper":
+        assert recipe.run.report_split == "test"
+        assert recipe.task_settings["validation_size"] > 0
