@@ -253,6 +253,10 @@ class Curvature:
             return
         if state.preconditioner.main.device != gradient.device:
             state.to(gradient.device)
+        self._replace(layer, state, gradient)
+
+    def _replace(self, layer: Layer, state: LayerState, gradient: Tensor) -> None:
+        """Put the direction in place of the layer's gradients; ``gradient`` is its weight's."""
         direction.precondition(layer, state.preconditioner, state.shape)
 
 

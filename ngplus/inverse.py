@@ -51,6 +51,13 @@ def invert(requests: Sequence[Request]) -> None:
         _invert_batch(together)
 
 
+def invert_one(matrix: Tensor, damping: float) -> Tensor | None:
+    """(λI + matrix)⁻¹, or None where it will not factorise with this λ."""
+    request = Request(matrix.unsqueeze(0), damping)
+    invert([request])
+    return None if request.inverse is None or request.used_damping != damping else request.inverse[0]
+
+
 def _invert_batch(requests: Sequence[Request]) -> None:
     matrices = torch.cat([r.matrices.to(factor_dtype(r.matrices)) for r in requests])
     damping = torch.cat([matrices.new_full((r.matrices.shape[0],), r.damping) for r in requests])

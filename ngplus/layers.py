@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ngplus.factors import Bags, Dense, Factor, OneHot, Patches, statistics_dtype
+from ngplus.factors import Bags, Dense, Factor, OneHot, statistics_dtype
 from ngplus.gfim import Part, Shape
+from ngplus.patches import Patches
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 SUPPORTED = (nn.Linear, *CONVOLUTIONS, nn.Embedding, nn.EmbeddingBag, nn.MultiheadAttention)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ngplus.arguments import Params, check_whole, make_base, model_and_params
 from ngplus.capture import Capture
 from ngplus.curvature import Curvature as CurvatureOfLayers
 from ngplus.curvature import LayerState, layer_statistic, sampling
@@ -30,9 +30,6 @@ from ngplus.options import (
     check_positive,
 )
 from ngplus.times import StepTimes, Stopwatch
-
-Params = Iterable[Any]
-"""Parameters, named parameters or parameter groups, as `torch.optim` takes them."""
 
 LATE_TRIES = 3
 """How many steps in a row a layer that has a gradient but no curvature is watched for, between curvature steps."""
@@ -149,10 +146,10 @@ class NGPlus(Optimizer):
         )
         check_positive("lr", float(lr) if isinstance(lr, Tensor) else lr)
         check_positive("damping", damping)
-        self._model, chosen = _model_and_params(model, params, self._options)
-        self._base = _make_base(base, chosen, lr, base_options, type(self).__name__)
+        self._model, chosen = model_and_params(model, params, self._options)
+        self._base = make_base(base, chosen, lr, base_options, type(self).__name__)
         super().__init__(self._base.param_groups, {**self._base.defaults, "damping": damping})
-        _check_whole(self._named_parameters())
+        check_whole(self._named_parameters())
         self._share_with_base()
         self._start()
         if not self._layers:
@@ -535,60 +532,3 @@ class NGPlus(Optimizer):
             self._share_with_base()
             self._start()
             self._restore(packed, self._unpack(packed))
-
-
-def _model_and_params(
-    model: nn.Module | Params, params: Params | None, options: Options
-) -> tuple[nn.Module | None, Params]:
-    """The model, if it is one, and what `base` is to train."""
-    if isinstance(model, nn.Module):
-        _check_ready(model)
-        return model, list(model.parameters() if params is None else params)
-    if options.curvature == "per_sample":
-        raise TypeError(
-            'curvature="per_sample" watches the layers of a model: NGPlus needs an nn.Module, got '
-            f'{type(model).__name__}; curvature="mini_batch" takes parameters alone'
-        )
-    if params is not None:
-        raise TypeError("params is for an nn.Module; without one, give the parameter groups as the first argument")
-    return None, list(model)
-
-
-def _check_ready(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, nn.parameter.UninitializedParameter):
-            raise ValueError(f"{name} has no shape yet: run the model once before making the optimizer")
-        if parameter.is_meta:
-            raise ValueError(f"{name} is on the meta device: give it memory (to_empty) before making the optimizer")
-    if sharded := [name for name, m in model.named_modules() if type(m).__name__ == "FullyShardedDataParallel"]:
-        raise TypeError(f"{sharded[0] or 'the model'} is wrapped in FullyShardedDataParallel: {_WHOLE_WEIGHTS}")
-
-
-def _check_whole(named: Iterable[tuple[str, Tensor]]) -> None:
-    for name, parameter in named:
-        if "DTensor" in (type(parameter).__name__, type(parameter.data).__name__):
-            raise TypeError(f"{name} is a DTensor: {_WHOLE_WEIGHTS}")
-
-
-_WHOLE_WEIGHTS = (
-    "NG+ needs whole weights and does not work under FSDP or tensor parallelism; "
-    "wrap the model in torch.nn.parallel.DistributedDataParallel instead"
-)
-
-
-def _make_base(base: Any, params: Params, lr: Any, options: dict[str, Any], owner: str) -> Optimizer:
-    """The base optimizer, its arguments checked by name first."""
-    if not (isinstance(base, type) and issubclass(base, Optimizer)):
-        raise TypeError(f"base must be a torch.optim.Optimizer class, such as torch.optim.SGD, got {base!r}")
-    known = inspect.signature(base).parameters
-    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
-    if (unknown := sorted(set(options) - set(known))) and not open_ended:
-        allowed = ", ".join(name for name in known if name not in ("params", "lr"))
-        raise TypeError(
-            f"{', '.join(unknown)} is an option of neither {owner} nor its base {base.__name__}, which takes {allowed}"
-        )
-    for group in params:
-        if isinstance(group, dict) and "damping" in group:
-            check_positive("damping of a parameter group", group["damping"])
-    make = cast(Callable[..., Optimizer], base)
-    return make(params, lr=lr, **options)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ngplus.gfim import Shape
-from ngplus.inverse import Request, factor_dtype, invert
+from ngplus.inverse import factor_dtype, invert_one
 
 
 class Preconditioner(Protocol):
@@ -177,7 +177,7 @@ def sketched(columns: Tensor, damping: float, drawn: Tensor) -> SketchedInverse 
     drawn = drawn.to(columns.device)
     rows = columns.index_select(0, drawn)  # (q, rank)
     square_scale = columns.shape[0] / drawn.numel()
-    core = _core(square_scale * (rows.T @ rows), damping)
+    core = invert_one(square_scale * (rows.T @ rows), damping)
     return None if core is None else SketchedInverse(columns, drawn, square_scale * (core @ rows.T), damping)
 
 
@@ -197,16 +197,10 @@ def same_batch_direction(columns: Tensor, sides: Tensor, damping: float) -> Tens
     Raises:
         ValueError: where λI + UᵀU will not factorise.
     """
-    core = _core(columns.T @ columns, damping)
+    core = invert_one(columns.T @ columns, damping)
     if core is None:
         raise ValueError(f"λI + UᵀU is not positive definite at {damping=}")
     return columns @ (core @ sides)
-
-
-def _core(products: Tensor, damping: float) -> Tensor | None:
-    request = Request(products.unsqueeze(0), damping)
-    invert([request])
-    return None if request.inverse is None or request.used_damping != damping else request.inverse[0]
 
 
 def from_tensors(tensors: dict[str, Tensor], shape: Shape) -> Preconditioner:

@@ -11,7 +11,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from ngplus.factors import Patches
+from ngplus.patches import Patches
 
 CHUNK = 2**24
 

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from experiments.data.sampling import share_of
+
 BLOCK = 8_192
 WINDOW = 128
 
@@ -31,11 +33,7 @@ def block_batches(
     Raises:
         ValueError: ``batch_size`` is no multiple of ``world_size``, or exceeds ``size``.
     """
-    if batch_size % world_size:
-        raise ValueError(f"batch_size={batch_size} cannot be cut into world_size={world_size} equal parts")
-    if batch_size > size:
-        raise ValueError(f"batch_size={batch_size} exceeds the {size} training samples")
-    share = batch_size // world_size
+    share = share_of(size, batch_size, world_size)
     left = np.empty(0, np.int64)
     for rows in _windows(size, block, window, np.random.default_rng([seed, epoch])):
         rows = np.concatenate([left, rows])

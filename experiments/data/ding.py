@@ -8,13 +8,12 @@ Licence: GNU General Public License, version 2 or later, copyright Frank Richter
 """
 
 import re
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from experiments.data.checksum import DataFileError, sha256_of, verify
+from experiments.data.checksum import DataFileError
 from experiments.data.packages import debian_package
-from experiments.data.parallel_text import Pair, read_lines, read_tsv, without_repeats, write_tsv
+from experiments.data.parallel_text import Pair, load_frozen, prepare_frozen, read_lines, without_repeats
 
 NAME = "ding"
 LICENCE = "GPL-2.0-or-later"
@@ -34,15 +33,12 @@ def prepare(data_dir: Path) -> Path:
     Raises:
         DataFileError: the package cannot be had, or is of another version with other text.
     """
-    target = data_dir / NAME / "pairs.tsv"
-    if target.is_file() and sha256_of(target) == SHA256:
-        return target
-    scratch = data_dir / NAME / ".download"
-    scratch.mkdir(parents=True, exist_ok=True)
-    write_tsv(pairs_of(debian_package(PACKAGE, scratch) / FILE), target)
-    verify(target, SHA256, remedy="the package is of another version than 1.9-6, the one this was made with")
-    shutil.rmtree(scratch)
-    return target
+    return prepare_frozen(
+        data_dir / NAME,
+        SHA256,
+        lambda scratch: pairs_of(debian_package(PACKAGE, scratch) / FILE),
+        made_with="version 1.9-6 of the package",
+    )
 
 
 def load(data_dir: Path) -> list[Pair]:
@@ -51,9 +47,7 @@ def load(data_dir: Path) -> list[Pair]:
     Raises:
         DataFileError: the file is missing or not the one that `prepare` makes.
     """
-    path = data_dir / NAME / "pairs.tsv"
-    verify(path, SHA256, remedy=REMEDY)
-    return read_tsv(path)
+    return load_frozen(data_dir / NAME, SHA256, remedy=REMEDY)
 
 
 def pairs_of(path: Path) -> list[Pair]:

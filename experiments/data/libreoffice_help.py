@@ -14,14 +14,13 @@ Licence: Mozilla Public License 2.0, copyright LibreOffice contributors.
 import hashlib
 import lzma
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from experiments.data.checksum import DataFileError, sha256_of, verify
 from experiments.data.packages import debian_package
-from experiments.data.parallel_text import Pair, parse_tsv_line, read_tsv, without_repeats, write_tsv
+from experiments.data.parallel_text import Pair, load_frozen, parse_tsv_line, prepare_frozen, without_repeats
 
 NAME = "libreoffice-help"
 LICENCE = "MPL-2.0"
@@ -47,19 +46,15 @@ def prepare(data_dir: Path) -> Path:
     Raises:
         DataFileError: the packages cannot be had, or are of another version with other text.
     """
-    target = data_dir / NAME / "pairs.tsv"
-    if target.is_file() and sha256_of(target) == SHA256:
-        return target
-    scratch = data_dir / NAME / ".download"
-    scratch.mkdir(parents=True, exist_ok=True)
+    return prepare_frozen(data_dir / NAME, SHA256, _fetch, made_with="version 4:7.4.7 of the packages")
+
+
+def _fetch(scratch: Path) -> list[Pair]:
     roots = {
         language: debian_package(package, scratch) / TREE / folder / "text"
         for language, (package, folder) in PACKAGES.items()
     }
-    write_tsv(pairs_of(roots["de"], roots["en"]), target)
-    verify(target, SHA256, remedy="the packages are of another version than 4:7.4.7, the one the results come from")
-    shutil.rmtree(scratch)
-    return target
+    return pairs_of(roots["de"], roots["en"])
 
 
 def load(data_dir: Path) -> list[Pair]:
@@ -68,9 +63,7 @@ def load(data_dir: Path) -> list[Pair]:
     Raises:
         DataFileError: the file is missing or not the one that `prepare` makes.
     """
-    path = data_dir / NAME / "pairs.tsv"
-    verify(path, SHA256, remedy=REMEDY)
-    return read_tsv(path)
+    return load_frozen(data_dir / NAME, SHA256, remedy=REMEDY)
 
 
 def pairs_of(german: Path, english: Path) -> list[Pair]:

@@ -1,12 +1,13 @@
 """German-English sentence pairs: read with every fault named by file and line, kept as a TSV, split by document."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from experiments.data.checksum import DataFileError
+from experiments.data.checksum import DataFileError, sha256_of, verify
 
 
 class Pair(NamedTuple):
@@ -53,6 +54,40 @@ def _decoded(line: bytes, path: Path, number: int) -> str:
         raise DataFileError(
             f"{path}, line {number}: not UTF-8: byte 0x{line[error.start]:02x} at column {error.start + 1}"
         ) from None
+
+
+def prepare_frozen(folder: Path, expected: str, make: Callable[[Path], Iterable[Pair]], *, made_with: str) -> Path:
+    """Put the pairs that ``make`` finds into ``<folder>/pairs.tsv``, if they are not there, and return that file.
+
+    Args:
+        folder: where.
+        expected: SHA-256 of the file.
+        make: takes an empty folder for what it fetches, which is removed afterwards, to the pairs.
+        made_with: what the file with that checksum was made with, for the error.
+
+    Raises:
+        DataFileError: the pairs cannot be had, or are others.
+    """
+    target = folder / "pairs.tsv"
+    if target.is_file() and sha256_of(target) == expected:
+        return target
+    scratch = folder / ".download"
+    scratch.mkdir(parents=True, exist_ok=True)
+    write_tsv(make(scratch), target)
+    verify(target, expected, remedy=f"the source is of another version than {made_with}, which this was made with")
+    shutil.rmtree(scratch)
+    return target
+
+
+def load_frozen(folder: Path, expected: str, *, remedy: str) -> list[Pair]:
+    """The pairs that `prepare_frozen` left, in the order of the file.
+
+    Raises:
+        DataFileError: the file is missing or not the expected one.
+    """
+    path = folder / "pairs.tsv"
+    verify(path, expected, remedy=remedy)
+    return read_tsv(path)
 
 
 def write_tsv(pairs: Iterable[Pair], path: Path) -> None:

@@ -57,6 +57,19 @@ def _balanced(labels: np.ndarray, pool: np.ndarray, size: int, name: str) -> np.
         raise ValueError(f"{name} = {size}: {error}") from None
 
 
+def share_of(size: int, batch_size: int, world_size: int) -> int:
+    """Samples of a joint batch that each process gets.
+
+    Raises:
+        ValueError: ``batch_size`` is no multiple of ``world_size``, or exceeds ``size``.
+    """
+    if batch_size % world_size:
+        raise ValueError(f"batch_size={batch_size} cannot be cut into world_size={world_size} equal parts")
+    if batch_size > size:
+        raise ValueError(f"batch_size={batch_size} exceeds the {size} training samples")
+    return batch_size // world_size
+
+
 def epoch_batches(
     size: int, batch_size: int, *, seed: int, epoch: int, rank: int = 0, world_size: int = 1
 ) -> Iterator[np.ndarray]:
@@ -68,11 +81,7 @@ def epoch_batches(
     Raises:
         ValueError: ``batch_size`` is no multiple of ``world_size``, or exceeds ``size``.
     """
-    if batch_size % world_size:
-        raise ValueError(f"batch_size={batch_size} cannot be cut into world_size={world_size} equal parts")
-    if batch_size > size:
-        raise ValueError(f"batch_size={batch_size} exceeds the {size} training samples")
+    share = share_of(size, batch_size, world_size)
     order = np.random.default_rng([seed, epoch]).permutation(size)
-    share = batch_size // world_size
     for start in range(0, size - batch_size + 1, batch_size):
         yield order[start + rank * share : start + (rank + 1) * share]

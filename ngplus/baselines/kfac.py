@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ngplus.arguments import Params
 from ngplus.baselines.kronecker import KroneckerCapture, KroneckerCurvature, Split
 from ngplus.baselines.relative import Relative
 from ngplus.capture import Capture
 from ngplus.curvature import Curvature, sampling
-from ngplus.optimizer import Params
 from ngplus.options import LossReduction, NonFinite, check_choice, check_count
 
 

@@ -228,14 +228,11 @@ class KroneckerCurvature(Curvature):
         rows, columns = (request.inverse for request in requests)
         return None if rows is None or columns is None else KroneckerInverse(rows, columns)
 
-    def precondition(self, layer: Layer) -> None:
+    def _replace(self, layer: Layer, state: LayerState, gradient: Tensor) -> None:
         """As in `Curvature`; a table's sparse gradient stays sparse."""
-        state, gradient = self.states.get(layer), layer.weight.grad
-        if state is None or gradient is None or not gradient.is_sparse:
-            super().precondition(layer)
+        if not gradient.is_sparse:
+            super()._replace(layer, state, gradient)
             return
-        if state.preconditioner.main.device != gradient.device:
-            state.to(gradient.device)
         inverse = state.preconditioner
         assert isinstance(inverse, KroneckerInverse)
         indices, values = gradient._indices(), gradient._values()

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ngplus import distributed, gfim
+from ngplus.arguments import Params
 from ngplus.baselines.relative import Relative
 from ngplus.baselines.sample_gradients import LookedUp, SampleGradients, from_tensors, gather, joined
 from ngplus.capture import Capture, Statistic
 from ngplus.curvature import Curvature, LayerState, sampling
 from ngplus.gfim import Part, Shape
-from ngplus.inverse import Request, invert
+from ngplus.inverse import Request, invert_one
 from ngplus.layers import Layer
-from ngplus.optimizer import Params
 from ngplus.options import LossReduction, NonFinite, Options, Samples, check_count
 from ngplus.preconditioner import Preconditioner
 
@@ -160,21 +160,18 @@ class SENGCurvature(Curvature):
         shape = statistic.shape
         size, numbers = self._sketch_size, shape.groups * shape.rows * shape.columns
         if size is None or size >= numbers:
-            core = _inverse(U.gram(), damping)
+            core = invert_one(U.gram(), damping)
             return None if core is None else GramInverse(U, core, damping)
         drawn = torch.randint(numbers, (size,), generator=self._generator).to(U.device)
         rows, square_scale = U.entries(drawn, shape), numbers / size
-        core = _inverse(square_scale * (rows @ rows.T), damping)
+        core = invert_one(square_scale * (rows @ rows.T), damping)
         return None if core is None else GramInverse(U, square_scale * (core @ rows), damping, drawn)
 
-    def precondition(self, layer: Layer) -> None:
+    def _replace(self, layer: Layer, state: LayerState, gradient: Tensor) -> None:
         """As in `Curvature`; a table's sparse gradient comes back with the rows that samples looked up added."""
-        state, gradient = self.states.get(layer), layer.weight.grad
-        if state is None or gradient is None or not gradient.is_sparse:
-            super().precondition(layer)
+        if not gradient.is_sparse:
+            super()._replace(layer, state, gradient)
             return
-        if state.preconditioner.main.device != gradient.device:
-            state.to(gradient.device)
         inverse = state.preconditioner
         assert isinstance(inverse, GramInverse)
         touched = _touched_rows(gradient, inverse.gradients)
@@ -191,13 +188,6 @@ def _touched_rows(gradient: Tensor, gradients: SampleGradients) -> Tensor:
     both = torch.cat([gradient._indices()[0], gradients.index.flatten()])
     rows: Tensor = torch.unique(both)
     return rows
-
-
-def _inverse(gram: Tensor, damping: float) -> Tensor | None:
-    """(λI + UᵀU)⁻¹, or None where it will not factorise with this λ."""
-    request = Request(gram.unsqueeze(0), damping)
-    invert([request])
-    return None if request.inverse is None or request.used_damping != damping else request.inverse[0]
 
 
 class SENG(Relative):

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ngplus.arguments import Params
 from ngplus.baselines.relative import Relative
 from ngplus.curvature import Curvature, LayerState
 from ngplus.factors import statistics_dtype
 from ngplus.gfim import Shape
 from ngplus.inverse import factor_dtype
 from ngplus.layers import Layer
-from ngplus.optimizer import Params
 from ngplus.options import NonFinite, Options, check_choice, check_count
 from ngplus.preconditioner import Preconditioner
 

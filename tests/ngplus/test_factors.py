@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ngplus.factors import Bags, Dense, OneHot, Patches, Sampled, concatenated, gram, statistics_dtype
+from ngplus.factors import Bags, Dense, OneHot, Sampled, concatenated, gram, statistics_dtype
+from ngplus.patches import Patches
 
 TAILS = st.sampled_from([None, 0.0, 1.0])
 

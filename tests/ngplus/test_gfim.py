@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ngplus import gfim
-from ngplus.factors import Patches
+from ngplus.patches import Patches
 
 
 @pytest.fixture

@@ -62,7 +62,8 @@ def test_the_files_are_an_svg_and_a_png(results):
 
 def test_a_run_that_diverged_at_once_does_not_stop_the_figure(results):
     write(results, "lars", 1, [None], end="diverged")
-    draw(results, TASK, SCALE)
+    svg, _ = draw(results, TASK, SCALE)
+    assert "<svg" in svg.read_text()
 
 
 def test_no_runs_is_an_error(tmp_path):

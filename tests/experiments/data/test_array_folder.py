@@ -31,8 +31,8 @@ def test_the_arrays_come_back_as_they_were(tmp_path):
 
 
 def test_a_whole_folder_is_not_built_again(tmp_path):
-    prepare(tmp_path / "there")
-    prepare(tmp_path / "there", never)
+    first = prepare(tmp_path / "there")
+    assert prepare(tmp_path / "there", never) == first
 
 
 def test_the_same_arrays_have_the_same_checksum(tmp_path):

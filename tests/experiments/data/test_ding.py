@@ -3,7 +3,7 @@
 import pytest
 
 from experiments.data import ding
-from experiments.data.checksum import DataFileError
+from experiments.data.checksum import DataFileError, sha256_of
 from experiments.data.parallel_text import Pair
 
 TEXT = """# Version :: devel
@@ -45,6 +45,6 @@ def test_preparing_freezes_the_pairs(tmp_path, monkeypatch):
     with pytest.raises(DataFileError, match="of another version"):
         ding.prepare(tmp_path)
     made = tmp_path / "ding" / "pairs.tsv"
-    monkeypatch.setattr(ding, "SHA256", ding.sha256_of(made))
+    monkeypatch.setattr(ding, "SHA256", sha256_of(made))
     assert ding.prepare(tmp_path) == made
     assert len(ding.load(tmp_path)) == 2

@@ -68,7 +68,7 @@ def test_prepare_again_needs_no_source(files, installed, tmp_path, no_source, mo
     monkeypatch.setattr(fashion_mnist, "_installed_package", lambda scratch: installed)
     fashion_mnist.prepare(tmp_path)
     monkeypatch.setattr(fashion_mnist, "_installed_package", fashion_mnist._official_site)
-    fashion_mnist.prepare(tmp_path)
+    assert sorted(path.name for path in fashion_mnist.prepare(tmp_path).iterdir()) == sorted(files)
 
 
 def test_prepare_replaces_a_damaged_file_only(files, installed, tmp_path):
