@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from filelock import FileLock
+
 from experiments.data.bpe import TokenPair, apply_codes, clean, learn_codes, tokenise
 from experiments.data.checksum import DataFileError
 from experiments.data.fairseq_folder import SPLITS, Folder, read_folder, write_folder
@@ -57,18 +59,23 @@ def corpus_folder(pairs: Sequence[Pair], settings: CorpusSettings, parent: Path)
         DataFileError: the folder is there and damaged.
     """
     folder = parent / f"fairseq-{_digest(pairs, settings)[:16]}"
-    if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        splits = split_by_document(
-            pairs,
-            train_size=settings.train_size,
-            validation_size=settings.validation_size,
-            test_size=settings.test_size,
-        )
-        sides = {name: [pair[1:] for pair in getattr(splits, name)] for name in SPLITS}
-        tokens = {name: tokenise(part, lowercase=settings.lowercase) for name, part in sides.items()}
-        subword_folder(tokens, settings.merges, folder, {"settings": asdict(settings)})
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):  # runs side by side: one makes it, the others wait
+        if not folder.is_dir():
+            _make(pairs, settings, folder)
     return read_folder(folder, remedy="delete it, and it is made again")
+
+
+def _make(pairs: Sequence[Pair], settings: CorpusSettings, folder: Path) -> None:
+    splits = split_by_document(
+        pairs,
+        train_size=settings.train_size,
+        validation_size=settings.validation_size,
+        test_size=settings.test_size,
+    )
+    sides = {name: [pair[1:] for pair in getattr(splits, name)] for name in SPLITS}
+    tokens = {name: tokenise(part, lowercase=settings.lowercase) for name, part in sides.items()}
+    subword_folder(tokens, settings.merges, folder, {"settings": asdict(settings)})
 
 
 def subword_folder(

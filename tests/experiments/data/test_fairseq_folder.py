@@ -3,6 +3,8 @@
 import json
 import logging
 import shutil
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import pytest
 import sentences
@@ -178,6 +180,16 @@ def test_a_corpus_is_made_once_and_under_another_name_for_other_settings(tmp_pat
     assert first.sizes["test"] == 8
     about = json.loads((first.path / "about.json").read_text())
     assert set(about["left out"]) == {"train", "valid", "test"}
+
+
+def test_two_processes_that_want_a_corpus_at_once_both_get_it(tmp_path):
+    settings = CorpusSettings(merges=20, validation_size=8, test_size=8)
+    pairs = sentences.pairs(60)
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as processes:
+        both = [processes.submit(corpus_folder, pairs, settings, tmp_path) for _ in range(2)]
+        one, other = (each.result() for each in both)
+    assert one == other
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [one.path.name]
 
 
 def test_a_damaged_corpus_is_refused_with_what_to_do(tmp_path):
