@@ -128,7 +128,7 @@ def _draw_row(row: np.ndarray, runs: dict[str, list[Run]], panel: Panel) -> None
             ax.fill_between(x, curve.low, curve.high, color=style["color"], alpha=0.18, linewidth=0)
             ax.plot(x, curve.median, label=name, linewidth=1.6, **style)
     # The untrained model and a divergence would squeeze what matters into a corner.
-    _limit(row[0], list(curves.values()), logarithmic=panel.lower_is_better)
+    _limit(row[0], span_of(list(curves.values()), logarithmic=panel.lower_is_better))
 
 
 def curve_of(runs: list[Run], value: Callable[[Epoch], float | None]) -> Curve:
@@ -149,8 +149,17 @@ def curve_of(runs: list[Run], value: Callable[[Epoch], float | None]) -> Curve:
     )
 
 
-def _limit(ax: Axes, curves: list[Curve], *, logarithmic: bool) -> None:
-    """Show the medians from the first trained epoch on, with a margin.
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """What an axis shows: from `low` to `high`, logarithmic or not."""
+
+    low: float
+    high: float
+    logarithmic: bool
+
+
+def span_of(curves: list[Curve], *, logarithmic: bool) -> Span | None:
+    """The medians from the first trained epoch on, with a margin; ``None`` if they are all the same.
 
     With `logarithmic` the axis is, if the values are positive and far apart: what falls by factors shows there.
     """
@@ -158,17 +167,23 @@ def _limit(ax: Axes, curves: list[Curve], *, logarithmic: bool) -> None:
     values = np.concatenate(trained) if trained else np.array([])
     values = values[np.isfinite(values)]
     if not len(values) or np.ptp(values) == 0:
-        return
+        return None
     if logarithmic and values.min() > 0 and values.max() > FAR_APART * values.min():
+        factor = (values.max() / values.min()) ** 0.08
+        return Span(low=values.min() / factor, high=values.max() * factor, logarithmic=True)
+    margin = 0.08 * np.ptp(values)
+    return Span(low=values.min() - margin, high=values.max() + margin, logarithmic=False)
+
+
+def _limit(ax: Axes, span: Span | None) -> None:
+    if span is None:
+        return
+    if span.logarithmic:
         ax.set_yscale("log")
         ax.yaxis.set_minor_locator(LogLocator(subs=(2.0, 5.0)))
         ax.yaxis.set_minor_formatter("{x:g}")
         ax.yaxis.set_major_formatter("{x:g}")
-        margin = (values.max() / values.min()) ** 0.08
-        ax.set_ylim(values.min() / margin, values.max() * margin)
-    else:
-        margin = 0.08 * np.ptp(values)
-        ax.set_ylim(values.min() - margin, values.max() + margin)
+    ax.set_ylim(span.low, span.high)
 
 
 def _mark_target(row: np.ndarray, target: float | None) -> None:

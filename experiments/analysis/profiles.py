@@ -63,16 +63,29 @@ def profile(results_dir: Path, tasks: Sequence[str], scale: str) -> pd.DataFrame
     Raises:
         UserError: there is no finished run of one of the tasks.
     """
-    frames = {task: summarise(load_comparable(results_dir, task, scale)) for task in tasks}
-    frames = {task: frame for task, frame in frames.items() if not frame["target"].isna().all()}
-    entries = {task: entrants(frame) for task, frame in frames.items()}
-    names = sorted({name for own in entries.values() for name in own})
-    rows = [_row(entries, name, measure) for measure in MEASURES for name in names]
-    table = pd.DataFrame(rows, columns=list(COLUMNS)[1:])
-    table.insert(0, "scale", scale)
+    entries = entries_of({task: summarise(load_comparable(results_dir, task, scale)) for task in tasks})
+    table = tabulate(entries, scale)
     write_csv(table, results_dir / f"profiles-{scale}.csv")
     with mpl.rc_context(STYLE):
-        save(figure(entries, names, scale), results_dir / f"profiles-{scale}")
+        save(figure(entries, names_in(entries), scale), results_dir / f"profiles-{scale}")
+    return table
+
+
+def entries_of(frames: Mapping[str, pd.DataFrame]) -> dict[str, dict[str, pd.Series]]:
+    """The rows that enter, by task and optimizer, from each task's comparison; a task without a target is left out."""
+    return {task: entrants(frame) for task, frame in frames.items() if not frame["target"].isna().all()}
+
+
+def names_in(entries: Mapping[str, Mapping[str, pd.Series]]) -> list[str]:
+    """The optimizers of any task."""
+    return sorted({name for own in entries.values() for name in own})
+
+
+def tabulate(entries: Mapping[str, Mapping[str, pd.Series]], scale: str) -> pd.DataFrame:
+    """The table that `profile` writes."""
+    rows = [_row(entries, name, measure) for measure in MEASURES for name in names_in(entries)]
+    table = pd.DataFrame(rows, columns=list(COLUMNS)[1:])
+    table.insert(0, "scale", scale)
     return table
 
 

@@ -37,14 +37,15 @@ def render(frame: pd.DataFrame, format: Format = "terminal") -> str:
     return renderers[format](frame)
 
 
-def _title(frame: pd.DataFrame) -> str:
+def title(frame: pd.DataFrame) -> str:
+    """The task, the data really used, the target and the length."""
     first = frame.iloc[0]
     rule = f" ({first.reference}'s best)" if first.target_rule == REFERENCE_BEST else ""
     target = "no target" if math.isnan(first.target) else f"target {first.metric} {first.target:.4g}{rule}"
     return f"{first.task}, scale {first.scale}: {first.dataset}; {target}, {first.epochs} epochs"
 
 
-def _notes(frame: pd.DataFrame) -> list[str]:
+def notes(frame: pd.DataFrame) -> list[str]:
     """What a reader needs to know to read the table right."""
     first = frame.iloc[0]
     coverage = frame.interval_coverage.min()
@@ -63,7 +64,8 @@ def _notes(frame: pd.DataFrame) -> list[str]:
     return lines + [f"Left out: {complaint}" for complaint in frame.attrs.get("complaints", [])]
 
 
-def _cells(frame: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
+def cells(frame: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
+    """The header, and the rows in words: an optimizer each."""
     first = frame.iloc[0]
     header = [
         "optimizer",
@@ -84,16 +86,16 @@ def _row(row: Any) -> list[str]:
         row.optimizer,
         f"{row.reached}/{row.seeds}",
         _with_interval(row.epochs_to_target, row.epochs_to_target_low, row.epochs_to_target_high),
-        _number(row.wall_time_to_target_s),
-        _number(row.time_per_epoch_s),
+        number(row.wall_time_to_target_s),
+        number(row.time_per_epoch_s),
         _with_spread(row.best_metric, row.best_metric_std),
-        _number(row.peak_memory_mb),
-        "" if row.optimizer == row.reference else _number(row.epochs_vs_reference, suffix="×"),
-        "" if row.optimizer == row.reference else _number(row.p_value_holm, digits=2),
+        number(row.peak_memory_mb),
+        "" if row.optimizer == row.reference else number(row.epochs_vs_reference, suffix="×"),
+        "" if row.optimizer == row.reference else number(row.p_value_holm, digits=2),
     ]
 
 
-def _number(value: float, *, suffix: str = "", digits: int = 3) -> str:
+def number(value: float, *, suffix: str = "", digits: int = 3) -> str:
     """Significant digits, thousands grouped; what there is not is a dash, what is infinite was missed."""
     if math.isnan(value):
         return "–"
@@ -120,7 +122,7 @@ def _with_spread(value: float, std: float) -> str:
 
 
 def _terminal(frame: pd.DataFrame) -> str:
-    header, rows = _cells(frame)
+    header, rows = cells(frame)
     # Two spaces between columns and no wrapping within a cell: that is what fits into 100 columns.
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for index, name in enumerate(header):
@@ -130,18 +132,18 @@ def _terminal(frame: pd.DataFrame) -> str:
         table.add_row(*(cell.replace(" ± ", "±") for cell in row))
     # A string is asked for, so no colours: it may be piped or kept.
     console = Console(file=StringIO(), width=WIDTH, highlight=False, markup=False)
-    console.print(_title(frame))
+    console.print(title(frame))
     console.print(table)
-    for note in _notes(frame):
+    for note in notes(frame):
         console.print(note)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
 
 
 def _markdown(frame: pd.DataFrame) -> str:
-    header, rows = _cells(frame)
+    header, rows = cells(frame)
     rule = ["---"] + ["---:"] * (len(header) - 1)
     lines = ["| " + " | ".join(cells) + " |" for cells in (header, rule, *rows)]
-    return "\n".join([f"**{_title(frame)}**", "", *lines, "", *_separated(_notes(frame))])
+    return "\n".join([f"**{title(frame)}**", "", *lines, "", *_separated(notes(frame))])
 
 
 def _separated(notes: list[str]) -> list[str]:
@@ -150,12 +152,12 @@ def _separated(notes: list[str]) -> list[str]:
 
 
 def _latex(frame: pd.DataFrame) -> str:
-    header, rows = _cells(frame)
+    header, rows = cells(frame)
     body = [" & ".join(map(_escaped, row)) + r" \\" for row in rows]
     return "\n".join(
         [
-            f"% {_title(frame)}",
-            *(f"% {note}" for note in _notes(frame)),
+            f"% {title(frame)}",
+            *(f"% {note}" for note in notes(frame)),
             r"\begin{tabular}{l" + "r" * (len(header) - 1) + "}",
             r"\toprule",
             " & ".join(map(_escaped, header)) + r" \\",
