@@ -10,6 +10,8 @@ EXPERIMENTS := $(PYTHON) -m experiments
 RESULTS ?= build/results
 # E.g. RUN_OPTIONS="--epochs 1 --seed 1".
 RUN_OPTIONS ?=
+# What `make report` reads; the page is in its folder `report`.
+REPORT ?= results
 # Models that small gain nothing from a second thread: two are trained side by side instead.
 TRAIN = $(if $(filter tiny,$(SCALE)),sweep,run)
 # For `make gpu`.
@@ -20,6 +22,7 @@ TUNE_OPTIONS ?=
 TUNE = $(EXPERIMENTS) tune --scale $(SCALE) $(if $(TRIALS),--trials $(TRIALS)) $(TUNE_OPTIONS)
 
 .DEFAULT_GOAL := help
+.PHONY: report test-browser
 .PHONY: help setup test lint lock reproduce reproduce-resnet50 reproduce-figure1 reproduce-theory
 .PHONY: reproduce-iwslt14 data-libreoffice-help data-ding data-iwslt14
 .PHONY: reproduce-dlrm data-flights data-criteo bench-criteo
@@ -126,6 +129,12 @@ bench: $(STAMP)  ## what a step costs under each optimizer, on the four models
 
 bench-criteo: $(STAMP)  ## how fast Criteo's log is read, on a made file of 5 million lines, and in how much memory
 	$(PYTHON) -m experiments.bench.criteo_reader
+
+report: $(STAMP)  ## build results/report/index.html from the records: REPORT=results is the folder it reads
+	$(EXPERIMENTS) report --results-dir $(REPORT)
+
+test-browser: $(STAMP)  ## test the report in Debian's chromium, headless
+	chromium=$$(sh scripts/chromium.sh) && CHROMIUM=$$chromium OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m browser tests/browser
 
 gpu: $(STAMP)  ## everything that wants a GPU, in one call: tests, benches, SchNet at the paper's scale (MINUTES=25)
 	$(PYTHON) -m experiments.bench.gpu --minutes $(MINUTES)

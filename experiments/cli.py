@@ -237,6 +237,17 @@ def profiles_command(scale: Scale = "tiny", results_dir: ResultsDir = Path("resu
     typer.echo(table.drop(columns="scale").to_string(index=False, float_format=lambda value: f"{value:.3g}"))
 
 
+@app.command("report")
+def report_command(results_dir: ResultsDir = Path("results")) -> None:
+    """Build report/index.html in the results: verdicts, tables and curves as one page that needs no network.
+
+    Reads what is recorded and never starts a run. A record that cannot be read is named on the page.
+    """
+    from experiments.analysis import report  # Altair and Vega's bundle, needed only here
+
+    typer.echo(report.build(results_dir))
+
+
 @app.command("data")
 def data_command(
     name: Annotated[str, typer.Argument(metavar="NAME", help="The dataset, e.g. fashion-mnist; see `list`.")],

@@ -14,12 +14,26 @@ COLOURS = {
     "muon": "#332288",
 }
 OTHER = "#777777"
+# Lighter where the colour would sink into a dark ground.
+ON_DARK = {
+    "sgd": "#4AA8E0",
+    "adam": "#1FBF91",
+    "shampoo": "#F0F0F0",
+    "seng": "#7CC66B",
+    "soap": "#E0567A",
+    "muon": "#A79BFF",
+}
 DASHES = ("solid", "dashed", "dashdot", "dotted")
 
 
 def colour_of(optimizer: str) -> str:
     """The colour of an optimizer; a suffix does not change it."""
     return COLOURS.get(optimizer.partition("-")[0], OTHER)
+
+
+def colour_on_dark(optimizer: str) -> str:
+    """The same for a dark ground."""
+    return ON_DARK.get(optimizer.partition("-")[0], colour_of(optimizer))
 
 
 def dashes_of(optimizer: str, shown: list[str]) -> str:

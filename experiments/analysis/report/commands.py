@@ -1,0 +1,57 @@
+"""The command that makes each figure and table again, as a person types it."""
+
+TARGETS = {
+    "resnet50-imagenet": "resnet50",
+    "schnet-qm9": "qm9",
+    "schnet-matproj": "matproj",
+    "transformer-iwslt14": "iwslt14",
+    "dlrm-criteo": "dlrm",
+}
+PAGE = "make report"
+VERDICTS = "python -m experiments verdicts"
+THEORY = "make reproduce-theory"
+_BENCHES = {
+    "curvature": "make bench-curvature",
+    "criteo-reader": "make bench-criteo",
+    "schnet-loading": "make bench-schnet-loading",
+}
+_THEORY = {"figure1": "make reproduce-figure1", "costs": "python -m experiments.theory.costs"}
+
+
+def train(task: str, scale: str) -> str:
+    """Train the task's runs anew, into ``build/results``."""
+    if task in TARGETS:
+        return f"make reproduce-{TARGETS[task]} SCALE={scale}"
+    return f"python -m experiments run {task} --scale {scale}"
+
+
+def table(task: str, scale: str) -> str:
+    """Make the table and curves again from the records."""
+    return f"python -m experiments table {task} --scale {scale}"
+
+
+def tune(task: str, scale: str) -> str:
+    """Search the settings anew."""
+    if task in TARGETS:
+        return f"make tune-{TARGETS[task]} SCALE={scale}"
+    return f"python -m experiments tune {task} --scale {scale}"
+
+
+def sensitivity(task: str, scale: str) -> str:
+    """Run the grids of settings."""
+    return f"python -m experiments sensitivity {task} --scale {scale}"
+
+
+def profiles(scale: str) -> str:
+    """Make the performance profiles again from the records."""
+    return f"python -m experiments profiles --scale {scale}"
+
+
+def theory(part: str) -> str:
+    """Run one part of the theory's checks."""
+    return _THEORY.get(part, THEORY)
+
+
+def bench(stem: str) -> str:
+    """Measure again what is in ``results/bench/<stem>.csv``."""
+    return next((command for name, command in _BENCHES.items() if stem.startswith(name)), "make bench")

@@ -1,0 +1,85 @@
+"""The page as a whole: what is on disk, in sections, through the template."""
+
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from experiments.analysis.report import commands, costs, glance, profile_charts, scripts, tasks, theory, verdicts
+from experiments.analysis.report.blocks import Block, Section
+from experiments.analysis.report.shelf import SCALES, Shelf, Study
+from experiments.errors import UserError
+
+
+def build(results_dir: Path) -> Path:
+    """Write ``report/index.html`` into the results, from what is recorded there and nothing else.
+
+    The same records give the same bytes, wherever the folder lies. What cannot be read is named on the page.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    if not results_dir.is_dir():
+        raise UserError(f"{results_dir}: there is no such folder; runs make it")
+    page = results_dir / "report" / "index.html"
+    page.parent.mkdir(exist_ok=True)
+    partial = page.with_suffix(".html.partial")
+    partial.write_text(render(results_dir), encoding="utf-8", newline="\n")
+    partial.replace(page)
+    return page
+
+
+def render(results_dir: Path) -> str:
+    """The page."""
+    shelf = Shelf(results_dir)
+    names = [*tasks.TITLES, *shelf.foreign_tasks(tasks.TITLES)]
+    for name in names[len(tasks.TITLES) :]:
+        shelf.complain(f"{name}: is no task of this repository")
+    studies = {task: _studies(shelf, task) for task in names}
+    judged = verdicts.read(shelf)
+    sections = [
+        *(tasks.section(shelf, task, studies[task]) for task in names),
+        _profiles(studies),
+        costs.section(shelf),
+        theory.section(shelf),
+    ]
+    vega, own = scripts.vega(), scripts.own()
+    return (
+        _environment()
+        .get_template("page.html.j2")
+        .render(
+            policy=scripts.policy(vega, own),
+            style=scripts.style(),
+            scripts=(vega, own),
+            verdicts=judged,
+            tally=verdicts.tally(judged),
+            glance=glance.block(studies),
+            sections=sections,
+            complaints=shelf.complaints,
+            commands=commands,
+            slug=tasks.slug,
+        )
+    )
+
+
+def _studies(shelf: Shelf, task: str) -> dict[str, Study]:
+    return {scale: study for scale in shelf.scales(task) if (study := shelf.study(task, scale)) is not None}
+
+
+def _profiles(studies: dict[str, dict[str, Study]]) -> Section:
+    """Over the tasks of each scale."""
+    found: list[Block] = []
+    for scale in SCALES:
+        own = {task: each[scale] for task, each in studies.items() if scale in each}
+        found += profile_charts.blocks(own, scale)
+    return Section(id="profiles", title="Performance profiles", blocks=found)
+
+
+def _environment() -> Environment:
+    return Environment(
+        loader=FileSystemLoader(scripts.FOLDER),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
