@@ -1,4 +1,4 @@
-"""The command line: ``python -m experiments run | sweep | tune | sensitivity | list | table | profiles | data``."""
+"""The command line, ``python -m experiments``: train, tune, compare, judge the paper's claims, fetch data."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -189,6 +189,42 @@ def sensitivity_command(
     typer.echo(f"{task}: {measure(recipe, options, folder=grid_dir, workers=workers, threads=threads)}")
 
 
+@app.command("estimate")
+def estimate_command(
+    task: TaskName,
+    scale: Scale = "paper",
+    optimizer: OptimizerNames = None,
+    set_: Overrides = None,
+    steps: Annotated[
+        int | None, typer.Option(metavar="N", help="Steps to measure, each optimizer. Default: ten seconds of them.")
+    ] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Samples (or tokens) of a measured batch. Default: the recipe's, if it fits."),
+    ] = None,
+    flops: Annotated[
+        float | None,
+        typer.Option(metavar="RATE", help="Also predict for a machine that achieves this, e.g. 60e12 (FLOP/s)."),
+    ] = None,
+    csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the table there.")] = None,
+    device: Device = "auto",
+    data_dir: DataDir = Path("data"),
+) -> None:
+    """Predict what training would take: seconds an epoch, hours and memory, from a few steps measured here.
+
+    The paper's data need not be here: batches are made up where they are missing, of the true shape and number.
+    Prints a table and what was assumed.
+    """
+    from experiments.estimate import estimating, report  # rich and torch's counters, needed only here
+
+    recipe = load_recipe(task, scale, overrides=tuple(set_ or ()))
+    options = estimating.Options(device=device, data_dir=data_dir, steps=steps, batch=batch, rate=flops)
+    found = estimating.estimate(recipe, optimizer, options)
+    report.show(found)
+    if csv:
+        report.write(found, csv)
+
+
 @app.command("list")
 def list_command(results_dir: ResultsDir = Path("results")) -> None:
     """List tasks, recorded runs and datasets."""
@@ -235,6 +271,22 @@ def profiles_command(scale: Scale = "tiny", results_dir: ResultsDir = Path("resu
         raise UserError(f"{results_dir}: there are no runs at scale {scale}; `run` makes them")
     table = profiles.profile(results_dir, names, scale)
     typer.echo(table.drop(columns="scale").to_string(index=False, float_format=lambda value: f"{value:.3g}"))
+
+
+@app.command("verdicts")
+def verdicts_command(
+    format_: Annotated[
+        Literal["terminal", "markdown"], typer.Option("--format", help="How to print the table.")
+    ] = "terminal",
+    results_dir: ResultsDir = Path("results"),
+) -> None:
+    """Set what was recorded beside every claim of the paper, with a verdict and the reason.
+
+    Prints the table, and writes verdicts.csv into the results. Never starts a run.
+    """
+    from experiments.analysis import verdict_table, verdicts  # pandas, needed only here
+
+    typer.echo(verdict_table.render(verdicts.judge(results_dir), format_))
 
 
 @app.command("report")

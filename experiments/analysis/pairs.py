@@ -1,0 +1,117 @@
+"""Two optimizers of one task side by side: their runs at one scale, and what the difference says about a sentence."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from experiments.analysis.claims import Comparison
+from experiments.analysis.outcomes import outcome
+from experiments.analysis.runs import Comparable
+from experiments.analysis.statistics import paired_difference, paired_test
+from experiments.records import Run
+from experiments.theory.findings import Outcome as Word
+
+# A difference counts from this many seeds on, and below this p value.
+MIN_SEEDS = 5
+LEVEL = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """The runs of two optimizers at one scale."""
+
+    comparable: Comparable
+    scale: str
+    ours: Sequence[Run]
+    theirs: Sequence[Run]
+
+    @cached_property
+    def seeds(self) -> list[int]:
+        """The seeds that both have."""
+        return sorted({run.manifest.seed for run in self.ours} & {run.manifest.seed for run in self.theirs})
+
+    def values(self, measure: str) -> tuple[dict[int, float], dict[int, float], float]:
+        """Each one's measure by seed, and how long both were watched for if it is a time to the target."""
+        ours, theirs = (values_of(self.comparable, runs, measure) for runs in (self.ours, self.theirs))
+        watched = {"epochs_to_target": "epochs", "steps_to_target": "steps", "seconds_to_target": "seconds"}
+        if measure not in watched:
+            return ours, theirs, math.inf
+        longest = (
+            max(values_of(self.comparable, runs, watched[measure]).values()) for runs in (self.ours, self.theirs)
+        )
+        return ours, theirs, min(longest)
+
+    def gaps(self, value: str) -> np.ndarray:
+        """Ours less theirs after each epoch of training, (seeds, epochs); a run that diverged is infinitely high."""
+        longest = max(run.manifest.epochs for run in (*self.ours, *self.theirs))
+
+        def curves(runs: Sequence[Run]) -> np.ndarray:
+            by_seed = {run.manifest.seed: run for run in runs}
+            return np.array([_curve(by_seed[seed], value, longest) for seed in self.seeds])
+
+        ours, theirs = curves(self.ours), curves(self.theirs)
+        return np.subtract(ours, theirs, out=np.zeros_like(ours), where=np.isfinite(ours) | np.isfinite(theirs))
+
+
+def _curve(run: Run, value: str, length: int) -> list[float]:
+    found = {epoch.epoch: getattr(epoch, value) for epoch in run.epochs}
+    points = (found.get(epoch) for epoch in range(1, length + 1))
+    return [math.inf if point is None else point for point in points]
+
+
+def compared(
+    check: Comparison, ours: Mapping[int, float], theirs: Mapping[int, float], until: float
+) -> tuple[str, Word, str]:
+    """The two medians in words, the verdict, and the reason."""
+    medians = [float(np.median(list(each.values()))) for each in (ours, theirs)]
+    ratio = medians[0] / medians[1] if all(map(math.isfinite, medians)) and medians[1] else math.nan
+    gap, test = paired_difference(ours, theirs, until=until), paired_test(ours, theirs, until=until)
+    times = "" if math.isnan(ratio) else f" ({ratio:.3f}×)"
+    words = f"{number(medians[0])} against {number(medians[1])}{times}"
+    if gap.seeds > 1:
+        words += f", difference {number(gap.mean)} [{number(gap.low)}, {number(gap.high)}]"
+    if gap.seeds < MIN_SEEDS:
+        return words, "inconclusive", too_few(gap.seeds)
+    if math.isnan(test.p_value):
+        return words, "inconclusive", test.reason
+    evidence = f"{test.name}, p = {test.p_value:.2g}"
+    if test.p_value >= LEVEL or gap.low <= 0 <= gap.high:
+        return words, "inconclusive", f"{evidence}: no difference that these seeds can show"
+    if (gap.mean < 0) != (check.better == "less"):
+        return words, "not reproduced", f"{evidence}: the difference goes the other way"
+    if check.ratio is not None and not _as_good(check, ratio):
+        return words, "not reproduced", f"{evidence}: the direction holds, the size ({check.ratio:.3g}×) does not"
+    return words, "reproduced", evidence
+
+
+def _as_good(check: Comparison, ratio: float) -> bool:
+    return ratio <= check.ratio if check.better == "less" else ratio >= check.ratio
+
+
+def values_of(comparable: Comparable, runs: Sequence[Run], measure: str) -> dict[int, float]:
+    """A measure by seed; a further figure is taken where the metric was best."""
+    name = measure.removeprefix("others.")
+    if name == measure:
+        return {run.manifest.seed: getattr(outcome(run, comparable.target), name) for run in runs}
+    return {run.manifest.seed: _at_best(run, name) for run in runs}
+
+
+def _at_best(run: Run, name: str) -> float:
+    best = (epoch for epoch in run.epochs if epoch.metric == run.best_metric)
+    found = next((epoch.others.get(name) for epoch in best), None)
+    return math.nan if found is None else found
+
+
+def too_few(seeds: int) -> str:
+    """Why nothing follows from that many seeds."""
+    return f"{seeds} {'seed' if seeds == 1 else 'seeds'} in common, {MIN_SEEDS} are needed"
+
+
+def number(value: float) -> str:
+    """Four significant digits, whole from 100,000 on; an infinite time was missed."""
+    if math.isinf(value):
+        return "missed"
+    return f"{value:,.4g}" if abs(value) < 1e5 else f"{value:,.0f}"

@@ -1,0 +1,257 @@
+"""``verdicts.csv``: each claim of the paper beside what was recorded here, with a verdict and a reason."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import singledispatchmethod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from experiments.analysis.claims import (
+    Arithmetic,
+    Claim,
+    Comparison,
+    Cost,
+    CurveBelow,
+    Figure,
+    Formula,
+    Theory,
+    load_claims,
+)
+from experiments.analysis.comparison import write_csv
+from experiments.analysis.pairs import MIN_SEEDS, Pair, compared, number, too_few, values_of
+from experiments.analysis.runs import Comparable, load_comparable
+from experiments.errors import UserError
+from experiments.records import Run
+from experiments.theory.findings import Outcome as Word
+
+COLUMNS = ("id", "place", "claim", "paper", "ours", "scale", "dataset", "seeds", "verdict", "why")
+WORDS: tuple[Word, ...] = ("reproduced", "not reproduced", "inconclusive", "not run")
+SCALES = ("paper", "small", "tiny")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """What stands beside a claim: ours, where it comes from, the verdict and the reason."""
+
+    verdict: Word
+    why: str
+    ours: str = ""
+    scale: str = ""
+    dataset: str = ""
+    seeds: int | None = None
+
+
+def judge(results_dir: Path) -> pd.DataFrame:
+    """Judge every claim of ``paper.toml`` by what is recorded, and write ``verdicts.csv`` into the results.
+
+    A sentence about two optimizers is judged at the largest scale at which both have `MIN_SEEDS` seeds in common, or
+    else where they have most. It is ``reproduced`` if the paired difference over seeds goes the paper's way with
+    p < `LEVEL`, its interval free of 0, and no smaller than the paper's ratio where it gives one; ``not reproduced``
+    if the difference is significant and goes the other way or falls short of that ratio; else ``inconclusive``. A
+    p value here belongs to one claim and is not corrected for their number.
+
+    Returns:
+        A row a claim, with `COLUMNS`.
+
+    Raises:
+        UserError: ``paper.toml`` does not fit.
+    """
+    evidence = Evidence(results_dir)
+    frame = pd.DataFrame([_row(claim, evidence.judge(claim)) for claim in load_claims()], columns=list(COLUMNS))
+    frame["seeds"] = frame["seeds"].astype("Int64")
+    results_dir.mkdir(parents=True, exist_ok=True)
+    write_csv(frame, results_dir / "verdicts.csv")
+    return frame
+
+
+def tally(frame: pd.DataFrame) -> dict[str, int]:
+    """How many claims have each verdict, in the order of `WORDS`."""
+    return {word: int((frame["verdict"] == word).sum()) for word in WORDS}
+
+
+def _row(claim: Claim, finding: Finding) -> dict[str, Any]:
+    said = {"id": claim.id, "place": claim.place, "claim": claim.claim, "paper": claim.paper}
+    why = "; ".join(part for part in (finding.why, claim.note) if part)
+    return said | asdict(finding) | {"why": why}
+
+
+class Evidence:
+    """The records of a results folder, asked claim by claim."""
+
+    def __init__(self, results_dir: Path) -> None:
+        self.results_dir = results_dir
+        self._known: dict[tuple[str, str], Comparable | None] = {}
+
+    def judge(self, claim: Claim) -> Finding:
+        """The verdict on one claim."""
+        if claim.check is None:
+            return Finding(verdict="not run", why="")
+        try:
+            return self._judge(claim.check)
+        except UserError as error:  # a damaged table is named, and the other claims go on
+            return Finding(verdict="not run", why=str(error))
+
+    @singledispatchmethod
+    def _judge(self, check: Any) -> Finding:
+        raise TypeError(f"check = {check!r}: there is no way to judge it")
+
+    @_judge.register
+    def _(self, check: Figure) -> Finding:
+        comparable = self.comparable(check.task, check.scale)
+        runs = _own(comparable, check.optimizer)
+        if comparable is None or not runs:
+            return Finding(verdict="not run", why="needs the paper's data, model and hardware")
+        values = list(values_of(comparable, runs, check.measure).values())
+        median = float(np.median(values))
+        source = _source(runs, scale=check.scale)
+        ours = f"{number(median)} (median of {len(values)})"
+        off = abs(median - check.value) / abs(check.value) if math.isfinite(median) else math.inf
+        if off <= check.within:
+            return Finding(verdict="reproduced", why=f"within {check.within:.0%} of the paper's", ours=ours, **source)
+        return Finding(verdict="not reproduced", why=f"off by {off:.0%}", ours=ours, **source)
+
+    @_judge.register
+    def _(self, check: Comparison) -> Finding:
+        pair = self.pair(check.task, check.optimizer, check.against)
+        if pair is None:
+            return _never_both(check)
+        ours, theirs, until = pair.values(check.measure)
+        source = _source(pair.ours, scale=pair.scale, seeds=len(ours.keys() & theirs.keys()))
+        words, verdict, why = compared(check, ours, theirs, until)
+        return Finding(verdict=verdict, why=why, ours=words, **source)
+
+    @_judge.register
+    def _(self, check: CurveBelow) -> Finding:
+        pair = self.pair(check.task, check.optimizer, check.against)
+        if pair is None:
+            return _never_both(check)
+        gaps = pair.gaps(check.value)  # (seeds, epochs)
+        below = int((gaps < 0).sum())
+        source = _source(pair.ours, scale=pair.scale, seeds=len(gaps))
+        ours = f"below in {below} of {gaps.size} pairs of epoch and seed"
+        if len(gaps) < MIN_SEEDS:
+            return Finding(verdict="inconclusive", why=too_few(len(gaps)), ours=ours, **source)
+        above = [epoch for epoch, gap in enumerate(np.median(gaps, axis=0), 1) if gap > 0]
+        if above:
+            named = ", ".join(map(str, above))
+            return Finding(verdict="not reproduced", why=f"median above after epoch {named}", ours=ours, **source)
+        if below == gaps.size:
+            return Finding(verdict="reproduced", why="below after every epoch in every seed", ours=ours, **source)
+        return Finding(
+            verdict="inconclusive", why="below in the median after every epoch, not in every seed", ours=ours, **source
+        )
+
+    @_judge.register
+    def _(self, check: Cost) -> Finding:
+        path = self.results_dir / "bench" / check.file
+        table = _read_csv(path)
+        wants = ("device", check.column)
+        row, over = _only(table, check.row, wants), _only(table, check.over, wants) if check.over else None
+        if row is None or (check.over and over is None):
+            return Finding(verdict="not run", why=f"bench/{check.file} has no such row")
+        value = row[check.column] / (1.0 if over is None else over[check.column])
+        found = row.get("model", "")
+        source = {"scale": "bench", "dataset": f"{found}, {row['device']}" if found else str(row["device"])}
+        verdict: Word = "reproduced" if value <= check.at_most else "not reproduced"
+        why = f"measured by bench/{check.file}; at most {number(check.at_most)} agrees with the claim"
+        return Finding(verdict=verdict, why=why, ours=f"{number(value)}×", **source)
+
+    @_judge.register
+    def _(self, check: Theory) -> Finding:
+        table = _read_csv(self.results_dir / "theory" / check.part / "verdicts.csv")
+        row = _only(table, {"claim": check.row}, ("ours", "verdict", "why", "scale", "dataset", "seeds"))
+        if row is None:
+            return Finding(verdict="not run", why=f"theory/{check.part} has no row {check.row!r}")
+        return Finding(
+            verdict=row["verdict"],
+            why=row["why"],
+            ours=str(row["ours"]),
+            scale=row["scale"],
+            dataset=row["dataset"],
+            seeds=int(row["seeds"]),
+        )
+
+    @_judge.register
+    def _(self, check: Formula) -> Finding:
+        wants = ("measure", "printed", "corrected", "printed_is_wrong", "corrected_is_right")
+        row = _only(_read_csv(self.results_dir / "theory" / "errata.csv"), {"place": check.place}, wants)
+        if row is None:
+            return Finding(verdict="not run", why=f"theory/errata.csv has no row {check.place!r}")
+        ours = f"{row['measure']}: {number(row['printed'])} as printed, {number(row['corrected'])} corrected"
+        source = {"scale": "theory", "dataset": "synthetic", "seeds": 1}
+        if row["printed_is_wrong"]:
+            right = "the corrected form is right" if row["corrected_is_right"] else "nor is the corrected form right"
+            return Finding(verdict="not reproduced", why=f"wrong as printed; {right}", ours=ours, **source)
+        return Finding(verdict="reproduced", why="right as printed", ours=ours, **source)
+
+    @_judge.register
+    def _(self, check: Arithmetic) -> Finding:
+        value = math.prod(check.times) / math.prod(check.over)
+        shown = " × ".join(map(number, check.times)) + "".join(f" / {number(each)}" for each in check.over)
+        fits = abs(value - check.value) <= check.within * abs(check.value)
+        return Finding(
+            verdict="reproduced" if fits else "not reproduced",
+            why="the paper's own figures fit together" if fits else "the paper's own figures do not fit together",
+            ours=f"{shown} = {number(value)}",
+            scale="arithmetic",
+            dataset="the paper's figures",
+        )
+
+    def comparable(self, task: str, scale: str) -> Comparable | None:
+        """The runs of a task at a scale, ``None`` if there are none."""
+        if (task, scale) not in self._known:
+            try:
+                self._known[task, scale] = load_comparable(self.results_dir, task, scale)
+            except UserError:
+                self._known[task, scale] = None
+        return self._known[task, scale]
+
+    def pair(self, task: str, optimizer: str, against: str) -> Pair | None:
+        """The runs of two optimizers where they can be compared best, ``None`` if they never ran on the same data."""
+        pairs = [
+            Pair(comparable=found, scale=scale, ours=_own(found, optimizer), theirs=_own(found, against))
+            for scale in SCALES
+            if (found := self.comparable(task, scale)) is not None
+        ]
+        enough = next((pair for pair in pairs if len(pair.seeds) >= MIN_SEEDS), None)
+        best = enough or max(pairs, key=lambda pair: len(pair.seeds), default=None)
+        return best if best and best.seeds else None
+
+
+def _own(comparable: Comparable | None, optimizer: str) -> list[Run]:
+    return [run for run in comparable.runs if run.manifest.optimizer == optimizer] if comparable else []
+
+
+def _source(runs: Sequence[Run], *, scale: str, seeds: int | None = None) -> dict[str, Any]:
+    return {"scale": scale, "dataset": runs[0].manifest.dataset.name, "seeds": len(runs) if seeds is None else seeds}
+
+
+def _never_both(check: Comparison | CurveBelow) -> Finding:
+    return Finding(verdict="not run", why=f"{check.optimizer} and {check.against} were not both run on {check.task}")
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    """A table, an empty one if there is no such file.
+
+    Raises:
+        UserError: it is there and cannot be read.
+    """
+    try:
+        return pd.read_csv(path)
+    except FileNotFoundError:
+        return pd.DataFrame()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+
+
+def _only(table: pd.DataFrame, where: Mapping[str, str], wants: Sequence[str]) -> "pd.Series[Any] | None":
+    """The one row whose columns have these values; ``None`` too if the table lacks a column that is wanted."""
+    if not {*where, *wants} <= set(table.columns):
+        return None
+    alike = [table[column].astype(str) == value for column, value in where.items()]
+    rows = table[np.logical_and.reduce(alike)]
+    return rows.iloc[0] if len(rows) == 1 else None

@@ -1,0 +1,253 @@
+import json
+
+import pandas as pd
+import pytest
+from handmade import HIT_1, HIT_2, HIT_3, HIT_4, MISS, SCALE, TASK, write, write_run
+
+from experiments.analysis import verdict_table
+from experiments.analysis.claims import Arithmetic, Claim, Comparison, Cost, CurveBelow, Figure, Formula, Theory
+from experiments.analysis.verdicts import COLUMNS, Evidence, judge, tally
+
+FEWER = Comparison(task=TASK, measure="epochs_to_target", optimizer="ngplus", against="sgd", better="less")
+BELOW = CurveBelow(task=TASK, value="train_loss", optimizer="ngplus", against="sgd")
+
+
+def found(results, check):
+    return Evidence(results).judge(Claim(id="x", place="p", claim="c", paper="f", check=check))
+
+
+def runs(results, name, courses, **changes):
+    for seed, metrics in enumerate(courses, 1):
+        write(results, name, seed, metrics, **changes)
+
+
+def changed(check, **values):
+    return type(check)(**{**vars(check), **values})
+
+
+def test_a_difference_in_every_seed_reproduces_the_direction(tmp_path):
+    runs(tmp_path, "ngplus", [HIT_1, HIT_1, HIT_1, HIT_2, HIT_1])
+    runs(tmp_path, "sgd", [HIT_4, HIT_3, HIT_4, HIT_4, HIT_3])
+    finding = found(tmp_path, FEWER)
+    assert (finding.verdict, finding.scale, finding.seeds) == ("reproduced", SCALE, 5)
+    assert finding.dataset == "Fashion-MNIST, 3,600 embedded images"
+    assert finding.ours.startswith("1 against 4 (0.250×), difference -2.4 [")
+    assert "paired t-test, 5 seeds, p = 0.0" in finding.why
+
+
+def test_the_size_counts_where_the_paper_gives_one(tmp_path):
+    runs(tmp_path, "ngplus", [HIT_1, HIT_1, HIT_1, HIT_2, HIT_1])
+    runs(tmp_path, "sgd", [HIT_4, HIT_3, HIT_4, HIT_4, HIT_3])
+    assert found(tmp_path, changed(FEWER, ratio=0.25)).verdict == "reproduced"
+    short = found(tmp_path, changed(FEWER, ratio=0.2))
+    assert short.verdict == "not reproduced"
+    assert "the direction holds, the size (0.2×) does not" in short.why
+
+
+def test_the_other_way_round_is_not_reproduced(tmp_path):
+    runs(tmp_path, "ngplus", [HIT_4, HIT_3, HIT_4, HIT_4, HIT_3])
+    runs(tmp_path, "sgd", [HIT_1, HIT_1, HIT_1, HIT_2, HIT_1])
+    finding = found(tmp_path, FEWER)
+    assert finding.verdict == "not reproduced"
+    assert "goes the other way" in finding.why
+    assert found(tmp_path, changed(FEWER, better="more")).verdict == "reproduced"
+
+
+def test_noise_is_inconclusive(tmp_path):
+    runs(tmp_path, "ngplus", [HIT_1, HIT_4, HIT_2, HIT_3, HIT_2])
+    runs(tmp_path, "sgd", [HIT_2, HIT_3, HIT_2, HIT_2, HIT_3])
+    finding = found(tmp_path, FEWER)
+    assert finding.verdict == "inconclusive"
+    assert "no difference that these seeds can show" in finding.why
+
+
+def test_four_seeds_are_inconclusive_however_clear(tmp_path):
+    runs(tmp_path, "ngplus", [HIT_1, HIT_1, HIT_1, HIT_2])
+    runs(tmp_path, "sgd", [HIT_4] * 4)
+    finding = found(tmp_path, FEWER)
+    assert (finding.verdict, finding.why) == ("inconclusive", "4 seeds in common, 5 are needed")
+
+
+def test_ties_are_inconclusive(tmp_path):
+    runs(tmp_path, "ngplus", [HIT_2] * 5)
+    runs(tmp_path, "sgd", [HIT_2] * 5)
+    assert (found(tmp_path, FEWER).verdict, found(tmp_path, FEWER).why) == ("inconclusive", "tied in every seed")
+
+
+def test_a_miss_is_not_averaged_in(tmp_path):
+    runs(tmp_path, "ngplus", [HIT_1] * 5)
+    runs(tmp_path, "sgd", [MISS] * 5)
+    finding = found(tmp_path, FEWER)
+    assert finding.ours.startswith("1 against missed, difference -3 [")
+    assert finding.verdict == "inconclusive"  # five equal signs are p = .0625 by flipping signs
+
+
+def test_one_side_alone_was_not_run(tmp_path):
+    runs(tmp_path, "ngplus", [HIT_1])
+    assert found(tmp_path, FEWER).verdict == "not run"
+    assert found(tmp_path / "empty", FEWER).why == f"ngplus and sgd were not both run on {TASK}"
+
+
+def test_the_larger_scale_with_enough_seeds_speaks(tmp_path):
+    for seed in range(1, 6):
+        for name, metrics in (("ngplus", HIT_1), ("sgd", HIT_2)):
+            write(tmp_path, name, seed, metrics)
+    move(tmp_path, "tiny", "small")
+    runs(tmp_path, "ngplus", [HIT_3] * 2)
+    runs(tmp_path, "sgd", [HIT_4] * 2)
+    assert (found(tmp_path, FEWER).scale, found(tmp_path, FEWER).seeds) == ("small", 5)
+
+
+def move(results, old, new):
+    for path in sorted((results / TASK / old / "runs").iterdir()):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        lines[0]["scale"] = new
+        target = results / TASK / new / "runs" / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        path.unlink()
+
+
+def with_losses(results, name, seed, losses):
+    path = write(results, name, seed, [0.1] * (len(losses) + 1))
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        if line["event"] == "epoch" and line["epoch"]:
+            line["train_loss"] = losses[line["epoch"] - 1]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.mark.parametrize(
+    ("ours", "verdict"),
+    [
+        ([[0.9, 0.8, 0.7, 0.6]] * 5, "reproduced"),
+        ([[0.9, 0.8, 0.7, 0.6]] * 4 + [[0.9, 0.8, 0.7, 0.9]], "inconclusive"),
+        ([[1.1, 0.8, 0.7, 0.6]] * 5, "not reproduced"),
+        ([[0.9, 0.8, None, None]] * 5, "not reproduced"),
+        ([[0.9, 0.8, 0.7, 0.6]] * 4, "inconclusive"),
+    ],
+)
+def test_a_curve_is_below_after_every_epoch_or_it_is_not(tmp_path, ours, verdict):
+    for seed, losses in enumerate(ours, 1):
+        with_losses(tmp_path, "ngplus", seed, losses)
+        with_losses(tmp_path, "sgd", seed, [1.0, 0.9, 0.8, 0.7])
+    assert found(tmp_path, BELOW).verdict == verdict
+
+
+def test_a_further_figure_is_taken_where_the_metric_is_best(tmp_path):
+    for seed in range(1, 6):
+        for name, bleu in (("ngplus", 30.0 + seed), ("sgd", 29.0 + 0.9 * seed)):
+            path = write(tmp_path, name, seed, [0.1, 0.7, 0.6])
+            lines = [json.loads(line) for line in path.read_text().splitlines()]
+            for number, line in enumerate(lines[1:-1]):
+                line["others"] = {"BLEU": bleu if number == 1 else 99.0}
+            path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    finding = found(tmp_path, changed(FEWER, measure="others.BLEU", better="more"))
+    assert finding.ours.startswith("33 against 31.7")
+    assert finding.verdict == "reproduced"
+
+
+def test_an_absolute_figure_needs_runs_at_its_own_scale(tmp_path):
+    figure = Figure(task=TASK, optimizer="ngplus", measure="epochs_to_target", value=2.0)
+    runs(tmp_path, "ngplus", [HIT_2])
+    assert found(tmp_path, figure).verdict == "not run"
+    assert found(tmp_path, changed(figure, scale=SCALE)).verdict == "reproduced"
+    off = found(tmp_path, changed(figure, scale=SCALE, value=4.0))
+    assert (off.verdict, off.why, off.ours) == ("not reproduced", "off by 50%", "2 (median of 1)")
+    runs(tmp_path, "ngplus", [MISS])
+    assert found(tmp_path, changed(figure, scale=SCALE)).verdict == "not reproduced"
+
+
+def test_a_cost_is_read_from_its_bench(tmp_path):
+    (tmp_path / "bench").mkdir()
+    rows = [{"optimizer": "sgd", "device": "cpu", "s": 2.0}, {"optimizer": "ngplus", "device": "cpu", "s": 3.0}]
+    pd.DataFrame(rows).to_csv(tmp_path / "bench" / "steps.csv", index=False)
+    cost = Cost(file="steps.csv", row={"optimizer": "ngplus"}, over={"optimizer": "sgd"}, column="s", at_most=1.5)
+    assert (found(tmp_path, cost).verdict, found(tmp_path, cost).ours) == ("reproduced", "1.5×")
+    assert found(tmp_path, changed(cost, at_most=1.49)).verdict == "not reproduced"
+    assert found(tmp_path, changed(cost, row={"optimizer": "lars"})).why == "bench/steps.csv has no such row"
+    assert found(tmp_path, changed(cost, file="none.csv")).verdict == "not run"
+
+
+def test_a_theory_row_speaks_for_itself(tmp_path):
+    folder = tmp_path / "theory" / "regret"
+    folder.mkdir(parents=True)
+    row = {
+        "claim": "T5",
+        "ours": "0.3",
+        "verdict": "reproduced",
+        "why": "w",
+        "scale": "theory",
+        "dataset": "d",
+        "seeds": 8,
+    }
+    pd.DataFrame([row]).to_csv(folder / "verdicts.csv", index=False)
+    finding = found(tmp_path, Theory(part="regret", row="T5"))
+    assert (finding.verdict, finding.ours, finding.seeds) == ("reproduced", "0.3", 8)
+    assert found(tmp_path, Theory(part="regret", row="T6")).why == "theory/regret has no row 'T6'"
+
+
+@pytest.mark.parametrize(("wrong", "verdict"), [(True, "not reproduced"), (False, "reproduced")])
+def test_a_formula_is_judged_as_printed(tmp_path, wrong, verdict):
+    (tmp_path / "theory").mkdir()
+    row = {"place": "(14)", "measure": "error", "printed": 0.5, "corrected": 0.0}
+    row |= {"printed_is_wrong": wrong, "corrected_is_right": True}
+    pd.DataFrame([row]).to_csv(tmp_path / "theory" / "errata.csv", index=False)
+    finding = found(tmp_path, Formula(place="(14)"))
+    assert (finding.verdict, finding.ours) == (verdict, "error: 0.5 as printed, 0 corrected")
+
+
+def test_arithmetic(tmp_path):
+    hours = Arithmetic(times=(40.0, 600.0), over=(3600.0,), value=6.7)
+    assert (found(tmp_path, hours).verdict, found(tmp_path, hours).ours) == ("reproduced", "40 × 600 / 3,600 = 6.667")
+    assert found(tmp_path, changed(hours, value=8.0)).verdict == "not reproduced"
+
+
+def test_every_claim_of_the_paper_gets_a_verdict_and_a_reason(tmp_path):
+    for seed in range(1, 6):
+        write_run(tmp_path, "ngplus", seed, HIT_1)
+        write_run(tmp_path, "sgd", seed, HIT_2)
+    frame = judge(tmp_path)
+    assert tuple(frame.columns) == COLUMNS
+    assert frame["why"].str.len().min() > 0
+    assert sum(tally(frame).values()) == len(frame) > 100
+    again = pd.read_csv(tmp_path / "verdicts.csv", keep_default_na=False)
+    assert list(again["verdict"]) == list(frame["verdict"])
+    assert again.set_index("id").loc["epochs-sgd", "seeds"] == "5"
+
+
+def test_a_damaged_table_is_named_and_the_rest_goes_on(tmp_path):
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "rows.csv").write_bytes(b"a,b\n\xff\xfe\x00\n")
+    frame = judge(tmp_path).set_index("id")
+    assert frame.loc["embedding-10-million", "verdict"] == "not run"
+    assert "rows.csv: cannot be read" in frame.loc["embedding-10-million", "why"]
+    assert frame.loc["table1-sgd-adds-up", "verdict"] == "reproduced"
+
+
+def test_a_foreign_table_has_no_such_row(tmp_path):
+    folder = tmp_path / "theory" / "regret"
+    folder.mkdir(parents=True)
+    pd.DataFrame([{"claim": "T5", "price": 3}]).to_csv(folder / "verdicts.csv", index=False)
+    assert found(tmp_path, Theory(part="regret", row="T5")).verdict == "not run"
+
+
+@pytest.mark.parametrize("format", ["terminal", "markdown"])
+def test_the_table_shows_every_claim_and_counts(tmp_path, format):
+    frame = judge(tmp_path)
+    text = verdict_table.render(frame, format)
+    assert text.splitlines()[-1] == verdict_table.summary(frame)
+    assert text.count("not run") > 50
+    assert max(map(len, verdict_table.render(frame).splitlines())) <= verdict_table.WIDTH
+
+
+def test_markdown_has_one_line_a_claim(tmp_path):
+    frame = judge(tmp_path)
+    lines = [line for line in verdict_table.render(frame, "markdown").splitlines() if line.startswith("|")]
+    assert len(lines) == len(frame) + 2
+    assert {line.replace(r"\|", "").count("|") for line in lines} == {7}
+
+
+def test_another_format_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="must be one of terminal, markdown"):
+        verdict_table.render(judge(tmp_path), "html")
