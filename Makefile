@@ -88,7 +88,7 @@ tune-dlrm: $(STAMP)  ## the same for DLRM
 reproduce-figure1: $(STAMP)  ## Figure 1: the generalized Fisher information beside the empirical one
 	$(PYTHON) -m experiments.theory.figure1
 
-reproduce-theory: $(STAMP)  ## the theorems and the errata, as experiments
+reproduce-theory: $(STAMP)  ## the theorems, the errata and the cost comparison, as experiments
 	$(PYTHON) -m experiments.theory
 
 data-fashion-mnist: $(STAMP)  ## fetch Fashion-MNIST, for SCALE=small; once, then no network is needed

@@ -1,4 +1,4 @@
-"""Theorems 2, 3 and 5 and every erratum in one go: ``python -m experiments.theory``.
+"""Theorems 2, 3 and 5, every erratum and the cost comparison in one go: ``python -m experiments.theory``.
 
 Ends with status 1 if a corrected form fails its check, or a printed one passes.
 """
@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from experiments.theory import convergence, regret
+from experiments.theory import convergence, costs, regret
 from experiments.theory.errata import FORMULAS
 from experiments.theory.findings import Erratum, write_rows
 
@@ -29,12 +29,13 @@ def show(errata: list[Erratum]) -> None:
 def main(
     seed: Annotated[int, typer.Option(help="of every draw; it changes no verdict")] = 0,
     out: Annotated[Path, typer.Option(help="folder for tables and figures")] = Path("results/theory"),
-    quick: Annotated[bool, typer.Option(help="few steps and rounds, for a first look")] = False,
+    quick: Annotated[bool, typer.Option(help="few steps and rounds, small matrices, for a first look")] = False,
 ) -> None:
-    """Run the theorems' experiments, check every erratum, and write it all under `out`."""
+    """Run the theorems' experiments, check every erratum, count the costs, and write it all under `out`."""
     errata = [check(np.random.default_rng([seed, index])) for index, check in enumerate(FORMULAS)]
     errata += convergence.run(seed, out / "convergence", 500 if quick else 5_000)
     errata += regret.run(seed, out / "regret", 300 if quick else 10_000)
+    costs.run(out / "costs", quick=quick, seed=seed)
     write_rows(out / "errata.csv", [erratum.row() for erratum in errata])
     show(errata)
     if not all(erratum.printed_is_wrong and erratum.corrected_is_right for erratum in errata):

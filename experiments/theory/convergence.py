@@ -424,14 +424,19 @@ def verdicts(rows: Sequence[dict[str, Any]], errata: Sequence[Erratum]) -> list[
     ]
 
 
-def run(seed: int, out: Path, steps: int) -> list[Erratum]:
-    """Measure the decay, check the errata of section 4.1, and write tables and figures to `out`."""
+def measure(seed: int, steps: int) -> tuple[list[dict[str, Any]], list[Erratum]]:
+    """The decay on every problem with every β, and the errata of section 4.1."""
     rows = []
     for index, make in enumerate(PROBLEMS):
         problem = make(np.random.default_rng([seed, index]))
         for beta in BETAS:
             rows += measure_decay(problem, beta, steps, np.random.default_rng([seed, index, round(100 * beta)]))
-    errata = [check(np.random.default_rng([seed, 99])) for check in THEOREMS]
+    return rows, [check(np.random.default_rng([seed, 99])) for check in THEOREMS]
+
+
+def run(seed: int, out: Path, steps: int) -> list[Erratum]:
+    """Measure the decay, check the errata of section 4.1, and write tables and figures to `out`."""
+    rows, errata = measure(seed, steps)
     slopes = slope_rows(100_000)
     write_rows(out / "convergence.csv", rows)
     write_rows(out / "slope.csv", slopes)

@@ -1,12 +1,13 @@
 """Figure 1: the GFIM, the first diagonal block of the EFIM and their difference, and what (10) leaves out.
 
 As in the paper for 2000 Gaussian 200×200 matrices, as printed and with L divided by n; then for matrices with
-correlated rows and with correlated columns, for a growing number of matrices, and for real layers.
+correlated rows and with correlated columns, for a growing number of matrices, and for layers of the five tasks.
 
     python -m experiments.theory.figure1 --seed 0 --out results/theory/figure1
 """
 
 import math
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -20,9 +21,10 @@ from torch import Tensor
 
 from experiments.theory.drawing import figure
 from experiments.theory.findings import Verdict, write_rows, write_verdicts
-from experiments.theory.kronecker import DAMPINGS, compare
-from experiments.theory.layer_samples import MODELS, load_images, sample_layers
+from experiments.theory.kronecker import DAMPINGS, LEFT, PLAIN, PRINTED, RIGHT, compare
+from experiments.theory.layer_samples import SUBJECTS, sample_task
 
+FORMS = (PRINTED, LEFT, RIGHT, "K-FAC", "Shampoo", PLAIN)
 CORRELATION = 0.9
 CHUNK = 50
 
@@ -170,34 +172,80 @@ def draw_decay(rows: Sequence[dict[str, Any]], folder: Path) -> None:
         axis.legend()
 
 
-def draw_layers(rows: Sequence[dict[str, Any]], folder: Path, dataset: str) -> None:
-    """Real layers: error of each Kronecker form, and the cosine of its direction with the exact one."""
+def layer_rows(tasks: Sequence[str], *, samples: int, steps: int, seed: int, data_dir: Path) -> list[dict[str, Any]]:
+    """A row for each form on each layer of the tasks' models; see `kronecker.compare`."""
+    rows = []
+    for task in tasks:
+        dataset, layers = sample_task(task, samples=samples, steps=steps, seed=seed, data_dir=data_dir)
+        rows += [{"task": task, "dataset": dataset} | row for layer in layers for row in compare(layer)]
+    return rows
+
+
+def draw_layers(rows: Sequence[dict[str, Any]], folder: Path) -> None:
+    """Real layers: error of each Kronecker form, and the cosine of its direction with the exact one; a task a row."""
+    tasks = {task: [row for row in rows if row["task"] == task] for task in dict.fromkeys(row["task"] for row in rows)}
+    counts = [len({row["layer"] for row in own}) for own in tasks.values()]
+    with figure(folder, "layers", (9.6, 2.0 + 0.27 * sum(counts) + 0.3 * len(tasks))) as fig:
+        axes = fig.subplots(len(tasks), 2, sharex="col", sharey="row", squeeze=False, height_ratios=counts)
+        for (left, right), own in zip(axes, tasks.values(), strict=True):
+            draw_task(left, right, own)
+        axes[-1, 0].set(xlabel="relative Frobenius error, best multiple", xlim=(0, 1.03))
+        axes[-1, 1].set(xlabel=f"cosine with the exact direction, λ = {DAMPINGS[1]:g} λ_max", xlim=(None, 1.02))
+        fig.legend(*axes[0, 1].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+
+
+def draw_task(left: Axes, right: Axes, rows: Sequence[dict[str, Any]]) -> None:
+    """The layers of one task, one below the other: errors on the left, cosines on the right."""
     layers, methods = (list(dict.fromkeys(row[key] for row in rows)) for key in ("layer", "method"))
-    share = DAMPINGS[1]
-    with figure(folder, "layers", (9.6, 4.6)) as fig:
-        left, right = fig.subplots(1, 2, sharey=True)
-        for index, method in enumerate(methods):
-            line = [row for row in rows if row["method"] == method]
-            places = [layers.index(row["layer"]) + 0.1 * (index - 2.5) for row in line]
-            style = {"marker": "osD^vx"[index], "color": f"C{index}", "s": 22, "label": method}
-            left.scatter([row.get("error_best_scale", math.nan) for row in line], places, **style)
-            right.scatter([row[f"cosine_{share:g}"] for row in line], places, **style)
-        sizes = {row["layer"]: f"{row['layer']}  {row['m']}×{row['n']}, κ={row['kappa']}" for row in rows}
-        left.set_yticks(range(len(layers)), [sizes[layer] for layer in layers])
-        left.invert_yaxis()
-        left.set(xlabel="relative Frobenius error, best multiple", xlim=(0, 1.02))
-        right.set(xlabel=f"cosine with the exact direction, λ = {share:g} λ_max", xlim=(None, 1.02))
-        fig.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=3)
-        fig.suptitle(f"trained on {dataset}")
+    for index, method in enumerate(methods):
+        line = [row for row in rows if row["method"] == method]
+        places = [layers.index(row["layer"]) + 0.12 * (index - 2.5) for row in line]
+        style = {"marker": "osD^vx"[index], "color": f"C{index}", "s": 18, "label": method}
+        left.scatter([row.get("error_best_scale", math.nan) for row in line], places, **style)
+        right.scatter([row[f"cosine_{DAMPINGS[1]:g}"] for row in line], places, **style)
+    labels = {row["layer"]: f"{short(row['layer'])}  {row['m']}×{row['n']}, κ={row['kappa']:g}" for row in rows}
+    left.set_yticks(range(len(layers)), [labels[layer] for layer in layers])
+    left.set_ylim(len(layers) - 0.5, -0.5)
+    left.set_title(f"{rows[0]['task']}: {rows[0]['dataset'].partition(';')[0]}", loc="left")
 
 
-def verdicts(gaussian: Sequence[dict[str, Any]], layers: Sequence[dict[str, Any]], dataset: str) -> list[Verdict]:
+def short(layer: str) -> str:
+    """A layer's name without what schnetpack and fairseq put in front of all of them."""
+    for name in ("representation.", "output_modules.0.", "interactions.", "layers."):
+        layer = layer.replace(name, "")
+    return layer
+
+
+def span(values: Sequence[float]) -> str:
+    """The smallest and the largest value."""
+    return f"{min(values):.2f} to {max(values):.2f}"
+
+
+def layers_verdict(rows: Sequence[dict[str, Any]]) -> Verdict:
+    """What real layers say of (10)."""
+    cosine = f"cosine_{DAMPINGS[1]:g}"
+    errors = {
+        name: [row["error_best_scale"] for row in rows if row["method"] == name] for name in (LEFT, "K-FAC", "Shampoo")
+    }
+    medians = {name: statistics.median(row[cosine] for row in rows if row["method"] == name) for name in FORMS}
+    smaller = [row["error_best_scale"] for row in rows if row["method"] == (LEFT if row["m"] <= row["n"] else RIGHT)]
+    return Verdict(
+        claim="(10): λI + EFIM ≈ I ⊗ (λI + L) for layers of a network",
+        paper="a good approximation in some sense",
+        ours=f"best-multiple error of I ⊗ L {span(errors[LEFT])} on {len(errors[LEFT])} layers of "
+        f"{len({row['task'] for row in rows})} tasks; median cosine of the direction at λ = {DAMPINGS[1]:g} λ_max "
+        f"{medians[PRINTED]:.2f} as printed, {medians[LEFT]:.2f} with L/n, the plain gradient's {medians[PLAIN]:.2f}",
+        verdict="not reproduced" if min(errors[LEFT]) > 0.5 else "inconclusive",
+        why="in Frobenius norm most of the matrix is missed on every layer, taking the smaller side too "
+        f"({span(smaller)}); K-FAC's error is {span(errors['K-FAC'])} (cosine {medians['K-FAC']:.2f}), "
+        f"Shampoo's {span(errors['Shampoo'])} ({medians['Shampoo']:.2f})",
+        dataset="; ".join(dict.fromkeys(f"{row['task']}: {row['dataset']}" for row in rows)),
+    )
+
+
+def verdicts(gaussian: Sequence[dict[str, Any]], layers: Sequence[dict[str, Any]]) -> list[Verdict]:
     """What Figure 1 and the real layers say of (9) and (10)."""
-    last = [row for row in gaussian if row["matrices"] == gaussian[-1]["matrices"]]
-    paper = last[0]
-    ours = [row for row in layers if row["method"].startswith("NG+ left")]
-    kfac = [row["error_best_scale"] for row in layers if row["method"] == "K-FAC"]
-    errors, cosines = ([row[key] for row in ours] for key in ("error_best_scale", f"cosine_{DAMPINGS[1]:g}"))
+    paper = next(row for row in gaussian if row["matrices"] == gaussian[-1]["matrices"])
     close = paper["difference_divided_by_n"] < 1.2 * paper["expected_sampling_error"]
     return [
         Verdict(
@@ -211,20 +259,21 @@ def verdicts(gaussian: Sequence[dict[str, Any]], layers: Sequence[dict[str, Any]
             why=f"only after L is divided by n = {paper['size']}; what is left is the sampling error of the block",
             dataset=f"{paper['matrices']} Gaussian matrices",
         ),
-        Verdict(
-            claim="(10): λI + EFIM ≈ I ⊗ (λI + L) for layers of a network",
-            paper="a good approximation in some sense",
-            ours=f"best-multiple error {min(errors):.2f} to {max(errors):.2f}, "
-            f"cosine of the direction {min(cosines):.2f} to {max(cosines):.2f} at λ = {DAMPINGS[1]:g} λ_max",
-            verdict="not reproduced" if min(errors) > 0.5 else "inconclusive",
-            why="in Frobenius norm most of the matrix is missed on every layer; "
-            f"K-FAC's error is {min(kfac):.2f} to {max(kfac):.2f}",
-            dataset=dataset,
-        ),
+        layers_verdict(layers),
     ]
 
 
-def run(seed: int, out: Path, *, size: int, matrices: int, samples: int, epochs: int) -> None:
+def run(
+    seed: int,
+    out: Path,
+    *,
+    size: int,
+    matrices: int,
+    samples: int,
+    steps: int,
+    data_dir: Path,
+    tasks: Sequence[str] = tuple(SUBJECTS),
+) -> None:
     """Draw and sum the matrices, sample the layers, and write tables and figures to `out`."""
     counts = sorted({int(count) for count in np.geomspace(10, matrices, 12)} | {matrices})
     gaussian, final = [], {}
@@ -232,31 +281,26 @@ def run(seed: int, out: Path, *, size: int, matrices: int, samples: int, epochs:
         found = accumulate(ensemble, size, counts, seed + index)
         gaussian += gaussian_rows(ensemble, found)
         final[ensemble.name] = found[-1]
-    layers = [
-        row
-        for name in MODELS
-        for layer in sample_layers(name, samples=samples, epochs=epochs, seed=seed)
-        for row in compare(layer)
-    ]
-    dataset = load_images(seed)[2]
+    layers = layer_rows(tasks, samples=samples, steps=steps, seed=seed, data_dir=data_dir)
     write_rows(out / "gaussian.csv", gaussian)
-    write_rows(out / "layers.csv", [{"dataset": dataset} | row for row in layers])
-    write_verdicts(out / "verdicts.csv", verdicts(gaussian, layers, dataset))
+    write_rows(out / "layers.csv", layers)
+    write_verdicts(out / "verdicts.csv", verdicts(gaussian, layers))
     draw_blocks(final, out)
     draw_decay(gaussian, out)
-    draw_layers(layers, out, dataset)
+    draw_layers(layers, out)
 
 
 def main(
     seed: Annotated[int, typer.Option(help="of every draw")] = 0,
     out: Annotated[Path, typer.Option(help="folder for tables and figures")] = Path("results/theory/figure1"),
+    data_dir: Annotated[Path, typer.Option(help="where the tasks keep what they make of their data")] = Path("data"),
     quick: Annotated[bool, typer.Option(help="small matrices and few samples, for a first look")] = False,
 ) -> None:
-    """Figure 1 of the paper, with and without the factor n, and the same comparison on real layers."""
+    """Figure 1 of the paper, with and without the factor n, and the same comparison on layers of the five tasks."""
     if quick:
-        run(seed, out, size=40, matrices=300, samples=60, epochs=1)
+        run(seed, out, size=40, matrices=300, samples=40, steps=20, data_dir=data_dir)
     else:
-        run(seed, out, size=200, matrices=2000, samples=500, epochs=3)
+        run(seed, out, size=200, matrices=2000, samples=200, steps=100, data_dir=data_dir)
 
 
 if __name__ == "__main__":

@@ -13,27 +13,41 @@ from torch import Tensor
 
 # λ as a share of the EFIM's largest eigenvalue, at which directions are compared.
 DAMPINGS = (0.01, 0.1, 1.0)
+PRINTED, LEFT, RIGHT = "NG+ (10) as printed", "NG+ left, I ⊗ L/n", "NG+ right, R/m ⊗ I"
+PLAIN = "gradient (no curvature)"
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSamples:
-    """The factors of (8) of N samples, G_i = G_iᵀA_i summed over κ positions; a bias is one column of A.
+    """Gradients of N samples of one layer, and the sums of their factors (8): 𝒢_i = Σ_t g aᵀ over κ positions.
 
     Attributes:
         name: of the layer.
-        g: output gradients, (N, κ, m), float64.
-        a: inputs, (N, κ, n), float64.
+        gradients: 𝒢_i, (N, m, n), float64; a bias is one column.
+        outputs: (1/N) Σ_i Σ_t g gᵀ, (m, m).
+        inputs: (1/N) Σ_i Σ_t a aᵀ, (n, n).
+        kappa: positions a sample, on average.
         held_out: the mean gradient of other samples, (m, n): what is preconditioned.
     """
 
     name: str
-    g: Tensor
-    a: Tensor
+    gradients: Tensor
+    outputs: Tensor
+    inputs: Tensor
+    kappa: float
     held_out: Tensor
 
-    def gradients(self) -> Tensor:
-        """𝒢_i: (N, κ, m) x (N, κ, n) -> (N, m, n)."""
-        return torch.einsum("bkm,bkn->bmn", self.g, self.a)
+    @classmethod
+    def of_factors(cls, name: str, g: Tensor, a: Tensor, held_out: Tensor) -> "LayerSamples":
+        """From factors of one κ for all samples: (N, κ, m) and (N, κ, n)."""
+        return cls(
+            name=name,
+            gradients=torch.einsum("bkm,bkn->bmn", g, a),
+            outputs=torch.einsum("bki,bkj->ij", g, g) / len(g),
+            inputs=torch.einsum("bki,bkj->ij", a, a) / len(a),
+            kappa=g.shape[1],
+            held_out=held_out,
+        )
 
 
 class Kronecker(NamedTuple):
@@ -50,12 +64,13 @@ class Kronecker(NamedTuple):
         """⟨EFIM, right ⊗ left⟩ = (1/N) Σ tr(G_iᵀ left G_i right)."""
         return float(((self.left @ gradients) * (gradients @ self.right)).sum() / len(gradients))
 
-    def direction(self, G: Tensor, damping: float) -> Tensor:
-        """(λI + right ⊗ left)⁻¹ vec(G) as a matrix, in the factors' eigenbases."""
+    def directions(self, G: Tensor, dampings: Sequence[float]) -> list[Tensor]:
+        """(λI + right ⊗ left)⁻¹ vec(G) as a matrix for each λ, in the factors' eigenbases."""
         values, Q = torch.linalg.eigh(self.left)
         others, P = torch.linalg.eigh(self.right)
-        spectrum = values.clamp(min=0)[:, None] * others.clamp(min=0)[None, :] + damping
-        return Q @ ((Q.mT @ G @ P) / spectrum) @ P.mT
+        spectrum = values.clamp(min=0)[:, None] * others.clamp(min=0)[None, :]
+        turned = Q.mT @ G @ P
+        return [Q @ (turned / (spectrum + damping)) @ P.mT for damping in dampings]
 
 
 def matrix_power(matrix: Tensor, power: float) -> Tensor:
@@ -64,23 +79,22 @@ def matrix_power(matrix: Tensor, power: float) -> Tensor:
     return (Q * values.clamp(min=0) ** power) @ Q.mT
 
 
-def kronecker_forms(samples: LayerSamples, gradients: Tensor) -> dict[str, Kronecker]:
+def kronecker_forms(samples: LayerSamples) -> dict[str, Kronecker]:
     """Each method's Kronecker form of the EFIM.
 
     NG+ is I ⊗ L/n or R/m ⊗ I; printed, (10), it is I ⊗ L. K-FAC for κ > 1 takes positions as independent,
     (Σ_t a aᵀ) ⊗ (Σ_t g gᵀ)/κ. Shampoo's L̂^{-1/4} G R̂^{-1/4} is the inverse root of R^{1/2} ⊗ L^{1/2}.
     """
-    N, kappa, m = samples.g.shape
-    n = samples.a.shape[2]
+    gradients = samples.gradients
+    N, m, n = gradients.shape
     L = torch.einsum("bmn,bpn->mp", gradients, gradients) / N
     R = torch.einsum("bmn,bmp->np", gradients, gradients) / N
-    S, A = (torch.einsum("bki,bkj->ij", factor, factor) / N for factor in (samples.g, samples.a))
     eye_m, eye_n = (torch.eye(size, dtype=L.dtype) for size in (m, n))
     return {
-        "NG+ (10) as printed": Kronecker(L, eye_n),
-        "NG+ left, I ⊗ L/n": Kronecker(L / n, eye_n),
-        "NG+ right, R/m ⊗ I": Kronecker(eye_m, R / m),
-        "K-FAC": Kronecker(S / kappa, A),
+        PRINTED: Kronecker(L, eye_n),
+        LEFT: Kronecker(L / n, eye_n),
+        RIGHT: Kronecker(eye_m, R / m),
+        "K-FAC": Kronecker(samples.outputs / samples.kappa, samples.inputs),
         "Shampoo": Kronecker(matrix_power(L, 0.5), matrix_power(R, 0.5)),
     }
 
@@ -103,25 +117,25 @@ def compare(samples: LayerSamples, dampings: Sequence[float] = DAMPINGS) -> list
     `error` is ‖EFIM − K‖/‖EFIM‖; `error_best_scale` the same for the best multiple of K, √(1 − cos²);
     `cosine_λ` compares (λI + K)⁻¹G with (λI + EFIM)⁻¹G, λ being that share of the largest eigenvalue.
     """
-    gradients = samples.gradients()
+    gradients, G = samples.gradients, samples.held_out
     V = gradients.flatten(1)
     gram = V @ V.mT / len(V)
     squared, largest = float(gram.square().sum()), float(torch.linalg.eigvalsh(gram)[-1])
-    exact = {share: natural_direction(gradients, samples.held_out, share * largest) for share in dampings}
+    scaled = [share * largest for share in dampings]
+    exact = [natural_direction(gradients, G, damping) for damping in scaled]
     rows = []
-    for method, form in (kronecker_forms(samples, gradients) | {"gradient (no curvature)": None}).items():
+    for method, form in (kronecker_forms(samples) | {PLAIN: None}).items():
         row: dict[str, Any] = {"layer": samples.name, "method": method, **_sizes(samples)}
         row |= _errors(form, gradients, squared) if form else {}
-        for share, direction in exact.items():
-            ours = form.direction(samples.held_out, share * largest) if form else samples.held_out
-            row[f"cosine_{share:g}"] = cosine(ours, direction)
+        ours = form.directions(G, scaled) if form else [G] * len(scaled)
+        row |= {f"cosine_{share:g}": cosine(*pair) for share, *pair in zip(dampings, ours, exact, strict=True)}
         rows.append(row)
     return rows
 
 
 def _sizes(samples: LayerSamples) -> Mapping[str, int]:
-    N, kappa, m = samples.g.shape
-    return {"m": m, "n": samples.a.shape[2], "kappa": kappa, "samples": N}
+    N, m, n = samples.gradients.shape
+    return {"m": m, "n": n, "kappa": round(samples.kappa, 1), "samples": N}
 
 
 def _errors(form: Kronecker, gradients: Tensor, squared: float) -> Mapping[str, float]:

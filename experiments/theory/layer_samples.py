@@ -1,140 +1,229 @@
-"""Per-sample factors of real layers: three small networks trained on Fashion-MNIST, or on synthetic images.
+"""Gradients of single samples of real layers, of the models that the five tasks build and briefly train.
 
-The factors are collected by plain hooks and do not go through `ngplus`, so that they can be an oracle for it.
+One sample at a time, in float64, by autograd on the parameter itself: nothing here goes through `ngplus`. A sample is
+what the task calls one: an image, a molecule, a crystal, a pair of sentences, a click. Models are in evaluation mode,
+where batch normalisation makes no sample depend on another.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count, islice
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from experiments.data.structure_batches import TARGET
+from experiments.recipe import load_recipe
+from experiments.tasks import TASKS
+from experiments.tasks.protocol import Task
 from experiments.theory.kronecker import LayerSamples
+from experiments.theory.weight_uses import CONVOLUTIONS, LOOKUPS, Use, watch
 
-EMBEDDED = Path(__file__).parents[1] / "data" / "embedded" / "fashion_mnist.npz"
+SCALE = "tiny"
+RATE = 2e-3
 
 
-def load_images(seed: int) -> tuple[Tensor, Tensor, str]:
-    """Images (N, 1, 28, 28), labels (N,), and the data's name.
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What is looked at in a task's model.
 
-    Synthetic images are a smooth template a class plus noise; they are taken only if the embedded file is
-    not there, and say so in their name.
+    Attributes:
+        size: samples in one of the task's batches.
+        layers: names of modules: early and late ones of each kind, none of them with a tied weight.
     """
-    if EMBEDDED.exists():
-        with np.load(EMBEDDED) as data:
-            pixels, labels = data["train_pixels"], data["train_labels"]
-        images = torch.from_numpy(pixels).float().unsqueeze(1) / 255 - 0.3
-        return images, torch.from_numpy(labels).long(), f"Fashion-MNIST, {len(labels):,} embedded images"
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(10, (4000,), generator=generator)
-    templates = F.interpolate(torch.randn(10, 1, 5, 5, generator=generator), size=28, mode="bicubic")
-    images = templates[labels] + 0.5 * torch.randn(4000, 1, 28, 28, generator=generator)
-    return images, labels, "synthetic images, ten smooth templates"
+
+    size: Callable[[Any], int]
+    layers: tuple[str, ...]
 
 
-def mlp() -> nn.Module:
-    """784-32-10."""
-    return nn.Sequential(nn.Flatten(), nn.Linear(784, 32), nn.ReLU(), nn.Linear(32, 10))
+_SCHNET = Subject(
+    size=lambda batch: len(batch[TARGET]),
+    layers=(
+        "representation.embedding",
+        "representation.interactions.0.filter_network.0",
+        "representation.interactions.0.in2f",
+        "representation.interactions.1.filter_network.1",
+        "representation.interactions.1.f2out.1",
+        "output_modules.0.outnet.0",
+    ),
+)
+
+SUBJECTS: Mapping[str, Subject] = {
+    "resnet50-imagenet": Subject(
+        size=lambda batch: len(batch[1]),
+        layers=("conv1", "layer1.0.conv1", "layer2.0.conv1", "layer4.0.downsample.0", "fc"),
+    ),
+    "schnet-qm9": _SCHNET,
+    "schnet-matproj": _SCHNET,
+    "transformer-iwslt14": Subject(
+        size=lambda batch: len(batch["target"]),
+        layers=(
+            "encoder.embed_tokens",
+            "encoder.layers.0.self_attn.q_proj",
+            "encoder.layers.0.fc1",
+            "decoder.layers.0.self_attn.v_proj",
+            "decoder.layers.0.encoder_attn.out_proj",
+            "decoder.layers.0.fc2",
+        ),
+    ),
+    "dlrm-criteo": Subject(
+        size=lambda batch: len(batch[2]),
+        layers=("tables.6", "tables.9", "bottom.0", "bottom.4", "top.0", "top.2"),
+    ),
+}
 
 
-def convnet() -> nn.Module:
-    """Two 3×3 convolutions of stride 2 and a classifier."""
-    return nn.Sequential(
-        nn.Conv2d(1, 8, 3, stride=2, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(8, 16, 3, stride=2, padding=1),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(784, 10),
+def load_task(name: str, data_dir: Path) -> Task:
+    """The task at scale tiny, on the data that is embedded in the repository."""
+    return TASKS[name](load_recipe(name, SCALE).task_settings, scale=SCALE, data_dir=data_dir)
+
+
+def train(task: Task, *, steps: int, seed: int) -> nn.Module:
+    """The task's model after a few steps of Adam, so that gradients look like those within a training."""
+    torch.manual_seed(seed)
+    model = task.build_model().train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=RATE)
+    batches = (batch for epoch in count(1) for batch in task.train_batches(epoch, seed))
+    for batch in islice(batches, steps):
+        optimizer.zero_grad()
+        task.loss(model, batch).backward()
+        optimizer.step()
+    return model.eval()
+
+
+def doubled(batch: Any) -> Any:
+    """A batch whose floating-point tensors are float64."""
+    if isinstance(batch, Mapping):
+        return {key: doubled(value) for key, value in batch.items()}
+    if isinstance(batch, tuple):
+        return tuple(map(doubled, batch))
+    return batch.double() if isinstance(batch, Tensor) and batch.is_floating_point() else batch
+
+
+def singles(task: Task, index: int, size: int, seed: int) -> Iterator[Any]:
+    """The samples of training batch `index` of epoch 0, each as a batch of its own.
+
+    The joint batch is cut into as many parts as it has samples, for as many workers; the mean over the workers of
+    what `task.loss` gives them is the batch's loss, so that the mean of the gradients is the batch's gradient.
+    """
+    for rank in range(size):
+        part = task.train_batches(0, seed, rank=rank, world_size=size)
+        yield doubled(next(islice(part, index, None)))
+
+
+class Sample(NamedTuple):
+    """One sample's gradient of a layer, 𝒢 = Σ g aᵀ: (m, n), and the factors of (8), (κ, m) and (κ, n)."""
+
+    gradient: Tensor
+    g: Tensor
+    a: Tensor
+
+
+def matrix_of(module: nn.Module, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A parameter's gradient as the paper's matrix: out × in, a bias as one more column; a table is width × rows."""
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return weight.mT
+    matrix = weight.flatten(1)
+    return matrix if bias is None else torch.cat([matrix, bias[:, None]], dim=1)
+
+
+def factors(use: Use, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """(g, a) of one use of a weight by one sample, given the gradient of its output: (κ, m) and (κ, n).
+
+    Raises:
+        ValueError: for a function whose factors are not known here, or a grouped convolution.
+    """
+    module = use.module
+    if use.function in LOOKUPS:
+        rows = F.one_hot(use.inputs.flatten(), module.num_embeddings).to(gradient.dtype)
+        bag = len(rows) // gradient[..., 0].numel()  # rows that are added up in one output
+        return gradient.flatten(0, -2).repeat_interleave(bag, dim=0), rows
+    if use.function in CONVOLUTIONS:
+        if use.function != "conv2d" or module.groups > 1:
+            raise ValueError(f"{use.layer}: {use.function} with {module.groups=}: only conv2d without groups")
+        shape = module.kernel_size, module.dilation, module.padding, module.stride
+        g, a = gradient.flatten(2).mT.flatten(0, 1), F.unfold(use.inputs, *shape).mT.flatten(0, 1)
+    else:
+        g, a = gradient.flatten(0, -2), use.inputs.flatten(0, -2)
+    return g, a if module.bias is None else F.pad(a, (0, 1), value=1.0)
+
+
+def take(task: Task, model: nn.Module, batch: Any, layers: Sequence[str]) -> dict[str, Sample]:
+    """Gradient and factors of each of `layers` for a batch of one sample."""
+    with watch(model) as seen:
+        loss = task.loss(model, batch)
+    uses = {layer: [use for use in seen if use.layer == layer] for layer in layers}
+    outputs = [use.output for each in uses.values() for use in each]
+    found = iter(torch.autograd.grad(loss, outputs + parameters_of(model, layers)))
+    pairs = {layer: [factors(use, next(found)) for use in each] for layer, each in uses.items()}
+    samples = {}
+    for layer in layers:
+        g, a = (torch.cat(parts).detach() for parts in zip(*pairs[layer], strict=True))
+        samples[layer] = Sample(next_matrix(model, layer, found), g, a)
+    return samples
+
+
+def parameters_of(model: nn.Module, layers: Sequence[str]) -> list[Tensor]:
+    """Weight and bias, if there is one, of each of `layers`."""
+    modules = [model.get_submodule(layer) for layer in layers]
+    pairs = [(module.weight, getattr(module, "bias", None)) for module in modules]
+    return [parameter for pair in pairs for parameter in pair if parameter is not None]
+
+
+def next_matrix(model: nn.Module, layer: str, gradients: Iterator[Tensor]) -> Tensor:
+    """The matrix of `layer`, from gradients in the order of `parameters_of`."""
+    module = model.get_submodule(layer)
+    weight = next(gradients)
+    return matrix_of(module, weight, None if getattr(module, "bias", None) is None else next(gradients))
+
+
+def batch_gradient(task: Task, model: nn.Module, batch: Any, layers: Sequence[str]) -> dict[str, Tensor]:
+    """The gradient of a whole batch's loss."""
+    found = iter(torch.autograd.grad(task.loss(model, batch), parameters_of(model, layers)))
+    return {layer: next_matrix(model, layer, found) for layer in layers}
+
+
+def gather(task: Task, model: nn.Module, *, samples: int, seed: int) -> list[LayerSamples]:
+    """The layers of a model: `samples` samples' gradients, and the mean gradient of at least as many others.
+
+    Args:
+        task: whose training data is sampled.
+        model: of the task, in evaluation mode; it is turned to float64.
+        samples: per layer.
+        seed: of the order in which the data is read.
+    """
+    subject, model = SUBJECTS[task.name], model.double()
+    taken: list[dict[str, Sample]] = []
+    others: list[tuple[int, dict[str, Tensor]]] = []
+    for index, batch in enumerate(task.train_batches(0, seed)):
+        size = subject.size(batch)
+        if len(taken) < samples:
+            parts = islice(singles(task, index, size, seed), samples - len(taken))
+            taken += [take(task, model, part, subject.layers) for part in parts]
+        else:
+            others.append((size, batch_gradient(task, model, doubled(batch), subject.layers)))
+        if sum(size for size, _ in others) >= samples:
+            break
+    return [_summary(layer, [each[layer] for each in taken], others) for layer in subject.layers]
+
+
+def _summary(layer: str, taken: Sequence[Sample], others: Sequence[tuple[int, dict[str, Tensor]]]) -> LayerSamples:
+    """What `kronecker.compare` needs of a layer."""
+    seen = sum(size for size, _ in others)
+    return LayerSamples(
+        name=layer,
+        gradients=torch.stack([sample.gradient for sample in taken]),
+        outputs=sum(sample.g.mT @ sample.g for sample in taken) / len(taken),
+        inputs=sum(sample.a.mT @ sample.a for sample in taken) / len(taken),
+        kappa=sum(len(sample.g) for sample in taken) / len(taken),
+        held_out=sum(size / seen * gradient[layer] for size, gradient in others),
     )
 
 
-class RowTransformer(nn.Module):
-    """One attention block over an image's 28 rows, d = 32; every projection is an ``nn.Linear``."""
-
-    def __init__(self, width: int = 32, heads: int = 4) -> None:
-        super().__init__()
-        self.heads = heads
-        self.position = nn.Parameter(0.1 * torch.randn(28, width))
-        self.embed, self.classify = nn.Linear(28, width), nn.Linear(width, 10)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Class scores: (B, 1, 28, 28) -> (B, 10)."""
-        x = self.embed(images.squeeze(1)) + self.position  # (B, 28, d)
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, 28, d/heads)
-        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        x = x + self.down(F.relu(self.up(x)))
-        return self.classify(x.mean(dim=1))
-
-
-MODELS: dict[str, Callable[[], nn.Module]] = {"mlp": mlp, "convnet": convnet, "transformer": RowTransformer}
-
-
-def train(model: nn.Module, images: Tensor, labels: Tensor, *, epochs: int, seed: int) -> nn.Module:
-    """A few epochs of Adam, enough for gradients to look like those in the middle of a training."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(epochs):
-        for batch in torch.randperm(len(images), generator=generator).split(64):
-            optimizer.zero_grad()
-            F.cross_entropy(model(images[batch]), labels[batch]).backward()
-            optimizer.step()
-    return model
-
-
-def input_columns(module: nn.Module, inputs: Tensor) -> Tensor:
-    """A_i of (8) with the bias's column of ones: (N, …) -> (N, κ, n)."""
-    if isinstance(module, nn.Conv2d):
-        columns = F.unfold(inputs, module.kernel_size, module.dilation, module.padding, module.stride).transpose(1, 2)
-    else:
-        columns = inputs.flatten(1, -2) if inputs.ndim > 2 else inputs.unsqueeze(1)
-    return columns if module.bias is None else F.pad(columns, (0, 1), value=1.0)
-
-
-def output_rows(module: nn.Module, gradient: Tensor) -> Tensor:
-    """G_i of (8): (N, …) -> (N, κ, m)."""
-    if isinstance(module, nn.Conv2d):
-        return gradient.flatten(2).transpose(1, 2)
-    return gradient.flatten(1, -2) if gradient.ndim > 2 else gradient.unsqueeze(1)
-
-
-def collect_factors(model: nn.Module, loss: Callable[[], Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(name, g, a) of every Linear and ungrouped Conv2d, for a loss that sums over samples."""
-    seen: dict[str, list[Tensor]] = {}
-    handles = []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-
-            def watch(module: nn.Module, inputs: tuple[Tensor], output: Tensor, name: str = name) -> None:
-                a = input_columns(module, inputs[0].detach())
-                output.register_hook(lambda grad: seen.update({name: [output_rows(module, grad), a]}))
-
-            handles.append(module.register_forward_hook(watch))
-    try:
-        loss().backward()
-    finally:
-        for handle in handles:
-            handle.remove()
-    for name, (g, a) in sorted(seen.items()):
-        yield name, g, a
-
-
-def sample_layers(name: str, *, samples: int, epochs: int, seed: int) -> Iterator[LayerSamples]:
-    """The layers of one trained model: factors of `samples` samples and the gradient of as many others."""
-    images, labels, _ = load_images(seed)
-    torch.manual_seed(seed)
-    model = train(MODELS[name](), images, labels, epochs=epochs, seed=seed).double()
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed + 1))[: 2 * samples]
-    parts = order.split(samples)
-
-    def loss(part: Tensor) -> Callable[[], Tensor]:
-        return lambda: F.cross_entropy(model(images[part].double()), labels[part], reduction="sum")
-
-    seen, other = (list(collect_factors(model, loss(part))) for part in parts)
-    for (layer, g, a), (_, other_g, other_a) in zip(seen, other, strict=True):
-        held_out = torch.einsum("bkm,bkn->mn", other_g, other_a) / samples
-        yield LayerSamples(name=f"{name}.{layer}", g=g, a=a, held_out=held_out)
+def sample_task(name: str, *, samples: int, steps: int, seed: int, data_dir: Path) -> tuple[str, list[LayerSamples]]:
+    """The name of a task's data, and the layers of its model after `steps` steps of training."""
+    task = load_task(name, data_dir)
+    return task.dataset.name, gather(task, train(task, steps=steps, seed=seed), samples=samples, seed=seed)

@@ -1,114 +1,156 @@
-"""The paper's four networks on torch's meta device, where shapes are computed and nothing is stored.
+"""The layers of the paper's four models, read off one forward pass of the models that the tasks themselves build.
 
-SchNet, the Transformer and DLRM are plain modules with the layers and sizes of the originals (SchNetPack's
-QM9 and Materials Project settings, fairseq's ``iwslt_de_en``, DLRM's Criteo Kaggle script): what a cost
-needs is a layer's m, n and κ. Any other model can be given to `costs.layer_shapes` in the same way.
+Sizes are those of the recipes at scale paper. A ResNet and a DLRM run on torch's meta device, where nothing is
+allocated; SchNet and fairseq's Transformer, whose forward passes look at values, run on a small batch. Any other model
+can be given to `layer_shapes` in the same way.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-import torchvision
-from torch import Tensor, nn
+from torch import nn
 
-# Rows of the 26 embedding tables of the Criteo Kaggle data, as DLRM's preprocessing leaves them.
+from experiments.recipe import load_recipe
+from experiments.theory.operations import LayerShape
+from experiments.theory.weight_uses import CONVOLUTIONS, LOOKUPS, Use, watch
+
+# Rows of the 26 tables of the Criteo Kaggle data as DLRM's own preprocessing leaves them (printed by its script as
+# --arch-embedding-size).
 CRITEO_ROWS = (
     *(1460, 583, 10131227, 2202608, 305, 24, 12517, 633, 3, 93145, 5683, 8351593, 3194, 27),
     *(14992, 5461306, 10, 5652, 2173, 4, 7046547, 18, 15, 286181, 105, 142572),
 )
+CRITEO_NUMBERS = 13
+# What fairseq-preprocess and fairseq-train print for fairseq's own preparation of IWSLT14 German-English:
+# 8848 and 6632 types; 160,239 pairs with 4,035,591 and 3,949,114 tokens, 25.2 and 24.6 a sentence.
+IWSLT14_TYPES = 8848, 6632
+IWSLT14_TOKENS = 25
 
 
-class Interaction(nn.Module):
-    """One SchNet block: filters from the distances of pairs, features of atoms before and after them."""
+class Example(NamedTuple):
+    """A model and one batch for it.
 
-    def __init__(self, width: int, filters: int, gaussians: int) -> None:
-        super().__init__()
-        self.filter_1, self.filter_2 = nn.Linear(gaussians, filters), nn.Linear(filters, filters)
-        self.in2f = nn.Linear(width, filters, bias=False)
-        self.f2out_1, self.f2out_2 = nn.Linear(filters, width), nn.Linear(width, width)
+    Attributes:
+        model: in training mode.
+        forward: runs it on the batch.
+        samples: in that batch.
+        batch: samples of a step in the paper.
+    """
 
-    def forward(self, atoms: Tensor, pairs: Tensor) -> Tensor:
-        """Shapes (B, atoms, width), (B, pairs, gaussians) -> (B, atoms, width)."""
-        weights = self.filter_2(self.filter_1(pairs)).mean(dim=1, keepdim=True)  # stands for the scatter sum
-        return atoms + self.f2out_2(self.f2out_1(self.in2f(atoms) * weights))
-
-
-class SchNetShapes(nn.Module):
-    """SchNet's layers: an embedding of atom types, interactions, an atom-wise output network."""
-
-    def __init__(self, width: int, interactions: int, gaussians: int) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(100, width)
-        self.interactions = nn.ModuleList(Interaction(width, width, gaussians) for _ in range(interactions))
-        self.out_1, self.out_2 = nn.Linear(width, width // 2), nn.Linear(width // 2, 1)
-
-    def forward(self, types: Tensor, pairs: Tensor) -> Tensor:
-        """Shapes (B, atoms), (B, pairs, gaussians) -> (B, 1)."""
-        atoms = self.embedding(types)
-        for interaction in self.interactions:
-            atoms = interaction(atoms, pairs)
-        return self.out_2(self.out_1(atoms)).sum(dim=1)
+    model: nn.Module
+    forward: Callable[[], Any]
+    samples: int
+    batch: int
 
 
-class TransformerShapes(nn.Module):
-    """fairseq's ``iwslt_de_en``: d 512, feed-forward 1024, 4 heads, 6 + 6 layers, embeddings not tied."""
+def layer_shapes(model: nn.Module, forward: Callable[[], Any], samples: int) -> list[LayerShape]:
+    """Every weight of a model that a forward pass multiplies by or looks up in, in the order of first use.
 
-    def __init__(self, source: int, target: int) -> None:
-        super().__init__()
-        self.source, self.target = nn.Embedding(source, 512), nn.Embedding(target, 512)
-        self.body = nn.Transformer(512, 4, 6, 6, 1024, dropout=0.0, batch_first=True)
-        self.project = nn.Linear(512, target, bias=False)
+    Args:
+        model: whose weights.
+        forward: runs it on a batch.
+        samples: in the batch; positions are counted a sample.
 
-    def forward(self, source: Tensor, target: Tensor) -> Tensor:
-        """Shapes (B, S), (B, T) -> (B, T, vocabulary)."""
-        return self.project(self.body(self.source(source), self.target(target)))
-
-
-class DLRMShapes(nn.Module):
-    """DLRM for Criteo Kaggle: bottom 13-512-256-64-16, 26 tables of width 16, top 367-512-256-1."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tables = nn.ModuleList(nn.EmbeddingBag(rows, 16, mode="sum") for rows in CRITEO_ROWS)
-        self.bottom = nn.Sequential(*(nn.Linear(i, o) for i, o in ((13, 512), (512, 256), (256, 64), (64, 16))))
-        self.top = nn.Sequential(*(nn.Linear(i, o) for i, o in ((367, 512), (512, 256), (256, 1))))
-
-    def forward(self, dense: Tensor, indices: Tensor) -> Tensor:
-        """Shapes (B, 13), (B, 26) -> (B, 1)."""
-        x = self.bottom(dense)
-        vectors = torch.stack([x, *(table(indices[:, [k]]) for k, table in enumerate(self.tables))], dim=1)
-        products = (vectors @ vectors.mT).flatten(1)[:, : 27 * 26 // 2]  # the pairs' count is what matters
-        return self.top(torch.cat([x, products], dim=1))
+    Example:
+        >>> model = nn.Linear(3, 2)
+        >>> layer_shapes(model, lambda: model(torch.ones(4, 3, requires_grad=True)), 4)
+        [LayerShape(name='', m=2, n=4, kappa=1, groups=1, lookups=0, input_gradient=True)]
+    """
+    with watch(model) as uses:
+        forward()
+    layers = dict.fromkeys(use.layer for use in uses)
+    return [layer_shape([use for use in uses if use.layer == layer], samples) for layer in layers]
 
 
-def _tokens(batch: int, length: int) -> Tensor:
-    return torch.zeros(batch, length, dtype=torch.long)
+def layer_shape(uses: Sequence[Use], samples: int) -> LayerShape:
+    """The shape of one layer from all uses of its weight; a tied table has the matrix of its dense use."""
+    products = [use for use in uses if use.function not in LOOKUPS]
+    first = (products or uses)[0]
+    weight, groups = first.module.weight, 1
+    if products:
+        m, n = weight.shape[0], weight[0].numel() + (getattr(first.module, "bias", None) is not None)
+        if first.function in CONVOLUTIONS:
+            groups = first.module.groups
+    else:
+        n, m = weight.shape
+    counts = [max(1, round(use.positions / samples)) for use in uses]
+    return LayerShape(
+        name=first.layer,
+        m=m // groups,
+        n=n,
+        kappa=sum(counts),
+        groups=groups,
+        lookups=sum(count for use, count in zip(uses, counts, strict=True) if use.function in LOOKUPS),
+        input_gradient=any(use.inputs.requires_grad for use in products),
+    )
 
 
-def resnet50() -> tuple[nn.Module, tuple[Tensor, ...], int]:
-    """ResNet50 of torchvision at 224², batch 256."""
-    return torchvision.models.resnet50(), (torch.empty(2, 3, 224, 224),), 256
+def _settings(task: str, scale: str = "paper") -> Mapping[str, Any]:
+    return load_recipe(task, scale).task_settings
 
 
-def schnet() -> tuple[nn.Module, tuple[Tensor, ...], int]:
-    """SchNet on QM9 molecules of 18 atoms, all 306 pairs, batch 100."""
-    return SchNetShapes(128, 6, 50), (_tokens(2, 18), torch.empty(2, 306, 50)), 100
+def resnet50() -> Example:
+    """ResNet50 of torchvision, 224², batch 256."""
+    from torchvision.models import get_model
+
+    settings = _settings("resnet50-imagenet")
+    with torch.device("meta"):
+        model, images = get_model(settings["model"]), torch.empty(2, 3, settings["image_size"], settings["image_size"])
+    return Example(model, lambda: model(images), len(images), settings["batch_size"])
 
 
-def transformer() -> tuple[nn.Module, tuple[Tensor, ...], int]:
-    """Sentences of 25 tokens; 4096 tokens are 164 of them."""
-    return TransformerShapes(8848, 6632), (_tokens(2, 25), _tokens(2, 25)), 164
+def schnet() -> Example:
+    """SchNet of schnetpack at the paper's size, on a batch of molecules of the embedded part of QM9."""
+    from experiments.tasks.schnet_qm9 import SchNetQM9
+
+    paper = _settings("schnet-qm9")
+    sizes = {name: paper[name] for name in ("model", "batch_size")}
+    task = SchNetQM9({**_settings("schnet-qm9", "tiny"), **sizes}, scale="paper", data_dir=Path("data"))
+    model, batch = task.build_model(), next(task.train_batches(0, 0))
+    return Example(model, lambda: task.loss(model, batch), paper["batch_size"], paper["batch_size"])
 
 
-def dlrm() -> tuple[nn.Module, tuple[Tensor, ...], int]:
-    """DLRM at batch 128."""
-    return DLRMShapes(), (torch.empty(2, 13), _tokens(2, 26)), 128
+def transformer() -> Example:
+    """The ``transformer_iwslt_de_en`` of fairseq, with dictionaries and sentences as long as IWSLT14's."""
+    from experiments.data.fairseq_library import Dictionary, TranslationConfig, TranslationTask
+    from experiments.settings import read_settings
+    from experiments.tasks._translation import ModelSettings, build_model
+
+    settings, dictionaries = _settings("transformer-iwslt14"), []
+    for types in IWSLT14_TYPES:
+        dictionary = Dictionary()
+        for index in range(types - len(dictionary)):
+            dictionary.add_symbol(f"type{index}")
+        dictionaries.append(dictionary)
+    sizes = read_settings(ModelSettings, settings["model"], "transformer-iwslt14/paper, [task.model]")
+    model = build_model(sizes, TranslationTask(TranslationConfig(), *dictionaries))
+    tokens, lengths = torch.full((2, IWSLT14_TOKENS), 5), torch.full((2,), IWSLT14_TOKENS)
+    return Example(model, lambda: model(tokens, lengths, tokens), 2, settings["max_tokens"] // IWSLT14_TOKENS)
 
 
-# name -> () -> (model, example inputs with a batch of two, the paper's batch); call under device("meta")
-PAPER_MODELS: dict[str, Callable[[], tuple[nn.Module, tuple[Tensor, ...], int]]] = {
+def dlrm() -> Example:
+    """The DLRM of the task with the tables of Criteo Kaggle, batch 128."""
+    from experiments.tasks._dlrm import DLRM
+
+    settings = _settings("dlrm-criteo")
+    sizes = {name: settings[name] for name in ("embedding", "bottom", "top", "sparse")}
+    with torch.device("meta"):
+        model = DLRM(CRITEO_NUMBERS, CRITEO_ROWS, **sizes)
+        numbers, rows = torch.empty(2, CRITEO_NUMBERS), torch.zeros(2, len(CRITEO_ROWS), dtype=torch.long)
+    return Example(model, lambda: model(numbers, rows), len(numbers), settings["batch_size"])
+
+
+PAPER_MODELS: Mapping[str, Callable[[], Example]] = {
     "resnet50": resnet50,
     "schnet": schnet,
     "transformer": transformer,
     "dlrm": dlrm,
 }
+
+
+def paper_layers(name: str) -> tuple[list[LayerShape], int]:
+    """The layers of one of the paper's models, and its batch."""
+    example = PAPER_MODELS[name]()
+    return layer_shapes(example.model.train(), example.forward, example.samples), example.batch

@@ -448,14 +448,19 @@ def verdicts(rows: Sequence[dict[str, Any]], errata: Sequence[Erratum]) -> list[
     ]
 
 
-def run(seed: int, out: Path, rounds: int) -> list[Erratum]:
-    """Play every stream, check every erratum of section 4.2, and write tables and figure to `out`."""
+def measure(seed: int, rounds: int) -> tuple[list[dict[str, Any]], list[Erratum]]:
+    """The regret on every stream, and every erratum of section 4.2."""
     rows = [
         row
         for index, make in enumerate(STREAMS)
         for row in measure_regret(make(np.random.default_rng([seed, index]), rounds))
     ]
-    errata = [check(np.random.default_rng([seed, 99])) for check in THEOREM]
+    return rows, [check(np.random.default_rng([seed, 99])) for check in THEOREM]
+
+
+def run(seed: int, out: Path, rounds: int) -> list[Erratum]:
+    """Play every stream, check every erratum of section 4.2, and write tables and figure to `out`."""
+    rows, errata = measure(seed, rounds)
     write_rows(out / "regret.csv", rows)
     write_rows(out / "errata.csv", [erratum.row() for erratum in errata])
     write_verdicts(out / "verdicts.csv", verdicts(rows, errata))

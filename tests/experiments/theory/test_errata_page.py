@@ -7,7 +7,7 @@ import pytest
 
 from experiments.theory import convergence, errata, regret
 
-DOCS = Path(__file__).parents[2] / "docs"
+DOCS = Path(__file__).parents[3] / "docs"
 CHECKS = (*errata.FORMULAS, *convergence.THEOREMS, *regret.THEOREM)
 
 

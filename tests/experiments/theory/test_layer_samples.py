@@ -1,0 +1,97 @@
+"""Gradients of single samples of the five tasks, against those of whole batches and against their own factors."""
+
+from itertools import islice
+
+import pytest
+import torch
+from torch import nn
+
+from experiments.recipe import load_recipe
+from experiments.tasks import TASKS
+from experiments.theory.layer_samples import (
+    SCALE,
+    SUBJECTS,
+    batch_gradient,
+    doubled,
+    factors,
+    gather,
+    load_task,
+    singles,
+    take,
+    train,
+)
+from experiments.theory.weight_uses import watch
+
+# fairseq's softmax is float32 whatever the model is.
+TOLERANCE = {"transformer-iwslt14": 1e-5}
+# Subwords of fewer sentences are learnt sooner.
+CORPUS = {"merges": 200, "train_size": 300, "validation_size": 20, "test_size": 20}
+SMALLER = {"transformer-iwslt14": [f"task.corpus.{key}={value}" for key, value in CORPUS.items()]}
+
+
+@pytest.fixture(scope="module", params=SUBJECTS)
+def trained(request, tmp_path_factory):
+    settings = load_recipe(request.param, SCALE, overrides=SMALLER.get(request.param, ())).task_settings
+    task = TASKS[request.param](settings, scale=SCALE, data_dir=tmp_path_factory.mktemp("data"))
+    return task, train(task, steps=2, seed=0).double()
+
+
+def close(actual, expected, tolerance):
+    return float((actual - expected).norm()) <= tolerance * float(expected.norm())
+
+
+def test_single_samples_average_to_the_batch_and_equal_their_factors(trained):
+    task, model = trained
+    subject, tolerance = SUBJECTS[task.name], TOLERANCE.get(task.name, 1e-9)
+    batch = next(task.train_batches(0, 3))
+    size = subject.size(batch)
+    samples = [take(task, model, part, subject.layers) for part in singles(task, 0, size, 3)]
+    whole = batch_gradient(task, model, doubled(batch), subject.layers)
+    assert len(samples) == size > 5
+    for layer in subject.layers:
+        gradients = torch.stack([sample[layer].gradient for sample in samples])
+        assert close(gradients.mean(dim=0), whole[layer], tolerance), layer
+        assert (gradients[0] - gradients[1]).norm() > 0.01 * gradients[0].norm(), layer  # not the same one twice
+        for sample in samples[:6]:
+            assert close(sample[layer].g.mT @ sample[layer].a, sample[layer].gradient, tolerance), layer
+
+
+def test_the_gradient_that_is_preconditioned_comes_from_other_samples(tmp_path):
+    task = load_task("schnet-qm9", tmp_path)  # batches of 25
+    model = train(task, steps=2, seed=0)
+    layers = gather(task, model, samples=30, seed=4)
+    batches = list(islice(task.train_batches(0, 4), 4))
+    others = [batch_gradient(task, model, doubled(batch), SUBJECTS[task.name].layers) for batch in batches[2:]]
+    for layer in layers:
+        assert len(layer.gradients) == 30
+        torch.testing.assert_close(layer.held_out, (others[0][layer.name] + others[1][layer.name]) / 2)
+    first = [next(iter(singles(task, index, 25, 4))) for index in (0, 1)]
+    expected = take(task, model, first[1], ("output_modules.0.outnet.0",))["output_modules.0.outnet.0"]
+    torch.testing.assert_close(layers[-1].gradients[25], expected.gradient)
+
+
+def test_a_bag_gives_its_gradient_to_each_of_its_rows():
+    bag = nn.EmbeddingBag(5, 3, mode="sum").double()
+    with watch(bag) as uses:
+        out = bag(torch.tensor([[1, 4, 4]]))
+    g, a = factors(uses[0], torch.ones_like(out))
+    (weight,) = torch.autograd.grad(out.sum(), [bag.weight])
+    torch.testing.assert_close(g.mT @ a, weight.mT)
+
+
+def test_a_strided_convolution_without_bias_has_the_factors_of_its_gradient():
+    convolution = nn.Conv2d(2, 3, 3, stride=2, padding=1, bias=False).double()
+    with watch(convolution) as uses:
+        out = convolution(torch.randn(1, 2, 5, 5, dtype=torch.float64))
+    gradient = torch.randn_like(out)
+    g, a = factors(uses[0], gradient)
+    (weight,) = torch.autograd.grad((out * gradient).sum(), [convolution.weight])
+    torch.testing.assert_close(g.mT @ a, weight.flatten(1))
+
+
+def test_a_grouped_convolution_is_refused():
+    convolution = nn.Conv2d(2, 2, 3, groups=2)
+    with watch(convolution) as uses:
+        out = convolution(torch.randn(1, 2, 5, 5))
+    with pytest.raises(ValueError, match=r"conv2d with module\.groups=2"):
+        factors(uses[0], out)
