@@ -31,6 +31,8 @@ STYLE: dict[str, Any] = {
 }
 
 
+# A further figure so called is the uncertainty of another, no curve of its own.
+STANDARD_ERROR = "standard error"
 # The greatest value over the least from which on an axis is better logarithmic.
 FAR_APART = 4.0
 
@@ -83,7 +85,7 @@ class Panel:
 
 
 def panels(comparable: Comparable) -> list[Panel]:
-    """Training loss, the metric, and the task's further figures."""
+    """Training loss, the metric, and the task's further figures but standard errors."""
     manifest = comparable.runs[0].manifest
     split = manifest.recipe.get("run", {}).get("report_split", "test")
     metric = f"{split} {manifest.metric.name} ({manifest.metric.unit})"
@@ -92,7 +94,7 @@ def panels(comparable: Comparable) -> list[Panel]:
         Panel(label=metric, value=lambda epoch: epoch.metric, lower_is_better=not manifest.metric.higher_is_better),
     ]
     names = dict.fromkeys(name for run in comparable.runs for epoch in run.epochs for name in epoch.others)
-    return own + [_further(split, name) for name in names]
+    return own + [_further(split, name) for name in names if not name.endswith(STANDARD_ERROR)]
 
 
 def _further(split: str, name: str) -> Panel:

@@ -5,7 +5,7 @@ import pytest
 from handmade import HIT_1, HIT_2, HIT_3, HIT_4, SCALE, TASK, write
 from PIL import Image
 
-from experiments.analysis.curves import curve_of, draw, figure
+from experiments.analysis.curves import curve_of, draw, figure, panels
 from experiments.analysis.palette import COLOURS, colour_of, dashes_of
 from experiments.analysis.runs import load_comparable
 from experiments.errors import UserError
@@ -111,3 +111,9 @@ def test_what_falls_by_factors_is_drawn_on_a_logarithmic_axis(tmp_path, last, sc
 
 def test_a_metric_that_grows_is_drawn_on_a_linear_axis(results):
     assert figure(load_comparable(results, TASK, SCALE)).axes[2].get_yscale() == "linear"
+
+
+def test_a_standard_error_is_no_curve_of_its_own(tmp_path):
+    add_others(write(tmp_path, "adam", 1, HIT_1), "top1 standard error", [0.1, 0.1, 0.1, 0.1, 0.1])
+    labels = [panel.label for panel in panels(load_comparable(tmp_path, TASK, SCALE))]
+    assert labels == ["training loss", "test top1 (fraction)"]
