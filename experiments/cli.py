@@ -278,6 +278,7 @@ def verdicts_command(
     format_: Annotated[
         Literal["terminal", "markdown"], typer.Option("--format", help="How to print the table.")
     ] = "terminal",
+    short: Annotated[bool, typer.Option("--short", help="Only the claims that the paper is read for.")] = False,
     results_dir: ResultsDir = Path("results"),
 ) -> None:
     """Set what was recorded beside every claim of the paper, with a verdict and the reason.
@@ -286,7 +287,8 @@ def verdicts_command(
     """
     from experiments.analysis import verdict_table, verdicts  # pandas, needed only here
 
-    typer.echo(verdict_table.render(verdicts.judge(results_dir), format_))
+    frame = verdicts.judge(results_dir)
+    typer.echo(verdict_table.render(frame, format_, short=short))
 
 
 @app.command("report")

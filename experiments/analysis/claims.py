@@ -142,6 +142,7 @@ class Claim:
         paper: the paper's figure.
         check: how it is checked, ``None`` if it is not.
         note: what a reader must know beside the outcome of the check.
+        headline: whether it stands in the short table.
     """
 
     id: str
@@ -150,6 +151,7 @@ class Claim:
     paper: str
     check: Check | None = None
     note: str = ""
+    headline: bool = False
 
     def __post_init__(self) -> None:
         if self.check is None and not self.note:

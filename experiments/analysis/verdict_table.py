@@ -8,24 +8,30 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from experiments.analysis.verdicts import tally
+from experiments.analysis.verdicts import headlines, tally
 
 Format = Literal["terminal", "markdown"]
 WIDTH = 140
 _SHOWN = ("place", "claim", "paper", "ours", "verdict", "why")
 
 
-def render(frame: pd.DataFrame, format: Format = "terminal") -> str:
-    """The table that `verdicts.judge` made, with how often each verdict was given.
+def render(frame: pd.DataFrame, format: Format = "terminal", *, short: bool = False) -> str:
+    """The table that `verdicts.judge` made, and how often each verdict was given to all claims.
+
+    Args:
+        frame: a row a claim.
+        format: where it is to stand.
+        short: only the claims that the paper is read for.
 
     Raises:
         ValueError: for another format.
     """
+    rows = _cells(headlines(frame) if short else frame)
     match format:
         case "terminal":
-            return _terminal(frame)
+            return _terminal(rows, summary(frame))
         case "markdown":
-            return _markdown(frame)
+            return _markdown(rows, summary(frame))
     raise ValueError(f"format = {format!r}: must be one of terminal, markdown")
 
 
@@ -47,17 +53,19 @@ def _cells(frame: pd.DataFrame) -> list[list[str]]:
     return rows
 
 
-def _terminal(frame: pd.DataFrame) -> str:
-    table = Table(*_SHOWN, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for cells in _cells(frame):
+def _terminal(rows: list[list[str]], last: str) -> str:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in _SHOWN:
+        table.add_column(name, overflow="fold")
+    for cells in rows:
         table.add_row(*cells)
     console = Console(file=StringIO(), width=WIDTH, highlight=False, markup=False)
     console.print(table)
-    console.print(summary(frame))
+    console.print(last)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
 
 
-def _markdown(frame: pd.DataFrame) -> str:
-    rows = [[cell.replace("|", r"\|") for cell in cells] for cells in _cells(frame)]
-    lines = ["| " + " | ".join(cells) + " |" for cells in (list(_SHOWN), ["---"] * len(_SHOWN), *rows)]
-    return "\n".join([*lines, "", summary(frame)])
+def _markdown(rows: list[list[str]], last: str) -> str:
+    escaped = [[cell.replace("|", r"\|") for cell in cells] for cells in rows]
+    lines = ["| " + " | ".join(cells) + " |" for cells in (list(_SHOWN), ["---"] * len(_SHOWN), *escaped)]
+    return "\n".join([*lines, "", last])

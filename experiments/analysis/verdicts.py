@@ -68,6 +68,12 @@ def judge(results_dir: Path) -> pd.DataFrame:
     return frame
 
 
+def headlines(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the claims that the paper is read for."""
+    chosen = [claim.id for claim in load_claims() if claim.headline]
+    return frame[frame["id"].isin(chosen)]
+
+
 def tally(frame: pd.DataFrame) -> dict[str, int]:
     """How many claims have each verdict, in the order of `WORDS`."""
     return {word: int((frame["verdict"] == word).sum()) for word in WORDS}

@@ -5,7 +5,17 @@ import pytest
 from handmade import HIT_1, HIT_2, HIT_3, HIT_4, MISS, SCALE, TASK, write, write_run
 
 from experiments.analysis import verdict_table
-from experiments.analysis.claims import Arithmetic, Claim, Comparison, Cost, CurveBelow, Figure, Formula, Theory
+from experiments.analysis.claims import (
+    Arithmetic,
+    Claim,
+    Comparison,
+    Cost,
+    CurveBelow,
+    Figure,
+    Formula,
+    Theory,
+    load_claims,
+)
 from experiments.analysis.verdicts import COLUMNS, Evidence, judge, tally
 
 FEWER = Comparison(task=TASK, measure="epochs_to_target", optimizer="ngplus", against="sgd", better="less")
@@ -251,3 +261,11 @@ def test_markdown_has_one_line_a_claim(tmp_path):
 def test_another_format_is_refused(tmp_path):
     with pytest.raises(ValueError, match="must be one of terminal, markdown"):
         verdict_table.render(judge(tmp_path), "html")
+
+
+def test_the_short_table_has_the_headlines_and_counts_all(tmp_path):
+    frame = judge(tmp_path)
+    text = verdict_table.render(frame, "markdown", short=True)
+    rows = [line for line in text.splitlines() if line.startswith("|")][2:]
+    assert len(rows) == sum(claim.headline for claim in load_claims()) < 25
+    assert text.splitlines()[-1].startswith(f"{len(frame)} claims: ")
