@@ -1,7 +1,8 @@
 """The verdicts as a table, for a terminal or in Markdown."""
 
+from collections.abc import Mapping, Sequence
 from io import StringIO
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
 from rich import box
@@ -12,7 +13,8 @@ from experiments.analysis.verdicts import headlines, tally
 
 Format = Literal["terminal", "markdown"]
 WIDTH = 140
-_SHOWN = ("place", "claim", "paper", "ours", "verdict", "why")
+_WHOLE = ("place", "claim", "paper", "ours", "measured on", "verdict", "why")
+_SHORT = ("claim", "paper", "ours", "measured on", "verdict")
 
 
 def render(frame: pd.DataFrame, format: Format = "terminal", *, short: bool = False) -> str:
@@ -26,12 +28,13 @@ def render(frame: pd.DataFrame, format: Format = "terminal", *, short: bool = Fa
     Raises:
         ValueError: for another format.
     """
-    rows = _cells(headlines(frame) if short else frame)
+    names = _SHORT if short else _WHOLE
+    rows = [[row[name] for name in names] for row in _rows(headlines(frame) if short else frame)]
     match format:
         case "terminal":
-            return _terminal(rows, summary(frame))
+            return _terminal(names, rows, summary(frame))
         case "markdown":
-            return _markdown(rows, summary(frame))
+            return _markdown(names, rows, summary(frame))
     raise ValueError(f"format = {format!r}: must be one of terminal, markdown")
 
 
@@ -41,21 +44,19 @@ def summary(frame: pd.DataFrame) -> str:
     return f"{len(frame)} claims: {counts}"
 
 
-def _cells(frame: pd.DataFrame) -> list[list[str]]:
-    """What is shown of each row; beside our figure, where it comes from."""
-    rows = []
-    for row in frame.fillna({"seeds": 0}).to_dict("records"):
-        where = ", ".join(part for part in (row["scale"], row["dataset"]) if part)
-        seeds = f", {row['seeds']} seeds" if row["seeds"] > 1 else ""
-        ours = f"{row['ours']} [{where}{seeds}]" if row["ours"] else ""
-        shown = row | {"ours": ours}
-        rows.append([shown[name] for name in _SHOWN])
-    return rows
+def _rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """Each claim with what our figure was measured on."""
+    return [row | {"measured on": _measured_on(row)} for row in frame.fillna({"seeds": 0}).to_dict("records")]
 
 
-def _terminal(rows: list[list[str]], last: str) -> str:
+def _measured_on(row: Mapping[str, Any]) -> str:
+    seeds = f"{row['seeds']} seeds" if row["seeds"] > 1 else ""
+    return ", ".join(part for part in (row["scale"], row["dataset"], seeds) if part)
+
+
+def _terminal(names: Sequence[str], rows: list[list[str]], last: str) -> str:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for name in _SHOWN:
+    for name in names:
         table.add_column(name, overflow="fold")
     for cells in rows:
         table.add_row(*cells)
@@ -65,7 +66,7 @@ def _terminal(rows: list[list[str]], last: str) -> str:
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
 
 
-def _markdown(rows: list[list[str]], last: str) -> str:
+def _markdown(names: Sequence[str], rows: list[list[str]], last: str) -> str:
     escaped = [[cell.replace("|", r"\|") for cell in cells] for cells in rows]
-    lines = ["| " + " | ".join(cells) + " |" for cells in (list(_SHOWN), ["---"] * len(_SHOWN), *escaped)]
+    lines = ["| " + " | ".join(cells) + " |" for cells in (names, ["---"] * len(names), *escaped)]
     return "\n".join([*lines, "", last])
