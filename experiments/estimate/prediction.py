@@ -1,0 +1,107 @@
+"""From measured steps to an epoch and a whole run; nothing is measured here.
+
+With a batch c times as large as the one that was measured, a batches to a step, 𝒯 steps from one renewal to the next
+and E epochs of n steps:
+
+    step     = a c · batch + update                      for a plain and for a renewing step
+    epoch    = start + n · plain + ⌈E n / 𝒯⌉ / E · (renewing − plain)
+"""
+
+import math
+from dataclasses import dataclass
+
+from experiments.estimate.measuring import Costs, Measured
+from experiments.estimate.steps import Parts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """How large the run is.
+
+    Attributes:
+        batches: of an epoch.
+        accumulate: batches to a step.
+        epochs: of the run.
+        update_every: 𝒯; ``None`` for an optimizer that renews nothing.
+        factor: c, the run's batch over the one that was measured.
+    """
+
+    batches: int
+    accumulate: int
+    epochs: int
+    update_every: int | None
+    factor: float
+
+    @property
+    def steps(self) -> int:
+        """Of an epoch."""
+        return math.ceil(self.batches / self.accumulate)
+
+    @property
+    def renewals(self) -> float:
+        """Of an epoch, on average over the run."""
+        if self.update_every is None:
+            return 0.0
+        return math.ceil(self.epochs * self.steps / self.update_every) / self.epochs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What one optimizer's run would take.
+
+    Attributes:
+        optimizer: its name in the recipe.
+        shape: of the run.
+        plain_s: seconds of a plain step.
+        renewing_s: of a renewing one.
+        epoch_s: of an epoch.
+        memory_mib: at the peak; ``None`` where it could not be measured.
+        kept_mib: of it, what is kept between steps.
+        epoch_operations: multiply-adds of an epoch as two; ``None`` if they were not counted.
+    """
+
+    optimizer: str
+    shape: Shape
+    plain_s: float
+    renewing_s: float
+    epoch_s: float
+    memory_mib: float | None
+    kept_mib: float
+    epoch_operations: float | None
+
+    @property
+    def hours(self) -> float:
+        """Of the whole run."""
+        return self.shape.epochs * self.epoch_s / 3600
+
+    def hours_at(self, rate: float) -> float | None:
+        """Of the whole run on a machine that achieves so many operations a second."""
+        if self.epoch_operations is None:
+            return None
+        return self.shape.epochs * self.epoch_operations / rate / 3600
+
+
+def predict(optimizer: str, measured: Measured, shape: Shape) -> Prediction:
+    """The run that was measured in part."""
+    operations = measured.operations
+    return Prediction(
+        optimizer=optimizer,
+        shape=shape,
+        plain_s=step(measured.seconds.plain, shape),
+        renewing_s=step(measured.seconds.renewing, shape),
+        epoch_s=measured.epoch_start_s + epoch(measured.seconds, shape),
+        memory_mib=measured.memory.at(shape.factor),
+        kept_mib=measured.memory.kept,
+        epoch_operations=None if operations is None else epoch(operations, shape),
+    )
+
+
+def step(parts: Parts, shape: Shape) -> float:
+    """One optimizer step at the run's batch."""
+    return shape.accumulate * shape.factor * parts.batch + parts.update
+
+
+def epoch(costs: Costs, shape: Shape) -> float:
+    """All steps of an epoch."""
+    plain, renewing = step(costs.plain, shape), step(costs.renewing, shape)
+    return shape.steps * plain + shape.renewals * (renewing - plain)

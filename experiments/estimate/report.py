@@ -1,0 +1,76 @@
+"""An estimate on paper: a table, its assumptions, and the same as CSV."""
+
+import csv
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from experiments.estimate.estimating import Estimate
+from experiments.estimate.prediction import Prediction
+
+WIDTH = 130
+COLUMNS = (
+    *("optimizer", "steps/epoch", "s/step plain", "s/step renewing", "𝒯", "s/epoch", "epochs", "hours"),
+    *("memory MiB", "kept MiB"),
+)
+
+
+def show(found: Estimate) -> None:
+    """Print the table and the assumptions."""
+    console = Console(highlight=False)
+    console.width = max(WIDTH, console.width)  # a table in a file or a pipe is not cut
+    at = [] if found.rate is None else [f"hours at {found.rate / 1e12:.3g} TFLOP/s"]
+    title = f"{found.task}, scale {found.scale}, on {found.device}"
+    table = Table(title=title, title_justify="left")
+    columns = ["GPU hours" if found.on_gpu and name == "hours" else name for name in COLUMNS]
+    for index, name in enumerate((*columns, *at)):
+        table.add_column(name, justify="right" if index else "left")
+    for row in found.predictions:
+        table.add_row(*_cells(row, found.rate))
+    console.print(table)
+    console.print("Assumptions:")
+    for sentence in found.assumptions:
+        console.print(f"- {sentence}", markup=False, soft_wrap=True)
+
+
+def write(found: Estimate, path: Path) -> None:
+    """A row an optimizer."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*_row(found, found.predictions[0])], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(_row(found, row) for row in found.predictions)
+
+
+def _cells(row: Prediction, rate: float | None) -> list[str]:
+    shape = row.shape
+    every = "–" if shape.update_every is None else str(shape.update_every)
+    renewing = "–" if shape.update_every is None else _short(row.renewing_s)
+    cells = [row.optimizer, f"{shape.steps:,}", _short(row.plain_s), renewing, every, _short(row.epoch_s)]
+    cells += [str(shape.epochs), _short(row.hours)]
+    cells += ["?" if row.memory_mib is None else f"{row.memory_mib:,.0f}", f"{row.kept_mib:,.0f}"]
+    return [*cells, *([] if rate is None else [_short(row.hours_at(rate) or 0.0)])]
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def _row(found: Estimate, row: Prediction) -> dict[str, object]:
+    return {
+        "task": found.task,
+        "scale": found.scale,
+        "device": found.device,
+        "optimizer": row.optimizer,
+        "steps_per_epoch": row.shape.steps,
+        "plain_step_s": row.plain_s,
+        "renewing_step_s": row.renewing_s,
+        "update_every": row.shape.update_every,
+        "time_per_epoch_s": row.epoch_s,
+        "epochs": row.shape.epochs,
+        "hours": row.hours,
+        "peak_memory_mb": row.memory_mib,
+        "kept_memory_mb": row.kept_mib,
+        "operations_per_epoch": row.epoch_operations,
+    }
