@@ -27,7 +27,7 @@ TUNE = $(EXPERIMENTS) tune --scale $(SCALE) $(if $(TRIALS),--trials $(TRIALS)) $
 .PHONY: reproduce-iwslt14 data-libreoffice-help data-ding data-iwslt14
 .PHONY: reproduce-dlrm data-flights data-criteo bench-criteo
 .PHONY: reproduce-qm9 reproduce-matproj data-qm9 data-matproj bench-schnet-loading
-.PHONY: data-fashion-mnist bench bench-curvature gpu tune-resnet50 tune-qm9 tune-matproj tune-iwslt14 tune-dlrm
+.PHONY: data-fashion-mnist bench bench-curvature bench-estimate gpu tune-resnet50 tune-qm9 tune-matproj tune-iwslt14 tune-dlrm
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*##  */\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name what; do printf '  %-20s %s\n' "$$name" "$$what"; done
@@ -126,6 +126,9 @@ bench: $(STAMP)  ## what a step costs under each optimizer, on the four models
 	$(PYTHON) -m experiments.bench.steps --model resnet50-32 --optimizer ngplus
 	$(PYTHON) -m experiments.bench.rows
 	$(PYTHON) -m experiments.bench.chart
+
+bench-estimate: $(STAMP)  ## whether `python -m experiments estimate` predicts what a run takes; OPTIONS=--cpu-time on a busy machine
+	$(PYTHON) -m experiments.estimate.check $(OPTIONS)
 
 bench-criteo: $(STAMP)  ## how fast Criteo's log is read, on a made file of 5 million lines, and in how much memory
 	$(PYTHON) -m experiments.bench.criteo_reader
