@@ -206,6 +206,9 @@ def estimate_command(
         float | None,
         typer.Option(metavar="RATE", help="Also predict for a machine that achieves this, e.g. 60e12 (FLOP/s)."),
     ] = None,
+    cpu_time: Annotated[
+        bool, typer.Option("--cpu-time", help="Count seconds on a processor: for a CPU that others use too.")
+    ] = False,
     csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the table there.")] = None,
     device: Device = "auto",
     data_dir: DataDir = Path("data"),
@@ -218,7 +221,9 @@ def estimate_command(
     from experiments.estimate import estimating, report  # rich and torch's counters, needed only here
 
     recipe = load_recipe(task, scale, overrides=tuple(set_ or ()))
-    options = estimating.Options(device=device, data_dir=data_dir, steps=steps, batch=batch, rate=flops)
+    options = estimating.Options(
+        device=device, data_dir=data_dir, steps=steps, batch=batch, rate=flops, cpu_time=cpu_time
+    )
     found = estimating.estimate(recipe, optimizer, options)
     report.show(found)
     if csv:

@@ -44,6 +44,8 @@ class Options:
             raise UserError(f"steps = {self.steps}: must be at least 1")
         if self.rate is not None and not self.rate > 0:
             raise UserError(f"flops = {self.rate}: must be positive")
+        if self.cpu_time and choose_device(self.device).type != "cpu":
+            raise UserError("cpu_time: seconds on a processor say nothing of a GPU; add --device cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +114,7 @@ def estimate(recipe: Recipe, names: Sequence[str] | None, options: Options) -> E
         measured=measured,
         predictions=[predict(name, found, shape_of(recipe, name, bench)) for name, found in measured.items()],
         rate=rate,
-        assumptions=[*_assumptions(recipe, bench, measured, device), *why],
+        assumptions=[*_assumptions(recipe, bench, measured, device, cpu_time=options.cpu_time), *why],
     )
 
 
@@ -168,12 +170,19 @@ def _rate(recipe: Recipe, options: Options, device: torch.device) -> tuple[float
     ]
 
 
-def _assumptions(recipe: Recipe, bench: Bench, measured: dict[str, Measured], device: torch.device) -> list[str]:
+def _assumptions(
+    recipe: Recipe, bench: Bench, measured: dict[str, Measured], device: torch.device, *, cpu_time: bool
+) -> list[str]:
     first = next(iter(measured.values()))
     return [
         *([bench.made_up] if bench.made_up else []),
         _loading(bench, first),
         *_batch(bench),
+        *(
+            ["seconds are those on a processor, of all threads: a machine that is busy takes longer"]
+            if cpu_time
+            else []
+        ),
         f"{recipe.run.precision}, {_batches(recipe.run.accumulate)} to a step, "
         f"{torch.get_num_threads()} CPU threads, one process; "
         + ", ".join(f"{found.steps} steps of {name}" for name, found in measured.items())
