@@ -1,13 +1,15 @@
-"""The four models at their papers' shapes, on made-up data: for cost only, never in a table of results."""
+"""The models at their papers' shapes, on made-up data: for cost only, never in a table of results."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiments.tasks._dlrm import DLRM
+from experiments.tasks.protocol import Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +27,7 @@ class Workload:
 
     name: str
     model: nn.Module
-    inputs: tuple[Tensor | dict[str, Tensor], ...]
+    inputs: tuple[Any, ...]
     loss: Callable[[Tensor], Tensor]
     interval: int
     samples: str = "batch"
@@ -116,6 +118,34 @@ def transformer(device: str, *, sentences: int = 160, length: int = 25, vocabula
     )
 
 
+class _Loss(nn.Module):
+    """A task's loss as a model's output."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__()
+        self.task, self.model = task, task.build_model()
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.task.loss(self.model, batch)
+
+
+def fairseq(device: str) -> Workload:
+    """The Transformer of the paper's recipe for IWSLT14, fairseq's own, on one full batch of random tokens."""
+    from experiments.estimate.stand_ins.sentences import MadeUpSentences
+    from experiments.recipe import load_recipe
+
+    task = MadeUpSentences(load_recipe("transformer-iwslt14", "paper").task_settings, scale="paper")
+    batch = task.to_device(next(task.train_batches(0, 0)), device)
+    return Workload(
+        name=f"fairseq's iwslt_de_en, {batch['ntokens']:,} target tokens",
+        model=_Loss(task).to(device),
+        inputs=(batch,),
+        loss=lambda loss: loss,
+        interval=200,
+        samples="rows",
+    )
+
+
 def dlrm(device: str, *, batch: int = 128, largest: int = 100_000, sparse: bool = False) -> Workload:
     """A DLRM of Criteo Kaggle's shape; ``largest`` is the number of rows of its largest table."""
     rows = [largest, *([10_000] * 5), *([1_000] * 10), *([100] * 10)]
@@ -135,5 +165,6 @@ WORKLOADS: dict[str, Callable[[str], Workload]] = {
     "resnet50-32": resnet50,
     "schnet": schnet,
     "transformer": transformer,
+    "fairseq": fairseq,
     "dlrm": dlrm,
 }
