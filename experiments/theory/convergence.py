@@ -265,6 +265,38 @@ def same_samples(rng: np.random.Generator) -> Erratum:
     )
 
 
+def expected_square(beta: float, steps: int, start: float, noise: Callable[[int], float]) -> float:
+    """E x² after NG+ on ½x² with λ + L_k = 1 and α_k = ½ k^{−β}: (1−α_k)² E x² + α_k² σ_k² each step, exactly.
+
+    Args:
+        beta: above ½, so that Σ α_k² is finite.
+        steps: made.
+        start: x₁.
+        noise: σ_k by k, the gradient's standard deviation.
+    """
+    square = start**2
+    for k in range(1, steps + 1):
+        rate = 0.5 * k**-beta
+        square = (1 - rate) ** 2 * square + (rate * noise(k)) ** 2
+    return square
+
+
+def unbounded_noise(rng: np.random.Generator) -> Erratum:
+    """Theorem 2 needs sup_k σ_k < ∞: Σ α_k² σ_k² must be finite. With σ_k = k^β nothing converges."""
+    beta, start = rng.uniform(0.6, 0.9), rng.uniform(1.0, 2.0)
+    unbounded, bounded = (
+        expected_square(beta, 20_000, start, noise) / start**2 for noise in (lambda k: start * k**beta, lambda k: start)
+    )
+    return Erratum(
+        place="Theorem 2, noise",
+        measure="E‖∇Ψ‖² after 20,000 steps / at the start, σ_k = k^β and σ_k = 1",
+        printed=unbounded,
+        corrected=bounded,
+        margin=1.0,
+        tolerance=0.05,
+    )
+
+
 def slope_run(beta: float, steps: int, factor: float) -> tuple[float, float]:
     """NG+ without noise down a slope: the mean squared gradient and Ψ(Θ₁) − Ψ*.
 
@@ -325,7 +357,7 @@ def decay_subject(rng: np.random.Generator) -> Erratum:
     )
 
 
-THEOREMS = (reflection, same_samples, decay_claim, decay_subject)
+THEOREMS = (reflection, same_samples, decay_claim, decay_subject, unbounded_noise)
 
 
 def draw(rows: Sequence[dict[str, Any]], folder: Path) -> None:

@@ -1,7 +1,7 @@
 """Sections 2.4 and 2.5: what NG+, K-FAC and Shampoo cost on the paper's four models, and the paper's sentences on it.
 
 A table a model with a row a layer (`operations`, for the shapes that `model_shapes` reads off the models), sums with
-and without the embeddings, and seconds beside the counts (`timings`).
+and without the embeddings, and CPU time beside the counts (`timings`).
 
     python -m experiments.theory.costs --out results/theory/costs
 """
@@ -82,7 +82,7 @@ def verdicts(layers: Sequence[LayerShape], totals: Sequence[dict[str, Any]], sec
     Args:
         layers: of every model.
         totals: of `total_rows`.
-        seconds: measured inverse fourth root over inverse, at the largest size timed.
+        seconds: measured inverse fourth root over inverse, CPU time, at the largest size timed.
     """
     rest, everything = without_embeddings(totals), [row for row in totals if row["embeddings"] == "with"]
     invert, apply, build = (ratios(rest, part) for part in ("invert", "apply", "build"))
@@ -155,7 +155,7 @@ def draw(totals: Sequence[dict[str, Any]], folder: Path) -> None:
             axis.set(yscale="log", title=title, ylabel=ylabel)
             axis.set_xticks(range(len(rest)), [row["model"] for row in rest])
             axis.grid(visible=False, axis="x")
-        fig.suptitle("embeddings left out")
+        fig.suptitle("operations and storage of the paper's four models, embeddings left out")
         fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
 
 

@@ -177,19 +177,19 @@ def layer_rows(tasks: Sequence[str], *, samples: int, steps: int, seed: int, dat
     rows = []
     for task in tasks:
         dataset, layers = sample_task(task, samples=samples, steps=steps, seed=seed, data_dir=data_dir)
-        rows += [{"task": task, "dataset": dataset} | row for layer in layers for row in compare(layer)]
+        rows += [{"task": task, "dataset": dataset} | row for layer in layers for row in compare(*layer)]
     return rows
 
 
 def draw_layers(rows: Sequence[dict[str, Any]], folder: Path) -> None:
-    """Real layers: error of each Kronecker form, and the cosine of its direction with the exact one; a task a row."""
+    """Real layers, a task a row: each form's error for the expected EFIM, its direction beside the exact one."""
     tasks = {task: [row for row in rows if row["task"] == task] for task in dict.fromkeys(row["task"] for row in rows)}
     counts = [len({row["layer"] for row in own}) for own in tasks.values()]
     with figure(folder, "layers", (9.6, 2.0 + 0.27 * sum(counts) + 0.3 * len(tasks))) as fig:
         axes = fig.subplots(len(tasks), 2, sharex="col", sharey="row", squeeze=False, height_ratios=counts)
         for (left, right), own in zip(axes, tasks.values(), strict=True):
             draw_task(left, right, own)
-        axes[-1, 0].set(xlabel="relative Frobenius error, best multiple", xlim=(0, 1.03))
+        axes[-1, 0].set(xlabel="relative Frobenius error of the best multiple", xlim=(-0.02, 1.03))
         axes[-1, 1].set(xlabel=f"cosine with the exact direction, λ = {DAMPINGS[1]:g} λ_max", xlim=(None, 1.02))
         fig.legend(*axes[0, 1].get_legend_handles_labels(), loc="outside lower center", ncols=3)
 
@@ -300,7 +300,7 @@ def main(
     if quick:
         run(seed, out, size=40, matrices=300, samples=40, steps=20, data_dir=data_dir)
     else:
-        run(seed, out, size=200, matrices=2000, samples=200, steps=100, data_dir=data_dir)
+        run(seed, out, size=200, matrices=2000, samples=150, steps=100, data_dir=data_dir)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,12 @@
 """How well the Kronecker forms of NG+, K-FAC and Shampoo stand for the empirical Fisher matrix of a layer.
 
-Nothing here forms the mn×mn matrix: norms, inner products and the exact damped direction come from the N×N
-Gram matrix of the samples' gradients, so that any layer of any size can be looked at.
+Nothing here forms the mn×mn matrix: norms, inner products and the exact damped direction come from N×N Gram
+matrices of the samples' gradients, so that any layer of any size can be looked at.
+
+Of N samples the EFIM has rank N, and in Frobenius norm nothing of full rank is near it, were it right for the
+expectation: for independent Gaussian entries ‖EFIM‖² is 1 + mn/N times that of its expectation. So errors are
+measured twice: against the EFIM of the samples, and, without bias, against its expectation, with a second
+set of samples.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,7 +32,6 @@ class LayerSamples:
         outputs: (1/N) Σ_i Σ_t g gᵀ, (m, m).
         inputs: (1/N) Σ_i Σ_t a aᵀ, (n, n).
         kappa: positions a sample, on average.
-        held_out: the mean gradient of other samples, (m, n): what is preconditioned.
     """
 
     name: str
@@ -35,10 +39,9 @@ class LayerSamples:
     outputs: Tensor
     inputs: Tensor
     kappa: float
-    held_out: Tensor
 
     @classmethod
-    def of_factors(cls, name: str, g: Tensor, a: Tensor, held_out: Tensor) -> "LayerSamples":
+    def of_factors(cls, name: str, g: Tensor, a: Tensor) -> "LayerSamples":
         """From factors of one κ for all samples: (N, κ, m) and (N, κ, n)."""
         return cls(
             name=name,
@@ -46,7 +49,6 @@ class LayerSamples:
             outputs=torch.einsum("bki,bkj->ij", g, g) / len(g),
             inputs=torch.einsum("bki,bkj->ij", a, a) / len(a),
             kappa=g.shape[1],
-            held_out=held_out,
         )
 
 
@@ -62,7 +64,9 @@ class Kronecker(NamedTuple):
 
     def inner(self, gradients: Tensor) -> float:
         """⟨EFIM, right ⊗ left⟩ = (1/N) Σ tr(G_iᵀ left G_i right)."""
-        return float(((self.left @ gradients) * (gradients @ self.right)).sum() / len(gradients))
+        first = gradients if is_identity(self.left) else self.left @ gradients
+        second = gradients if is_identity(self.right) else gradients @ self.right
+        return float((first * second).sum() / len(gradients))
 
     def directions(self, G: Tensor, dampings: Sequence[float]) -> list[Tensor]:
         """(λI + right ⊗ left)⁻¹ vec(G) as a matrix for each λ, in the factors' eigenbases."""
@@ -71,6 +75,11 @@ class Kronecker(NamedTuple):
         spectrum = values.clamp(min=0)[:, None] * others.clamp(min=0)[None, :]
         turned = Q.mT @ G @ P
         return [Q @ (turned / (spectrum + damping)) @ P.mT for damping in dampings]
+
+
+def is_identity(matrix: Tensor) -> bool:
+    """Whether a product with it can be left out."""
+    return torch.equal(matrix, torch.eye(len(matrix), dtype=matrix.dtype))
 
 
 def matrix_power(matrix: Tensor, power: float) -> Tensor:
@@ -111,35 +120,45 @@ def cosine(first: Tensor, second: Tensor) -> float:
     return float((first * second).sum() / (first.norm() * second.norm()))
 
 
-def compare(samples: LayerSamples, dampings: Sequence[float] = DAMPINGS) -> list[dict[str, Any]]:
+def compare(samples: LayerSamples, others: Tensor, dampings: Sequence[float] = DAMPINGS) -> list[dict[str, Any]]:
     """One row a method: relative Frobenius errors and the directions' cosines with the exact one.
 
-    `error` is ‖EFIM − K‖/‖EFIM‖; `error_best_scale` the same for the best multiple of K, √(1 − cos²);
-    `cosine_λ` compares (λI + K)⁻¹G with (λI + EFIM)⁻¹G, λ being that share of the largest eigenvalue.
+    `error` is ‖F − K‖/‖F‖, F being the expectation of the EFIM and K the form that is made of `samples`;
+    `error_best_scale` the same for the best multiple of K, √(1 − cos²). `sampled_error…` have the samples' EFIM in
+    place of F. `cosine_λ` compares (λI + K)⁻¹G with (λI + EFIM)⁻¹G, λ being that share of the EFIM's largest
+    eigenvalue and G the mean of the others' gradients.
+
+    Args:
+        samples: N samples of a layer.
+        others: gradients of other samples of the same layer, (N', m, n).
+        dampings: the shares.
     """
-    gradients, G = samples.gradients, samples.held_out
-    V = gradients.flatten(1)
+    gradients, G = samples.gradients, others.mean(dim=0)
+    V, W = gradients.flatten(1), others.flatten(1)
     gram = V @ V.mT / len(V)
-    squared, largest = float(gram.square().sum()), float(torch.linalg.eigvalsh(gram)[-1])
+    largest = float(torch.linalg.eigvalsh(gram)[-1])
+    expected = float((V @ W.mT).square().sum()) / (len(V) * len(W))  # E⟨EFIM, EFIM'⟩ = ‖F‖² of independent samples
     scaled = [share * largest for share in dampings]
     exact = [natural_direction(gradients, G, damping) for damping in scaled]
     rows = []
     for method, form in (kronecker_forms(samples) | {PLAIN: None}).items():
         row: dict[str, Any] = {"layer": samples.name, "method": method, **_sizes(samples)}
-        row |= _errors(form, gradients, squared) if form else {}
+        if form:
+            row |= _errors(form, others, expected)
+            row |= {f"sampled_{key}": x for key, x in _errors(form, gradients, float(gram.square().sum())).items()}
         ours = form.directions(G, scaled) if form else [G] * len(scaled)
         row |= {f"cosine_{share:g}": cosine(*pair) for share, *pair in zip(dampings, ours, exact, strict=True)}
         rows.append(row)
     return rows
 
 
-def _sizes(samples: LayerSamples) -> Mapping[str, int]:
+def _sizes(samples: LayerSamples) -> Mapping[str, int | float]:
     N, m, n = samples.gradients.shape
     return {"m": m, "n": n, "kappa": round(samples.kappa, 1), "samples": N}
 
 
-def _errors(form: Kronecker, gradients: Tensor, squared: float) -> Mapping[str, float]:
-    """Relative Frobenius errors, from ‖EFIM‖² = ‖gram‖², ⟨EFIM, K⟩ and ‖K‖²."""
+def _errors(form: Kronecker, gradients: Tensor, squared: float) -> dict[str, float]:
+    """Relative Frobenius errors, from ‖F‖² = `squared`, ⟨F, K⟩ of these gradients, and ‖K‖²."""
     inner, norm = form.inner(gradients), form.squared_norm()
     return {
         "error": max(0.0, 1 + (norm - 2 * inner) / squared) ** 0.5,

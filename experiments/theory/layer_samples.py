@@ -180,50 +180,44 @@ def next_matrix(model: nn.Module, layer: str, gradients: Iterator[Tensor]) -> Te
     return matrix_of(module, weight, None if getattr(module, "bias", None) is None else next(gradients))
 
 
-def batch_gradient(task: Task, model: nn.Module, batch: Any, layers: Sequence[str]) -> dict[str, Tensor]:
-    """The gradient of a whole batch's loss."""
-    found = iter(torch.autograd.grad(task.loss(model, batch), parameters_of(model, layers)))
-    return {layer: next_matrix(model, layer, found) for layer in layers}
+class LayerPair(NamedTuple):
+    """A layer's samples, and the gradients of as many others, (N, m, n)."""
+
+    samples: LayerSamples
+    others: Tensor
 
 
-def gather(task: Task, model: nn.Module, *, samples: int, seed: int) -> list[LayerSamples]:
-    """The layers of a model: `samples` samples' gradients, and the mean gradient of at least as many others.
+def gather(task: Task, model: nn.Module, *, samples: int, seed: int) -> list[LayerPair]:
+    """The layers of a model on twice `samples` samples of the training data.
 
     Args:
         task: whose training data is sampled.
         model: of the task, in evaluation mode; it is turned to float64.
-        samples: per layer.
+        samples: of each of the two sets.
         seed: of the order in which the data is read.
     """
     subject, model = SUBJECTS[task.name], model.double()
-    taken: list[dict[str, Sample]] = []
-    others: list[tuple[int, dict[str, Tensor]]] = []
-    for index, batch in enumerate(task.train_batches(0, seed)):
-        size = subject.size(batch)
-        if len(taken) < samples:
-            parts = islice(singles(task, index, size, seed), samples - len(taken))
-            taken += [take(task, model, part, subject.layers) for part in parts]
-        else:
-            others.append((size, batch_gradient(task, model, doubled(batch), subject.layers)))
-        if sum(size for size, _ in others) >= samples:
-            break
-    return [_summary(layer, [each[layer] for each in taken], others) for layer in subject.layers]
+    sizes = (subject.size(batch) for batch in task.train_batches(0, seed))
+    parts = (part for index, size in enumerate(sizes) for part in singles(task, index, size, seed))
+    taken = [take(task, model, part, subject.layers) for part in islice(parts, 2 * samples)]
+    return [_pair(layer, [each[layer] for each in taken]) for layer in subject.layers]
 
 
-def _summary(layer: str, taken: Sequence[Sample], others: Sequence[tuple[int, dict[str, Tensor]]]) -> LayerSamples:
+def _pair(layer: str, taken: Sequence[Sample]) -> LayerPair:
     """What `kronecker.compare` needs of a layer."""
-    seen = sum(size for size, _ in others)
-    return LayerSamples(
+    half = len(taken) // 2
+    own = taken[:half]
+    samples = LayerSamples(
         name=layer,
-        gradients=torch.stack([sample.gradient for sample in taken]),
-        outputs=sum(sample.g.mT @ sample.g for sample in taken) / len(taken),
-        inputs=sum(sample.a.mT @ sample.a for sample in taken) / len(taken),
-        kappa=sum(len(sample.g) for sample in taken) / len(taken),
-        held_out=sum(size / seen * gradient[layer] for size, gradient in others),
+        gradients=torch.stack([sample.gradient for sample in own]),
+        outputs=sum(sample.g.mT @ sample.g for sample in own) / half,
+        inputs=sum(sample.a.mT @ sample.a for sample in own) / half,
+        kappa=sum(len(sample.g) for sample in own) / half,
     )
+    return LayerPair(samples, torch.stack([sample.gradient for sample in taken[half:]]))
 
 
-def sample_task(name: str, *, samples: int, steps: int, seed: int, data_dir: Path) -> tuple[str, list[LayerSamples]]:
+def sample_task(name: str, *, samples: int, steps: int, seed: int, data_dir: Path) -> tuple[str, list[LayerPair]]:
     """The name of a task's data, and the layers of its model after `steps` steps of training."""
     task = load_task(name, data_dir)
     return task.dataset.name, gather(task, train(task, steps=steps, seed=seed), samples=samples, seed=seed)

@@ -1,10 +1,9 @@
-"""What the counted operations take: seconds of each part of each method, for one layer of each model.
+"""What the counted operations take: CPU time of each part of each method, for one layer of each model.
 
 A layer is random factors of its shape. What is timed is what `operations` counts: the build from a few samples, the
 inverses or roots, the direction.
 """
 
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -87,23 +86,23 @@ def parts_of(method: str, layer: LayerShape, factors: Factors) -> Mapping[str, C
     }
 
 
-def median_seconds(function: Callable[[], Any], repeats: int = REPEATS) -> float:
-    """Median time of a call, the first not counted."""
+def cpu_seconds(function: Callable[[], Any], repeats: int = REPEATS) -> float:
+    """Least CPU time of a call, all threads together, the first not counted: another program takes none of it."""
     times = []
     for _ in range(repeats + 1):
-        start = time.perf_counter()
+        start = time.process_time()
         function()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+        times.append(time.process_time() - start)
+    return min(times[1:])
 
 
 def layer_timings(model: str, layer: LayerShape, *, samples: int, seed: int) -> list[dict[str, Any]]:
-    """A row for each part of each method: operations counted, seconds measured, and their quotient."""
+    """A row for each part of each method: operations counted, CPU time measured, and their quotient."""
     factors, rows = draw_factors(layer, samples, seed), []
     for method in TIMED:
         counted = asdict(COSTS[method](layer, samples))
         for part, function in parts_of(method, layer, factors).items():
-            seconds = median_seconds(function)
+            seconds = cpu_seconds(function)
             rows.append(
                 {
                     "model": model,
@@ -115,7 +114,7 @@ def layer_timings(model: str, layer: LayerShape, *, samples: int, seed: int) -> 
                     "method": method,
                     "part": part,
                     "operations": counted[part],
-                    "seconds": seconds,
+                    "cpu_s": seconds,
                     "gflops": counted[part] / seconds / 1e9,
                     "threads": torch.get_num_threads(),
                 }
@@ -130,16 +129,16 @@ def largest_layer(layers: Sequence[LayerShape], limit: int) -> LayerShape | None
 
 
 def root_timings(sizes: Sequence[int], seed: int) -> list[dict[str, Any]]:
-    """Seconds of an inverse and of an inverse fourth root on this machine, float32."""
+    """CPU time of an inverse and of an inverse fourth root on this machine, float32."""
     generator, rows = torch.Generator().manual_seed(seed), []
     for size in sizes:
         matrix = positive_matrix(size, generator)
-        seconds = [median_seconds(lambda f=f, x=matrix: f(x)) for f in (inverse, inverse_fourth_root)]
+        seconds = [cpu_seconds(lambda f=f, x=matrix: f(x)) for f in (inverse, inverse_fourth_root)]
         rows.append(
             {
                 "size": size,
-                "inverse_s": seconds[0],
-                "inverse_fourth_root_s": seconds[1],
+                "inverse_cpu_s": seconds[0],
+                "inverse_fourth_root_cpu_s": seconds[1],
                 "ratio": seconds[1] / seconds[0],
                 "counted_ratio": ROOT_OPERATIONS,
                 "threads": torch.get_num_threads(),

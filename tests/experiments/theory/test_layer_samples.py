@@ -1,7 +1,5 @@
 """Gradients of single samples of the five tasks, against those of whole batches and against their own factors."""
 
-from itertools import islice
-
 import pytest
 import torch
 from torch import nn
@@ -11,11 +9,12 @@ from experiments.tasks import TASKS
 from experiments.theory.layer_samples import (
     SCALE,
     SUBJECTS,
-    batch_gradient,
     doubled,
     factors,
     gather,
     load_task,
+    next_matrix,
+    parameters_of,
     singles,
     take,
     train,
@@ -46,28 +45,28 @@ def test_single_samples_average_to_the_batch_and_equal_their_factors(trained):
     batch = next(task.train_batches(0, 3))
     size = subject.size(batch)
     samples = [take(task, model, part, subject.layers) for part in singles(task, 0, size, 3)]
-    whole = batch_gradient(task, model, doubled(batch), subject.layers)
+    whole = iter(torch.autograd.grad(task.loss(model, doubled(batch)), parameters_of(model, subject.layers)))
     assert len(samples) == size > 5
     for layer in subject.layers:
         gradients = torch.stack([sample[layer].gradient for sample in samples])
-        assert close(gradients.mean(dim=0), whole[layer], tolerance), layer
+        assert close(gradients.mean(dim=0), next_matrix(model, layer, whole), tolerance), layer
         assert (gradients[0] - gradients[1]).norm() > 0.01 * gradients[0].norm(), layer  # not the same one twice
         for sample in samples[:6]:
             assert close(sample[layer].g.mT @ sample[layer].a, sample[layer].gradient, tolerance), layer
 
 
-def test_the_gradient_that_is_preconditioned_comes_from_other_samples(tmp_path):
+def test_the_others_are_other_samples_of_the_same_epoch(tmp_path):
     task = load_task("schnet-qm9", tmp_path)  # batches of 25
     model = train(task, steps=2, seed=0)
-    layers = gather(task, model, samples=30, seed=4)
-    batches = list(islice(task.train_batches(0, 4), 4))
-    others = [batch_gradient(task, model, doubled(batch), SUBJECTS[task.name].layers) for batch in batches[2:]]
-    for layer in layers:
-        assert len(layer.gradients) == 30
-        torch.testing.assert_close(layer.held_out, (others[0][layer.name] + others[1][layer.name]) / 2)
-    first = [next(iter(singles(task, index, 25, 4))) for index in (0, 1)]
-    expected = take(task, model, first[1], ("output_modules.0.outnet.0",))["output_modules.0.outnet.0"]
-    torch.testing.assert_close(layers[-1].gradients[25], expected.gradient)
+    pairs = gather(task, model, samples=30, seed=4)
+    layer = "output_modules.0.outnet.0"
+    batches = [take(task, model, part, [layer])[layer] for index in (0, 1, 2) for part in singles(task, index, 25, 4)]
+    samples, others = pairs[-1]
+    assert samples.name == layer
+    torch.testing.assert_close(samples.gradients, torch.stack([each.gradient for each in batches[:30]]))
+    torch.testing.assert_close(others, torch.stack([each.gradient for each in batches[30:60]]))
+    torch.testing.assert_close(samples.outputs, sum(each.g.mT @ each.g for each in batches[:30]) / 30)
+    assert samples.kappa == sum(len(each.a) for each in batches[:30]) / 30
 
 
 def test_a_bag_gives_its_gradient_to_each_of_its_rows():
