@@ -145,15 +145,23 @@ def _largest(
 
 
 def _check_parameters(task: Task, device: torch.device) -> None:
-    """Parameters, gradients and one number of state for each must have room."""
-    with torch.device("meta"):
-        needed = 2 * sum(each.nbytes for each in task.build_model().parameters()) / 2**20
+    """Parameters and as much again, of gradients or state, must have room."""
+    needed = 2 * parameter_mib(task)
     available = available_mib(device)
     if available is not None and needed > available:
         raise UserError(
             f"{task.name}: its parameters and the optimizer's state take {needed:,.0f} MiB, "
             f"but {available:,.0f} MiB are free here"
         )
+
+
+def parameter_mib(task: Task) -> float:
+    """Counted without making any; 0 for a model that cannot be made so, as schnetpack's, which is a small one."""
+    try:
+        with torch.device("meta"):
+            return sum(each.nbytes for each in task.build_model().parameters()) / 2**20
+    except (RuntimeError, TypeError):
+        return 0.0
 
 
 def available_mib(device: torch.device) -> float | None:

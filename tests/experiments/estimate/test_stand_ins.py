@@ -5,7 +5,7 @@ import torch
 from experiments.data import materials
 from experiments.data.neighbours import find_neighbours
 from experiments.data.structures import Structures
-from experiments.estimate.batches import task_of
+from experiments.estimate.batches import parameter_mib, task_of
 from experiments.estimate.stand_ins import STAND_INS
 from experiments.estimate.stand_ins.structures import supercells
 from experiments.recipe import load_recipe
@@ -50,6 +50,7 @@ def test_an_epoch_has_the_steps_of_the_papers_data(stand_in, name):
 )
 def test_its_batches_go_through_the_model_and_back(stand_in, name, overrides):
     task = stand_in(name, *overrides)
+    assert parameter_mib(task) >= 0
     model, batches = task.build_model(), task.train_batches(0, 0)
     for batch in (next(batches), next(batches)):
         loss = task.loss(model, task.to_device(batch, "cpu"))
