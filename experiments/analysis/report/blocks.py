@@ -11,6 +11,9 @@ from experiments.analysis.report.shelf import in_words
 
 _FIGURE = re.compile(r"(?:missed|[-–−]?[\d.,]+(?:e[-+]?\d+)?[×%]?)(?: ?[±\[].*)?")
 
+# From here on a cell is a sentence, and its column is not squeezed.
+_LONG = 28
+
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
@@ -36,11 +39,20 @@ class Table:
     @property
     def numeric(self) -> list[bool]:
         """Which columns hold figures only, and are set flush right."""
-        columns = list(zip(*self.rows, strict=True)) or [()] * len(self.header)
         return [
             any(cells) and all(not cell or cell == "–" or _FIGURE.fullmatch(cell) for cell in cells)
-            for cells in columns
+            for cells in self._columns
         ]
+
+    @property
+    def classes(self) -> list[str]:
+        """The style of each column."""
+        long = [any(len(cell) > _LONG for cell in cells) for cells in self._columns]
+        return ["figure" if figures else "long" if far else "" for figures, far in zip(self.numeric, long, strict=True)]
+
+    @property
+    def _columns(self) -> list[tuple[str, ...]]:
+        return list(zip(*self.rows, strict=True)) or [()] * len(self.header)
 
 
 @dataclass(frozen=True, kw_only=True)

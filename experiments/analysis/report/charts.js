@@ -60,7 +60,11 @@
     const own = ++round;
     for (const chart of document.querySelectorAll("[data-chart]")) {
       if (own !== round) return;
-      await draw(chart);
+      await draw(chart).catch((error) => {
+        // The others are drawn all the same; the table under this one has its figures.
+        console.error(`${chart.id}: ${error}`);
+        chart.textContent = "This chart could not be drawn; its figures are in the table.";
+      });
       await new Promise((next) => setTimeout(next));
     }
     document.documentElement.dataset.charts = scheme.matches ? "dark" : "light";

@@ -65,7 +65,7 @@ def _spec(found: Mapping[str, Curve], panel: Panel, summary: str, target: float 
         .transform_filter("indexof(shown, datum.optimizer) >= 0")
         .transform_calculate(x="by == 'seconds' ? datum.seconds : datum.epoch")
         .encode(
-            x=alt.X("x:Q", scale=alt.Scale(nice=False, zero=True), axis=alt.Axis(grid=False)),
+            x=alt.X("x:Q", scale=alt.Scale(nice=False, zero=True), axis=_ticks()),
             color=alt.Color("optimizer:N", scale=ink.colours(legend), legend=None),
         )
     )
@@ -96,6 +96,11 @@ def _scale(found: Mapping[str, Curve], panel: Panel) -> alt.Scale:
         return alt.Scale(zero=False)
     limits = [ink.rounded(span.low), ink.rounded(span.high)]
     return alt.Scale(domain=limits, type="log") if span.logarithmic else alt.Scale(domain=limits, zero=False)
+
+
+def _ticks() -> alt.Axis:
+    """Epochs are counted in whole numbers."""
+    return alt.Axis(grid=False, tickMinStep=alt.expr("by == 'seconds' ? 0.001 : 1"))
 
 
 def _titled(spec: dict[str, Any]) -> dict[str, Any]:

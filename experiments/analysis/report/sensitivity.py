@@ -83,7 +83,7 @@ def _spec(found: HeatMap, summary: str, *, higher_is_better: bool) -> dict[str, 
         color=alt.Color("best:Q", scale=scale, legend=None),
         tooltip=["down:N", "across:N", alt.Tooltip("best:Q", format=".4g"), "ended:N"],
     )
-    words = base.mark_text(fontSize=11).encode(text="word:N", color=alt.Color("ink:N", scale=None))
+    words = base.mark_text(fontSize=11).encode(text="word:N", fill=alt.Fill("ink:N", scale=None))
     return ink.finished(alt.layer(cells, words), summary, height=44 * len(found.rows) + 10)
 
 

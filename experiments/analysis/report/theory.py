@@ -24,7 +24,7 @@ PICTURES = {
     ),
     "figure1/layers": (
         "Approximations of the EFIM on trained layers",
-        "Two panels of points, a row a layer: relative error and cosine with the exact direction, for NG+, K-FAC, "
+        "Panels of points, a row a layer: relative error and cosine with the exact direction, for NG+, K-FAC, "
         "Shampoo and the plain gradient.",
     ),
     "convergence/convergence": (

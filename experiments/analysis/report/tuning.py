@@ -79,7 +79,7 @@ def _spec(trials: pd.DataFrame, names: list[str], metric: str, summary: str) -> 
         .transform_filter("indexof(shown, datum.optimizer) >= 0")
         .mark_point(filled=True, size=60, opacity=0.85)
         .encode(
-            x=alt.X("lr:Q", scale=alt.Scale(type="log"), title="learning rate", axis=alt.Axis(grid=False)),
+            x=alt.X("lr:Q", scale=alt.Scale(type="log", padding=12), title="learning rate", axis=alt.Axis(grid=False)),
             y=alt.Y("metric:Q", scale=alt.Scale(type="log") if far else alt.Scale(zero=False), title=None),
             color=alt.Color("optimizer:N", scale=ink.colours(ink.keys(names)), legend=None),
             shape=alt.Shape("optimizer:N", scale=alt.Scale(domain=names), legend=None),
