@@ -46,7 +46,7 @@ def _notes(runs: Sequence[Run]) -> list[str]:
         ("commits", {(each.git_sha, each.git_dirty) for each in manifests}),
         ("devices", {each.device for each in manifests}),
         ("numbers of threads", {each.threads for each in manifests}),
-        ("versions of packages", {tuple(sorted(each.versions.items())) for each in manifests}),
+        ("sets of versions", {_made_on(each)[-1] for each in manifests}),
     ):
         if len(values) > 1:
             notes.append(f"These runs are not all alike: {len(values)} different {what}.")

@@ -53,7 +53,8 @@ class Shelf:
         except UserError as error:
             self.complain(error)
             return None
-        except (ArithmeticError, ValueError) as error:
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            # A record in the right form can still hold what no statistics can be made of.
             self.complain(f"{task}/{scale}/runs: cannot be compared: {error}")
             return None
         for complaint in comparable.complaints:

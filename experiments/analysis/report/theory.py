@@ -5,7 +5,7 @@ from io import BytesIO
 from pathlib import Path
 from urllib.parse import quote
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from experiments.analysis.report import commands
 from experiments.analysis.report.blocks import Block, Line, Links, Picture, Section, table_of
@@ -72,7 +72,7 @@ def _part(shelf: Shelf, folder: Path) -> Section:
         name = f"{folder.name}/{path.stem}"
         try:
             blocks.append(picture(path, name, rerun))
-        except (OSError, UnidentifiedImageError):
+        except (OSError, Image.DecompressionBombError):
             shelf.complain(f"theory/{name}.png: is no image that can be read")
     files = [(path.name, quote(f"../theory/{folder.name}/{path.name}")) for path in sorted(folder.glob("*.csv"))]
     if files:

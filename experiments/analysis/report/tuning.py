@@ -22,11 +22,16 @@ def blocks(shelf: Shelf, task: str, scale: str, id: str) -> list[Block]:
         return [Line(text="No settings were searched here.", rerun=(commands.tune(task, scale),))]
     rerun = (commands.tune(task, scale),)
     found: list[Block] = [_best(trials, rerun)]
-    if "lr" in trials and pd.api.types.is_numeric_dtype(trials["lr"]) and trials["lr"].gt(0).any():
+    if _can_be_drawn(trials):
         found.append(_figure(trials, id, rerun))
     else:
         found.append(table_of(trials, "All trials", rerun, folded=True))
     return found
+
+
+def _can_be_drawn(trials: pd.DataFrame) -> bool:
+    drawn = {"lr", trials.columns[-1]} & set(trials.select_dtypes("number").columns)
+    return len(drawn) == 2 and bool(trials["lr"].gt(0).any())
 
 
 def _best(trials: pd.DataFrame, rerun: tuple[str, ...]) -> Table:

@@ -59,7 +59,7 @@ class Page(HTMLParser):
                 self.specs.append(json.loads(data))
         elif inside != "style":
             self.texts.append(data)
-            if inside == "caption":
+            if "caption" in self._open:
                 self._caption += data
             elif self._in_cell:
                 self.grids[-1][1][-1][-1] += data
@@ -180,6 +180,25 @@ def test_text_in_a_chart_cannot_end_its_script(tmp_path):
     found = Page(build(tmp_path))
     assert any(made_results.HOSTILE in json.dumps(spec, ensure_ascii=False).replace('\\"', '"') for spec in found.specs)
     assert len([each for each in found.found("script") if each.get("type") != "application/json"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("written", "instead"),
+    [
+        ('"seconds": 8.0', '"seconds": NaN'),
+        ('"seconds": 8.0', '"seconds": Infinity'),
+        ('"metric": 0.84', '"metric": 1e308'),
+        ('"run": {"report_split": "test"}', '"run": 3'),
+        ('"versions": {"torch": "2"}', '"versions": {"torch": ["2"]}'),
+        ('"epochs": 4', '"epochs": -4'),
+    ],
+)
+def test_a_record_with_odd_values_does_not_keep_the_page_from_being_made(tmp_path, written, instead):
+    record = write(tmp_path, "ngplus", 1, HIT_1)
+    write(tmp_path, "sgd", 1, HIT_1)
+    assert written in record.read_text()
+    record.write_text(record.read_text().replace(written, instead))
+    assert "Left out" in Page(build(tmp_path)).text
 
 
 def test_links_and_labels_lead_somewhere(results, page):
