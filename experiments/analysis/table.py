@@ -53,7 +53,7 @@ def notes(frame: pd.DataFrame) -> list[str]:
     tests = {row.optimizer: row.p_test or row.p_reason for row in frame.iloc[1:].itertuples()}
     lines = [f"Medians over seeds; in brackets order statistics{worth}; ± is over seeds. Device: {first.device}."]
     if (frame.reached < frame.seeds).any():
-        lines.append(f"A run that never reaches the target counts as later than all others ({MISSED}).")
+        lines.append(f"A run that never reaches the target counts as later than all others ({MISSED}, ∞).")
     if tests:
         alike = len(set(tests.values())) == 1
         named = next(iter(tests.values())) if alike else "; ".join(f"{k}: {v}" for k, v in tests.items())
@@ -108,11 +108,10 @@ def number(value: float, *, suffix: str = "", digits: int = 3) -> str:
 def _with_interval(median: float, low: float, high: float) -> str:
     if math.isnan(median):
         return "–"
-    return f"{_epochs(median)} [{_epochs(low)}, {_epochs(high)}]"
-
-
-def _epochs(value: float) -> str:
-    return MISSED if math.isinf(value) else f"{value:g}"
+    if math.isinf(low):
+        return MISSED
+    shown = MISSED if math.isinf(median) else f"{median:g}"
+    return f"{shown} [{low:g}, {'∞' if math.isinf(high) else f'{high:g}'}]"
 
 
 def _with_spread(value: float, std: float) -> str:
@@ -170,6 +169,13 @@ def _latex(frame: pd.DataFrame) -> str:
 
 
 def _escaped(text: str) -> str:
-    for plain, latex in (("_", r"\_"), ("%", r"\%"), ("±", r"$\pm$"), ("×", r"$\times$"), ("–", "--")):
+    for plain, latex in (
+        ("_", r"\_"),
+        ("%", r"\%"),
+        ("±", r"$\pm$"),
+        ("×", r"$\times$"),
+        ("∞", r"$\infty$"),
+        ("–", "--"),
+    ):
         text = text.replace(plain, latex)
     return text

@@ -23,6 +23,16 @@ def test_the_terminal_table_fits_100_columns_and_names_the_data_first(frame):
     assert "junk.jsonl" in "".join(lines)
 
 
+def test_no_cell_is_cut_where_names_and_numbers_are_long(tmp_path):
+    metric = {"name": "accuracy", "unit": "fraction", "higher_is_better": True}
+    for seed, metrics in enumerate([HIT_1, HIT_3, MISS], 1):
+        for name in ("adagrad", "ngplus-adagrad-batch"):
+            write(tmp_path, name, seed, metrics, metric=metric, seconds_per_epoch=1234.5)
+    lines = render(compare(tmp_path, TASK, SCALE)).splitlines()
+    assert "…" not in "".join(lines)
+    assert max(map(len, lines)) <= 100
+
+
 def test_misses_are_words_not_numbers(frame):
     text = render(frame)
     row = next(line for line in text.splitlines() if line.strip().startswith("ngplus-adam"))
@@ -42,7 +52,7 @@ def test_every_row_has_as_many_cells_as_the_header(frame, format):
 
 def test_markdown_shows_the_numbers(frame):
     text = render(frame, "markdown")
-    assert "| ngplus | 2/3 | 3 [1, missed] | 6.00 | 2.00 |" in text
+    assert "| ngplus | 2/3 | 3 [1, ∞] | 6.00 | 2.00 |" in text
     assert "**resnet50-imagenet, scale tiny: Fashion-MNIST, 3,600 embedded images; target top1 0.8, 4 epochs**" in text
     assert "sign-flip permutation test, 3 seeds" in text
 
@@ -51,6 +61,7 @@ def test_latex_escapes_what_latex_reads(frame):
     text = render(frame, "latex")
     body = text[text.index(r"\begin{tabular}") :]
     assert "±" not in body
+    assert "∞" not in body
     assert r"$\pm$" in body
 
 
