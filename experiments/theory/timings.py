@@ -57,7 +57,8 @@ def build_ngplus(layer: LayerShape, factors: Factors) -> Tensor:
     """Σ 𝒢 𝒢ᵀ or Σ 𝒢ᵀ𝒢 on the smaller side, the cheaper way."""
     short, long = (factors.g, factors.a) if layer.m <= layer.n else (factors.a, factors.g)
     if through_gram(layer) <= forming(layer, layer.short):
-        return (short.mT @ (long @ long.mT @ short)).sum(dim=0)
+        weighted = long @ long.mT @ short  # (b, κ, q) x (b, q, κ) x (b, κ, p) -> (b, κ, p)
+        return short.flatten(0, 1).mT @ weighted.flatten(0, 1)
     wide = (short.mT @ long).transpose(0, 1).flatten(1)  # (p, b · q)
     return wide @ wide.mT
 
