@@ -87,9 +87,9 @@ def test_headings_go_down_one_level_at_a_time(opened):
 @pytest.mark.parametrize(
     "view",
     [
-        ("recorded", PHONE, "dark"),
         ("recorded", DESKTOP, "light"),
         ("made", PHONE, "light"),
+        ("made", PHONE, "dark"),
         ("made", DESKTOP, "dark"),
     ],
     ids=str,

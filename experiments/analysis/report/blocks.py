@@ -9,7 +9,7 @@ import pandas as pd
 
 from experiments.analysis.report.shelf import in_words
 
-_FIGURE = re.compile(r"(?:missed|[-–−]?[\d.,]+(?:e[-+]?\d+)?[×%]?)(?: ?[±\[].*)?")
+_FIGURE = re.compile(r"(?:missed|∞|[-–−]?[\d.,]+(?:e[-+]?\d+)?[×%]?)(?: ?[±\[].*)?")
 
 # From here on a cell is a sentence, and its column is not squeezed.
 _LONG = 28
