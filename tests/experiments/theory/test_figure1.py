@@ -77,6 +77,6 @@ def test_a_small_run_leaves_its_files(tmp_path):
             assert (tmp_path / name).with_suffix(suffix).stat().st_size > 0
     rows = (tmp_path / "verdicts.csv").read_text().splitlines()
     assert ",reproduced," in rows[1]
-    assert "schnet-qm9: QM9" in rows[2]
+    assert "the embedded data of 2 tasks" in rows[2]
     assert "schnet-matproj: Materials Project" in rows[2]
     assert len(np.genfromtxt(tmp_path / "gaussian.csv", delimiter=",", names=True)) > 10
