@@ -119,7 +119,7 @@ def test_every_chart_compiles_and_has_its_table(page):
 def test_verdicts_are_counted(page):
     claims = page.table("Claims of the paper")
     assert [row[1] for row in claims[1:]] == ["reproduced", "not reproduced", "inconclusive", "not run"]
-    assert "The paper makes 4 claims" in page.text
+    assert "Numbers and claims of the paper, 4 in all" in page.text
 
 
 def test_what_is_missing_is_said(page):
