@@ -79,7 +79,7 @@ def compared(
         return words, "inconclusive", test.reason
     evidence = f"{test.name}, p = {test.p_value:.2g}"
     if test.p_value >= LEVEL and test.p_value == 2 / 2**gap.seeds:
-        least = f"the least that {gap.seeds} seeds can show by this test; all go one way, or tie"
+        least = f"the least that {gap.seeds} seeds can show by this test; all go one way"
         return words, "inconclusive", f"{evidence}, {least}"
     if test.p_value >= LEVEL or gap.low <= 0 <= gap.high:
         return words, "inconclusive", f"{evidence}: no difference that these seeds can show"
