@@ -134,6 +134,7 @@ bench-criteo: $(STAMP)  ## how fast Criteo's log is read, on a made file of 5 mi
 	$(PYTHON) -m experiments.bench.criteo_reader
 
 report: $(STAMP)  ## build results/report/index.html from the records: REPORT=results is the folder it reads
+	$(EXPERIMENTS) verdicts --short --results-dir $(REPORT)
 	$(EXPERIMENTS) report --results-dir $(REPORT)
 
 test-browser: $(STAMP)  ## test the report in Debian's chromium, headless

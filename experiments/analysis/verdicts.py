@@ -46,7 +46,19 @@ class Finding:
 
 
 def judge(results_dir: Path) -> pd.DataFrame:
-    """Judge every claim of ``paper.toml`` by what is recorded, and write ``verdicts.csv`` into the results.
+    """Write ``verdicts.csv`` into the results: what `verdicts_of` says.
+
+    Raises:
+        UserError: ``paper.toml`` does not fit.
+    """
+    frame = verdicts_of(results_dir)
+    results_dir.mkdir(parents=True, exist_ok=True)
+    write_csv(frame, results_dir / "verdicts.csv")
+    return frame
+
+
+def verdicts_of(results_dir: Path) -> pd.DataFrame:
+    """Judge every claim of ``paper.toml`` by what is recorded.
 
     A sentence about two optimizers is judged at the largest scale at which both have `MIN_SEEDS` seeds in common, or
     else where they have most. It is ``reproduced`` if the paired difference over seeds goes the paper's way with
@@ -62,10 +74,7 @@ def judge(results_dir: Path) -> pd.DataFrame:
     """
     evidence = Evidence(results_dir)
     frame = pd.DataFrame([_row(claim, evidence.judge(claim)) for claim in load_claims()], columns=list(COLUMNS))
-    frame["seeds"] = frame["seeds"].astype("Int64")
-    results_dir.mkdir(parents=True, exist_ok=True)
-    write_csv(frame, results_dir / "verdicts.csv")
-    return frame
+    return frame.assign(seeds=frame["seeds"].astype("Int64"))
 
 
 def headlines(frame: pd.DataFrame) -> pd.DataFrame:
