@@ -53,6 +53,9 @@ def take_steps(training: Training, read: Callable[[], float], enough: Callable[[
         enough: told of the steps so far after each one.
     """
     gauge = _Gauge(training, read, enough)
+    # Only the loop is told: schedules go by the true length of an epoch. At a rate of next to nothing the weights that
+    # start at zero would become denormal numbers, with which a product takes fifty times as long.
+    training.batches_per_epoch = 10**9
     nowhere = CheckpointPlan(path=Path(), every_s=math.inf, identity={})
     with contextlib.suppress(_EnoughError):
         training.train_epoch(nowhere, [gauge])  # type: ignore[list-item]
@@ -67,10 +70,6 @@ class Endless:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._task, name)
-
-    def steps_per_epoch(self) -> int:
-        """More than anyone takes."""
-        return 10**9
 
     def train_batches(self, epoch: int, seed: int, *, rank: int = 0, world_size: int = 1) -> Iterator[Any]:
         """One epoch after the other."""

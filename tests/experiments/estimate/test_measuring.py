@@ -8,7 +8,7 @@ from torch import nn
 from experiments import tasks
 from experiments.estimate import measuring
 from experiments.estimate.measuring import clock_of, loading_times, measure, quick_look, round_length
-from experiments.estimate.steps import Parts, renews
+from experiments.estimate.steps import Parts, renews, take_steps, training_of
 from ngplus.curvature import Curvature
 
 CPU = torch.device("cpu")
@@ -114,6 +114,13 @@ def test_processor_time_does_not_count_what_is_waited_for():
 def test_a_round_lasts_long_enough_for_a_disturbance_to_be_spread():
     assert round_length(0.001) == 250
     assert round_length(10.0) == 2
+
+
+def test_schedules_go_by_the_true_length_of_an_epoch(load, toy_task):
+    training = training_of(load(), "sgd", toy_task, CPU, every=2)
+    rates = []
+    take_steps(training, CLOCK, lambda steps: rates.append(training.optimizer.param_groups[0]["lr"]) or len(steps) == 9)
+    assert max(rates) > 0.09  # the warm-up to 0.1 lasts half an epoch of six steps
 
 
 def test_parts_are_averaged_apart():
