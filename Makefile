@@ -85,11 +85,12 @@ tune-iwslt14: $(STAMP)  ## the same for the Transformer
 tune-dlrm: $(STAMP)  ## the same for DLRM
 	$(TUNE) dlrm-criteo
 
+# Many small matrices: a second thread makes these slower.
 reproduce-figure1: $(STAMP)  ## Figure 1: the generalized Fisher information beside the empirical one
-	$(PYTHON) -m experiments.theory.figure1
+	OMP_NUM_THREADS=1 $(PYTHON) -m experiments.theory.figure1
 
 reproduce-theory: $(STAMP)  ## the theorems, the errata and the cost comparison, as experiments
-	$(PYTHON) -m experiments.theory
+	OMP_NUM_THREADS=1 $(PYTHON) -m experiments.theory
 
 data-fashion-mnist: $(STAMP)  ## fetch Fashion-MNIST, for SCALE=small; once, then no network is needed
 	$(EXPERIMENTS) data fashion-mnist
