@@ -57,24 +57,30 @@ class DenseInverse:
         """Each block times its columns of the gradient."""
         if self.shape.blocks == (1, 0):
             return gradient @ self.inverses[0]
-        return self.apply(gradient.mT).mT
+        for inverse, columns in zip(self.inverses, gradient.split(self._lengths(), dim=2), strict=True):
+            blocks = columns.unflatten(2, (-1, inverse.shape[1])).transpose(1, 2)  # (groups, count, q, size), a view
+            blocks.copy_(blocks @ inverse.view(*blocks.shape[:2], *inverse.shape[1:]))
+        return gradient
 
     def apply(self, gradient: Tensor) -> Tensor:
         """Each block times its rows of the gradient."""
         if len(self.inverses) == 1:
-            inverse = self.inverses[0]
-            return (inverse @ gradient.reshape(*inverse.shape[:2], -1)).reshape(gradient.shape)
-        whole = self.shape.short - self.shape.blocks[1]
-        rows = (gradient[:, :whole], gradient[:, whole:])
-        parts = [
-            (inverse @ part.reshape(*inverse.shape[:2], -1)).reshape(part.shape)
-            for inverse, part in zip(self.inverses, rows, strict=True)
-        ]
-        return torch.cat(parts, dim=1)
+            return _times_rows(self.inverses[0], gradient)
+        for inverse, rows in zip(self.inverses, gradient.split(self._lengths(), dim=1), strict=True):
+            rows.copy_(_times_rows(inverse, rows))
+        return gradient
+
+    def _lengths(self) -> list[int]:
+        """How much of the short side each stack covers."""
+        return [len(inverse) // self.shape.groups * inverse.shape[1] for inverse in self.inverses]
 
     def tensors(self) -> dict[str, Tensor]:
         """The stacks, numbered."""
         return {f"inverse{i}": inverse for i, inverse in enumerate(self.inverses)}
+
+
+def _times_rows(inverse: Tensor, gradient: Tensor) -> Tensor:
+    return (inverse @ gradient.reshape(*inverse.shape[:2], -1)).reshape(gradient.shape)
 
 
 @dataclass(eq=False)

@@ -132,6 +132,7 @@ PEERS: dict[str, Callable[[Workload, int], Peer]] = {
     "ngplus-low-rank": partial(_ngplus, base=torch.optim.SGD, solver="low_rank"),
     "ngplus-sketched": partial(_ngplus, base=torch.optim.SGD, solver="sketched", sketch_size=128),
     "ngplus-blocks": partial(_ngplus, base=torch.optim.SGD, block_size=128),
+    "ngplus-adagrad-blocks": partial(_ngplus, base=torch.optim.Adagrad, block_size=128),
     "ngplus-mini-batch": partial(_ngplus, base=torch.optim.SGD, curvature="mini_batch"),
     "kfac (asdfghjkl)": _kfac,
     "shampoo (pytorch-optimizer)": _shampoo,

@@ -10,9 +10,15 @@ TARGETS = {
 PAGE = "make report"
 VERDICTS = "python -m experiments verdicts"
 THEORY = "make reproduce-theory"
+_ESTIMATE = (
+    "python -m experiments estimate resnet50-imagenet --optimizer sgd --optimizer ngplus --batch 8 --steps 4 --cpu-time"
+    " --flops 60e12"
+)
 _BENCHES = {
     "curvature": "make bench-curvature",
     "criteo-reader": "make bench-criteo",
+    "estimate-resnet50-paper": f"{_ESTIMATE} --csv results/bench/estimate-resnet50-paper-cpu.csv",
+    "estimate": "make bench-estimate",
     "schnet-loading": "make bench-schnet-loading",
 }
 _THEORY = {"figure1": "make reproduce-figure1", "costs": "python -m experiments.theory.costs"}
