@@ -57,7 +57,7 @@ class DenseInverse:
         """Each block times its columns of the gradient."""
         if self.shape.blocks == (1, 0):
             return gradient @ self.inverses[0]
-        for inverse, columns in zip(self.inverses, gradient.split(self._lengths(), dim=2), strict=True):
+        for inverse, columns in zip(self.inverses, torch.split(gradient, self._lengths(), dim=2), strict=True):
             blocks = columns.unflatten(2, (-1, inverse.shape[1])).transpose(1, 2)  # (groups, count, q, size), a view
             blocks.copy_(blocks @ inverse.view(*blocks.shape[:2], *inverse.shape[1:]))
         return gradient
@@ -66,7 +66,7 @@ class DenseInverse:
         """Each block times its rows of the gradient."""
         if len(self.inverses) == 1:
             return _times_rows(self.inverses[0], gradient)
-        for inverse, rows in zip(self.inverses, gradient.split(self._lengths(), dim=1), strict=True):
+        for inverse, rows in zip(self.inverses, torch.split(gradient, self._lengths(), dim=1), strict=True):
             rows.copy_(_times_rows(inverse, rows))
         return gradient
 
