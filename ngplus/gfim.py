@@ -72,13 +72,18 @@ class Shape:
     @property
     def blocks(self) -> tuple[int, int]:
         """Number of whole diagonal blocks of a matrix, and the size of the one that is left over."""
-        return divmod(self.short, self.block_size) if self.block_size else (1, 0)
+        return divmod(self.short, self._size)
+
+    @property
+    def _size(self) -> int:
+        """Of a whole block, which is no longer than the matrix."""
+        return min(self.block_size or self.short, self.short)
 
     @property
     def stack_shapes(self) -> list[tuple[int, int, int]]:
         """Shapes of the batches of blocks: all whole blocks of all groups, then the left-over ones."""
         count, rest = self.blocks
-        size = self.block_size or self.short
+        size = self._size
         shapes = [(self.groups * count, size, size)] if count else []
         return [*shapes, (self.groups, rest, rest)] if rest else shapes
 
