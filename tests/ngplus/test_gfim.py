@@ -128,6 +128,11 @@ def test_stacks_of_blocks(short, size, stacks):
     assert gfim.Shape(groups=3, rows=short, columns=8, block_size=size).stack_shapes == stacks
 
 
+@pytest.mark.parametrize(("size", "blocks"), [(None, (1, 0)), (7, (1, 0)), (9, (1, 0)), (4, (1, 3))])
+def test_a_block_no_smaller_than_the_matrix_is_the_whole_matrix(size, blocks):
+    assert gfim.Shape(groups=3, rows=7, columns=8, block_size=size).blocks == blocks
+
+
 @pytest.mark.parametrize("samples", ["batch", "rows"])
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 50])
 @pytest.mark.parametrize("case", ["linear", "right", "conv", "groups", "two layers"])
