@@ -124,13 +124,23 @@ def figure(comparable: Comparable) -> Figure:
 
 def _draw_row(row: np.ndarray, runs: dict[str, list[Run]], panel: Panel) -> None:
     curves = {name: curve_of(own, panel.value) for name, own in runs.items()}
+    lost = diverged(runs)
     for name, curve in curves.items():
+        label = f"{name} ({lost[name]} diverged)" if name in lost else name
         style = {"color": colour_of(name), "linestyle": dashes_of(name, list(runs))}
         for ax, x in zip(row, (curve.epochs, curve.seconds), strict=True):
             ax.fill_between(x, curve.low, curve.high, color=style["color"], alpha=0.18, linewidth=0)
-            ax.plot(x, curve.median, label=name, linewidth=1.6, **style)
+            ax.plot(x, curve.median, label=label, linewidth=1.6, **style)
     # The untrained model and a divergence would squeeze what matters into a corner.
     _limit(row[0], span_of(list(curves.values()), logarithmic=panel.lower_is_better))
+
+
+def diverged(runs: dict[str, list[Run]]) -> dict[str, str]:
+    """``"3 of 5"`` for each optimizer of which runs diverged: from there on they are in no median."""
+    counts = {
+        name: sum(run.end is not None and run.end.reason == "diverged" for run in own) for name, own in runs.items()
+    }
+    return {name: f"{count} of {len(runs[name])}" for name, count in counts.items() if count}
 
 
 def curve_of(runs: list[Run], value: Callable[[Epoch], float | None]) -> Curve:

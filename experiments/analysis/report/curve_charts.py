@@ -25,6 +25,10 @@ def figure(comparable: Comparable, id: str) -> Figure:
     ]
     counts = {name: len(runs) for name, runs in comparable.by_optimizer().items()}
     seeds = ", ".join(f"{name} {count}" for name, count in counts.items())
+    notes = [f"The line is the median over seeds, the band their range, from the first epoch on. Seeds: {seeds}."]
+    if lost := curves.diverged(comparable.by_optimizer()):
+        words = ", ".join(f"{name} {share}" for name, share in lost.items())
+        notes.append(f"Diverged, and in no median from there on: {words}.")
     return Figure(
         id=id,
         caption="Curves",
@@ -32,7 +36,7 @@ def figure(comparable: Comparable, id: str) -> Figure:
         rerun=(commands.train(manifest.task, manifest.scale), commands.table(manifest.task, manifest.scale)),
         legend=ink.keys(list(counts)),
         axes=AXES,
-        notes=(f"The line is the median over seeds, the band their range, from the first epoch on. Seeds: {seeds}.",),
+        notes=tuple(notes),
     )
 
 

@@ -66,6 +66,12 @@ def test_a_run_that_diverged_at_once_does_not_stop_the_figure(results):
     assert "<svg" in svg.read_text()
 
 
+def test_the_legend_counts_the_runs_that_diverged(results):
+    write(results, "sgd", 4, [0.1, None], end="diverged")
+    legend = figure(load_comparable(results, TASK, SCALE)).axes[0].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["sgd (1 of 4 diverged)", "ngplus"]
+
+
 def test_no_runs_is_an_error(tmp_path):
     with pytest.raises(UserError, match="no finished run"):
         draw(tmp_path, TASK, SCALE)
