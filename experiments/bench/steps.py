@@ -21,6 +21,7 @@ from experiments.bench.peers import PEERS, Peer, Unsupported
 from experiments.bench.workloads import WORKLOADS, Workload
 
 EQUAL_INTERVAL = 10
+REFERENCES = ("sgd", "adam", "adagrad")
 FOUR_MODELS = ["resnet50", "schnet", "transformer", "dlrm"]
 
 
@@ -29,7 +30,7 @@ def compare(model: str, names: Iterable[str], *, rounds: int, device: str, memor
 
     Args:
         model: the workload's name.
-        names: of `PEERS`; "sgd" and "adam" must be among them.
+        names: of `PEERS`. Ratios are to those of `REFERENCES` that are among them and can train the model.
         rounds: how many count, after one that does not.
         device: where.
         memory: whether to measure peak memory too, each optimizer in a process of its own.
@@ -105,7 +106,9 @@ def _row(
         "plain_step_s": statistics.median(plain for _, plain in values),
     }
     for interval, label in ((workload.interval, "usual"), (EQUAL_INTERVAL, f"every_{EQUAL_INTERVAL}")):
-        for reference in ("sgd", "adam"):
+        for reference in REFERENCES:
+            if reference not in seconds:
+                continue
             base = [min(pair) for pair in seconds[reference][1:]]
             ratios = [_at(pair, interval) / other for pair, other in zip(values, base, strict=True)]
             row[f"{label}_over_{reference}"] = statistics.median(ratios)

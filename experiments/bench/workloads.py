@@ -167,4 +167,5 @@ WORKLOADS: dict[str, Callable[[str], Workload]] = {
     "transformer": transformer,
     "fairseq": fairseq,
     "dlrm": dlrm,
+    "dlrm-sparse": lambda device: dlrm(device, sparse=True),
 }
