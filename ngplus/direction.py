@@ -1,8 +1,8 @@
 """From a layer's gradients to its direction (6), in place of them.
 
 On a CPU the apply is bounded by how often memory is passed over, so a gradient that lies in rows is overwritten where
-it lies, a bias that is one more column from the right of L⁻¹ is taken by itself, and large tables go in chunks that
-stay in the cache.
+it lies, a bias that is one more column from the right of L⁻¹ is taken by itself, rows of zeros, which most of an
+embedding's gradient is, are left as they are, and other large tables go in chunks that stay in the cache.
 """
 
 from __future__ import annotations
@@ -48,13 +48,40 @@ def _direction(preconditioner: Preconditioner, shape: Shape, G: Tensor) -> Tenso
     """(λI + L)⁻¹G or G(λI + R)⁻¹, equation (6); G may be overwritten."""
     if shape.side == "left":
         return preconditioner.apply(G)
-    if isinstance(preconditioner, DenseInverse) and shape.blocks == (1, 0) and _is_long(G):
+    if not _is_long(G):
+        return preconditioner.apply_right(G)
+    if _is_mostly_zero(G[0]):
+        rows = _rows_that_count(G[0])
+        G[0].index_copy_(0, rows, preconditioner.apply_right(G[:, rows])[0])
+        return G
+    if isinstance(preconditioner, DenseInverse) and shape.blocks == (1, 0):
         return _chunk_by_chunk(G, preconditioner.main)
     return preconditioner.apply_right(G)
 
 
 def _is_long(G: Tensor) -> bool:
     return G.device.type == "cpu" and G.shape[0] == 1 and G.is_contiguous() and G.numel() >= 4 * CHUNK
+
+
+def _is_mostly_zero(table: Tensor) -> bool:
+    """Whether looking for the rows that are not zero pays: at most half of a few are, and there are many rows.
+
+    Either answer gives the same direction.
+    """
+    if len(table) < 4 * table.shape[1]:
+        return False
+    few = table[:: max(1, len(table) // 256)]
+    return 2 * int(few.any(dim=1).count_nonzero()) <= len(few)
+
+
+def _rows_that_count(table: Tensor) -> Tensor:
+    """Numbers of the rows of a contiguous (q, p) that are not all zero, eight bytes at a time."""
+    size = table.element_size()
+    in_words = table.shape[1] * size % 8 == 0 and table.storage_offset() * size % 8 == 0
+    flags = (table.view(torch.int64) if in_words else table).bool()
+    while flags.shape[1] % 8 == 0:
+        flags = flags.view(torch.int64).bool()
+    return flags.any(dim=1).nonzero()[:, 0]
 
 
 def _chunk_by_chunk(G: Tensor, inverse: Tensor) -> Tensor:

@@ -1,0 +1,69 @@
+"""The direction of large tables on a CPU, where rows of zeros are left alone, against the plain product."""
+
+import pytest
+import torch
+from torch import nn
+
+from ngplus import direction
+from ngplus.direction import precondition
+from ngplus.layers import find_layers
+from ngplus.preconditioner import DenseInverse, LowRankInverse
+
+
+@pytest.fixture(autouse=True)
+def every_table_is_large(monkeypatch):
+    monkeypatch.setattr(direction, "CHUNK", 8)
+
+
+def inverse_of(shape, dtype):
+    factor = torch.randn(shape.short, shape.short, dtype=dtype)
+    return torch.linalg.inv(torch.eye(shape.short, dtype=dtype) + factor @ factor.T)
+
+
+def gradient(rows, dim, touched, dtype, offset=0):
+    """A gradient with few rows, which begins ``offset`` numbers into its memory, as one of DDP's bucket may."""
+    memory = torch.zeros(offset + rows * dim, dtype=dtype)
+    table = memory[offset:].view(rows, dim)
+    chosen = torch.randperm(rows)[:touched]
+    table[chosen] = torch.randn(touched, dim, dtype=dtype)
+    return table
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("dim", [1, 2, 3, 16, 32])
+@pytest.mark.parametrize("touched", [0, 1, 30, 200])
+def test_rows_of_zeros_stay_zeros_and_the_others_are_multiplied(dtype, offset, dim, touched):
+    torch.manual_seed(0)
+    layer = find_layers(nn.Sequential(nn.Embedding(200, dim, dtype=dtype)))[0]
+    shape = layer.shape(None)
+    inverse = inverse_of(shape, dtype)
+    layer.weight.grad = gradient(200, dim, touched, dtype, offset)
+    expected = layer.weight.grad.double() @ inverse.double()
+    precondition(layer, DenseInverse([inverse[None]], shape), shape)
+    torch.testing.assert_close(layer.weight.grad.double(), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(layer.weight.grad.any(1), expected.any(1))
+
+
+def test_blocks_and_low_rank_take_the_rows_that_count_too():
+    torch.manual_seed(0)
+    layer = find_layers(nn.Sequential(nn.Embedding(200, 6, dtype=torch.float64)))[0]
+    columns = torch.randn(6, 2, dtype=torch.float64) / 4
+    dense = torch.eye(6, dtype=torch.float64) - columns @ columns.T
+    blocks = torch.stack([torch.eye(3, dtype=torch.float64) * 2, torch.ones(3, 3, dtype=torch.float64)])
+    for shape, preconditioner, product in [
+        (layer.shape(None), LowRankInverse(columns, 1.0), dense),
+        (layer.shape(3), DenseInverse([blocks], layer.shape(3)), torch.block_diag(*blocks)),
+    ]:
+        layer.weight.grad = gradient(200, 6, 9, torch.float64)
+        expected = layer.weight.grad @ product
+        precondition(layer, preconditioner, shape)
+        torch.testing.assert_close(layer.weight.grad, expected)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e-45])
+def test_a_row_with_one_entry_counts_whatever_the_entry_is(value):
+    layer = find_layers(nn.Sequential(nn.Embedding(200, 8)))[0]
+    layer.weight.grad = torch.zeros(200, 8)
+    layer.weight.grad[17, 5] = value
+    assert direction._rows_that_count(layer.weight.grad).tolist() == [17]
