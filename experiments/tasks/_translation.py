@@ -26,6 +26,7 @@ Batch = dict[str, Any]
 ARCHITECTURE = "transformer_iwslt_de_en"
 MAX_POSITIONS = 1024
 MAX_LENGTH = 1.2, 10  # a translation has at most 1.2 times the source's tokens and ten more
+BLEU = "BLEU", "BLEU/tokens"
 # With another multiple than 1 the function of fairseq-fixed 0.12.3.1 loses the sentences of an incomplete last batch.
 _BATCH_MULTIPLE = 1
 
@@ -209,10 +210,8 @@ class Translator:
         pairs = [pair for batch in batches.in_order() for pair in self._translated(model, to_device(batch, device))]
         outputs, references = zip(*pairs, strict=True)
         plain = [[self._detokenizer.detokenize(text.split()) for text in side] for side in (outputs, references)]
-        return {
-            "BLEU": corpus_bleu(plain[0], [plain[1]]).score,
-            "BLEU/tokens": corpus_bleu(outputs, [references], tokenize="none", force=True).score,
-        }
+        scores = corpus_bleu(plain[0], [plain[1]]), corpus_bleu(outputs, [references], tokenize="none", force=True)
+        return {name: score.score for name, score in zip(BLEU, scores, strict=True)}
 
     def _translated(self, model: nn.Module, batch: Batch) -> Iterator[tuple[str, str]]:
         """Output and reference of each sentence, as tokens separated by blanks."""

@@ -4,6 +4,7 @@ Model, dictionaries, batches, label-smoothed loss and beam search are fairseq's,
 ``iwslt_de_en_v2`` is fairseq's ``transformer_iwslt_de_en``, pre-norm and with dropout of attention and ReLU.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from experiments.data.text_corpus import CorpusSettings, corpus_folder
 from experiments.fairseq_plugin.padding import sentence_index
 from experiments.settings import SettingsError, read_settings
 from experiments.tasks._translation import (
+    BLEU,
     Batch,
     Batches,
     ModelSettings,
@@ -130,14 +132,20 @@ class TransformerIWSLT14:
         return loss * batch["loss_scale"]
 
     def evaluate(self, model: nn.Module, split: Split) -> Evaluation:
-        """Per target token the label-smoothed loss, and without smoothing the metric; BLEU beside them."""
+        """Per target token the label-smoothed loss, and without smoothing the metric; BLEU beside them.
+
+        Of a model that has diverged BLEU is NaN: fairseq's search fails where no token has a probability.
+        """
         device = next(model.parameters()).device
         sums, tokens = torch.zeros(2, dtype=torch.float64, device=device), 0
         for batch in (self.to_device(batch, device) for batch in self._eval[split].in_order()):
             sums += torch.stack(self._losses(model, batch)).double()
             tokens += batch["ntokens"]
         loss, metric = (sums / tokens).tolist()
-        bleu = self._translator.bleu(model, self._to_translate[split], device)
+        if math.isfinite(loss):
+            bleu = self._translator.bleu(model, self._to_translate[split], device)
+        else:
+            bleu = dict.fromkeys(BLEU, math.nan)
         return Evaluation(loss=loss, metric=metric, others=bleu)
 
     def sample_index(self, batch: Batch) -> dict[str, Tensor]:

@@ -132,6 +132,16 @@ def test_evaluation_is_a_mean_over_all_tokens_of_the_split(task):
     assert evaluation.loss != pytest.approx(evaluation.metric, rel=1e-4)
 
 
+def test_a_model_that_has_diverged_has_no_bleu(task):
+    model = model_of(task).eval()
+    with torch.no_grad():
+        next(model.decoder.parameters()).fill_(math.nan)
+        evaluation = task.evaluate(model, "validation")
+    assert math.isnan(evaluation.loss)
+    assert set(evaluation.others) == {"BLEU", "BLEU/tokens"}
+    assert all(map(math.isnan, evaluation.others.values()))
+
+
 def test_an_untrained_model_knows_nothing(task):
     evaluation = task.evaluate(model_of(task, torch.float32).eval(), "test")
     assert evaluation.metric == pytest.approx(math.log(len(task._task.target_dictionary)), rel=0.3)
