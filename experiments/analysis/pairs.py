@@ -10,7 +10,7 @@ import numpy as np
 from experiments.analysis.claims import Comparison
 from experiments.analysis.outcomes import outcome
 from experiments.analysis.runs import Comparable
-from experiments.analysis.statistics import paired_difference, paired_test
+from experiments.analysis.statistics import PairedDifference, paired_difference, paired_test
 from experiments.records import Run
 from experiments.theory.findings import Outcome as Word
 
@@ -78,6 +78,9 @@ def compared(
     if math.isnan(test.p_value):
         return words, "inconclusive", test.reason
     evidence = f"{test.name}, p = {test.p_value:.2g}"
+    if test.p_value >= LEVEL and _excludes_the_size(check, ours, theirs, gap):
+        why = f"no direction is shown, but the size ({check.ratio:.3g}×) lies outside the interval of the difference"
+        return words, "not reproduced", f"{evidence}: {why}"
     if test.p_value >= LEVEL and test.p_value == 2 / 2**gap.seeds:
         least = f"the least that {gap.seeds} seeds can show by this test; all go one way"
         return words, "inconclusive", f"{evidence}, {least}"
@@ -88,6 +91,17 @@ def compared(
     if check.ratio is not None and not _as_good(check, ratio):
         return words, "not reproduced", f"{evidence}: the direction holds, the size ({check.ratio:.3g}×) does not"
     return words, "reproduced", evidence
+
+
+def _excludes_the_size(
+    check: Comparison, ours: Mapping[int, float], theirs: Mapping[int, float], gap: PairedDifference
+) -> bool:
+    """Whether even the good end of the interval falls short of the paper's ratio; not asked where a run missed."""
+    both = [*ours.values(), *theirs.values()]
+    if check.ratio is None or not all(map(math.isfinite, both)):
+        return False
+    claimed = (check.ratio - 1) * float(np.median(list(theirs.values())))
+    return claimed < gap.low if check.better == "less" else claimed > gap.high
 
 
 def _as_good(check: Comparison, ratio: float) -> bool:

@@ -63,8 +63,8 @@ def verdicts_of(results_dir: Path) -> pd.DataFrame:
     A sentence about two optimizers is judged at the largest scale at which both have `MIN_SEEDS` seeds in common, or
     else where they have most. It is ``reproduced`` if the paired difference over seeds goes the paper's way with
     p < `LEVEL`, its interval free of 0, and no smaller than the paper's ratio where it gives one; ``not reproduced``
-    if the difference is significant and goes the other way or falls short of that ratio; else ``inconclusive``. A
-    p value here belongs to one claim and is not corrected for their number.
+    if the difference is significant and goes the other way or falls short of that ratio, or if its interval shuts that
+    ratio out; else ``inconclusive``. A p value here belongs to one claim and is not corrected for their number.
 
     Returns:
         A row a claim, with `COLUMNS`.

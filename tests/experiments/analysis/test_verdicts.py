@@ -71,6 +71,23 @@ def test_noise_is_inconclusive(tmp_path):
     assert "no difference that these seeds can show" in finding.why
 
 
+def test_a_size_outside_the_interval_is_not_reproduced_though_no_direction_is_shown(tmp_path):
+    runs(tmp_path, "ngplus", [HIT_3, HIT_4, HIT_3, HIT_4, HIT_3])
+    runs(tmp_path, "sgd", [HIT_4, HIT_3, HIT_4, HIT_4, HIT_4])
+    assert found(tmp_path, FEWER).verdict == "inconclusive"
+    assert found(tmp_path, changed(FEWER, ratio=0.9)).verdict == "inconclusive"
+    half = found(tmp_path, changed(FEWER, ratio=0.5))
+    assert half.verdict == "not reproduced"
+    assert "the size (0.5×) lies outside the interval" in half.why
+    assert found(tmp_path, changed(FEWER, better="more", ratio=2.0)).verdict == "not reproduced"
+
+
+def test_a_size_is_not_judged_by_runs_that_missed(tmp_path):
+    runs(tmp_path, "ngplus", [HIT_3, HIT_4, HIT_3, HIT_4, MISS])
+    runs(tmp_path, "sgd", [HIT_4, HIT_3, HIT_4, HIT_4, HIT_4])
+    assert found(tmp_path, changed(FEWER, ratio=0.5)).verdict == "inconclusive"
+
+
 def test_four_seeds_are_inconclusive_however_clear(tmp_path):
     runs(tmp_path, "ngplus", [HIT_1, HIT_1, HIT_1, HIT_2])
     runs(tmp_path, "sgd", [HIT_4] * 4)
