@@ -40,6 +40,9 @@ def model_of(parameters: Iterable[nn.Parameter]) -> nn.Module:
     )
 
 
+_SAMPLES = {"token": "rows", "sentence": "batch"}
+
+
 @dataclass
 class NGPlusConfig(FairseqDataclass):
     """The arguments of ``--optimizer ngplus``; the defaults are the paper's for IWSLT14, 𝒯 excepted."""
@@ -52,6 +55,10 @@ class NGPlusConfig(FairseqDataclass):
     ngplus_damping_rate: float = field(default=0.87, metadata={"help": "factor on the damping a number of epochs"})
     ngplus_damping_epochs: float = field(default=10.0, metadata={"help": "that number of epochs"})
     ngplus_update_every: int = field(default=200, metadata={"help": "steps between curvature steps (𝒯)"})
+    ngplus_samples: ChoiceEnum(list(_SAMPLES)) = field(
+        default="token",
+        metadata={"help": "what a sample is; a sentence's gradient is the sum over its tokens (docs/fairseq.md)"},
+    )
     ngplus_betas: str = field(default="(0.9, 0.98)", metadata={"help": "betas of the base adam"})
     ngplus_eps: float = field(default=1e-8, metadata={"help": "epsilon of the base adam"})
     ngplus_momentum: float = field(default=0.9, metadata={"help": "momentum of the base sgd"})
@@ -61,7 +68,7 @@ class NGPlusConfig(FairseqDataclass):
 
 @register_optimizer("ngplus", dataclass=NGPlusConfig)
 class FairseqNGPlus(FairseqOptimizer):
-    """NG+ with every token a sample.
+    """NG+ with every token a sample, or every sentence.
 
     The trainer runs backward on losses summed over the target tokens of the step and divides the gradients by
     their number afterwards. So the curvature is that of a summed loss, which needs no number of tokens.
@@ -80,7 +87,7 @@ class FairseqNGPlus(FairseqOptimizer):
             params=params,
             damping=cfg.ngplus_damping,
             update_every=cfg.ngplus_update_every,
-            samples="rows",
+            samples=_SAMPLES[str(cfg.ngplus_samples)],
             loss_reduction="sum",
             lr=cfg.lr[0],
             weight_decay=cfg.weight_decay,

@@ -151,20 +151,25 @@ def test_the_damping_falls_from_epoch_to_epoch(model):
     assert dampings == pytest.approx([0.3, 0.3 * 0.87**0.1, 0.3 * 0.87])
 
 
-def test_gradients_divided_behind_the_backward_pass_leave_the_curvature_that_of_the_sum(model):
-    made = plugin.FairseqNGPlus(config(ngplus_base="sgd", ngplus_momentum=0.0, weight_decay=0.0), model.parameters())
+@pytest.mark.parametrize("samples", ["token", "sentence"])
+def test_gradients_divided_behind_the_backward_pass_leave_the_curvature_that_of_the_sum(model, samples):
+    settings = config(ngplus_base="sgd", ngplus_momentum=0.0, weight_decay=0.0, ngplus_samples=samples)
+    made = plugin.FairseqNGPlus(settings, model.parameters())
+    sentence = torch.tensor([0, 0, 1, 0, 1, 1])
+    made.optimizer.sample_index = {"*": sentence}
     layer, x, y = model[2], torch.randn(6, 3), torch.randn(6, 2)
     inputs = torch.cat([model[1](model[0](x)), torch.ones(6, 1)], dim=1).detach()
     output = model(x)
     (gradient,) = torch.autograd.grad((output - y).square().sum(), output, retain_graph=True)
-    rows = [torch.outer(g, a) for g, a in zip(gradient, inputs, strict=True)]
+    tokens = torch.stack([torch.outer(g, a) for g, a in zip(gradient, inputs, strict=True)])
+    parts = tokens if samples == "token" else torch.stack([tokens[sentence == 0].sum(0), tokens[sentence == 1].sum(0)])
     made.backward((output - y).square().sum())
     made.multiply_grads(1 / 6)
     before = torch.cat([layer.weight, layer.bias[:, None]], dim=1).detach().clone()
     made.step()
     moved = before - torch.cat([layer.weight, layer.bias[:, None]], dim=1).detach()
-    L = sum(row @ row.T for row in rows) / 6
-    expected = 0.01 * torch.linalg.solve(L + 0.3 * torch.eye(2), sum(rows) / 6)
+    L = sum(part @ part.T for part in parts) / len(parts)
+    expected = 0.01 * torch.linalg.solve(L + 0.3 * torch.eye(2), tokens.sum(0) / 6)
     assert torch.allclose(moved, expected, rtol=1e-4, atol=1e-7)
 
 
