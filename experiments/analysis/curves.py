@@ -35,6 +35,9 @@ STYLE: dict[str, Any] = {
 STANDARD_ERROR = "standard error"
 # The greatest value over the least from which on an axis is better logarithmic.
 FAR_APART = 4.0
+# How opaque all bands would be on top of each other, at most.
+BANDS = 0.6
+LEGEND_COLUMNS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,18 +121,20 @@ def figure(comparable: Comparable) -> Figure:
     for ax, label in zip(axes[-1], ("epochs", "seconds of training"), strict=True):
         ax.set_xlabel(label)
         ax.set_xlim(left=0)
-    axes[0, 0].legend(loc="upper right", title=f"median and range of seeds ({_seeds(comparable)})")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    title = f"median and range of seeds ({_seeds(comparable)})"
+    made.legend(handles, labels, loc="outside lower center", ncols=min(LEGEND_COLUMNS, len(labels)), title=title)
     return made
 
 
 def _draw_row(row: np.ndarray, runs: dict[str, list[Run]], panel: Panel) -> None:
     curves = {name: curve_of(own, panel.value) for name, own in runs.items()}
-    lost = diverged(runs)
+    lost, opacity = diverged(runs), min(0.18, BANDS / len(runs))
     for name, curve in curves.items():
         label = f"{name} ({lost[name]} diverged)" if name in lost else name
         style = {"color": colour_of(name), "linestyle": dashes_of(name, list(runs))}
         for ax, x in zip(row, (curve.epochs, curve.seconds), strict=True):
-            ax.fill_between(x, curve.low, curve.high, color=style["color"], alpha=0.18, linewidth=0)
+            ax.fill_between(x, curve.low, curve.high, color=style["color"], alpha=opacity, linewidth=0)
             ax.plot(x, curve.median, label=label, linewidth=1.6, **style)
     # The untrained model and a divergence would squeeze what matters into a corner.
     _limit(row[0], span_of(list(curves.values()), logarithmic=panel.lower_is_better))

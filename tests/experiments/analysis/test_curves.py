@@ -36,13 +36,14 @@ def test_epochs_without_a_value_are_left_out(results):
 
 
 def test_the_figure_shows_loss_and_metric_against_epochs_and_seconds_with_the_target(results):
-    axes = figure(load_comparable(results, TASK, SCALE)).axes
+    made = figure(load_comparable(results, TASK, SCALE))
+    axes = made.axes
     assert [ax.get_xlabel() for ax in axes] == ["", "", "epochs", "seconds of training"]
     assert [axes[0].get_ylabel(), axes[2].get_ylabel()] == ["training loss", "test top1 (fraction)"]
     for ax in axes[2:]:
         (target,) = [line for line in ax.lines if line.get_linestyle() == "--"]
         assert target.get_ydata()[0] == 0.8
-    assert [text.get_text() for text in axes[0].get_legend().get_texts()] == ["sgd", "ngplus"]
+    assert legend_of(made) == ["sgd", "ngplus"]
 
 
 def test_the_same_records_give_the_same_bytes(results):
@@ -68,8 +69,12 @@ def test_a_run_that_diverged_at_once_does_not_stop_the_figure(results):
 
 def test_the_legend_counts_the_runs_that_diverged(results):
     write(results, "sgd", 4, [0.1, None], end="diverged")
-    legend = figure(load_comparable(results, TASK, SCALE)).axes[0].get_legend()
-    assert [text.get_text() for text in legend.get_texts()] == ["sgd (1 of 4 diverged)", "ngplus"]
+    assert legend_of(figure(load_comparable(results, TASK, SCALE))) == ["sgd (1 of 4 diverged)", "ngplus"]
+
+
+def legend_of(made):
+    (legend,) = made.legends
+    return [text.get_text() for text in legend.get_texts()]
 
 
 def test_no_runs_is_an_error(tmp_path):
