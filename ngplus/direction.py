@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ngplus.gfim import Shape
 from ngplus.layers import Layer, as_matrix
+from ngplus.nonfinite import can_ask
 from ngplus.preconditioner import DenseInverse, LowRankInverse, Preconditioner, SketchedInverse
 
 _ONE_SIDED = (DenseInverse, LowRankInverse, SketchedInverse)
@@ -60,7 +61,7 @@ def _direction(preconditioner: Preconditioner, shape: Shape, G: Tensor) -> Tenso
 
 
 def _is_long(G: Tensor) -> bool:
-    return G.device.type == "cpu" and G.shape[0] == 1 and G.is_contiguous() and G.numel() >= 4 * CHUNK
+    return can_ask(G) and G.shape[0] == 1 and G.is_contiguous() and G.numel() >= 4 * CHUNK
 
 
 def _is_mostly_zero(table: Tensor) -> bool:

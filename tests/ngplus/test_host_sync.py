@@ -5,11 +5,11 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from ngplus import NGPlus
+from ngplus import NGPlus, direction
 
 
-def make(**options):
-    model = nn.Sequential(nn.EmbeddingBag(9, 4), nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3))
+def make(rows=9, **options):
+    model = nn.Sequential(nn.EmbeddingBag(rows, 4), nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3))
     optimizer = NGPlus(model, lr=0.1, update_every=100, **options)
     model(torch.randint(9, (5, 2))).square().mean().backward()
     optimizer.step()
@@ -39,6 +39,11 @@ def test_a_plain_step_asks_for_no_value(options):
     assert len(optimizer.curvature) == 3
     assert not optimizer._capture.armed
     plain_step_on_fakes(model, optimizer)
+
+
+def test_a_large_table_is_not_asked_which_of_its_rows_count(monkeypatch):
+    monkeypatch.setattr(direction, "CHUNK", 8)
+    plain_step_on_fakes(*make(rows=64))
 
 
 def test_a_question_would_be_noticed():
