@@ -121,10 +121,14 @@ def figure(comparable: Comparable) -> Figure:
     for ax, label in zip(axes[-1], ("epochs", "seconds of training"), strict=True):
         ax.set_xlabel(label)
         ax.set_xlim(left=0)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    title = f"median and range of seeds ({_seeds(comparable)})"
-    made.legend(handles, labels, loc="outside lower center", ncols=min(LEGEND_COLUMNS, len(labels)), title=title)
+    legend_below(made, axes[0, 0], title=f"median and range of seeds ({_seeds(comparable)})")
     return made
+
+
+def legend_below(made: Figure, ax: Axes, title: str | None = None) -> None:
+    """What ``ax`` shows, named below the whole figure, where no curve is hidden."""
+    handles, labels = ax.get_legend_handles_labels()
+    made.legend(handles, labels, loc="outside lower center", ncols=min(LEGEND_COLUMNS, len(labels)), title=title)
 
 
 def _draw_row(row: np.ndarray, runs: dict[str, list[Run]], panel: Panel) -> None:

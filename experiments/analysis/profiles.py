@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from experiments.analysis.comparison import summarise, write_csv
-from experiments.analysis.curves import STYLE, save
+from experiments.analysis.curves import STYLE, legend_below, save
 from experiments.analysis.palette import colour_of
 from experiments.analysis.runs import load_comparable
 from experiments.analysis.statistics import LEVEL, RESAMPLING_SEED
@@ -182,7 +182,7 @@ def figure(entries: Mapping[str, Mapping[str, pd.Series]], names: Sequence[str],
         ax.set_xlim(1.0, MAX_FACTOR)
     axes[0].set_ylim(-0.02, 1.02)
     axes[0].set_ylabel("share of tasks")
-    axes[0].legend(loc="lower right")
+    legend_below(made, axes[0])
     return made
 
 
