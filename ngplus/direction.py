@@ -16,6 +16,7 @@ from ngplus.nonfinite import can_ask
 from ngplus.preconditioner import DenseInverse, LowRankInverse, Preconditioner, SketchedInverse
 
 _ONE_SIDED = (DenseInverse, LowRankInverse, SketchedInverse)
+"""What multiplies rows, or columns, whichever they are; a baseline's inverse may multiply both sides."""
 CHUNK = 2**16
 """Numbers of a gradient that are multiplied at a time where it is longer than several of these."""
 
@@ -49,7 +50,7 @@ def _direction(preconditioner: Preconditioner, shape: Shape, G: Tensor) -> Tenso
     """(λI + L)⁻¹G or G(λI + R)⁻¹, equation (6); G may be overwritten."""
     if shape.side == "left":
         return preconditioner.apply(G)
-    if not _is_long(G):
+    if not (isinstance(preconditioner, _ONE_SIDED) and _is_long(G)):
         return preconditioner.apply_right(G)
     if _is_mostly_zero(G[0]):
         rows = _rows_that_count(G[0])

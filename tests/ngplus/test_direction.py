@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from ngplus import direction
+from ngplus import NGPlus, direction
+from ngplus.baselines import KFAC, SENG, Shampoo
 from ngplus.direction import precondition
 from ngplus.layers import find_layers
 from ngplus.preconditioner import DenseInverse, LowRankInverse
@@ -67,3 +68,21 @@ def test_a_row_with_one_entry_counts_whatever_the_entry_is(value):
     layer.weight.grad = torch.zeros(200, 8)
     layer.weight.grad[17, 5] = value
     assert direction._rows_that_count(layer.weight.grad).tolist() == [17]
+
+
+@pytest.mark.parametrize("optimizer", [NGPlus, KFAC, Shampoo, SENG])
+def test_every_optimizer_turns_a_large_table_as_it_does_a_small_one(monkeypatch, optimizer):
+    """K-FAC's direction depends on which row it is, SENG's leaves no row at zero."""
+
+    def weights(chunk):
+        monkeypatch.setattr(direction, "CHUNK", chunk)
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(200, 8), nn.Flatten(1), nn.Linear(16, 1)).double()
+        trained = optimizer(model, lr=0.1, damping=0.1, update_every=2)
+        for _ in range(4):
+            trained.zero_grad()
+            model(torch.randint(200, (8, 2))).square().mean().backward()
+            trained.step()
+        return model[0].weight.detach()
+
+    torch.testing.assert_close(weights(8), weights(10**6))
