@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from experiments import muon as muon_module
 from experiments.muon import MuonAndAdamW, hidden_matrices
 
 
@@ -47,7 +48,8 @@ def test_muon_gets_matrices_that_are_neither_embedding_nor_named(net):
     assert found == ["conv.weight", "hidden.weight", "attention.in_proj_weight", "attention.out_proj.weight"]
 
 
-def test_a_step_is_torchs_muon_on_flattened_kernels_and_adamw_on_the_rest(net):
+def test_a_step_is_torchs_muon_on_flattened_kernels_and_adamw_on_the_rest(net, monkeypatch):
+    monkeypatch.setattr(muon_module, "fast_dtype", lambda device: torch.bfloat16)
     optimizer = MuonAndAdamW(net, lr=0.1, adamw=["last.weight"], adamw_lr=0.01, weight_decay=0.2)
     matrices = dict(
         zip(names(net, optimizer.param_groups[0]["params"]), optimizer.param_groups[0]["params"], strict=True)
@@ -70,6 +72,35 @@ def test_a_step_is_torchs_muon_on_flattened_kernels_and_adamw_on_the_rest(net):
     for name, p in net.named_parameters():
         expected = flat[name].view_as(p) if name in flat else kept[name]
         torch.testing.assert_close(p, expected, rtol=0.0, atol=0.0)
+
+
+@pytest.mark.parametrize("options", [{}, {"nesterov": False, "adjust_lr_fn": "match_rms_adamw", "ns_steps": 3}])
+def test_in_float32_a_step_is_the_formula_in_float64(monkeypatch, options):
+    """The quintic polynomial of Muon, applied to the singular values."""
+    monkeypatch.setattr(muon_module, "fast_dtype", lambda device: torch.float32)
+    torch.manual_seed(0)
+    net = nn.Linear(5, 3, bias=False)
+    optimizer = MuonAndAdamW(net, lr=0.1, weight_decay=0.2, **options)
+    expected, momentum = net.weight.detach().double(), torch.zeros(3, 5).double()
+    for _ in range(3):
+        net.weight.grad = torch.randn(3, 5)
+        optimizer.step()
+        gradient = net.weight.grad.double()
+        momentum = 0.95 * momentum + 0.05 * gradient
+        update = 0.05 * gradient + 0.95 * momentum if options.get("nesterov", True) else momentum
+        U, s, Vh = torch.linalg.svd(update / update.norm(), full_matrices=False)
+        for _ in range(options.get("ns_steps", 5)):
+            s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+        rate = 0.1 * (0.2 * 5**0.5 if "adjust_lr_fn" in options else 1.0)  # the other rule: √max(1, 3/5)
+        expected = (1 - 0.1 * 0.2) * expected - rate * U @ s.diag() @ Vh
+    torch.testing.assert_close(net.weight.double(), expected, rtol=0, atol=2e-5)
+
+
+def test_bfloat16_only_where_the_cpu_multiplies_in_it(monkeypatch):
+    for capabilities, dtype in [({"amx_bf16": True}, torch.bfloat16), ({"avx512_bf16": False}, torch.float32)]:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
+        assert muon_module.fast_dtype(torch.device("cpu")) == dtype
+    assert muon_module.fast_dtype(torch.device("cuda")) == torch.bfloat16
 
 
 def test_kernels_in_channels_last_move_like_those_that_are_not(net):
