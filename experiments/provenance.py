@@ -37,9 +37,18 @@ def versions() -> dict[str, str]:
     return found
 
 
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or ``"cpu"``."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+def device_name(device: str) -> str:
+    """The GPU's name, or the processor's; ``device`` is torch's, as ``"cpu"`` or ``"cuda:0"``."""
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor()
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def _git(*arguments: str) -> str | None:

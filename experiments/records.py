@@ -39,7 +39,7 @@ class Manifest:
         git_sha: the commit, ``None`` outside a git checkout.
         git_dirty: whether tracked files other than results differed from it.
         versions: of Python and the packages that matter.
-        device: e.g. ``"cpu"`` or the GPU's name.
+        device: the processor's name, or the GPU's; ``"cpu"`` in records made before it was written down.
         threads: CPU threads a process.
         world_size: number of data-parallel processes.
         dataset: the data really used.

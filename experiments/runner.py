@@ -223,7 +223,7 @@ def _manifest(recipe: Recipe, optimizer: str, training: Training) -> Manifest:
         git_sha=git_sha,
         git_dirty=git_dirty,
         versions=versions(),
-        device=device_name(training.device),
+        device=device_name(str(training.device)),
         threads=torch.get_num_threads(),
         world_size=training.workers.size,
         dataset=training.task.dataset,

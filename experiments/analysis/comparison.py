@@ -1,7 +1,7 @@
 """``comparison.csv``: a row an optimizer, medians over seeds, misses censored, differences tested."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from experiments.analysis.statistics import (
 from experiments.analysis.survival import TimesToTarget
 from experiments.records import Run
 
+DEVICES = "; "
 COLUMNS = (
     "task",
     "scale",
@@ -104,9 +105,11 @@ def compare(results_dir: Path, task: str, scale: str) -> pd.DataFrame:
         - ``best_metric``: median of each run's best epoch; ``best_metric_std`` is over seeds (n − 1).
         - ``epochs_vs_reference``: ratio of the two medians, NaN unless both are finite.
         - ``epochs_difference``, ``wall_time_difference_s``, ``best_metric_difference``: mean over the seeds that
-          both have of the value less the reference's, with a bootstrap interval; times restricted as above.
+          both have of the value less the reference's, with a bootstrap interval; times restricted as above,
+          seconds over the seeds that both ran on the same device.
         - ``p_value`` of ``p_test``, the same for the other two; ``_holm`` is corrected over the optimizers of
           the table, ``_exact`` is of the sign-flip permutation test; NaN with ``p_reason``.
+        - ``device``: those that its runs were made on, with `DEVICES` between them.
 
         ``attrs["complaints"]`` names the records that were left out.
 
@@ -131,7 +134,7 @@ def summarise(comparable: Comparable) -> pd.DataFrame:
     runs = comparable.by_optimizer()
     reference = comparable.reference()
     outcomes = {name: {run.manifest.seed: outcome(run, comparable.target) for run in own} for name, own in runs.items()}
-    horizon = _horizon(outcomes)
+    horizon = _horizon(outcomes, reference)
     rows = [_row(own[0], outcomes[name], outcomes[reference], horizon) for name, own in runs.items()]
     frame = pd.DataFrame(rows).assign(
         reference=reference, target=math.nan if comparable.target is None else comparable.target
@@ -153,24 +156,30 @@ class _Horizon:
     seconds: float
 
 
-def _horizon(outcomes: Mapping[str, Mapping[int, Outcome]]) -> _Horizon:
-    """The least, over optimizers, of the longest that a run was watched for, leaving out what diverged."""
+def _horizon(outcomes: Mapping[str, Mapping[int, Outcome]], reference: str) -> _Horizon:
+    """The least, over optimizers, of the longest that a run was watched for, leaving out what diverged.
+
+    Seconds are those on the reference's devices.
+    """
     whole = [[each for each in own.values() if not each.diverged] for own in outcomes.values()]
     whole = [own for own in whole if own] or [list(own.values()) for own in outcomes.values()]
+    devices = {each.device for each in outcomes[reference].values()}
+    timed = [[each for each in own if each.device in devices] for own in whole]
 
-    def least(value: Callable[[Outcome], float]) -> float:
-        return min(max(map(value, own)) for own in whole)
+    def least(value: Callable[[Outcome], float], of: Sequence[Sequence[Outcome]]) -> float:
+        return min(max(map(value, own)) for own in of)
 
     return _Horizon(
-        epochs=least(lambda each: each.epochs),
-        steps=least(lambda each: each.steps),
-        seconds=least(lambda each: each.seconds),
+        epochs=least(lambda each: each.epochs, whole),
+        steps=least(lambda each: each.steps, whole),
+        seconds=least(lambda each: each.seconds, [own for own in timed if own] or whole),
     )
 
 
 def _row(run: Run, own: Mapping[int, Outcome], reference: Mapping[int, Outcome], horizon: _Horizon) -> dict[str, Any]:
     """One optimizer's row; `own` and `reference` are by seed."""
     manifest, outcomes = run.manifest, list(own.values())
+    timed = own if own is reference else timed_alike(own, reference)
     coverage = _interval([each.epochs_to_target for each in outcomes]).coverage
     return {
         "task": manifest.task,
@@ -201,15 +210,20 @@ def _row(run: Run, own: Mapping[int, Outcome], reference: Mapping[int, Outcome],
         **_versus(
             "wall_time_difference_s",
             "wall_time_p",
-            own,
+            timed,
             reference,
             lambda each: each.seconds_to_target,
             horizon.seconds,
         ),
         **_versus("best_metric_difference", "best_metric_p", own, reference, lambda each: each.best_metric, math.inf),
-        "device": manifest.device,
+        "device": DEVICES.join(sorted({each.device for each in outcomes})),
         "dataset_sha256": manifest.dataset.sha256,
     }
+
+
+def timed_alike(own: Mapping[int, Outcome], others: Mapping[int, Outcome]) -> dict[int, Outcome]:
+    """The seeds that both have from the same device."""
+    return {seed: each for seed, each in own.items() if seed in others and others[seed].device == each.device}
 
 
 def _times(

@@ -133,15 +133,27 @@ def legend_below(made: Figure, ax: Axes, title: str | None = None) -> None:
 
 def _draw_row(row: np.ndarray, runs: dict[str, list[Run]], panel: Panel) -> None:
     curves = {name: curve_of(own, panel.value) for name, own in runs.items()}
+    others = other_devices(runs)
     lost, opacity = diverged(runs), min(0.18, BANDS / len(runs))
     for name, curve in curves.items():
-        label = f"{name} ({lost[name]} diverged)" if name in lost else name
+        label = name
+        if name in lost:
+            label += f" ({lost[name]} diverged)"
+        if name in others:
+            label += f" (on {others[name]})"
         style = {"color": colour_of(name), "linestyle": dashes_of(name, list(runs))}
         for ax, x in zip(row, (curve.epochs, curve.seconds), strict=True):
             ax.fill_between(x, curve.low, curve.high, color=style["color"], alpha=opacity, linewidth=0)
             ax.plot(x, curve.median, label=label, linewidth=1.6, **style)
     # The untrained model and a divergence would squeeze what matters into a corner.
     _limit(row[0], span_of(list(curves.values()), logarithmic=panel.lower_is_better))
+
+
+def other_devices(runs: dict[str, list[Run]]) -> dict[str, str]:
+    """The devices of each optimizer that did not run on those of the first: its seconds are others."""
+    found = {name: " and ".join(sorted({run.manifest.device for run in own})) for name, own in runs.items()}
+    first = next(iter(found.values()))
+    return {name: devices for name, devices in found.items() if devices != first}
 
 
 def diverged(runs: dict[str, list[Run]]) -> dict[str, str]:

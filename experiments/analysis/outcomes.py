@@ -27,6 +27,7 @@ class Outcome:
         apply_s: the same for applying the preconditioner.
         peak_memory_mb: the most of any epoch, MiB.
         diverged: whether it ended because its loss stopped being a number.
+        device: what it ran on. Seconds taken on two devices do not compare two optimizers.
     """
 
     epochs_to_target: float
@@ -42,6 +43,7 @@ class Outcome:
     apply_s: float
     peak_memory_mb: float
     diverged: bool
+    device: str
 
 
 def outcome(run: Run, target: float | None) -> Outcome:
@@ -64,6 +66,7 @@ def outcome(run: Run, target: float | None) -> Outcome:
         apply_s=_per_epoch(run, lambda epoch: epoch.apply_s),
         peak_memory_mb=max((epoch.peak_memory_mb for epoch in run.epochs), default=math.nan),
         diverged=run.end is not None and run.end.reason == "diverged",
+        device=run.manifest.device,
     )
 
 

@@ -17,6 +17,8 @@ from experiments.theory.findings import Outcome as Word
 # A difference counts from this many seeds on, and below this p value.
 MIN_SEEDS = 5
 LEVEL = 0.05
+# The measure that depends on what the runs were made on.
+SECONDS = "seconds_to_target"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,15 +36,26 @@ class Pair:
         return sorted({run.manifest.seed for run in self.ours} & {run.manifest.seed for run in self.theirs})
 
     def values(self, measure: str) -> tuple[dict[int, float], dict[int, float], float]:
-        """Each one's measure by seed, and how long both were watched for if it is a time to the target."""
-        ours, theirs = (values_of(self.comparable, runs, measure) for runs in (self.ours, self.theirs))
-        watched = {"epochs_to_target": "epochs", "steps_to_target": "steps", "seconds_to_target": "seconds"}
+        """Each one's measure by seed, and how long both were watched for if it is a time to the target.
+
+        Seconds are of the seeds that both trained on the same device.
+        """
+        sides = self._timed_alike() if measure == SECONDS else (self.ours, self.theirs)
+        ours, theirs = (values_of(self.comparable, runs, measure) for runs in sides)
+        watched = {"epochs_to_target": "epochs", "steps_to_target": "steps", SECONDS: "seconds"}
         if measure not in watched:
             return ours, theirs, math.inf
-        longest = (
-            max(values_of(self.comparable, runs, watched[measure]).values()) for runs in (self.ours, self.theirs)
-        )
+        longest = (max(values_of(self.comparable, runs, watched[measure]).values(), default=0.0) for runs in sides)
         return ours, theirs, min(longest)
+
+    def _timed_alike(self) -> tuple[list[Run], list[Run]]:
+        """The runs of seeds that both trained on the same device."""
+        places = [{(run.manifest.seed, run.manifest.device) for run in runs} for runs in (self.ours, self.theirs)]
+        ours, theirs = (
+            [run for run in runs if (run.manifest.seed, run.manifest.device) in places[0] & places[1]]
+            for runs in (self.ours, self.theirs)
+        )
+        return ours, theirs
 
     def gaps(self, value: str) -> np.ndarray:
         """Ours less theirs after each epoch of training, (seeds, epochs); a run that diverged is infinitely high."""

@@ -3,7 +3,8 @@
 A profile (Dolan and Moré, 2002) is the share of tasks on which an optimizer reaches the target within a factor of
 the fastest; its score is the profile's mean over factors from 1 to 4 (Dahl et al., 2023). On every task an
 optimizer enters with the variant on the base that the task compares with, ``ngplus-adam`` where that is Adam, or
-else under its plain name. One that was not run on a task, or missed the target, never reaches it there.
+else under its plain name. One that was not run on a task, or missed the target, never reaches it there. By seconds
+only those enter that ran on the same device as the reference.
 """
 
 import math
@@ -18,7 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy import stats
 
-from experiments.analysis.comparison import summarise, write_csv
+from experiments.analysis.comparison import DEVICES, summarise, write_csv
 from experiments.analysis.curves import STYLE, legend_below, save
 from experiments.analysis.palette import colour_of
 from experiments.analysis.runs import load_comparable
@@ -53,7 +54,8 @@ def profile(results_dir: Path, tasks: Sequence[str], scale: str) -> pd.DataFrame
     Returns:
         A row an optimizer and measure, with `COLUMNS`:
 
-        - ``tasks`` with a target, those it was run on, and those on which it reached the target.
+        - ``tasks`` with a target, those it was run on (by seconds: on the reference's device), and those on which
+          it reached the target.
         - ``profile_score``: mean of its profile over factors from 1 to `MAX_FACTOR`.
         - ``speed_up``: geometric mean, over the ``speed_up_tasks`` on which both reached the target, of the
           reference's median time over its own; the interval is a bootstrap over tasks, NaN for fewer than two.
@@ -102,11 +104,27 @@ def entrants(frame: pd.DataFrame) -> dict[str, pd.Series]:
     return found
 
 
+def timed_alike(row: pd.Series, reference: pd.Series) -> bool:
+    """Whether all runs of two rows were made on one device."""
+    return row["device"] == reference["device"] and DEVICES not in row["device"]
+
+
+def entering(entries: Mapping[str, Mapping[str, pd.Series]], measure: str) -> dict[str, dict[str, pd.Series]]:
+    """The rows that are compared by a measure: all, but by seconds those on the reference's device."""
+    if measure != "seconds":
+        return {task: dict(own) for task, own in entries.items()}
+    found = {}
+    for task, own in entries.items():
+        reference = _reference(own)
+        found[task] = {n: row for n, row in own.items() if reference is None or timed_alike(row, reference)}
+    return found
+
+
 def ratios(entries: Mapping[str, Mapping[str, pd.Series]], name: str, measure: str) -> np.ndarray:
     """An optimizer's time over the fastest one's on each task, infinite where it never reaches the target."""
     column, found = MEASURES[measure], []
-    for own in entries.values():
-        fastest = min(row[column] for row in own.values())
+    for own in entering(entries, measure).values():
+        fastest = min((row[column] for row in own.values()), default=math.inf)
         time = own[name][column] if name in own else math.inf
         found.append(time / fastest if math.isfinite(time) and fastest > 0 else _at_once(time, fastest))
     return np.array(found)
@@ -124,7 +142,8 @@ def _at_once(time: float, fastest: float) -> float:
 
 
 def _row(entries: Mapping[str, Mapping[str, pd.Series]], name: str, measure: str) -> dict[str, Any]:
-    column, own = MEASURES[measure], {task: rows[name] for task, rows in entries.items() if name in rows}
+    column = MEASURES[measure]
+    own = {task: rows[name] for task, rows in entering(entries, measure).items() if name in rows}
     references = {task: _reference(entries[task]) for task in own}
     speed, restricted = (
         _speed_ups([(references[task][each], row[each]) for task, row in own.items() if references[task] is not None])

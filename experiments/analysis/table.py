@@ -10,6 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from experiments.analysis.comparison import DEVICES
 from experiments.records import REFERENCE_BEST
 
 Format = Literal["terminal", "markdown", "latex"]
@@ -51,7 +52,7 @@ def notes(frame: pd.DataFrame) -> list[str]:
     coverage = frame.interval_coverage.min()
     worth = f", which cover the true median with {coverage:.0%} or more" if coverage > 0 else ""
     tests = {row.optimizer: row.p_test or row.p_reason for row in frame.iloc[1:].itertuples()}
-    lines = [f"Medians over seeds; in brackets order statistics{worth}; ± is over seeds. Device: {first.device}."]
+    lines = [f"Medians over seeds; in brackets order statistics{worth}; ± is over seeds. {_devices(frame)}"]
     if (frame.reached < frame.seeds).any():
         lines.append(f"A run that never reaches the target counts as later than all others ({MISSED}, ∞).")
     if tests:
@@ -62,6 +63,15 @@ def notes(frame: pd.DataFrame) -> list[str]:
             "corrected after Holm for the number of optimizers."
         )
     return lines + [f"Left out: {complaint}" for complaint in frame.attrs.get("complaints", [])]
+
+
+def _devices(frame: pd.DataFrame) -> str:
+    """What the runs were made on, and for whom it was not what the reference's were."""
+    named = frame.groupby("device", sort=False)["optimizer"].agg(", ".join)
+    if len(named) == 1 and DEVICES not in named.index[0]:
+        return f"Device: {named.index[0]}."
+    listed = "; ".join(f"{device.replace(DEVICES, ' and ')} ({optimizers})" for device, optimizers in named.items())
+    return f"Devices: {listed}. Seconds are tested only between runs on the same device."
 
 
 def cells(frame: pd.DataFrame) -> tuple[list[str], list[list[str]]]:

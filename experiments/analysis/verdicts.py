@@ -136,6 +136,9 @@ class Evidence:
             return _never_both(check)
         ours, theirs, until = pair.values(check.measure)
         source = _source(pair.ours, scale=pair.scale, seeds=len(ours.keys() & theirs.keys()))
+        if not ours:
+            why = "no seed was trained with both on the same device, and seconds of two are no comparison"
+            return Finding(verdict="inconclusive", why=why, **source)
         words, verdict, why = compared(check, ours, theirs, until)
         return Finding(verdict=verdict, why=why, ours=words, **source)
 

@@ -18,10 +18,10 @@ import numpy as np
 import pandas as pd
 
 from experiments.bench.criteo_log import write_log
-from experiments.bench.hardware import device_name
 from experiments.data import criteo
 from experiments.data.block_shuffle import block_batches
 from experiments.data.clicks import Frequent
+from experiments.provenance import device_name
 
 BATCH = 128
 

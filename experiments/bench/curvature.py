@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import resnet50
 
-from experiments.bench.hardware import device_name
 from experiments.bench.released import ReleasedCurvature
+from experiments.provenance import device_name
 from ngplus import NGPlus
 
 

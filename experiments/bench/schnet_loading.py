@@ -17,8 +17,8 @@ import torch
 from schnetpack import properties
 from torch import nn
 
-from experiments.bench.hardware import device_name
 from experiments.data.structure_batches import Batch
+from experiments.provenance import device_name
 from experiments.recipe import load_recipe
 from experiments.tasks import TASKS
 from experiments.tasks._schnet import SchNetTask

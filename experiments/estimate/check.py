@@ -17,11 +17,11 @@ from typing import Annotated, Any
 import pandas as pd
 import typer
 
-from experiments.bench.hardware import device_name
 from experiments.cli_options import DataDir, Device
 from experiments.estimate.estimating import Options, estimate
 from experiments.jobs import in_one_line
 from experiments.parallel import choose_device
+from experiments.provenance import device_name
 from experiments.recipe import Recipe, load_recipe
 from experiments.runner import RunOptions, run
 

@@ -7,7 +7,6 @@ from statistics import fmean
 
 import torch
 
-from experiments.bench.hardware import device_name
 from experiments.errors import UserError
 from experiments.estimate import paper_machine
 from experiments.estimate.batches import Bench, choose
@@ -15,6 +14,7 @@ from experiments.estimate.measuring import Costs, Measured, clock_of, measure, r
 from experiments.estimate.prediction import Prediction, Shape, predict
 from experiments.estimate.steps import renews
 from experiments.parallel import choose_device
+from experiments.provenance import device_name
 from experiments.recipe import Recipe
 from experiments.runner import check_optimizer
 

@@ -7,6 +7,7 @@ import torch
 import toy
 
 from experiments.errors import UserError
+from experiments.provenance import device_name
 from experiments.records import read_run
 from experiments.runner import run
 
@@ -283,7 +284,7 @@ def test_tensorboard_files_are_written_where_asked_for(load, options):
 def test_one_line_an_epoch_where_there_is_no_terminal(load, options, capsys):
     run(load(), "sgd", 0, options)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "sgd seed 0: toy tiny, toy numbers, cpu"
+    assert lines[0] == f"sgd seed 0: toy tiny, toy numbers, {device_name('cpu')}"
     assert lines[2].startswith("sgd seed 0: epoch 1/3  train loss 0.")
     assert lines[-1].startswith("sgd seed 0: finished after")
 

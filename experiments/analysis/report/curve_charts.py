@@ -29,6 +29,9 @@ def figure(comparable: Comparable, id: str) -> Figure:
     if lost := curves.diverged(comparable.by_optimizer()):
         words = ", ".join(f"{name} {share}" for name, share in lost.items())
         notes.append(f"Diverged, and in no median from there on: {words}.")
+    if others := curves.other_devices(comparable.by_optimizer()):
+        words = ", ".join(f"{name} on {devices}" for name, devices in others.items())
+        notes.append(f"Not on the device of {next(iter(counts))}, so that seconds do not compare: {words}.")
     return Figure(
         id=id,
         caption="Curves",

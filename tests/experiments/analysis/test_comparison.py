@@ -283,3 +283,19 @@ def test_the_file_holds_the_same_table(tmp_path):
     assert tuple(read.columns) == COLUMNS
     assert read.epochs_to_target.tolist() == frame.epochs_to_target.tolist() == [2, math.inf]
     assert [path.name for path in folder.iterdir() if path.is_file()] == ["comparison.csv"]
+
+
+def test_seconds_of_two_devices_are_shown_and_not_tested(tmp_path):
+    for seed in (1, 2, 3):
+        write(tmp_path, "sgd", seed, HIT_4, device="A")
+        write(tmp_path, "ngplus", seed, HIT_1, device="A" if seed < 3 else "B", seconds_per_epoch=1.0 + seed)
+        write(tmp_path, "lars", seed, HIT_2, device="B", seconds_per_epoch=0.001)
+    table = compared(tmp_path)
+    ngplus, lars = table.loc["ngplus"], table.loc["lars"]
+    assert (table.loc["sgd"].device, ngplus.device, lars.device) == ("A", "A; B", "B")
+    assert lars.wall_time_to_target_s == 0.002
+    assert math.isnan(lars.wall_time_p_value)
+    assert math.isnan(lars.wall_time_difference_s)
+    assert lars.restricted_to_s == 8  # seconds on B do not cut the time that those on A were watched for
+    assert ngplus.wall_time_difference_s == (2 - 8 + 3 - 8) / 2  # the two seeds on A
+    assert (lars.epochs_difference, ngplus.epochs_difference) == (-2, -3)

@@ -128,3 +128,9 @@ def test_a_standard_error_is_no_curve_of_its_own(tmp_path):
     add_others(write(tmp_path, "adam", 1, HIT_1), "top1 standard error", [0.1, 0.1, 0.1, 0.1, 0.1])
     labels = [panel.label for panel in panels(load_comparable(tmp_path, TASK, SCALE))]
     assert labels == ["training loss", "test top1 (fraction)"]
+
+
+def test_the_legend_names_another_device_than_the_references(results):
+    for seed in (1, 2, 3):
+        write(results, "ngplus", seed, HIT_1, device="another")
+    assert legend_of(figure(load_comparable(results, TASK, SCALE))) == ["sgd", "ngplus (on another)"]

@@ -89,3 +89,12 @@ def test_the_files_hold_the_same_table_and_are_the_same_when_made_again(results)
     read = pd.read_csv(paths[0])
     assert tuple(read.columns) == COLUMNS
     assert read.optimizer.tolist() == table.optimizer.tolist()
+
+
+def test_by_seconds_only_what_ran_on_the_references_device_enters(results):
+    put(results, TASKS[0], "lars", "sgd", HIT_1, device="another")
+    by_epochs, by_seconds = rows(results), rows(results, "seconds")
+    assert (by_epochs.loc["lars"].tasks_run, by_seconds.loc["lars"].tasks_run) == (1, 0)
+    assert by_epochs.loc["lars"].speed_up == 4
+    assert (by_seconds.loc["lars"].profile_score, math.isnan(by_seconds.loc["lars"].speed_up)) == (0, True)
+    assert by_seconds.loc["ngplus"].tasks_run == 3

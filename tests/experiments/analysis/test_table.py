@@ -73,3 +73,11 @@ def test_an_unknown_format_is_named(frame):
 def test_one_seed_is_not_said_to_cover_anything(tmp_path):
     write(tmp_path, "sgd", 1, HIT_1)
     assert "cover the true median" not in render(compare(tmp_path, TASK, SCALE))
+
+
+def test_the_notes_name_the_device_and_who_ran_on_another(frame, tmp_path):
+    assert "Device: cpu." in render(frame)
+    write(tmp_path, "lars", 1, HIT_1, device="one")
+    write(tmp_path, "lars", 2, HIT_1, device="two")
+    text = " ".join(render(compare(tmp_path, TASK, SCALE), "markdown").split())
+    assert "Devices: cpu (sgd, ngplus, ngplus-adam); one and two (lars). Seconds are tested only between" in text

@@ -110,6 +110,20 @@ def test_a_miss_is_not_averaged_in(tmp_path):
     assert "p = 0.062, the least that 5 seeds can show by this test" in finding.why
 
 
+def test_seconds_are_compared_on_one_device(tmp_path):
+    sooner = changed(FEWER, measure="seconds_to_target")
+    for seed in range(1, 7):
+        write(tmp_path, "ngplus", seed, HIT_1, device="A", seconds_per_epoch=1.0 + seed / 100)
+        write(tmp_path, "sgd", seed, HIT_4, device="B" if seed == 6 else "A")
+    assert (found(tmp_path, sooner).verdict, found(tmp_path, sooner).seeds) == ("reproduced", 5)
+    assert found(tmp_path, FEWER).seeds == 6
+    for seed in range(1, 6):
+        write(tmp_path, "sgd", seed, HIT_4, device="B")
+    other = found(tmp_path, sooner)
+    assert other.verdict == "inconclusive"
+    assert "no seed was trained with both on the same device" in other.why
+
+
 def test_one_side_alone_was_not_run(tmp_path):
     runs(tmp_path, "ngplus", [HIT_1])
     assert found(tmp_path, FEWER).verdict == "not run"
