@@ -44,7 +44,7 @@ class RunSettings:
         seeds: the seeds that are reported.
         tuning_seed: the seed at which settings were chosen; never one of `seeds`.
         target: the value of the metric that counts as reached; none if left out. ``"reference best"`` is the
-            median over seeds of the best value of each of the reference's runs.
+            median over seeds of the best value of each of the reference's runs (`Comparable.target`).
         reference: the optimizer that the others are compared with; in a recipe that leaves it out, SGD if it is
             there, or else the first.
         report_split: the split that is evaluated after each epoch.

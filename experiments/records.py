@@ -21,6 +21,10 @@ REFERENCE_BEST = "reference best"
 Target = float | Literal["reference best"]
 
 
+# Settings that say which runs there are, or how a run is judged, but change no number in it.
+_NO_NUMBER = ("run.seeds", "run.tuning_seed", "run.target", "run.reference")
+
+
 class RecordError(UserError):
     """A record that cannot be read or written; the message names the file, and the line where it can."""
 
@@ -113,13 +117,14 @@ class Epoch:
 
 @dataclass(frozen=True, kw_only=True)
 class Resumed:
-    """A run taken up again, ``step`` optimizer steps in, with ``seconds`` on its clock."""
+    """A run taken up again, ``step`` optimizer steps in, with ``seconds`` on its clock; on which ``device``."""
 
     event: ClassVar = "resumed"
     epoch: int
     step: int
     seconds: float
     at: str
+    device: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +161,12 @@ class Run:
     truncated: bool
 
     @property
+    def devices(self) -> tuple[str, ...]:
+        """All that it ran on, with the threads of a processor; its seconds compare with those of the same."""
+        found = {self.manifest.device, *(each.device for each in self.resumed if each.device)}
+        return tuple(sorted(found))
+
+    @property
     def best_metric(self) -> float:
         """The best value of the metric over the epochs, NaN if it never was a number."""
         values = [epoch.metric for epoch in self.epochs if epoch.metric is not None]
@@ -166,6 +177,19 @@ class Run:
 def record_path(results_dir: Path, task: str, scale: str, optimizer: str, seed: int) -> Path:
     """Where the record of a run lies."""
     return results_dir / task / scale / "runs" / f"{optimizer}-seed{seed}.jsonl"
+
+
+def numbers_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that change a number in the record, by dotted key."""
+    return {key: value for key, value in _flat(settings) if key not in _NO_NUMBER}
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def read_run(path: Path) -> Run:
@@ -180,6 +204,7 @@ def read_run(path: Path) -> Run:
     if not events or not isinstance(events[0], Manifest):
         raise RecordError(f"{path}, line 1: not a run record: it must begin with a manifest")
     _check_order(events, path)
+    _check_name(events[0], path)
     last = events[-1]
     return Run(
         path=path,
@@ -228,10 +253,10 @@ def parse_event(line: bytes, path: Path, number: int) -> Event:
     where = f"{path}, line {number}"
     try:
         fields = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise RecordError(f"{where}: not JSON") from None
     event = fields.pop("event", None) if isinstance(fields, dict) else None
-    if event not in _EVENTS:
+    if not isinstance(event, str) or event not in _EVENTS:
         raise RecordError(f"{where}: not a line of a run record (event = {event!r})")
     try:
         return read_settings(_EVENTS[event], fields, where)
@@ -239,8 +264,15 @@ def parse_event(line: bytes, path: Path, number: int) -> Event:
         raise RecordError(str(error)) from None
 
 
+def _check_name(manifest: Manifest, path: Path) -> None:
+    """A copy under another name would count as another seed."""
+    own = record_path(Path(), manifest.task, manifest.scale, manifest.optimizer, manifest.seed).name
+    if path.name != own:
+        raise RecordError(f"{path}: is the record of {manifest.optimizer}, seed {manifest.seed}: must be called {own}")
+
+
 def _check_order(events: list[Event], path: Path) -> None:
-    epochs = 0
+    epochs, seconds = 0, 0.0
     for number, event in enumerate(events, 1):
         where = f"{path}, line {number}"
         if number > 1 and isinstance(event, Manifest):
@@ -251,3 +283,8 @@ def _check_order(events: list[Event], path: Path) -> None:
             if event.epoch != epochs:
                 raise RecordError(f"{where}: epoch {event.epoch} where epoch {epochs} should be")
             epochs += 1
+            if event.seconds < seconds:
+                raise RecordError(f"{where}: seconds fall from {seconds} to {event.seconds}")
+            seconds = event.seconds
+    if isinstance(event, End) and event.reason == "finished" and epochs <= events[0].epochs:
+        raise RecordError(f"{where}: finished after {epochs} of {events[0].epochs + 1} lines of epochs")

@@ -1,7 +1,7 @@
 """One run from start to end: what is there already, the record, the checkpoints, the epochs in between."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -25,15 +25,13 @@ from experiments.records import (
     Manifest,
     Resumed,
     Run,
+    numbers_of,
     read_run,
     record_path,
 )
 from experiments.settings import one_of
 from experiments.tasks import TASKS
 from experiments.training import CheckpointPlan, Training
-
-# Settings that say which runs there are, or how a run is judged, but change no number in it.
-_NO_NUMBER = ("run.seeds", "run.tuning_seed", "run.target", "run.reference")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +145,7 @@ class _Run:
                 self.writer = stack.enter_context(RecordWriter(record))
                 self.observers = [stack.enter_context(closing(each)) for each in self._make_observers()]
             if resumes:
-                self._resume()
+                self._resume(before)
             else:
                 self._begin()
             self._write(self._train())
@@ -160,13 +158,27 @@ class _Run:
             )
         return before is not None and there
 
-    def _resume(self) -> None:
+    def _check_reaches(self, before: Run) -> None:
+        """The record may be behind its checkpoint only if somebody cut it."""
+        recorded, trained = len(before.epochs) - 1, self.training.position.epoch
+        if recorded < trained:
+            raise CheckpointError(
+                f"{before.path}: ends after epoch {recorded}, its checkpoint {self.plan.path} is of epoch {trained}; "
+                "start over with --force"
+            )
+
+    def _resume(self, before: Run | None) -> None:
         self.training.restore(self.plan)
+        if before is not None:
+            self._check_reaches(before)
         position = self.training.position
         if self.writer:
             self.writer.rewind(position.epoch)
         self._tell_started()
-        self._write(Resumed(epoch=position.epoch, step=position.step, seconds=position.seconds, at=_now()))
+        device = device_name(str(self.training.device))
+        self._write(
+            Resumed(epoch=position.epoch, step=position.step, seconds=position.seconds, at=_now(), device=device)
+        )
 
     def _begin(self) -> None:
         if self.writer:
@@ -243,19 +255,6 @@ def _identity(manifest: Manifest) -> dict[str, Any]:
     named = {key: getattr(manifest, key) for key in ("task", "scale", "optimizer", "seed", "world_size")}
     own = {"started_at": manifest.started_at, "dataset.sha256": manifest.dataset.sha256}
     return named | own | numbers_of(manifest.recipe)
-
-
-def numbers_of(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that change a number in the record, by dotted key."""
-    return {key: value for key, value in _flat(settings) if key not in _NO_NUMBER}
-
-
-def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _check_settings(before: Run, settings: Mapping[str, Any]) -> None:

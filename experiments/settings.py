@@ -7,6 +7,7 @@ one it is.
 """
 
 import dataclasses
+import sys
 import types
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -77,7 +78,8 @@ def _read_value(hint: Any, value: Any, where: str) -> Any:
         return tuple(_read_value(item, each, where) for each in value)
     if hint is float:
         fits = isinstance(value, float | int) and not isinstance(value, bool)
-        return float(_expect(fits, value, where, "must be a number"))
+        _expect(fits, value, where, "must be a number")
+        return float(_expect(abs(value) <= sys.float_info.max, value, where, "must be finite"))
     kinds = {
         int: "an integer",
         bool: "true or false",

@@ -234,11 +234,10 @@ def _times(
     found = [value(each) for each in own.values()]
     if any(math.isnan(time) for time, _ in found):
         return dict.fromkeys(names, math.nan)
-    # A run that diverged never reaches the target: it is no shorter watched than the others.
+    # All runs were given as many epochs. One that was over sooner, as it was faster or diverged, did not reach the
+    # target in what the others needed for theirs: it is no shorter watched than they.
     longest = max(until, *(watched for _, watched in found))
-    diverged = [each.diverged for each in own.values()]
-    watched = [longest if gone else seen for (_, seen), gone in zip(found, diverged, strict=True)]
-    times = TimesToTarget(values=[time for time, _ in found], watched=watched)
+    times = TimesToTarget(values=[time for time, _ in found], watched=[longest] * len(found))
     interval = median_interval(times.values)
     return dict(zip(names, (times.median(), interval.low, interval.high, times.restricted_mean(until)), strict=True))
 

@@ -11,6 +11,7 @@ from experiments.analysis.claims import Comparison
 from experiments.analysis.outcomes import outcome
 from experiments.analysis.runs import Comparable
 from experiments.analysis.statistics import PairedDifference, paired_difference, paired_test
+from experiments.analysis.survival import TimesToTarget
 from experiments.records import Run
 from experiments.theory.findings import Outcome as Word
 
@@ -78,14 +79,21 @@ def _curve(run: Run, value: str, length: int) -> list[float]:
 def compared(
     check: Comparison, ours: Mapping[int, float], theirs: Mapping[int, float], until: float
 ) -> tuple[str, Word, str]:
-    """The two medians in words, the verdict, and the reason."""
-    medians = [float(np.median(list(each.values()))) for each in (ours, theirs)]
+    """The two medians over the seeds that both have in words, the verdict, and the reason."""
+    seeds = sorted(ours.keys() & theirs.keys())
+    ours, theirs = ({seed: each[seed] for seed in seeds} for each in (ours, theirs))
+    if not seeds:
+        return "", "inconclusive", too_few(0)
+    medians = [median_of(list(each.values()), until) for each in (ours, theirs)]
     ratio = medians[0] / medians[1] if all(map(math.isfinite, medians)) and medians[1] else math.nan
     gap, test = paired_difference(ours, theirs, until=until), paired_test(ours, theirs, until=until)
     times = "" if math.isnan(ratio) else f" ({ratio:.3f}×)"
     words = f"{number(medians[0])} against {number(medians[1])}{times}"
     if gap.seeds > 1:
         words += f", difference {number(gap.mean)} [{number(gap.low)}, {number(gap.high)}]"
+    if without := [seed for seed in seeds if math.isnan(ours[seed]) or math.isnan(theirs[seed])]:
+        where = ", ".join(map(str, without))
+        return words, "inconclusive", f"no figure at seed {where}: the run diverged before it had one"
     if gap.seeds < MIN_SEEDS:
         return words, "inconclusive", too_few(gap.seeds)
     if math.isnan(test.p_value):
@@ -104,6 +112,13 @@ def compared(
     if check.ratio is not None and not _as_good(check, ratio):
         return words, "not reproduced", f"{evidence}: the direction holds, the size ({check.ratio:.3g}×) does not"
     return words, "reproduced", evidence
+
+
+def median_of(values: Sequence[float], until: float) -> float:
+    """The median over seeds, of times to a target as in ``comparison.csv``; NaN where one value is."""
+    if math.isinf(until) or np.isnan(values).any():
+        return float(np.median(values))
+    return TimesToTarget(values=values, watched=[until] * len(values)).median()
 
 
 def _excludes_the_size(

@@ -11,6 +11,8 @@ LEVEL = 0.95
 MIN_PAIRS = 3
 # The same records give the same intervals.
 RESAMPLING_SEED = 0
+# All sign flips of up to so many seeds, 2¹⁴, as many drawn ones of more.
+MAX_FLIPS = 2**14
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +83,8 @@ def paired_test(ours: Mapping[int, float], reference: Mapping[int, float], *, un
     """Test whether values differ, seed by seed.
 
     With finite differences that vary it is Student's paired t-test. With a miss (infinite) or equal differences
-    it is the permutation test that flips the sign of each seed's difference, over all flips; a miss then counts
-    as `until`, so that two misses are a tie.
+    it is the permutation test that flips the sign of each seed's difference, over all flips (`MAX_FLIPS` drawn ones
+    where there are more); a miss then counts as `until`, so that two misses are a tie.
 
     Args:
         ours: value by seed; infinite for a miss.
@@ -97,9 +99,14 @@ def paired_test(ours: Mapping[int, float], reference: Mapping[int, float], *, un
     if not differences.any():
         return PairedTest(reason="tied in every seed")
     exact = stats.permutation_test(
-        tuple(restricted.T), _mean_difference, permutation_type="samples", vectorized=True, n_resamples=np.inf
+        tuple(restricted.T),
+        _mean_difference,
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=MAX_FLIPS,
+        rng=RESAMPLING_SEED,
     ).pvalue
-    if np.isfinite(pairs).all() and np.ptp(differences) > 0:
+    if np.isfinite(pairs).all() and not _alike(differences):
         p_value, name = stats.ttest_rel(*restricted.T).pvalue, "paired t-test"
     else:
         p_value, name = exact, "sign-flip permutation test"
@@ -140,7 +147,7 @@ def paired_difference(
     mean = float(differences.mean())
     if len(pairs) == 1:
         return PairedDifference(mean=mean, seeds=1)
-    if np.ptp(differences) == 0:  # no resample differs, and the method has nothing to correct
+    if _alike(differences):  # no resample differs, and the method has nothing to correct
         return PairedDifference(mean=mean, low=mean, high=mean, seeds=len(pairs))
     interval = stats.bootstrap(
         tuple(pairs.T), _mean_difference, paired=True, vectorized=True, confidence_level=LEVEL, rng=RESAMPLING_SEED
@@ -167,6 +174,11 @@ def _pairs(ours: Mapping[int, float], reference: Mapping[int, float]) -> np.ndar
     found = [(ours[seed], reference[seed]) for seed in sorted(ours.keys() & reference.keys())]
     pairs = np.array(found, dtype=float).reshape(-1, 2)
     return pairs[~np.isnan(pairs).any(axis=1)]
+
+
+def _alike(differences: np.ndarray) -> bool:
+    """Whether they are equal but for rounding."""
+    return bool(np.ptp(differences) <= 1e-12 * np.abs(differences).max())
 
 
 def _mean_difference(ours: np.ndarray, reference: np.ndarray, axis: int) -> np.ndarray:

@@ -23,8 +23,8 @@ from scipy.stats.qmc import Sobol
 
 from experiments.errors import UserError
 from experiments.recipe import Recipe
-from experiments.records import End, Epoch, Manifest, Run, read_run, record_path
-from experiments.runner import RunOptions, numbers_of, run
+from experiments.records import End, Epoch, Manifest, Run, numbers_of, read_run, record_path
+from experiments.runner import RunOptions, run
 from experiments.settings import plain
 from experiments.tuning.space import value_at
 from experiments.tuning.trial import trial_recipe

@@ -167,6 +167,13 @@ def line(event, **changes) -> str:
         (line(MANIFEST) + line(epoch(1)), "line 2: epoch 1 where epoch 0 should be"),
         (line(MANIFEST) + line(MANIFEST), "line 2: a second manifest"),
         (line(MANIFEST) + line(END) + line(epoch(0)), "line 3: something follows the end"),
+        (line(MANIFEST) + line(END), "line 2: finished after 0 of .* lines of epochs"),
+        (line(MANIFEST, seed=4), "is the record of .*, seed 4: must be called"),
+        (line(MANIFEST) + '{"event": {}}\n', r"line 2: not a line of a run record \(event = {}\)"),
+        (line(MANIFEST) + "[" * 100_000 + "\n", "line 2: not JSON"),
+        (line(MANIFEST) + line(epoch(0), metric=10**400), "line 2: metric = 1000.*: must be finite"),
+        (line(MANIFEST) + line(epoch(0), seconds=float("nan")), "line 2: seconds = nan: must be finite"),
+        (line(MANIFEST) + line(epoch(0), seconds=2.0) + line(epoch(1), seconds=1.0), "line 3: seconds fall"),
     ],
 )
 def test_a_foreign_or_damaged_record_names_file_and_line(path, text, message):
@@ -175,7 +182,7 @@ def test_a_foreign_or_damaged_record_names_file_and_line(path, text, message):
     with pytest.raises(RecordError, match=message) as error:
         read_run(path)
     assert str(path) in str(error.value)
-    good = written(path.with_name("adam-seed0.jsonl"), MANIFEST, epoch(0))
+    good = written(path.with_name("sgd-seed0.jsonl"), dataclasses.replace(MANIFEST, seed=0), epoch(0))
     runs, complaints = read_runs(path.parent)
     assert [run.path for run in runs] == [good]
     assert complaints == [str(error.value)]

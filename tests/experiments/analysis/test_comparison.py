@@ -49,6 +49,47 @@ def test_all_miss(tmp_path):
     assert (math.isnan(row.p_value), row.p_reason) == (True, "tied in every seed")
 
 
+def test_a_miss_that_was_over_sooner_is_no_less_a_miss(tmp_path):
+    for seed, (metrics, pace) in enumerate([(MISS, 1.0), (MISS, 1.1), (HIT_2, 5.0)], 1):
+        write(tmp_path, "ngplus", seed, metrics, seconds_per_epoch=pace)
+        write(tmp_path, "sgd", seed, HIT_4)
+    row = compared(tmp_path).loc["ngplus"]
+    assert (row.reached, row.wall_time_to_target_s) == (1, math.inf)
+
+
+def test_half_of_the_reference_reach_its_own_median_best(tmp_path):
+    for seed, best in enumerate([0.5, 0.6, 0.7, 0.8], 1):
+        write(tmp_path, "sgd", seed, [0.1, best, best, best, best], target="reference best")
+    row = compared(tmp_path).loc["sgd"]
+    assert (row.target, row.reached, row.epochs_to_target) == (0.6, 3, 1)
+
+
+def test_a_run_of_another_model_or_precision_is_left_out(tmp_path):
+    recipe = {"task": {"model": {"dim": 8}}, "run": {"precision": "float32", "seeds": [1]}, "optimizer": {}}
+    for seed in (1, 2, 3):
+        write(tmp_path, "sgd", seed, HIT_1, recipe=recipe)
+    for seed, table, own in ((4, "task", {"model": {"dim": 9}}), (5, "run", {"precision": "bf16"}), (6, "run", {})):
+        write(tmp_path, "sgd", seed, HIT_1, recipe=recipe | {table: own})
+    write(tmp_path, "sgd", 7, HIT_1, recipe=recipe, world_size=2)
+    frame = compare(tmp_path, TASK, SCALE)
+    complaints = "\n".join(frame.attrs["complaints"])
+    for seed, name in ((4, "task.model.dim"), (5, "run.precision"), (7, "world_size")):
+        assert (
+            f"sgd-seed{seed}.jsonl: has other data, model, metric or target than most of its kind ({name})"
+            in complaints
+        )
+    # Seed 6 is older than the choice of a precision, which then is no difference.
+    assert frame.seeds[0] == 4
+
+
+def test_a_copy_under_another_name_is_no_other_seed(tmp_path):
+    path = write(tmp_path, "sgd", 1, HIT_1)
+    path.with_name("sgd-seed2.jsonl").write_bytes(path.read_bytes())
+    frame = compare(tmp_path, TASK, SCALE)
+    assert frame.seeds[0] == 1
+    assert "is the record of sgd, seed 1: must be called sgd-seed1.jsonl" in "".join(frame.attrs["complaints"])
+
+
 def test_a_miss_is_later_than_every_hit_and_never_averaged_in(tmp_path):
     for seed, metrics in enumerate([HIT_1, MISS, HIT_3], 1):
         write(tmp_path, "ngplus", seed, metrics)
@@ -241,8 +282,11 @@ def test_what_does_not_belong_is_named_and_the_rest_goes_on(tmp_path):
         assert f"{name}.jsonl" in complaints
     assert "adam-seed1.jsonl: is a run of schnet-qm9" in complaints
     assert "ngplus-seed1.jsonl: is unfinished" in complaints
-    assert "sgd-seed4.jsonl: has other data, metric, target or epochs" in complaints
-    assert "sgd-seed5.jsonl: has other optimizer settings" in complaints
+    assert (
+        "sgd-seed4.jsonl: has other data, model, metric or target than most of its kind (target); left out"
+        in complaints
+    )
+    assert "sgd-seed5.jsonl: has other optimizer settings than most of its kind (lr); left out" in complaints
 
 
 def test_a_cut_off_last_line_leaves_the_run_unfinished_and_named(tmp_path):
@@ -255,7 +299,7 @@ def test_a_cut_off_last_line_leaves_the_run_unfinished_and_named(tmp_path):
 
 
 def test_a_resumed_run_counts_once(tmp_path):
-    lines = [manifest("sgd", 1), epoch(0, 0.1), epoch(1, 0.5)]
+    lines = [manifest("sgd", 1, epochs=2), epoch(0, 0.1), epoch(1, 0.5)]
     lines += [{"event": "resumed", "epoch": 1, "step": 36, "seconds": 2.0, "at": "2026-01-01T00:00:00Z"}]
     lines += [epoch(2, 0.9), {"event": "end", "reason": "finished", "seconds": 4.0}]
     path = tmp_path / TASK / SCALE / "runs" / "sgd-seed1.jsonl"

@@ -147,3 +147,20 @@ def test_holm_multiplies_the_smallest_most_and_never_changes_the_order():
 
 def test_holm_does_not_count_what_was_not_tested():
     assert holm([math.nan, 0.01, 0.02]) == pytest.approx([math.nan, 0.02, 0.02], nan_ok=True)
+
+
+def test_many_seeds_are_tested_without_every_flip():
+    ours = {seed: float(seed % 7) for seed in range(40)}
+    theirs = {seed: value + 1.0 + seed % 3 for seed, value in ours.items()}
+    theirs[0] = math.inf
+    found = paired_test(ours, theirs, until=20.0)
+    assert found.p_value < 1e-3
+    assert found == paired_test(ours, theirs, until=20.0)
+
+
+def test_differences_equal_but_for_rounding_have_no_variance():
+    ours = {seed: 0.1 * seed for seed in range(1, 6)}
+    theirs = {seed: value + 0.1 for seed, value in ours.items()}
+    found = paired_test(ours, theirs)
+    assert (found.name, found.p_value) == ("sign-flip permutation test, 5 seeds", 0.0625)
+    assert paired_difference(ours, theirs).low == pytest.approx(-0.1)

@@ -31,6 +31,9 @@ def area(values, watched, until):
         ([3, MISS], 3),  # half have reached it by then
         ([3, MISS, MISS], MISS),
         ([0, 0, 4], 0),  # before the first epoch
+        ([1, 2, 3, 4, 5, 5], 3),  # where the product of fractions is a little above a half
+        ([1, 2, 3, MISS, MISS, MISS], 3),
+        ([1, 2, 3, 3.5, 4, *[MISS] * 5], 4),
     ],
 )
 @pytest.mark.parametrize("until", [4, 5])

@@ -124,6 +124,25 @@ def test_seconds_are_compared_on_one_device(tmp_path):
     assert "no seed was trained with both on the same device" in other.why
 
 
+def test_medians_are_over_the_seeds_that_both_have(tmp_path):
+    runs(tmp_path, "ngplus", [HIT_3, HIT_2, HIT_3, HIT_3, HIT_2])
+    runs(tmp_path, "sgd", [HIT_4, HIT_3, HIT_4, HIT_4, HIT_3, MISS, MISS, MISS, MISS, MISS, MISS])
+    finding = found(tmp_path, changed(FEWER, ratio=0.7))
+    assert finding.ours.startswith("3 against 4 (0.750×)")
+    assert finding.verdict == "not reproduced"
+
+
+def test_a_run_without_a_figure_is_inconclusive(tmp_path):
+    runs(tmp_path, "ngplus", [HIT_1] * 4)
+    write(tmp_path, "ngplus", 5, [None], end="diverged")
+    runs(tmp_path, "sgd", [HIT_4, HIT_3, HIT_2, HIT_4, HIT_3])
+    finding = found(tmp_path, changed(FEWER, measure="best_metric", better="more"))
+    assert (finding.verdict, finding.why) == (
+        "inconclusive",
+        "no figure at seed 5: the run diverged before it had one",
+    )
+
+
 def test_one_side_alone_was_not_run(tmp_path):
     runs(tmp_path, "ngplus", [HIT_1])
     assert found(tmp_path, FEWER).verdict == "not run"
@@ -179,7 +198,7 @@ def test_a_curve_is_below_after_every_epoch_or_it_is_not(tmp_path, ours, verdict
 def test_a_further_figure_is_taken_where_the_metric_is_best(tmp_path):
     for seed in range(1, 6):
         for name, bleu in (("ngplus", 30.0 + seed), ("sgd", 29.0 + 0.9 * seed)):
-            path = write(tmp_path, name, seed, [0.1, 0.7, 0.6])
+            path = write(tmp_path, name, seed, [0.1, 0.7, 0.6], epochs=2)
             lines = [json.loads(line) for line in path.read_text().splitlines()]
             for number, line in enumerate(lines[1:-1]):
                 line["others"] = {"BLEU": bleu if number == 1 else 99.0}

@@ -176,7 +176,7 @@ def test_text_in_a_record_stays_text(spoilt):
 
 def test_text_in_a_chart_cannot_end_its_script(tmp_path):
     record = write(tmp_path, "ngplus", 1, HIT_1)
-    record.write_text(record.read_text().replace('"ngplus"', json.dumps(made_results.HOSTILE)))
+    record.write_text(record.read_text().replace('"top1"', json.dumps(made_results.HOSTILE)))
     found = Page(build(tmp_path))
     assert any(made_results.HOSTILE in json.dumps(spec, ensure_ascii=False).replace('\\"', '"') for spec in found.specs)
     assert len([each for each in found.found("script") if each.get("type") != "application/json"]) == 2
