@@ -28,6 +28,8 @@ class Figure:
         measure: a field of `outcomes.Outcome`, or ``others.<name>``, a further figure where the metric is best.
         value: the paper's.
         within: relative deviation that still counts as the same.
+        bound: whether the paper's value is what it is about, or the most or least it may be.
+        eval_loss: what counts as reached for a time to the target, in place of the runs' own target.
         scale: where the paper's settings stand.
     """
 
@@ -37,7 +39,13 @@ class Figure:
     measure: str
     value: float
     within: float = 0.02
+    bound: Literal["about", "at most", "at least"] = "about"
+    eval_loss: float | None = None
     scale: str = "paper"
+
+    def __post_init__(self) -> None:
+        if self.eval_loss is not None and self.measure not in ("epochs_to_target", "seconds_to_target"):
+            raise ValueError(f"eval_loss = {self.eval_loss}: is for epochs_to_target or seconds_to_target")
 
 
 @dataclass(frozen=True, kw_only=True)

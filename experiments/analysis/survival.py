@@ -35,7 +35,7 @@ class TimesToTarget:
 
         Infinite if fewer than half ever do.
         """
-        return float(qth_survival_time(_HALF, self._fit()))
+        return float(qth_survival_time(_HALF, self._fit().survival_function_))
 
     def restricted_mean(self, until: float) -> float:
         """The mean of the times, each at most `until`: the area under the Kaplan-Meier curve up to there.

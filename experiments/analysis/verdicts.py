@@ -120,10 +120,17 @@ class Evidence:
         runs = _own(comparable, check.optimizer)
         if comparable is None or not runs:
             return Finding(verdict="not run", why="needs the paper's data, model and hardware")
-        values = list(values_of(comparable, runs, check.measure).values())
+        if check.eval_loss is None:
+            values = list(values_of(comparable, runs, check.measure).values())
+        else:
+            values = [_reaches(run, check.eval_loss, check.measure) for run in runs]
         median = float(np.median(values))
         source = _source(runs, scale=check.scale)
         ours = f"{number(median)} (median of {len(values)})"
+        if check.bound != "about":
+            holds = median <= check.value if check.bound == "at most" else median >= check.value
+            word: Word = "reproduced" if holds else "not reproduced"
+            return Finding(verdict=word, why=f"the paper says {check.bound} {number(check.value)}", ours=ours, **source)
         off = abs(median - check.value) / abs(check.value) if math.isfinite(median) else math.inf
         if off <= check.within:
             return Finding(verdict="reproduced", why=f"within {check.within:.0%} of the paper's", ours=ours, **source)
@@ -171,7 +178,12 @@ class Evidence:
         row, over = _only(table, check.row, wants), _only(table, check.over, wants) if check.over else None
         if row is None or (check.over and over is None):
             return Finding(verdict="not run", why=f"bench/{check.file} has no such row")
-        value = row[check.column] / (1.0 if over is None else over[check.column])
+        try:
+            value = float(row[check.column]) / (1.0 if over is None else float(over[check.column]))
+        except (ValueError, ZeroDivisionError):
+            value = math.nan
+        if not math.isfinite(value):
+            return Finding(verdict="not run", why=f"bench/{check.file} has no number there")
         found = row.get("model", "")
         source = {"scale": "bench", "dataset": f"{found}, {row['device']}" if found else str(row["device"])}
         verdict: Word = "reproduced" if value <= check.at_most else "not reproduced"
@@ -246,6 +258,14 @@ def _own(comparable: Comparable | None, optimizer: str) -> list[Run]:
 
 def _source(runs: Sequence[Run], *, scale: str, seeds: int | None = None) -> dict[str, Any]:
     return {"scale": scale, "dataset": runs[0].manifest.dataset.name, "seeds": len(runs) if seeds is None else seeds}
+
+
+def _reaches(run: Run, level: float, measure: str) -> float:
+    """The first epoch, or the seconds by then, whose evaluated loss is `level` at most; infinite if there is none."""
+    hit = next((epoch for epoch in run.epochs if epoch.eval_loss is not None and epoch.eval_loss <= level), None)
+    if hit is None:
+        return math.inf
+    return hit.epoch if measure == "epochs_to_target" else hit.seconds
 
 
 def _never_both(check: Comparison | CurveBelow) -> Finding:

@@ -320,3 +320,31 @@ def test_the_short_table_has_the_headlines_and_counts_all(tmp_path):
     rows = [line for line in text.splitlines() if line.startswith("|")][2:]
     assert len(rows) == sum(claim.headline for claim in load_claims()) < 25
     assert text.splitlines()[-1].startswith(f"{len(frame)} claims: ")
+
+
+def test_a_figure_may_be_a_bound_on_the_first_epoch_below_a_loss(tmp_path):
+    # Losses evaluated after epochs 0 to 4 are 2, 1, 2/3, 1/2 and 2/5.
+    runs(tmp_path, "ngplus", [MISS] * 3)
+    figure = Figure(
+        task=TASK,
+        optimizer="ngplus",
+        measure="epochs_to_target",
+        value=3.0,
+        bound="at most",
+        eval_loss=0.5,
+        scale=SCALE,
+    )
+    assert found(tmp_path, figure).ours == "3 (median of 3)"
+    assert found(tmp_path, figure).verdict == "reproduced"
+    assert found(tmp_path, changed(figure, value=2.0)).verdict == "not reproduced"
+    assert found(tmp_path, changed(figure, value=2.0, bound="at least")).verdict == "reproduced"
+    assert found(tmp_path, changed(figure, eval_loss=0.1)).ours == "missed (median of 3)"
+    assert found(tmp_path, changed(figure, measure="seconds_to_target")).ours == "6 (median of 3)"
+
+
+@pytest.mark.parametrize("cell", ["", "out of memory", "inf"])
+def test_a_cost_that_was_not_measured_is_not_run(tmp_path, cell):
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "steps.csv").write_text(f"optimizer,device,s\nsgd,cpu,2.0\nngplus,cpu,{cell}\n")
+    cost = Cost(file="steps.csv", row={"optimizer": "ngplus"}, column="s", at_most=2.0, over={"optimizer": "sgd"})
+    assert (found(tmp_path, cost).verdict, found(tmp_path, cost).ours) == ("not run", "")
