@@ -6,6 +6,7 @@ with ``weights_only=True``: only tensors and plain values, no code.
 
 import os
 import random
+import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -101,6 +102,14 @@ def load_checkpoint(path: Path, parts: Checkpointed, identity: Mapping[str, Any]
     state = _read(path)
     _check_identity(path, state["identity"], identity)
     _check_model(path, state["model"], parts.model.state_dict())
+    try:
+        position = Position(**state["position"] | {"times": TimeSplit(**state["position"]["times"])})
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: does not say where the run was: {error}{_REMEDY}") from error
+    if len(state["schedules"]) != len(parts.schedules):
+        raise CheckpointError(
+            f"{path}: has {len(state['schedules'])} schedules where there are {len(parts.schedules)}{_REMEDY}"
+        )
     parts.model.load_state_dict(state["model"])
     try:
         parts.optimizer.load_state_dict(state["optimizer"])
@@ -108,8 +117,7 @@ def load_checkpoint(path: Path, parts: Checkpointed, identity: Mapping[str, Any]
         raise CheckpointError(f"{path}: does not fit the optimizer: {error}{_REMEDY}") from error
     for schedule, saved in zip(parts.schedules, state["schedules"], strict=True):
         schedule.load_state_dict(saved)
-    position = state["position"]
-    return Position(**position | {"times": TimeSplit(**position["times"])})
+    return position
 
 
 def read_identity(path: Path) -> dict[str, Any]:
@@ -162,14 +170,23 @@ def _sync_folder(folder: Path) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
+        _check_sums(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     except Exception as error:  # torch raises half a dozen kinds for a damaged file
         raise CheckpointError(f"{path}: not a checkpoint, or damaged{_REMEDY}") from error
-    if not isinstance(state, dict) or not {"identity", "position", "model"} <= set(state):
+    kinds = {"identity": dict, "position": dict, "model": dict, "optimizer": dict, "schedules": list}
+    if not isinstance(state, dict) or not all(isinstance(state.get(name), kind) for name, kind in kinds.items()):
         raise CheckpointError(f"{path}: not a checkpoint of this program{_REMEDY}")
     return state
+
+
+def _check_sums(path: Path) -> None:
+    """Refuse a file that changed on its way: `torch.load` does not look at the checksums that `torch.save` wrote."""
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():
+            raise zipfile.BadZipFile(f"{damaged} is damaged")
 
 
 def _check_identity(path: Path, saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:

@@ -138,7 +138,7 @@ def tune_command(
         list[str] | None,
         typer.Option(metavar="NAME", help="An optimizer of the recipe; may be repeated. Default: all with a space."),
     ] = None,
-    trials: Annotated[int | None, typer.Option(metavar="N", help="Trials each. Default: the recipe's.")] = None,
+    trials: Annotated[int | None, typer.Option(metavar="N", min=1, help="Trials each. Default: the recipe's.")] = None,
     keep_recipe: Annotated[bool, typer.Option("--keep-recipe", help="Do not change the recipe.")] = False,
     device: Device = "auto",
     data_dir: DataDir = Path("data"),

@@ -10,7 +10,7 @@ from experiments.data import DataFileError
 from experiments.errors import UserError
 from experiments.parallel import leave_workers
 from experiments.pool import run_apart
-from experiments.recipe import Recipe, load_recipe
+from experiments.recipe import Recipe, check_seed, load_recipe
 from experiments.runner import RunOptions, check_optimizer, finished_run, run
 
 
@@ -71,11 +71,16 @@ def jobs_of(
         options: how and where to run.
 
     Raises:
-        UserError: for an optimizer that the recipe does not have.
+        UserError: for an optimizer that the recipe does not have, or a seed out of range.
     """
     recipe = load_recipe(task, scale, overrides=overrides)
     for name in optimizers or ():
         check_optimizer(recipe, name)
+    for seed in seeds or ():
+        try:
+            check_seed(seed)
+        except ValueError as error:
+            raise UserError(str(error)) from None
     return [
         Job(task=task, scale=scale, overrides=overrides, optimizer=name, seed=seed, options=options)
         for seed in seeds or recipe.run.seeds

@@ -4,6 +4,7 @@ A new one is a settings dataclass, a function that builds it, and a line in `OPT
 recipe leaves out keeps the optimizer's own default.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -253,4 +254,6 @@ def entry_of(name: str, where: str = "optimizer") -> Entry:
             f"{where} = {name!r}: there is no such optimizer; {one_of(OPTIMIZERS)}, "
             "or one of these with a suffix, e.g. 'ngplus-adam'"
         )
+    if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name):  # it becomes part of file names
+        raise SettingsError(f"{where} = {name!r}: must be small letters and digits, with hyphens between")
     return OPTIMIZERS[registered]

@@ -67,8 +67,20 @@ class RunSettings:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds = {list(self.seeds)}: must be a list of different integers")
+        for seed in (*self.seeds, self.tuning_seed):
+            check_seed(seed)
         if self.tuning_seed in self.seeds:
             raise ValueError(f"tuning_seed = {self.tuning_seed}: must not be one of the seeds reported")
+
+
+def check_seed(seed: int) -> None:
+    """Refuse what numpy's generators do not take.
+
+    Raises:
+        ValueError: names the seed and the range.
+    """
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed = {seed}: must be from 0 to {2**32 - 1}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +203,7 @@ def _path_of(task: str, scale: str, folder: Path) -> Path:
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise SettingsError(f"{path}: not TOML: {error}") from None
 
 

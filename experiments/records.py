@@ -162,7 +162,7 @@ class Run:
 
     @property
     def devices(self) -> tuple[str, ...]:
-        """All that it ran on, with the threads of a processor; its seconds compare with those of the same."""
+        """All that it ran on."""
         found = {self.manifest.device, *(each.device for each in self.resumed if each.device)}
         return tuple(sorted(found))
 

@@ -181,12 +181,14 @@ class _Run:
         )
 
     def _begin(self) -> None:
+        # First what may fail: the run before is lost only when this one has begun.
+        untrained = self.training.evaluate()
         if self.writer:
             self.plan.path.unlink(missing_ok=True)
             self.writer.rewind(None)
         self._tell_started()
         self._write(self.manifest)
-        self._write(self.training.measure(None, self.training.evaluate()))
+        self._write(self.training.measure(None, untrained))
 
     def _train(self) -> End:
         training = self.training

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from experiments.analysis.outcomes import Outcome, outcome
+from experiments.analysis.outcomes import DEVICES, Outcome, outcome
 from experiments.analysis.runs import Comparable, load_comparable
 from experiments.analysis.statistics import (
     MedianInterval,
@@ -22,7 +22,6 @@ from experiments.analysis.statistics import (
 from experiments.analysis.survival import TimesToTarget
 from experiments.records import Run
 
-DEVICES = "; "
 COLUMNS = (
     "task",
     "scale",
@@ -216,14 +215,18 @@ def _row(run: Run, own: Mapping[int, Outcome], reference: Mapping[int, Outcome],
             horizon.seconds,
         ),
         **_versus("best_metric_difference", "best_metric_p", own, reference, lambda each: each.best_metric, math.inf),
-        "device": DEVICES.join(sorted({each.device for each in outcomes})),
+        "device": DEVICES.join(sorted({name for each in outcomes for name in each.device.split(DEVICES)})),
         "dataset_sha256": manifest.dataset.sha256,
     }
 
 
 def timed_alike(own: Mapping[int, Outcome], others: Mapping[int, Outcome]) -> dict[int, Outcome]:
-    """The seeds that both have from the same device."""
-    return {seed: each for seed, each in own.items() if seed in others and others[seed].device == each.device}
+    """The seeds that both have from one and the same device."""
+    return {
+        seed: each
+        for seed, each in own.items()
+        if seed in others and others[seed].device == each.device and DEVICES not in each.device
+    }
 
 
 def _times(

@@ -151,7 +151,9 @@ def _draw_row(row: np.ndarray, runs: dict[str, list[Run]], panel: Panel) -> None
 
 def other_devices(runs: dict[str, list[Run]]) -> dict[str, str]:
     """The devices of each optimizer that did not run on those of the first: its seconds are others."""
-    found = {name: " and ".join(sorted({run.manifest.device for run in own})) for name, own in runs.items()}
+    found = {
+        name: " and ".join(sorted({device for run in own for device in run.devices})) for name, own in runs.items()
+    }
     first = next(iter(found.values()))
     return {name: devices for name, devices in found.items() if devices != first}
 

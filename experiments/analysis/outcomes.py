@@ -8,6 +8,8 @@ import numpy as np
 
 from experiments.records import Epoch, Run
 
+DEVICES = "; "
+
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
@@ -27,7 +29,7 @@ class Outcome:
         apply_s: the same for applying the preconditioner.
         peak_memory_mb: the most of any epoch, MiB.
         diverged: whether it ended because its loss stopped being a number.
-        device: what it ran on. Seconds taken on two devices do not compare two optimizers.
+        device: what it ran on, with `DEVICES` between several. Seconds of two devices do not compare two optimizers.
     """
 
     epochs_to_target: float
@@ -66,7 +68,7 @@ def outcome(run: Run, target: float | None) -> Outcome:
         apply_s=_per_epoch(run, lambda epoch: epoch.apply_s),
         peak_memory_mb=max((epoch.peak_memory_mb for epoch in run.epochs), default=math.nan),
         diverged=run.end is not None and run.end.reason == "diverged",
-        device=run.manifest.device,
+        device=DEVICES.join(run.devices),
     )
 
 

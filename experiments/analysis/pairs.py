@@ -51,9 +51,9 @@ class Pair:
 
     def _timed_alike(self) -> tuple[list[Run], list[Run]]:
         """The runs of seeds that both trained on the same device."""
-        places = [{(run.manifest.seed, run.manifest.device) for run in runs} for runs in (self.ours, self.theirs)]
+        places = [{(run.manifest.seed, run.devices) for run in runs} for runs in (self.ours, self.theirs)]
         ours, theirs = (
-            [run for run in runs if (run.manifest.seed, run.manifest.device) in places[0] & places[1]]
+            [run for run in runs if (run.manifest.seed, run.devices) in places[0] & places[1] and len(run.devices) == 1]
             for runs in (self.ours, self.theirs)
         )
         return ours, theirs

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from lifelines import KaplanMeierFitter
-from lifelines.utils import qth_survival_time, restricted_mean_survival_time
+from lifelines.utils import restricted_mean_survival_time
 
 # The curve is a product of fractions: a half may come out a little above one half.
 _HALF = 0.5 + 1e-9
@@ -35,7 +35,8 @@ class TimesToTarget:
 
         Infinite if fewer than half ever do.
         """
-        return float(qth_survival_time(_HALF, self._fit().survival_function_))
+        curve = self._fit().survival_function_.iloc[:, 0]
+        return float(min(curve.index[curve <= _HALF], default=math.inf))
 
     def restricted_mean(self, until: float) -> float:
         """The mean of the times, each at most `until`: the area under the Kaplan-Meier curve up to there.

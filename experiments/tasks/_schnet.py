@@ -175,11 +175,11 @@ class SchNetTask:
         """Mean squared and mean absolute error over a split.
 
         Raises:
-            ValueError: the split is empty.
+            SettingsError: the split is empty.
         """
         indices = {"validation": self._split.validation, "test": self._split.test}[split]
         if not len(indices):
-            raise ValueError(f"the {split} split is empty: set {split}_size in the recipe's [task] table")
+            raise SettingsError(f"the {split} split is empty: set {split}_size in the recipe's [task] table")
         device = next(model.parameters()).device
         squared, absolute = torch.zeros(2, dtype=torch.float64, device=device)
         parts = (indices[start : start + EVAL_BATCH] for start in range(0, len(indices), EVAL_BATCH))

@@ -146,11 +146,11 @@ class DLRMCriteo:
         """Mean cross entropy and accuracy, with its standard error √(p(1−p)/N), and the area under the ROC curve.
 
         Raises:
-            ValueError: the split is empty.
+            SettingsError: the split is empty.
         """
         start, stop = self._clicks.parts[split]
         if start == stop:
-            raise ValueError(f"the {split} split is empty: set {split}_size in the recipe's [task] table")
+            raise SettingsError(f"the {split} split is empty: set {split}_size in the recipe's [task] table")
         device = next(model.parameters()).device
         parts = []
         for first in range(start, stop, EVAL_BATCH):

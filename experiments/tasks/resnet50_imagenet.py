@@ -154,7 +154,7 @@ class ResNet50ImageNet:
         """Mean cross entropy, without smoothing, and the fraction of samples whose class scores highest.
 
         Raises:
-            ValueError: the split is empty.
+            SettingsError: the split is empty.
         """
         device = next(model.parameters()).device
         loss, hits, count = torch.zeros((), device=device), torch.zeros((), device=device), 0
@@ -164,7 +164,7 @@ class ResNet50ImageNet:
             hits += (logits.argmax(dim=1) == labels).sum()
             count += len(labels)
         if not count:
-            raise ValueError(f"the {split} split is empty: set {split}_size in the recipe's [task] table")
+            raise SettingsError(f"the {split} split is empty: set {split}_size in the recipe's [task] table")
         return Evaluation(loss=loss.item() / count, metric=hits.item() / count)
 
     def to_device(self, batch: Batch, device: str | torch.device) -> Batch:

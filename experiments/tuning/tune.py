@@ -32,7 +32,7 @@ def tune(
     Raises:
         UserError: there is no space to search in, no trial came to its end, or another search is in the folder.
     """
-    tried = Search(recipe, optimizer, options, folder).run(trials or recipe.tuning.trials)
+    tried = Search(recipe, optimizer, options, folder).run(recipe.tuning.trials if trials is None else trials)
     csv = options.results_dir / recipe.task / recipe.scale / "tuning.csv"
     best = best_of(tried)
     source = f"tuned on the validation split at seed {best.run.manifest.seed}, {len(tried)} trials: {_named(csv)}"

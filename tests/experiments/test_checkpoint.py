@@ -112,3 +112,30 @@ def test_a_full_disk_is_said_and_the_checkpoint_before_stays(path, monkeypatch):
         save_checkpoint(path, parts(), Position(step=2), IDENTITY)
     assert load_checkpoint(path, parts(), IDENTITY).step == 1
     assert [each.name for each in path.parent.iterdir()] == ["sgd.pt"]
+
+
+@pytest.mark.parametrize("where", [0.3, 0.5, 0.7])
+def test_a_changed_byte_is_noticed(path, where):
+    save_checkpoint(path, parts(width=100), Position(), IDENTITY)
+    content = bytearray(path.read_bytes())
+    content[int(where * len(content))] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="not a checkpoint, or damaged; start over with --force"):
+        load_checkpoint(path, parts(width=100), IDENTITY)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"identity": []}, "not a checkpoint of this program"),
+        ({"schedules": None}, "not a checkpoint of this program"),
+        ({"schedules": []}, "has 0 schedules where there are 1"),
+        ({"position": {"epoch": 1}}, "does not say where the run was"),
+        ({"position": {"colour": 1, "times": {}}}, "does not say where the run was"),
+    ],
+)
+def test_a_checkpoint_of_another_form_is_refused(path, change, message):
+    save_checkpoint(path, parts(), Position(), IDENTITY)
+    torch.save(torch.load(path) | change, path)
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(path, parts(), IDENTITY)

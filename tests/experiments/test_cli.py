@@ -85,6 +85,7 @@ def test_a_finished_run_is_said_to_be_finished(command, tmp_path):
         (["run", "toy", "--scale", "big"], "error: scale = 'big': toy has no recipe for it; must be one of tiny"),
         (["run", "toy", "--optimizer", "lion"], "must be one of adam, ngplus, sgd"),
         (["run", "toy", "--set", "optimizers.sgd.size=1"], "[optimizers.sgd]: size = 1: unknown key"),
+        (["run", "toy", "--seed", "-1"], "seed = -1: must be from 0 to 4294967295"),
         (["run", "toy", "--epochs", "0"], "[run]: epochs = 0: must be at least 1"),
         (["run", "toy", "--optimizer", "sgd", "--seed", "0", "--device", "tpu"], "must be one of auto, cpu, cuda"),
         (["data", "mnist"], "error: data = 'mnist': there is no such dataset; must be one of "),

@@ -54,6 +54,16 @@ def test_the_settings_in_full_hold_the_defaults_too(load):
         ("epochs = { value = 3,", 'epochs = { value = "3",', "[run]: epochs = '3': must be an integer"),
         ("epochs = { value = 3,", "epochs = { value = 0,", "[run]: epochs = 0: must be at least 1"),
         ("tuning_seed = { value = 100", "tuning_seed = { value = 1", "tuning_seed = 1: must not be one of the seeds"),
+        ("value = [0, 1]", "value = [0, -4]", "[run]: seed = -4: must be from 0 to 4294967295"),
+        (
+            "tuning_seed = { value = 100",
+            "tuning_seed = { value = 4294967296",
+            "seed = 4294967296: must be from 0",
+        ),
+        ("[optimizers.adam]", '[optimizers."sgd-../evil"]', "name = 'sgd-../evil': must be small letters and digits"),
+        ("lr = { value = 0.1,", "lr = { value = inf,", "[optimizers.sgd]: lr = inf: must be finite"),
+        ("target = { value = 0.5", "target = { value = nan", "target = nan: must be finite, or must be one of ref"),
+        ("[task]", "x = " + "[" * 3000, "not TOML"),
         ("value = [0, 1]", "value = [0, 0]", "[run]: seeds = [0, 0]: must be a list of different integers"),
         ("tuning_seed", "tuned_at", "[run]: tuned_at = 100: unknown key; must be one of accumulate, epochs"),
         (

@@ -195,6 +195,48 @@ def test_an_unfinished_record_without_its_checkpoint_is_not_thrown_away(load, op
         run(load(), "sgd", 0, options)
 
 
+def test_a_record_behind_its_checkpoint_is_said_before_anything_is_trained(load, options, interrupt):
+    interrupt(15)
+    with pytest.raises(InterruptedRunError):
+        run(load(), "sgd", 0, options)
+    path = options.results_dir / "toy" / "tiny" / "runs" / "sgd-seed0.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
+    before = path.read_bytes()
+    interrupt(1)
+    with pytest.raises(UserError, match=r"ends after epoch 0, its checkpoint .* is of epoch"):
+        run(load(), "sgd", 0, options)
+    assert path.read_bytes() == before
+
+
+def test_a_resumed_run_names_what_it_was_resumed_on(load, options, interrupt):
+    interrupt(15)
+    with pytest.raises(InterruptedRunError):
+        run(load(), "sgd", 0, options)
+    interrupt(None)
+    record = run(load(), "sgd", 0, options)
+    assert [each.device for each in record.resumed] == [device_name("cpu")]
+    assert record.devices == (device_name("cpu"),)
+    elsewhere = dataclasses.replace(record.resumed[0], device="another")
+    assert dataclasses.replace(record, resumed=(elsewhere,)).devices == tuple(sorted(["another", device_name("cpu")]))
+
+
+def test_an_evaluation_that_cannot_begin_leaves_the_record_before(load, options, interrupt, monkeypatch):
+    interrupt(9)
+    with pytest.raises(InterruptedRunError):
+        run(load(), "sgd", 0, options)
+    interrupt(None)
+    path = options.results_dir / "toy" / "tiny" / "runs" / "sgd-seed0.jsonl"
+    before = path.read_bytes()
+
+    def fails(*_):
+        raise UserError("the split is empty")
+
+    monkeypatch.setattr(toy.Toy, "evaluate", fails)
+    with pytest.raises(UserError, match="the split is empty"):
+        run(load(), "sgd", 0, dataclasses.replace(options, force=True))
+    assert path.read_bytes() == before
+
+
 def test_a_record_cut_off_in_its_last_line_is_mended(load, options, interrupt):
     interrupt(9)
     with pytest.raises(InterruptedRunError):

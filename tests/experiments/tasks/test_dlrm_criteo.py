@@ -378,7 +378,7 @@ def test_a_log_trains_with_every_vocabulary_and_sparse_tables(choice, log_dir):
 
 def test_an_empty_validation_part_is_named(log_dir):
     made = log_task(log_dir)
-    with pytest.raises(ValueError, match="the validation split is empty: set validation_size"):
+    with pytest.raises(SettingsError, match="the validation split is empty: set validation_size"):
         made.evaluate(_Constant(0.0), "validation")
 
 

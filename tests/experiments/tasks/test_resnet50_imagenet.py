@@ -214,7 +214,7 @@ def test_zero_gamma_starts_the_residual_branches_at_zero():
 
 def test_a_split_that_is_empty_is_named():
     made = task(validation_size=0)
-    with pytest.raises(ValueError, match="the validation split is empty"), torch.no_grad():
+    with pytest.raises(SettingsError, match="the validation split is empty"), torch.no_grad():
         made.evaluate(made.build_model().eval(), "validation")
 
 

@@ -258,7 +258,7 @@ def test_a_setting_that_does_not_fit_is_named(name, changes, complaint):
 
 def test_an_empty_split_is_an_error(made):
     empty = task(made.name, validation_size=0)
-    with pytest.raises(ValueError, match="the validation split is empty: set validation_size"):
+    with pytest.raises(SettingsError, match="the validation split is empty: set validation_size"):
         empty.evaluate(empty.build_model(), "validation")
 
 
