@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any, ClassVar
 
 import torch
@@ -256,9 +257,16 @@ class NGPlus(Optimizer):
 
         return evaluate
 
-    @torch.no_grad()
     def _precondition(self) -> None:
-        """Gradients to directions, the curvature first where it is due."""
+        """Gradients to directions, whatever the loop around the step is in: autocast would round every product."""
+        devices = {p.device.type for group in self.param_groups for p in group["params"]}
+        with torch.no_grad(), ExitStack() as stack:
+            for device in devices:
+                stack.enter_context(torch.autocast(device, enabled=False))
+            self._to_directions()
+
+    def _to_directions(self) -> None:
+        """The curvature first where it is due."""
         if self._options.nonfinite == "raise":
             self._raise_if_nonfinite("gradient")
         if self._fresh and (wanted := self._wanted()):
