@@ -166,14 +166,17 @@ def low_rank(columns: Tensor, damping: float) -> LowRankInverse | None:
     """`LowRankInverse` of UUᵀ for U (p, rank); None where UᵀU has no eigenvalues.
 
     With UᵀU = VSVᵀ, W = UV(λI + S)^(−½); the columns that are not to be seen beside I in U's precision, s/(λ + s) below
-    its ε, are left out, which on a network in training is often most of them.
+    its ε, are left out, which on a network in training is often most of them. So are those whose s is the rounding of
+    the largest: where ‖L‖/λ is huge it may be more than λ, or less than −λ.
     """
     U = columns.to(factor_dtype(columns))
     products = U.T @ U
     if not bool(products.isfinite().all()):  # waits for the device, as for the explicit inverse
         return None
     S, V = torch.linalg.eigh(products)
-    kept = S / (damping + S) > torch.finfo(columns.dtype).eps
+    seen_beside_one = S / (damping + S) > torch.finfo(columns.dtype).eps
+    rounding = S[-1:] * (S.numel() * torch.finfo(S.dtype).eps)
+    kept = seen_beside_one & S.gt(rounding)
     W = (U @ V[:, kept]) / (damping + S[kept]).sqrt()
     return LowRankInverse(W.to(columns.dtype).contiguous(), damping)
 
