@@ -58,7 +58,8 @@ class DenseInverse:
         if self.shape.blocks == (1, 0):
             return gradient @ self.inverses[0]
         for inverse, columns in zip(self.inverses, torch.split(gradient, self._lengths(), dim=2), strict=True):
-            blocks = columns.view(*columns.shape[:2], -1, inverse.shape[1]).transpose(1, 2)  # (groups, count, q, size)
+            count, size = len(inverse) // self.shape.groups, inverse.shape[1]
+            blocks = columns.view(*columns.shape[:2], count, size).transpose(1, 2)  # (groups, count, q, size)
             blocks.copy_(blocks @ inverse.view(*blocks.shape[:2], *inverse.shape[1:]))
         return gradient
 
