@@ -6,8 +6,9 @@ one more column. For an embedding it is table rows × dimensions.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,15 +86,36 @@ class Layer:
 
 
 def find_layers(model: nn.Module, batch_dim: int | Mapping[str, int] = 0) -> list[Layer]:
-    """The layers of ``model`` that NG+ can precondition, each weight once however many modules share it."""
+    """The layers of ``model`` that NG+ can precondition, each weight once however many modules share it.
+
+    A bias that modules of different weights share is no column of any matrix: its gradient is that of all its uses.
+    """
+    found = [layer for prefix, module in model.named_modules() for layer in _module_layers(prefix, module)]
+    shared = _shared_biases(found)
     layers: dict[int, Layer] = {}
-    for prefix, module in model.named_modules():
-        for layer in _module_layers(prefix, module):
-            layer.batch_dim = _batch_dim(batch_dim, prefix)
-            known = layers.setdefault(id(layer.weight), layer)
-            if known.bias is None:
-                known.bias, known.bias_start = layer.bias, layer.bias_start
+    for layer in found:
+        layer.batch_dim = _batch_dim(batch_dim, layer.module)
+        if id(layer.bias) in shared:
+            layer.bias = None
+        known = layers.setdefault(id(layer.weight), layer)
+        if known.bias is None:
+            known.bias, known.bias_start = layer.bias, layer.bias_start
     return list(layers.values())
+
+
+def _shared_biases(layers: Sequence[Layer]) -> set[int]:
+    """The ids of the biases of which some entry is used with different weights."""
+    users: dict[int, list[Layer]] = {}
+    for layer in layers:
+        if layer.bias is not None:
+            users.setdefault(id(layer.bias), []).append(layer)
+    pairs = [pair for together in users.values() for pair in itertools.combinations(together, 2)]
+    return {
+        id(one.bias)
+        for one, other in pairs
+        if one.weight is not other.weight
+        and max(one.bias_start, other.bias_start) < min(one.bias_slice.stop, other.bias_slice.stop)
+    }
 
 
 def parameter_layers(groups: Iterable[Mapping[str, Any]]) -> list[Layer]:
