@@ -298,9 +298,10 @@ class Capture:
             self._drop_stale(record)
             record.backward = backward
         record.pending.discard(use)
-        with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
-            part = use.call.factors(use.call.source, gradient.detach().reshape(use.output))
-            record.parts.append(part if use.grouping is None else self._grouped(part, use.grouping, use))
+        if gradient.numel():  # an empty batch, or sequences of length zero, have nothing to sum
+            with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
+                part = use.call.factors(use.call.source, gradient.detach().reshape(use.output))
+                record.parts.append(part if use.grouping is None else self._grouped(part, use.grouping, use))
         use.call.source = None
         if not record.pending or self._sampling.samples == "rows":
             self._reduce(record)

@@ -88,9 +88,11 @@ class Layer:
 def find_layers(model: nn.Module, batch_dim: int | Mapping[str, int] = 0) -> list[Layer]:
     """The layers of ``model`` that NG+ can precondition, each weight once however many modules share it.
 
-    A bias that modules of different weights share is no column of any matrix: its gradient is that of all its uses.
+    A weight without entries, as of no inputs, is no layer. A bias that modules of different weights share is no column
+    of any matrix: its gradient is that of all its uses.
     """
-    found = [layer for prefix, module in model.named_modules() for layer in _module_layers(prefix, module)]
+    modules = model.named_modules()
+    found = [layer for prefix, module in modules for layer in _module_layers(prefix, module) if layer.weight.numel()]
     shared = _shared_biases(found)
     layers: dict[int, Layer] = {}
     for layer in found:
@@ -126,7 +128,7 @@ def parameter_layers(groups: Iterable[Mapping[str, Any]]) -> list[Layer]:
         layers += [
             Layer(name, parameter, None)
             for name, parameter in zip(names, group["params"], strict=True)
-            if parameter.dim() > 1
+            if parameter.dim() > 1 and parameter.numel()
         ]
     return layers
 
@@ -139,7 +141,7 @@ def unsupported_modules(model: nn.Module) -> list[str]:
         for prefix, module in model.named_modules()
         if not isinstance(module, VECTORS)
         and any(
-            parameter.dim() > 1 and parameter.requires_grad and id(parameter) not in covered
+            parameter.dim() > 1 and parameter.numel() and parameter.requires_grad and id(parameter) not in covered
             for parameter in module._parameters.values()
             if parameter is not None
         )

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.modules import module as nn_module
 
 from ngplus import NGPlus
+from ngplus.baselines import KFAC, SENG
 
 
 @pytest.fixture
@@ -431,6 +432,62 @@ def test_zero_grad_forgets_what_was_summed():
     (oracle.energy(model(x)) / 5).backward()
     optimizer.step()
     assert oracle.error(model, oracle.directions(gradients, 0.3)) <= 1e-10
+
+
+# Nothing to sum -----------------------------------------------------------------------------------------------------
+
+EMPTY = {
+    "vectors": (lambda: nn.Linear(4, 3), (4,), (0, 4)),
+    "sequences": (lambda: nn.Linear(4, 3), (2, 4), (0, 2, 4)),
+    "sequences of no length": (lambda: nn.Linear(4, 3), (2, 4), (3, 0, 4)),
+    "images": (lambda: nn.Conv2d(2, 3, 3), (2, 5, 5), (0, 2, 5, 5)),
+    "lookups": (lambda: nn.Embedding(9, 3), (4,), (0, 4)),
+    "lookups of no length": (lambda: nn.Embedding(9, 3), (4,), (3, 0)),
+    "bags": (lambda: nn.EmbeddingBag(9, 3), (4,), (0, 4)),
+}
+
+
+@pytest.mark.parametrize("optimizer", [NGPlus, KFAC, SENG])
+@pytest.mark.parametrize("samples", ["batch", "rows"])
+@pytest.mark.parametrize("case", EMPTY)
+def test_an_empty_batch_on_a_curvature_step_is_as_if_it_had_not_been(case, samples, optimizer):
+    """Alone it gives no curvature; beside others, before or after them, it changes nothing of theirs."""
+    make, shape, empty = EMPTY[case]
+    options = {} if optimizer is KFAC else {"samples": samples}
+    torch.manual_seed(0)
+    start = make().double()
+    whole = torch.randint(9, (5, *shape)) if isinstance(start, nn.Embedding | nn.EmbeddingBag) else points(5, *shape)
+    nothing = torch.zeros(empty, dtype=whole.dtype)
+
+    def direction(*batches):
+        model = copy.deepcopy(start)
+        trained = optimizer(model, lr=1e-9, update_every=1, **options)
+        for x in batches:
+            oracle.energy(model(x)).backward()
+        trained.step()
+        return model.weight.grad, list(trained.curvature)
+
+    expected = direction(whole)
+    assert expected[1] == ["weight"]
+    for batches in ([nothing, whole], [whole, nothing]):
+        torch.testing.assert_close(direction(*batches)[0], expected[0], rtol=1e-12, atol=1e-12)
+    gradient, curvature = direction(nothing)
+    assert not gradient.any()
+    assert not curvature
+
+
+@pytest.mark.parametrize("kind", ["model", "parameters"])
+def test_a_weight_without_entries_is_no_layer(kind):
+    model = nn.ModuleList([nn.Linear(0, 3), nn.Linear(4, 3)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        if kind == "model":
+            optimizer = NGPlus(model, lr=0.1)
+        else:
+            optimizer = NGPlus(model.parameters(), lr=0.1, curvature="mini_batch")
+    oracle.energy(model[0](torch.zeros(5, 0)) * model[1](torch.randn(5, 4))).backward()
+    optimizer.step()
+    assert len(optimizer.curvature) == 1
 
 
 # Copies while armed -------------------------------------------------------------------------------------------------
