@@ -227,7 +227,7 @@ class Capture:
         inside = self._inside
         if inside.module is module:
             inside.depth += 1
-        elif inside.module is None and id(module) in self._watched and torch.is_grad_enabled():
+        elif inside.module is None and id(module) in self._watched and torch.is_grad_enabled() and not _transformed():
             inside.module, inside.depth, inside.mode = module, 1, _Watcher(self)
             inside.mode.__enter__()  # type: ignore[no-untyped-call]
 
@@ -265,9 +265,11 @@ class Capture:
         weight = weight_argument(function, args, kwargs)
         for argument in _flat((*args, *kwargs.values())):
             layer = self._layer_of(argument)
-            if layer is None or not _has_gradient(output, argument):
+            if layer is None or not (_has_gradient(output, argument) or (_transformed() and torch.is_grad_enabled())):
                 continue
             try:
+                if _transformed():
+                    raise UnsupportedCall("is used inside a transform of torch.func")
                 if argument is not weight:
                     raise UnsupportedCall(f"is used by {getattr(function, '__name__', function)}")
                 call = read_call(layer, function, args, kwargs, argument, attention)
@@ -421,6 +423,12 @@ def _undispatched(function: Any) -> Callable[..., Any]:
     )
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy
+
+
+def _transformed() -> bool:
+    """Whether `torch.func` or `torch.jit.trace` looks through what is called now: it makes no graph of its own."""
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+    return tracing or torch._C._functorch.maybe_current_level() is not None
 
 
 def _receive(capture: weakref.ref[Capture], use: _Use, gradient: Tensor) -> None:
