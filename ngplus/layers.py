@@ -88,11 +88,11 @@ class Layer:
 def find_layers(model: nn.Module, batch_dim: int | Mapping[str, int] = 0) -> list[Layer]:
     """The layers of ``model`` that NG+ can precondition, each weight once however many modules share it.
 
-    A weight without entries, as of no inputs, is no layer. A bias that modules of different weights share is no column
+    A complex weight, or one without entries, is no layer. A bias that modules of different weights share is no column
     of any matrix: its gradient is that of all its uses.
     """
-    modules = model.named_modules()
-    found = [layer for prefix, module in modules for layer in _module_layers(prefix, module) if layer.weight.numel()]
+    every = (layer for prefix, module in model.named_modules() for layer in _module_layers(prefix, module))
+    found = [layer for layer in every if _is_matrix(layer.weight)]
     shared = _shared_biases(found)
     layers: dict[int, Layer] = {}
     for layer in found:
@@ -121,16 +121,20 @@ def _shared_biases(layers: Sequence[Layer]) -> set[int]:
 
 
 def parameter_layers(groups: Iterable[Mapping[str, Any]]) -> list[Layer]:
-    """Every parameter of two or more dimensions as a matrix out × rest, where there is no model to ask."""
+    """Every real parameter of two or more dimensions as a matrix out × rest, where there is no model to ask."""
     layers = []
     for number, group in enumerate(groups):
         names = group.get("param_names", [f"group {number} parameter {i}" for i in range(len(group["params"]))])
         layers += [
             Layer(name, parameter, None)
             for name, parameter in zip(names, group["params"], strict=True)
-            if parameter.dim() > 1 and parameter.numel()
+            if parameter.dim() > 1 and _is_matrix(parameter)
         ]
     return layers
+
+
+def _is_matrix(weight: Tensor) -> bool:
+    return weight.numel() > 0 and not weight.is_complex()
 
 
 def unsupported_modules(model: nn.Module) -> list[str]:
