@@ -280,7 +280,7 @@ def layer_statistic(layer: Layer, options: Options, generator: torch.Generator) 
         return None
     shape = layer.shape(options.block_size)
     dtype = statistics_dtype(gradient.dtype)
-    if gradient.is_sparse and shape.side == "right":
+    if gradient.is_sparse and shape.side == "right" and layer.trained_bias is None:
         G = gradient.coalesce()._values().to(dtype).unsqueeze(0)
     else:
         dense = gradient.to_dense() if gradient.is_sparse else gradient

@@ -230,7 +230,7 @@ class KroneckerCurvature(Curvature):
 
     def _replace(self, layer: Layer, state: LayerState, gradient: Tensor) -> None:
         """As in `Curvature`; a table's sparse gradient stays sparse."""
-        if not gradient.is_sparse:
+        if not gradient.is_sparse or layer.trained_bias is not None:
             super()._replace(layer, state, gradient)
             return
         inverse = state.preconditioner

@@ -169,7 +169,7 @@ class SENGCurvature(Curvature):
 
     def _replace(self, layer: Layer, state: LayerState, gradient: Tensor) -> None:
         """As in `Curvature`; a table's sparse gradient comes back with the rows that samples looked up added."""
-        if not gradient.is_sparse:
+        if not gradient.is_sparse or layer.trained_bias is not None:
             super()._replace(layer, state, gradient)
             return
         inverse = state.preconditioner
