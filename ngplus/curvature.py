@@ -58,6 +58,10 @@ class LayerState:
         """Numbers kept."""
         return sum(tensor.numel() for tensor in self.tensors())
 
+    def fits(self, layer: Layer) -> bool:
+        """Whether this is of the layer's matrix as it is now: its bias may have been frozen, freed or added since."""
+        return layer.shape(self.shape.block_size) == self.shape
+
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, lists and tensors."""
         return {

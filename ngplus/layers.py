@@ -59,6 +59,12 @@ class Layer:
     batch_dim: int = 0
     of_attention: bool = False
 
+    def known_as(self, known: Mapping[int, Layer]) -> Layer:
+        """The layer that is known by this one's weight, with this one's bias; itself where there is none."""
+        layer = known.get(id(self.weight), self)
+        layer.bias, layer.bias_start = self.bias, self.bias_start
+        return layer
+
     @property
     def module(self) -> str:
         """Name of the module that the weight is a parameter of."""

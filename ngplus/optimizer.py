@@ -191,13 +191,12 @@ class NGPlus(Optimizer):
             found = parameter_layers(self.param_groups)
         else:
             found = find_layers(self._model, self._options.batch_dim)
-        known = {id(layer.weight): layer for layer in getattr(self, "_layers", [])}
-        layers = [known.get(id(layer.weight), layer) for layer in found]
-        self._layers = [layer for layer in layers if id(layer.weight) in mine]
-        self._groups = {layer: mine[id(layer.weight)] for layer in self._layers}
-        for layer in self._layers:
+        for layer in found:
             if layer.bias is not None and id(layer.bias) not in mine:
                 layer.bias = None
+        known = {id(layer.weight): layer for layer in getattr(self, "_layers", [])}
+        self._layers = [layer.known_as(known) for layer in found if id(layer.weight) in mine]
+        self._groups = {layer: mine[id(layer.weight)] for layer in self._layers}
         self._capture: Capture | None = None
         if self._model is not None and self._options.curvature == "per_sample":
             self._capture = self._make_capture(self._model)
@@ -486,6 +485,7 @@ class NGPlus(Optimizer):
         self._restore(state_dict[self._key], states)
 
     def _pack(self) -> dict[str, Any]:
+        states = self._curvature.states
         return {
             "base": type(self._base).__name__,
             "steps": self._steps,
@@ -493,7 +493,7 @@ class NGPlus(Optimizer):
             "tries": {layer.name: count for layer, count in self._tries.items()},
             "skipped": self.skipped_steps,
             "generator": self._generator.get_state(),
-            "layers": {name: state.state_dict() for name, state in self.curvature.items()},
+            "layers": {layer.name: state.state_dict() for layer, state in states.items() if state.fits(layer)},
         }
 
     def _unpack(self, packed: Mapping[str, Any]) -> dict[Layer, LayerState]:
