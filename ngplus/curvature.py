@@ -197,14 +197,14 @@ class Curvature:
         return damping**0.5 if self._options.damping_rule == "released" else damping
 
     def _moving_average(self, layer: Layer, statistic: Statistic) -> list[Tensor]:
-        """L̄ₖ = β L̄ₖ₋₁ + (1 − β) Lₖ, which starts from L₀, equation (11)."""
-        before = self.states.get(layer)
-        if not self._options.ema or before is None or before.average is None or before.shape != statistic.shape:
-            return statistic.moments
-        beta = self._options.ema
-        return [
-            old.mul(beta).add_(new, alpha=1 - beta) for old, new in zip(before.average, statistic.moments, strict=True)
-        ]
+        """L̄ₖ = β L̄ₖ₋₁ + (1 − β) Lₖ, which starts from L₀, equation (11), and anew where its form has changed."""
+        before, moments, beta = self.states.get(layer), statistic.moments, self._options.ema
+        if not beta or before is None or before.average is None or before.shape != statistic.shape:
+            return moments
+        if [old.shape for old in before.average] != [new.shape for new in moments]:  # a loaded K-FAC's other max_side
+            return moments
+        pairs = zip(before.average, moments, strict=True)
+        return [old.to(new).mul(beta).add_(new, alpha=1 - beta) for old, new in pairs]
 
     def _invert(self, requests: Sequence[Request]) -> None:
         if distributed.world_size() > 1 and requests:

@@ -135,6 +135,7 @@ class ShampooCurvature(Curvature):
         assert before.average is not None
         if before.preconditioner.main.device != gradient.device:
             before.to(gradient.device)
+        before.average = [matrix.to(products[0].dtype) for matrix in before.average]
         for matrix, product in zip(before.average, products, strict=True):
             self._add(matrix, product, finite)
         if renew:

@@ -270,7 +270,7 @@ LOOKS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")
 @pytest.mark.parametrize("look", LOOKS)
 def test_a_transform_of_the_model_between_forward_passes_is_not_watched(look):
     problem = perceptron()
@@ -544,6 +544,7 @@ def test_a_model_made_double_after_the_optimizer_goes_on_in_double(make):
     train(problem, optimizer, 3)
     train(double, NGPlus(double.model, **SETTINGS, ema=0.5, momentum=0.9), 4)
     assert all(p.dtype == torch.float64 for p in problem.model.parameters())
+    assert all(tensor.dtype == torch.float64 for state in optimizer.curvature.values() for tensor in state.tensors())
     assert distance(problem.model, double.model) < 1e-4
 
 
