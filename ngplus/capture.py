@@ -82,6 +82,10 @@ class Statistic:
         """Everything that was gathered."""
         return [*self.moments, *self.columns]
 
+    def is_zero(self) -> bool:
+        """Whether every sample's gradient is zero. Waits for the device."""
+        return all(is_zero(tensor) for tensor in self.tensors())
+
     def add(self, moments: list[Tensor]) -> None:
         """Add to the sum."""
         self.moments = gfim.added([self.moments, moments]) if self.moments else moments
@@ -319,8 +323,15 @@ class Capture:
         return rows_by_sample(part, index, use.batch_dim, grouping.samples, layer.name)
 
     def _drop_stale(self, record: _Record) -> None:
-        """Drop the sums of a backward whose gradients are gone: a skipped step, then ``model.zero_grad()``."""
-        if record.layer.weight.grad is None and record.statistic.used:
+        """Drop the sums of a backward whose gradients are gone: a skipped step, then ``model.zero_grad()``.
+
+        Gradients of zeros beside sums that are not are gone too: ``set_to_none=False``. It waits for the device, on the
+        second backward of a curvature step and those after it.
+        """
+        if not record.statistic.used:
+            return
+        gradient = record.layer.weight.grad
+        if gradient is None or (is_zero(gradient) and not record.statistic.is_zero()):
             record.statistic = self._statistic(record.statistic.shape)
 
     def _reduce(self, record: _Record) -> None:
@@ -423,6 +434,11 @@ def _undispatched(function: Any) -> Callable[..., Any]:
     )
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy
+
+
+def is_zero(tensor: Tensor) -> bool:
+    """Whether no entry differs from zero. Waits for the device."""
+    return not bool((tensor._values() if tensor.is_sparse else tensor).any())
 
 
 def _transformed() -> bool:

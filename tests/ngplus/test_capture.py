@@ -434,6 +434,45 @@ def test_zero_grad_forgets_what_was_summed():
     assert oracle.error(model, oracle.directions(gradients, 0.3)) <= 1e-10
 
 
+@pytest.mark.parametrize("optimizer", [NGPlus, KFAC, SENG])
+@pytest.mark.parametrize("factor", [1.0, float("nan"), 0.0])
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_the_models_zero_grad_forgets_a_backward_without_a_step(sparse, set_to_none, factor, optimizer):
+    """As after a step that a scaler skipped."""
+    torch.manual_seed(0)
+    start = nn.Embedding(9, 3, sparse=sparse).double() if sparse else nn.Linear(4, 3).double()
+    x, other = [torch.randint(9, (n, 4)) if sparse else points(n, 4) for n in (5, 3)]
+    moved = []
+    for skips in (False, True):
+        model = copy.deepcopy(start)
+        trained = optimizer(model, lr=0.1, update_every=1)
+        if skips:
+            (oracle.energy(model(other)) * factor).backward()
+            model.zero_grad(set_to_none=set_to_none)
+        (oracle.energy(model(x)) / 5).backward()
+        trained.step()
+        moved.append(model.weight.detach())
+    if factor or set_to_none:
+        torch.testing.assert_close(moved[1], moved[0], rtol=1e-12, atol=1e-12)
+    assert moved[1].isfinite().all()
+
+
+@pytest.mark.parametrize("optimizer", [NGPlus, KFAC, SENG])
+def test_a_micro_batch_without_a_gradient_still_counts(optimizer):
+    """Its samples are part of the mean, though the gradient is zero when the next one's backward comes."""
+    start, x = mlp(4, 6, 3), points(6, 4)
+    moved = []
+    for order in ((0, 1), (1, 0)):
+        model = copy.deepcopy(start)
+        trained = optimizer(model, lr=0.1, update_every=1)
+        for place in order:
+            (oracle.energy(model(x[3 * place : 3 * place + 3])) * place / 6).backward()
+        trained.step()
+        moved.append(model[0].weight.detach())
+    torch.testing.assert_close(moved[1], moved[0], rtol=1e-10, atol=1e-12)
+
+
 # Nothing to sum -----------------------------------------------------------------------------------------------------
 
 EMPTY = {
