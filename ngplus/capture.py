@@ -82,6 +82,10 @@ class Statistic:
         """Everything that was gathered."""
         return [*self.moments, *self.columns]
 
+    def is_zero(self) -> bool:
+        """Whether every sample's gradient is zero. Waits for the device."""
+        return all(is_zero(tensor) for tensor in self.tensors())
+
     def add(self, moments: list[Tensor]) -> None:
         """Add to the sum."""
         self.moments = gfim.added([self.moments, moments]) if self.moments else moments
@@ -227,7 +231,7 @@ class Capture:
         inside = self._inside
         if inside.module is module:
             inside.depth += 1
-        elif inside.module is None and id(module) in self._watched and torch.is_grad_enabled():
+        elif inside.module is None and id(module) in self._watched and torch.is_grad_enabled() and not _transformed():
             inside.module, inside.depth, inside.mode = module, 1, _Watcher(self)
             inside.mode.__enter__()  # type: ignore[no-untyped-call]
 
@@ -265,9 +269,11 @@ class Capture:
         weight = weight_argument(function, args, kwargs)
         for argument in _flat((*args, *kwargs.values())):
             layer = self._layer_of(argument)
-            if layer is None or not _has_gradient(output, argument):
+            if layer is None or not (_has_gradient(output, argument) or (_transformed() and torch.is_grad_enabled())):
                 continue
             try:
+                if _transformed():
+                    raise UnsupportedCall("is used inside a transform of torch.func")
                 if argument is not weight:
                     raise UnsupportedCall(f"is used by {getattr(function, '__name__', function)}")
                 call = read_call(layer, function, args, kwargs, argument, attention)
@@ -298,9 +304,10 @@ class Capture:
             self._drop_stale(record)
             record.backward = backward
         record.pending.discard(use)
-        with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
-            part = use.call.factors(use.call.source, gradient.detach().reshape(use.output))
-            record.parts.append(part if use.grouping is None else self._grouped(part, use.grouping, use))
+        if gradient.numel():  # an empty batch, or sequences of length zero, have nothing to sum
+            with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
+                part = use.call.factors(use.call.source, gradient.detach().reshape(use.output))
+                record.parts.append(part if use.grouping is None else self._grouped(part, use.grouping, use))
         use.call.source = None
         if not record.pending or self._sampling.samples == "rows":
             self._reduce(record)
@@ -316,8 +323,15 @@ class Capture:
         return rows_by_sample(part, index, use.batch_dim, grouping.samples, layer.name)
 
     def _drop_stale(self, record: _Record) -> None:
-        """Drop the sums of a backward whose gradients are gone: a skipped step, then ``model.zero_grad()``."""
-        if record.layer.weight.grad is None and record.statistic.used:
+        """Drop the sums of a backward whose gradients are gone: a skipped step, then ``model.zero_grad()``.
+
+        Gradients of zeros beside sums that are not are gone too: ``set_to_none=False``. It waits for the device, on the
+        second backward of a curvature step and those after it.
+        """
+        if not record.statistic.used:
+            return
+        gradient = record.layer.weight.grad
+        if gradient is None or (is_zero(gradient) and not record.statistic.is_zero()):
             record.statistic = self._statistic(record.statistic.shape)
 
     def _reduce(self, record: _Record) -> None:
@@ -420,6 +434,17 @@ def _undispatched(function: Any) -> Callable[..., Any]:
     )
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy
+
+
+def is_zero(tensor: Tensor) -> bool:
+    """Whether no entry differs from zero. Waits for the device."""
+    return not bool((tensor._values() if tensor.is_sparse else tensor).any())
+
+
+def _transformed() -> bool:
+    """Whether `torch.func` or `torch.jit.trace` looks through what is called now: it makes no graph of its own."""
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+    return tracing or torch._C._functorch.maybe_current_level() is not None
 
 
 def _receive(capture: weakref.ref[Capture], use: _Use, gradient: Tensor) -> None:

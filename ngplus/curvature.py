@@ -58,6 +58,10 @@ class LayerState:
         """Numbers kept."""
         return sum(tensor.numel() for tensor in self.tensors())
 
+    def fits(self, layer: Layer) -> bool:
+        """Whether this is of the layer's matrix as it is now: its bias may have been frozen, freed or added since."""
+        return layer.shape(self.shape.block_size) == self.shape
+
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, lists and tensors."""
         return {
@@ -193,14 +197,14 @@ class Curvature:
         return damping**0.5 if self._options.damping_rule == "released" else damping
 
     def _moving_average(self, layer: Layer, statistic: Statistic) -> list[Tensor]:
-        """L̄ₖ = β L̄ₖ₋₁ + (1 − β) Lₖ, which starts from L₀, equation (11)."""
-        before = self.states.get(layer)
-        if not self._options.ema or before is None or before.average is None or before.shape != statistic.shape:
-            return statistic.moments
-        beta = self._options.ema
-        return [
-            old.mul(beta).add_(new, alpha=1 - beta) for old, new in zip(before.average, statistic.moments, strict=True)
-        ]
+        """L̄ₖ = β L̄ₖ₋₁ + (1 − β) Lₖ, which starts from L₀, equation (11), and anew where its form has changed."""
+        before, moments, beta = self.states.get(layer), statistic.moments, self._options.ema
+        if not beta or before is None or before.average is None or before.shape != statistic.shape:
+            return moments
+        if [old.shape for old in before.average] != [new.shape for new in moments]:  # a loaded K-FAC's other max_side
+            return moments
+        pairs = zip(before.average, moments, strict=True)
+        return [old.to(new).mul(beta).add_(new, alpha=1 - beta) for old, new in pairs]
 
     def _invert(self, requests: Sequence[Request]) -> None:
         if distributed.world_size() > 1 and requests:
@@ -280,7 +284,7 @@ def layer_statistic(layer: Layer, options: Options, generator: torch.Generator) 
         return None
     shape = layer.shape(options.block_size)
     dtype = statistics_dtype(gradient.dtype)
-    if gradient.is_sparse and shape.side == "right":
+    if gradient.is_sparse and shape.side == "right" and layer.trained_bias is None:
         G = gradient.coalesce()._values().to(dtype).unsqueeze(0)
     else:
         dense = gradient.to_dense() if gradient.is_sparse else gradient

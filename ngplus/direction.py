@@ -25,6 +25,8 @@ def precondition(layer: Layer, preconditioner: Preconditioner, shape: Shape) -> 
     """Replace the gradients of a layer's weight and bias by the direction (6)."""
     gradient = layer.weight.grad
     assert gradient is not None
+    if gradient.is_sparse and layer.trained_bias is not None:  # a table tied to a linear layer with one
+        gradient = layer.weight.grad = gradient.to_dense()
     if gradient.is_sparse:
         layer.weight.grad = _sparse(preconditioner, shape, gradient)
     elif layer.trained_bias is None:

@@ -6,8 +6,9 @@ one more column. For an embedding it is table rows × dimensions.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +59,12 @@ class Layer:
     batch_dim: int = 0
     of_attention: bool = False
 
+    def known_as(self, known: Mapping[int, Layer]) -> Layer:
+        """The layer that is known by this one's weight, with this one's bias; itself where there is none."""
+        layer = known.get(id(self.weight), self)
+        layer.bias, layer.bias_start = self.bias, self.bias_start
+        return layer
+
     @property
     def module(self) -> str:
         """Name of the module that the weight is a parameter of."""
@@ -85,28 +92,55 @@ class Layer:
 
 
 def find_layers(model: nn.Module, batch_dim: int | Mapping[str, int] = 0) -> list[Layer]:
-    """The layers of ``model`` that NG+ can precondition, each weight once however many modules share it."""
+    """The layers of ``model`` that NG+ can precondition, each weight once however many modules share it.
+
+    A complex weight, or one without entries, is no layer. A bias that modules of different weights share is no column
+    of any matrix: its gradient is that of all its uses.
+    """
+    every = (layer for prefix, module in model.named_modules() for layer in _module_layers(prefix, module))
+    found = [layer for layer in every if _is_matrix(layer.weight)]
+    shared = _shared_biases(found)
     layers: dict[int, Layer] = {}
-    for prefix, module in model.named_modules():
-        for layer in _module_layers(prefix, module):
-            layer.batch_dim = _batch_dim(batch_dim, prefix)
-            known = layers.setdefault(id(layer.weight), layer)
-            if known.bias is None:
-                known.bias, known.bias_start = layer.bias, layer.bias_start
+    for layer in found:
+        layer.batch_dim = _batch_dim(batch_dim, layer.module)
+        if id(layer.bias) in shared:
+            layer.bias = None
+        known = layers.setdefault(id(layer.weight), layer)
+        if known.bias is None:
+            known.bias, known.bias_start = layer.bias, layer.bias_start
     return list(layers.values())
 
 
+def _shared_biases(layers: Sequence[Layer]) -> set[int]:
+    """The ids of the biases of which some entry is used with different weights."""
+    users: dict[int, list[Layer]] = {}
+    for layer in layers:
+        if layer.bias is not None:
+            users.setdefault(id(layer.bias), []).append(layer)
+    pairs = [pair for together in users.values() for pair in itertools.combinations(together, 2)]
+    return {
+        id(one.bias)
+        for one, other in pairs
+        if one.weight is not other.weight
+        and max(one.bias_start, other.bias_start) < min(one.bias_slice.stop, other.bias_slice.stop)
+    }
+
+
 def parameter_layers(groups: Iterable[Mapping[str, Any]]) -> list[Layer]:
-    """Every parameter of two or more dimensions as a matrix out × rest, where there is no model to ask."""
+    """Every real parameter of two or more dimensions as a matrix out × rest, where there is no model to ask."""
     layers = []
     for number, group in enumerate(groups):
         names = group.get("param_names", [f"group {number} parameter {i}" for i in range(len(group["params"]))])
         layers += [
             Layer(name, parameter, None)
             for name, parameter in zip(names, group["params"], strict=True)
-            if parameter.dim() > 1
+            if parameter.dim() > 1 and _is_matrix(parameter)
         ]
     return layers
+
+
+def _is_matrix(weight: Tensor) -> bool:
+    return weight.numel() > 0 and not weight.is_complex()
 
 
 def unsupported_modules(model: nn.Module) -> list[str]:
@@ -117,7 +151,7 @@ def unsupported_modules(model: nn.Module) -> list[str]:
         for prefix, module in model.named_modules()
         if not isinstance(module, VECTORS)
         and any(
-            parameter.dim() > 1 and parameter.requires_grad and id(parameter) not in covered
+            parameter.dim() > 1 and parameter.numel() and parameter.requires_grad and id(parameter) not in covered
             for parameter in module._parameters.values()
             if parameter is not None
         )

@@ -10,7 +10,11 @@ from torch import Tensor, nn
 
 
 def _values(gradient: Tensor) -> Tensor:
-    return gradient._values() if gradient.is_sparse else gradient
+    """The numbers of a gradient, in its own memory; of a complex one its real and imaginary parts."""
+    values = gradient._values() if gradient.is_sparse else gradient
+    if not values.is_complex():
+        return values
+    return torch.view_as_real(values.conj() if values.is_conj() else values)
 
 
 def any_nonfinite(gradients: Iterable[Tensor]) -> Tensor | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any, ClassVar
 
 import torch
@@ -190,13 +191,12 @@ class NGPlus(Optimizer):
             found = parameter_layers(self.param_groups)
         else:
             found = find_layers(self._model, self._options.batch_dim)
-        known = {id(layer.weight): layer for layer in getattr(self, "_layers", [])}
-        layers = [known.get(id(layer.weight), layer) for layer in found]
-        self._layers = [layer for layer in layers if id(layer.weight) in mine]
-        self._groups = {layer: mine[id(layer.weight)] for layer in self._layers}
-        for layer in self._layers:
+        for layer in found:
             if layer.bias is not None and id(layer.bias) not in mine:
                 layer.bias = None
+        known = {id(layer.weight): layer for layer in getattr(self, "_layers", [])}
+        self._layers = [layer.known_as(known) for layer in found if id(layer.weight) in mine]
+        self._groups = {layer: mine[id(layer.weight)] for layer in self._layers}
         self._capture: Capture | None = None
         if self._model is not None and self._options.curvature == "per_sample":
             self._capture = self._make_capture(self._model)
@@ -256,9 +256,16 @@ class NGPlus(Optimizer):
 
         return evaluate
 
-    @torch.no_grad()
     def _precondition(self) -> None:
-        """Gradients to directions, the curvature first where it is due."""
+        """Gradients to directions, whatever the loop around the step is in: autocast would round every product."""
+        devices = {p.device.type for group in self.param_groups for p in group["params"]}
+        with torch.no_grad(), ExitStack() as stack:
+            for device in devices:
+                stack.enter_context(torch.autocast(device, enabled=False))
+            self._to_directions()
+
+    def _to_directions(self) -> None:
+        """The curvature first where it is due."""
         if self._options.nonfinite == "raise":
             self._raise_if_nonfinite("gradient")
         if self._fresh and (wanted := self._wanted()):
@@ -478,6 +485,7 @@ class NGPlus(Optimizer):
         self._restore(state_dict[self._key], states)
 
     def _pack(self) -> dict[str, Any]:
+        states = self._curvature.states
         return {
             "base": type(self._base).__name__,
             "steps": self._steps,
@@ -485,7 +493,7 @@ class NGPlus(Optimizer):
             "tries": {layer.name: count for layer, count in self._tries.items()},
             "skipped": self.skipped_steps,
             "generator": self._generator.get_state(),
-            "layers": {name: state.state_dict() for name, state in self.curvature.items()},
+            "layers": {layer.name: state.state_dict() for layer, state in states.items() if state.fits(layer)},
         }
 
     def _unpack(self, packed: Mapping[str, Any]) -> dict[Layer, LayerState]:

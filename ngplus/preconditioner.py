@@ -58,7 +58,8 @@ class DenseInverse:
         if self.shape.blocks == (1, 0):
             return gradient @ self.inverses[0]
         for inverse, columns in zip(self.inverses, torch.split(gradient, self._lengths(), dim=2), strict=True):
-            blocks = columns.view(*columns.shape[:2], -1, inverse.shape[1]).transpose(1, 2)  # (groups, count, q, size)
+            count, size = len(inverse) // self.shape.groups, inverse.shape[1]
+            blocks = columns.view(*columns.shape[:2], count, size).transpose(1, 2)  # (groups, count, q, size)
             blocks.copy_(blocks @ inverse.view(*blocks.shape[:2], *inverse.shape[1:]))
         return gradient
 
@@ -166,14 +167,17 @@ def low_rank(columns: Tensor, damping: float) -> LowRankInverse | None:
     """`LowRankInverse` of UUᵀ for U (p, rank); None where UᵀU has no eigenvalues.
 
     With UᵀU = VSVᵀ, W = UV(λI + S)^(−½); the columns that are not to be seen beside I in U's precision, s/(λ + s) below
-    its ε, are left out, which on a network in training is often most of them.
+    its ε, are left out, which on a network in training is often most of them. So are those whose s is the rounding of
+    the largest: where ‖L‖/λ is huge it may be more than λ, or less than −λ.
     """
     U = columns.to(factor_dtype(columns))
     products = U.T @ U
     if not bool(products.isfinite().all()):  # waits for the device, as for the explicit inverse
         return None
     S, V = torch.linalg.eigh(products)
-    kept = S / (damping + S) > torch.finfo(columns.dtype).eps
+    seen_beside_one = S / (damping + S) > torch.finfo(columns.dtype).eps
+    rounding = S[-1:] * (S.numel() * torch.finfo(S.dtype).eps)
+    kept = seen_beside_one & S.gt(rounding)
     W = (U @ V[:, kept]) / (damping + S[kept]).sqrt()
     return LowRankInverse(W.to(columns.dtype).contiguous(), damping)
 

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ngplus.capture import Capture, Sampling, Statistic, _Record, _Use
+from ngplus.capture import Capture, Sampling, Statistic, _Record, _Use, is_zero
 from ngplus.curvature import Curvature, LayerState
 from ngplus.factors import Bags, Factor, OneHot, statistics_dtype
 from ngplus.gfim import CHUNK, Part, Shape
@@ -126,6 +126,14 @@ def _squares_of_bags(bags: Bags) -> Tensor:
     return bags.weight.new_zeros(bags.table_size).index_add_(0, rows % bags.table_size, weights.square())
 
 
+class FactorStatistic(Statistic):
+    """The two factors as ``moments``."""
+
+    def is_zero(self) -> bool:
+        """Whether either is."""
+        return any(is_zero(factor) for factor in self.moments)
+
+
 class KroneckerCapture(Capture):
     """Sums the two factors of each layer: ``moments`` are those of its rows and its columns.
 
@@ -136,6 +144,8 @@ class KroneckerCapture(Capture):
         model: as for `Capture`, like the arguments not named here.
         max_side: the longest side that gets a whole matrix.
     """
+
+    _statistic = FactorStatistic
 
     def __init__(
         self,
@@ -230,7 +240,7 @@ class KroneckerCurvature(Curvature):
 
     def _replace(self, layer: Layer, state: LayerState, gradient: Tensor) -> None:
         """As in `Curvature`; a table's sparse gradient stays sparse."""
-        if not gradient.is_sparse:
+        if not gradient.is_sparse or layer.trained_bias is not None:
             super()._replace(layer, state, gradient)
             return
         inverse = state.preconditioner

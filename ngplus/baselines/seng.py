@@ -14,7 +14,7 @@ from ngplus import distributed, gfim
 from ngplus.arguments import Params
 from ngplus.baselines.relative import Relative
 from ngplus.baselines.sample_gradients import LookedUp, SampleGradients, from_tensors, gather, joined
-from ngplus.capture import Capture, Statistic
+from ngplus.capture import Capture, Statistic, is_zero
 from ngplus.curvature import Curvature, LayerState, sampling
 from ngplus.gfim import Part, Shape
 from ngplus.inverse import Request, invert_one
@@ -46,6 +46,11 @@ class SampleStatistic(Statistic):
     def tensors(self) -> list[Tensor]:
         """Everything that was gathered."""
         return [tensor for each in self.gathered for tensor in each.tensors().values()]
+
+    def is_zero(self) -> bool:
+        """Whether a factor of every micro-batch is; row numbers are none."""
+        factors = [[t for name, t in each.tensors().items() if name != "index"] for each in self.gathered]
+        return all(any(is_zero(tensor) for tensor in tensors) for tensors in factors)
 
 
 class SampleCapture(Capture):
@@ -169,7 +174,7 @@ class SENGCurvature(Curvature):
 
     def _replace(self, layer: Layer, state: LayerState, gradient: Tensor) -> None:
         """As in `Curvature`; a table's sparse gradient comes back with the rows that samples looked up added."""
-        if not gradient.is_sparse:
+        if not gradient.is_sparse or layer.trained_bias is not None:
             super()._replace(layer, state, gradient)
             return
         inverse = state.preconditioner

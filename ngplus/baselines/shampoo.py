@@ -135,6 +135,7 @@ class ShampooCurvature(Curvature):
         assert before.average is not None
         if before.preconditioner.main.device != gradient.device:
             before.to(gradient.device)
+        before.average = [matrix.to(products[0].dtype) for matrix in before.average]
         for matrix, product in zip(before.average, products, strict=True):
             self._add(matrix, product, finite)
         if renew:
@@ -166,6 +167,10 @@ class ShampooCurvature(Curvature):
         gradient.copy_(direction)
 
 
+def _has_side(parameter: Tensor) -> bool:
+    return parameter.dim() > 0 and not parameter.is_complex()
+
+
 class Shampoo(Relative):
     """Shampoo: a gradient G of k sides becomes G multiplied along each side i by Lᵢ^(−1/(2k)).
 
@@ -177,7 +182,7 @@ class Shampoo(Relative):
     ``update_every``-th, so that the first roots, which know one gradient, are not kept for long.
 
     Args:
-        model: whose parameters are trained; every one of one or more dimensions is preconditioned.
+        model: whose parameters are trained; every real one of one or more dimensions is preconditioned.
         base: optimizer class that gets the preconditioned gradients.
         lr: of ``base``.
         damping: ε > 0, in ``param_groups``; a change takes effect when roots are next made.
@@ -237,9 +242,9 @@ class Shampoo(Relative):
         return ShampooCurvature(self._options, self._generator, self._settings)
 
     def _find_layers(self) -> None:
-        """Every parameter that has a side, in place of layers with a matrix."""
+        """Every real parameter that has a side, in place of layers with a matrix."""
         known = {id(layer.weight): layer for layer in getattr(self, "_layers", [])}
-        named = [(name, parameter) for name, parameter in self._named_parameters() if parameter.dim()]
+        named = [(name, parameter) for name, parameter in self._named_parameters() if _has_side(parameter)]
         self._layers = [known.get(id(parameter), Layer(name, parameter, None)) for name, parameter in named]
         groups = {id(parameter): group for group in self.param_groups for parameter in group["params"]}
         self._groups = {layer: groups[id(layer.weight)] for layer in self._layers}

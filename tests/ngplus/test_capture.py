@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.modules import module as nn_module
 
 from ngplus import NGPlus
+from ngplus.baselines import KFAC, SENG
 
 
 @pytest.fixture
@@ -431,6 +432,101 @@ def test_zero_grad_forgets_what_was_summed():
     (oracle.energy(model(x)) / 5).backward()
     optimizer.step()
     assert oracle.error(model, oracle.directions(gradients, 0.3)) <= 1e-10
+
+
+@pytest.mark.parametrize("optimizer", [NGPlus, KFAC, SENG])
+@pytest.mark.parametrize("factor", [1.0, float("nan"), 0.0])
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_the_models_zero_grad_forgets_a_backward_without_a_step(sparse, set_to_none, factor, optimizer):
+    """As after a step that a scaler skipped."""
+    torch.manual_seed(0)
+    start = nn.Embedding(9, 3, sparse=sparse).double() if sparse else nn.Linear(4, 3).double()
+    x, other = [torch.randint(9, (n, 4)) if sparse else points(n, 4) for n in (5, 3)]
+    moved = []
+    for skips in (False, True):
+        model = copy.deepcopy(start)
+        trained = optimizer(model, lr=0.1, update_every=1)
+        if skips:
+            (oracle.energy(model(other)) * factor).backward()
+            model.zero_grad(set_to_none=set_to_none)
+        (oracle.energy(model(x)) / 5).backward()
+        trained.step()
+        moved.append(model.weight.detach())
+    if factor or set_to_none:
+        torch.testing.assert_close(moved[1], moved[0], rtol=1e-12, atol=1e-12)
+    assert moved[1].isfinite().all()
+
+
+@pytest.mark.parametrize("optimizer", [NGPlus, KFAC, SENG])
+def test_a_micro_batch_without_a_gradient_still_counts(optimizer):
+    """Its samples are part of the mean, though the gradient is zero when the next one's backward comes."""
+    start, x = mlp(4, 6, 3), points(6, 4)
+    moved = []
+    for order in ((0, 1), (1, 0)):
+        model = copy.deepcopy(start)
+        trained = optimizer(model, lr=0.1, update_every=1)
+        for place in order:
+            (oracle.energy(model(x[3 * place : 3 * place + 3])) * place / 6).backward()
+        trained.step()
+        moved.append(model[0].weight.detach())
+    torch.testing.assert_close(moved[1], moved[0], rtol=1e-10, atol=1e-12)
+
+
+# Nothing to sum -----------------------------------------------------------------------------------------------------
+
+EMPTY = {
+    "vectors": (lambda: nn.Linear(4, 3), (4,), (0, 4)),
+    "sequences": (lambda: nn.Linear(4, 3), (2, 4), (0, 2, 4)),
+    "sequences of no length": (lambda: nn.Linear(4, 3), (2, 4), (3, 0, 4)),
+    "images": (lambda: nn.Conv2d(2, 3, 3), (2, 5, 5), (0, 2, 5, 5)),
+    "lookups": (lambda: nn.Embedding(9, 3), (4,), (0, 4)),
+    "lookups of no length": (lambda: nn.Embedding(9, 3), (4,), (3, 0)),
+    "bags": (lambda: nn.EmbeddingBag(9, 3), (4,), (0, 4)),
+}
+
+
+@pytest.mark.parametrize("optimizer", [NGPlus, KFAC, SENG])
+@pytest.mark.parametrize("samples", ["batch", "rows"])
+@pytest.mark.parametrize("case", EMPTY)
+def test_an_empty_batch_on_a_curvature_step_is_as_if_it_had_not_been(case, samples, optimizer):
+    """Alone it gives no curvature; beside others, before or after them, it changes nothing of theirs."""
+    make, shape, empty = EMPTY[case]
+    options = {} if optimizer is KFAC else {"samples": samples}
+    torch.manual_seed(0)
+    start = make().double()
+    whole = torch.randint(9, (5, *shape)) if isinstance(start, nn.Embedding | nn.EmbeddingBag) else points(5, *shape)
+    nothing = torch.zeros(empty, dtype=whole.dtype)
+
+    def direction(*batches):
+        model = copy.deepcopy(start)
+        trained = optimizer(model, lr=1e-9, update_every=1, **options)
+        for x in batches:
+            oracle.energy(model(x)).backward()
+        trained.step()
+        return model.weight.grad, list(trained.curvature)
+
+    expected = direction(whole)
+    assert expected[1] == ["weight"]
+    for batches in ([nothing, whole], [whole, nothing]):
+        torch.testing.assert_close(direction(*batches)[0], expected[0], rtol=1e-12, atol=1e-12)
+    gradient, curvature = direction(nothing)
+    assert not gradient.any()
+    assert not curvature
+
+
+@pytest.mark.parametrize("kind", ["model", "parameters"])
+def test_a_weight_without_entries_is_no_layer(kind):
+    model = nn.ModuleList([nn.Linear(0, 3), nn.Linear(4, 3)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        if kind == "model":
+            optimizer = NGPlus(model, lr=0.1)
+        else:
+            optimizer = NGPlus(model.parameters(), lr=0.1, curvature="mini_batch")
+    oracle.energy(model[0](torch.zeros(5, 0)) * model[1](torch.randn(5, 4))).backward()
+    optimizer.step()
+    assert len(optimizer.curvature) == 1
 
 
 # Copies while armed -------------------------------------------------------------------------------------------------

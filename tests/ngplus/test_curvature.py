@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ngplus import NGPlus
-from ngplus.preconditioner import DenseInverse, LowRankInverse, SketchedInverse, same_batch_direction
+from ngplus.preconditioner import DenseInverse, LowRankInverse, SketchedInverse, low_rank, same_batch_direction
 
 DAMPING = 0.3
 
@@ -196,6 +196,25 @@ def test_low_rank_counts_micro_batches_together():
     optimizer.step()
     assert kinds(optimizer) == [DenseInverse]
     assert oracle.error(model, oracle.directions(gradients, DAMPING)) <= 1e-10
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e3, 1e8, 1e12])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_low_rank_of_samples_that_repeat_is_exact_however_large_they_are(scale, dtype):
+    """Three directions in twenty samples, up to ‖L‖/λ = 1e28: 17 eigenvalues of UᵀU are rounding of either sign."""
+    U = (points(30, 3, seed=1) @ points(3, 20, seed=2) * scale).to(dtype)
+    G = points(1, 30, 5, seed=3)
+    Q, S, _ = torch.linalg.svd(U.double(), full_matrices=False)
+    Q, S = Q[:, :3], S[:3].square()
+    expected = G[0] - Q @ ((S / (S + DAMPING))[:, None] * (Q.T @ G[0]))
+    made = low_rank(U, DAMPING)
+    direction = made.apply(G.to(dtype).clone())[0].double() * DAMPING
+    assert float((direction - expected).norm() / expected.norm()) < (1e-10 if dtype == torch.float64 else 1e-5)
+
+
+def test_low_rank_of_no_samples_is_the_damping_alone():
+    made = low_rank(torch.empty(6, 0), 0.5)
+    torch.testing.assert_close(made.apply(torch.ones(1, 6, 2)), torch.full((1, 6, 2), 2.0))
 
 
 def test_same_batch_direction_is_that_of_low_rank():

@@ -62,6 +62,20 @@ def test_blocks_and_low_rank_take_the_rows_that_count_too():
         torch.testing.assert_close(layer.weight.grad, expected)
 
 
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("block_size", [None, 3])
+def test_a_gradient_without_a_row_that_counts_stays_without_one(sparse, block_size):
+    model = nn.Embedding(200, 8, sparse=sparse)
+    optimizer = NGPlus(model, lr=0.1, block_size=block_size, update_every=100)
+    model(torch.randint(200, (6,))).square().sum().backward()
+    optimizer.step()
+    before = model.weight.detach().clone()
+    optimizer.zero_grad()
+    (model(torch.arange(0 if sparse else 6)).sum() * 0).backward()
+    optimizer.step()
+    assert torch.equal(model.weight, before)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e-45])
 def test_a_row_with_one_entry_counts_whatever_the_entry_is(value):
     layer = find_layers(nn.Sequential(nn.Embedding(200, 8)))[0]

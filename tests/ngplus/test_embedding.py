@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ngplus import NGPlus
+from ngplus.baselines import KFAC, SENG
 
 
 def table(kind=nn.Embedding, rows=9, dim=4, dtype=torch.float64, **options):
@@ -71,6 +72,42 @@ def test_a_sparse_gradient_of_a_single_row_moves_that_row(rows):
     optimizer.step()
     (D,) = oracle.directions(gradients, 0.3).values()
     torch.testing.assert_close(before - model.weight, D[0], rtol=1e-10, atol=1e-12)
+
+
+class Tied(nn.Module):
+    """A table that is a linear layer's weight too, and that layer's bias; the layer is used on demand."""
+
+    def __init__(self, rows, sparse):
+        super().__init__()
+        self.table, self.layer = table(rows=rows, sparse=sparse), nn.Linear(4, rows, dtype=torch.float64)
+        self.layer.weight = self.table.weight
+
+    def forward(self, index, both=False):
+        return self.layer(self.table(index)) if both else self.table(index)
+
+
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("rows", [9, 3])
+@pytest.mark.parametrize(
+    ("optimizer", "options"),
+    [(NGPlus, {}), (NGPlus, {"block_size": 2}), (NGPlus, {"curvature": "mini_batch"}), (KFAC, {}), (SENG, {})],
+)
+def test_a_sparse_lookup_of_a_weight_whose_matrix_has_a_bias_is_as_a_dense_one(optimizer, options, rows, both):
+    """The curvature from a lookup alone, or from a use of both kinds; then a step on another lookup alone."""
+    if both and optimizer is KFAC:
+        pytest.skip("K-FAC has no factors of a weight that is used in both ways")
+    index = torch.randint(rows, (5, 2))
+    moved = []
+    for sparse in (False, True):
+        model = Tied(rows, sparse)
+        trained = optimizer(model, lr=0.1, damping=0.3, update_every=2, **options)
+        for x, kind in ((index, both), (index[:2], False)):
+            trained.zero_grad()
+            oracle.energy(model(x, kind)).backward()
+            trained.step()
+        assert trained.curvature["table.weight"].shape.columns == 5
+        moved.append(model.table.weight.detach())
+    torch.testing.assert_close(moved[1], moved[0], rtol=1e-10, atol=1e-12)
 
 
 def test_padding_index_is_no_part_of_the_curvature():

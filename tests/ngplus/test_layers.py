@@ -221,6 +221,39 @@ def test_parameters_outside_supported_layers_reach_the_base_untouched():
         torch.testing.assert_close(model.get_parameter(name).grad, plain.get_parameter(name).grad)
 
 
+class SharedBias(nn.Module):
+    """Two layers that add one bias, and a third whose bias is its own."""
+
+    def __init__(self, inside, outside):
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.other = nn.Linear(inside, outside), nn.Linear(inside, outside)
+        self.other.bias = self.one.bias
+        self.last = nn.Linear(outside, 2)
+        self.double()
+
+    def forward(self, x):
+        return self.last((self.one(x) + 2 * self.other(x.tanh())).tanh())
+
+
+@pytest.mark.parametrize("solver", ["dense", "low_rank"])
+@pytest.mark.parametrize(("inside", "outside"), [(5, 3), (3, 9)])
+def test_a_bias_that_layers_of_different_weights_share_goes_to_the_base(inside, outside, solver):
+    model = SharedBias(inside, outside)
+    x = torch.randn(4, inside, dtype=torch.float64)
+    samples = oracle.sample_gradients(model, oracle.sample_losses(x))
+    whole = {oracle.Matrix("last.weight", "last.bias"): samples[oracle.Matrix("last.weight", "last.bias")]}
+    weights = {
+        oracle.Matrix(matrix.weight): [G[:, :, :-1] for G in gradients]
+        for matrix, gradients in samples.items()
+        if matrix.weight != "last.weight"
+    }
+    oracle.descend(model, oracle.batch_loss(x), damping=0.3, solver=solver)
+    assert oracle.error(model, oracle.directions(weights | whole, 0.3)) <= 1e-10
+    bias = sum(samples[oracle.Matrix("one.weight", "one.bias")])[0, :, -1] / 4
+    torch.testing.assert_close(model.one.bias.grad, bias, rtol=1e-11, atol=1e-12)
+
+
 def test_weight_norm_goes_to_the_base():
     layer = nn.utils.parametrizations.weight_norm(nn.Linear(3, 4))
     model = stack(layer, nn.Tanh(), nn.Linear(4, 2))

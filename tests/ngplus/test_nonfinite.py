@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ngplus import NGPlus, capture, inverse
+from ngplus.baselines import KFAC, SENG, Shampoo
 from ngplus.nonfinite import any_nonfinite, nonfinite_names, zero_where
 
 BAD = pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -209,6 +210,56 @@ def test_an_overflow_of_the_product_is_caught_though_gradient_and_inverse_are_fi
     optimizer.step()
     assert optimizer.skipped_steps == 1
     assert all(torch.equal(a, b) for a, b in zip(parameters(model), before, strict=True))
+
+
+# Complex numbers ----------------------------------------------------------------------------------------------------
+
+
+class Complex(nn.Module):
+    """A layer, and complex numbers of one and two dimensions, one of which gets its gradient as a conjugate."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(4, 3)
+        self.rotation = nn.Parameter(torch.randn(3, dtype=torch.complex64))
+        self.mixing = nn.Linear(3, 3, bias=False, dtype=torch.complex64)
+
+    def forward(self, x):
+        return self.mixing(self.layer(x) * self.rotation.conj()).abs()
+
+
+def complex_optimizers():
+    def mini_batch(model, **options):
+        return NGPlus(model.named_parameters(), curvature="mini_batch", **options)
+
+    return [NGPlus, mini_batch, KFAC, SENG, Shampoo]
+
+
+@pytest.mark.filterwarnings("ignore:.*does not precondition mixing:UserWarning")
+@pytest.mark.parametrize("nonfinite", ["skip", "raise"])
+@pytest.mark.parametrize("optimizer", complex_optimizers())
+def test_a_complex_parameter_goes_to_the_base_untouched(optimizer, nonfinite):
+    model = Complex()
+    plain, x = copy.deepcopy(model), torch.randn(5, 4)
+    trained = optimizer(model, lr=0.1, update_every=1, nonfinite=nonfinite)
+    for each in (model, plain):
+        each(x).square().mean().backward()
+    trained.step()
+    for one, other in ((model.rotation, plain.rotation), (model.mixing.weight, plain.mixing.weight)):
+        assert torch.equal(one.grad, other.grad)
+        torch.testing.assert_close(one, other - 0.1 * other.grad)
+    assert not torch.equal(model.layer.weight.grad, plain.layer.weight.grad)
+
+
+@BAD
+def test_a_bad_imaginary_part_is_seen_and_zeroed(bad):
+    gradients = [torch.ones(2), torch.tensor([complex(1, 2), complex(3, bad)])]
+    gradients.append(gradients[1].conj())
+    for held in (gradients[:2], gradients[::2]):
+        assert any_nonfinite(held).item() is True
+    zero_where(torch.tensor(True), gradients)
+    assert not any(bool(gradient.resolve_conj().any()) for gradient in gradients)
 
 
 # The parts ----------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim import SGD, Adam
 
 from ngplus import NGPlus
+from ngplus.baselines import KFAC, SENG
 
 SETTINGS = {
     "sgd": {"base": SGD, "momentum": 0.9, "weight_decay": 0.01},
@@ -128,6 +129,40 @@ def test_a_copy_of_plain_parameters_goes_on_identically():
     train(model, optimizer, range(4, 8))
     train(other_model, other, range(4, 8))
     assert same(model, other_model)
+
+
+@pytest.mark.parametrize("optimizer", [NGPlus, KFAC, SENG])
+@pytest.mark.parametrize("copied", ["deepcopy", "pickle", "state"])
+@pytest.mark.parametrize("steps", [0, 1, 3])
+@pytest.mark.parametrize("event", ["frozen", "freed", "added"])
+def test_a_bias_that_left_or_joined_its_matrix_is_no_hindrance(event, steps, copied, optimizer):
+    """A copy made so many steps after it goes on identically, and so does what a state is loaded into."""
+    model = mlp(4, 6, 3)
+    bias = model[0].bias
+    bias.requires_grad_(event != "freed")
+    groups = [{"params": [p for p in model.parameters() if p is not bias]}, {"params": [bias]}]
+    trained = optimizer(model, lr=0.01, update_every=5, params=groups[:1] if event == "added" else groups)
+    train(model, trained, range(2))
+    if event == "added":
+        trained.add_param_group(groups[1])
+    else:
+        bias.requires_grad_(event == "freed")
+        bias.grad = None
+    train(model, trained, range(2, 2 + steps))
+    if copied == "deepcopy":
+        other_model, other = copy.deepcopy((model, trained))
+    elif copied == "pickle":
+        other_model, other = pickle.loads(pickle.dumps((model, trained)))
+    else:
+        other_model = copy.deepcopy(model)
+        others = dict(zip(model.parameters(), other_model.parameters(), strict=True))
+        same_groups = [{"params": [others[p] for p in group["params"]]} for group in groups]
+        other = optimizer(other_model, lr=0.01, update_every=5, params=same_groups)
+        other.load_state_dict(trained.state_dict())
+    train(model, trained, range(2 + steps, 9))
+    train(other_model, other, range(2 + steps, 9))
+    assert same(model, other_model)
+    assert trained.curvature["0.weight"].shape.columns == (4 if event == "frozen" else 5)
 
 
 def test_a_state_does_not_change_with_what_goes_on():

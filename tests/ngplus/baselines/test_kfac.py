@@ -314,6 +314,20 @@ def test_a_saved_state_goes_on_to_the_bit():
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("sides", [(8192, 3), (3, 8192)])
+def test_a_state_with_factors_of_another_form_is_averaged_anew(sides):
+    """At ``max_side`` 3 the factor of the five columns is its diagonal."""
+    model, x = nn.Linear(4, 3), torch.randn(6, 4)
+    before = KFAC(model, lr=1e-9, update_every=1, max_side=sides[0])
+    train(model, before, torch.randn(6, 4))
+    fresh = copy.deepcopy(model)
+    loaded = KFAC(model, lr=1e-9, update_every=1, max_side=sides[1])
+    loaded.load_state_dict(before.state_dict())
+    train(model, loaded, x)
+    train(fresh, KFAC(fresh, lr=1e-9, update_every=1, max_side=sides[1]), x)
+    torch.testing.assert_close(model.weight.grad, fresh.weight.grad, rtol=1e-7, atol=1e-9)
+
+
 def test_a_pickled_copy_goes_on_to_the_bit():
     model = nn.Linear(4, 3)
     optimizer = KFAC(model, lr=0.1, max_side=5, update_every=2)

@@ -222,6 +222,25 @@ def test_a_saved_state_and_a_pickled_copy_go_on_to_the_bit():
         assert torch.equal(a, c)
 
 
+@pytest.mark.parametrize("ema", [None, 0.5])
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float64, torch.float32)])
+def test_a_model_whose_precision_changes_goes_on_in_the_new_one(dtypes, ema):
+    models = [nn.Linear(4, 3) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    models[0].to(dtypes[0])
+    changing, steady = (Shampoo(model, lr=0.1, damping=0.1, update_every=1, ema=ema) for model in models)
+    for seed in range(4):
+        models[0].to(dtypes[seed > 1])
+        for model, optimizer in zip(models, (changing, steady), strict=True):
+            gradients = give(models[1], seed)
+            for name, parameter in model.named_parameters():
+                parameter.grad = gradients[name].to(parameter.dtype)
+            optimizer.step()
+    assert all(tensor.dtype == dtypes[1] for state in changing.curvature.values() for tensor in state.tensors())
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-5)
+
+
 def test_states_of_other_optimizers_are_refused():
     model = nn.Linear(4, 3)
     with pytest.raises(ValueError, match="this is no state of Shampoo"):

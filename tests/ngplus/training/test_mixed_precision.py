@@ -10,6 +10,7 @@ from torch import nn
 from torch.amp import GradScaler
 
 from ngplus import NGPlus
+from ngplus.baselines import KFAC, SENG, Shampoo
 
 SCALE = 2.0**16
 PROBLEMS = [perceptron, convolutional, attentive]
@@ -47,6 +48,46 @@ def test_autocast_moves_like_full_precision(make, dtype, tolerance):
         optimizer.zero_grad()
     assert distance(problem.model, full, start) < tolerance
     assert all(tensor.dtype == torch.float32 for state in optimizer.curvature.values() for tensor in state.tensors())
+
+
+def wide(autocast, optimizer, closure, **options):
+    """The weights after a curvature step and a plain one of layers that few samples leave of low rank."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 16), nn.Tanh(), nn.Linear(16, 40))
+    trained = optimizer(model, lr=0.1, damping=0.01, update_every=2, **options)
+
+    def evaluate(x):
+        trained.zero_grad()
+        with torch.autocast("cpu", enabled=False):
+            loss = model(x).square().mean()
+            loss.backward()
+        return loss
+
+    for x in torch.randn(2, 6, 20):
+        if not closure:
+            evaluate(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            trained.step((lambda x=x: evaluate(x)) if closure else None)
+    return flat(model)
+
+
+@pytest.mark.parametrize("closure", [False, True])
+@pytest.mark.parametrize(
+    ("optimizer", "options"),
+    [
+        (NGPlus, {}),
+        (NGPlus, {"solver": "dense"}),
+        (NGPlus, {"solver": "sketched", "sketch_size": 4}),
+        (NGPlus, {"block_size": 8}),
+        (NGPlus, {"curvature": "mini_batch"}),
+        (KFAC, {}),
+        (SENG, {}),
+        (SENG, {"sketch_size": 50}),
+        (Shampoo, {}),
+    ],
+)
+def test_a_step_inside_autocast_is_the_same_step(optimizer, options, closure):
+    assert torch.equal(wide(True, optimizer, closure, **options), wide(False, optimizer, closure, **options))
 
 
 @pytest.mark.parametrize("make", PROBLEMS)

@@ -252,6 +252,64 @@ def test_a_weight_in_a_product_of_the_models_own_goes_to_the_base_with_one_warni
     assert len(caught) == 1
 
 
+def per_sample(model, x):
+    """Each sample's gradient with respect to the parameters, as for a log."""
+
+    def loss(parameters, sample):
+        return torch.func.functional_call(model, parameters, (sample,)).square().sum()
+
+    return torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(dict(model.named_parameters()), x)
+
+
+LOOKS = {
+    "grad": lambda model, x: torch.func.grad(lambda inputs: model(inputs).sum())(x),
+    "jacobian": lambda model, x: torch.func.vmap(torch.func.jacrev(model))(x),
+    "per sample": per_sample,
+    "vmap": lambda model, x: torch.vmap(model)(x),
+    "trace": lambda model, x: torch.jit.trace(model, x),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")
+@pytest.mark.parametrize("look", LOOKS)
+def test_a_transform_of_the_model_between_forward_passes_is_not_watched(look):
+    problem = perceptron()
+    plain = copy.deepcopy(problem)
+    optimizer = NGPlus(problem.model, **SETTINGS)
+    LOOKS[look](problem.model, problem.inputs)
+    train(problem, optimizer, 2)
+    train(plain, NGPlus(plain.model, **SETTINGS), 2)
+    assert distance(problem.model, plain.model) == 0
+
+
+class Transformed(nn.Module):
+    """A model whose first layer is seen by `torch.func` alone, or by it and a plain call."""
+
+    def __init__(self, transform: str, plainly: bool) -> None:
+        super().__init__()
+        self.inside, self.outside = nn.Linear(5, 4), nn.Linear(5, 3)
+        self.transform, self.plainly = transform, plainly
+
+    def forward(self, x):
+        def energy(sample):
+            return self.inside(sample).sin().sum()
+
+        transforms = {"grad": torch.func.vmap(torch.func.grad(energy)), "vmap": torch.vmap(energy)}
+        seen = transforms[self.transform](x).view(len(x), -1).sum(1, keepdim=True)
+        return self.outside(x) + seen + (self.inside(x).sum(1, keepdim=True) if self.plainly else 0)
+
+
+@pytest.mark.parametrize("plainly", [False, True])
+@pytest.mark.parametrize("transform", ["grad", "vmap"])
+def test_a_weight_inside_a_transform_of_the_models_own_goes_to_the_base_with_one_warning(transform, plainly):
+    problem = with_model(Transformed(transform, plainly))
+    optimizer = NGPlus(problem.model, **SETTINGS)
+    with pytest.warns(UserWarning, match=r"inside\.weight is used inside a transform of .*untouched") as caught:
+        train(problem, optimizer, 1)
+    assert len(caught) == 1
+    assert set(optimizer.curvature) == {"outside.weight"}
+
+
 def test_functional_call_with_the_models_own_parameters_is_seen():
     problem = perceptron()
     expected = problem.plain_run(3)
@@ -486,6 +544,7 @@ def test_a_model_made_double_after_the_optimizer_goes_on_in_double(make):
     train(problem, optimizer, 3)
     train(double, NGPlus(double.model, **SETTINGS, ema=0.5, momentum=0.9), 4)
     assert all(p.dtype == torch.float64 for p in problem.model.parameters())
+    assert all(tensor.dtype == torch.float64 for state in optimizer.curvature.values() for tensor in state.tensors())
     assert distance(problem.model, double.model) < 1e-4
 
 
