@@ -75,7 +75,8 @@ def _invert_batch(requests: Sequence[Request]) -> None:
     ):
         if not bool(fails.any()):
             request.inverse = inverse.to(request.matrices.dtype)
-            request.used_damping = float(used.max())
+            raised = float(used.max())
+            request.used_damping = raised if raised > 2 * request.damping else request.damping  # λ in float32 is not λ
 
 
 def _factorised(matrices: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:

@@ -37,7 +37,7 @@ def _any_nonfinite(tensors: list[Tensor]) -> Tensor:
     if not can_ask(tensors[0]):
         return torch.stack(torch._foreach_norm(tensors, float("inf"))).isfinite().all().logical_not()
     suspects = [tensor for tensor in tensors if not math.isfinite(tensor.sum().item())]
-    return torch.tensor(not all(bool(tensor.isfinite().all()) for tensor in suspects))
+    return torch.tensor(not all(bool(tensor.isfinite().all()) for tensor in suspects), device=tensors[0].device)
 
 
 def can_ask(tensor: Tensor) -> bool:

@@ -167,7 +167,8 @@ class SENGCurvature(Curvature):
         if size is None or size >= numbers:
             core = invert_one(U.gram(), damping)
             return None if core is None else GramInverse(U, core, damping)
-        drawn = torch.randint(numbers, (size,), generator=self._generator).to(U.device)
+        device = self._generator.device
+        drawn = torch.randint(numbers, (size,), generator=self._generator, device=device).to(U.device)
         rows, square_scale = U.entries(drawn, shape), numbers / size
         core = invert_one(square_scale * (rows @ rows.T), damping)
         return None if core is None else GramInverse(U, square_scale * (core @ rows), damping, drawn)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ngplus import NGPlus
+from ngplus.baselines import SENG
 from ngplus.preconditioner import DenseInverse, LowRankInverse, SketchedInverse, low_rank, same_batch_direction
 
 DAMPING = 0.3
@@ -290,6 +291,27 @@ def test_sampled_columns_give_the_matrix_on_average(case):
     standard_error = draws.std(dim=0) / len(draws) ** 0.5
     assert ((draws.mean(dim=0) - L).abs() <= 4.5 * standard_error + 1e-9).all()
     assert 0 < standard_error.norm() <= 0.2 * L.norm()
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options"),
+    [
+        (NGPlus, {"solver": "sketched", "sketch_size": 2}),
+        (NGPlus, {"solver": "sketched", "sketch_size": 2, "samples": "rows"}),
+        (NGPlus, {"solver": "sketched", "sketch_size": 2, "curvature": "mini_batch"}),
+        (SENG, {"sketch_size": 5}),
+    ],
+)
+def test_sketches_are_drawn_where_the_generator_is_and_not_on_the_default_device(optimizer, options):
+    moved = []
+    for device in ("cpu", "meta"):
+        model, x = mlp(4, 9, 3), points(5, 2, 4)
+        trained = optimizer(model, lr=0.1, **options)
+        oracle.batch_loss(x)(model).backward()
+        with torch.device(device):
+            trained.step()
+        moved.append(model[0].weight.detach())
+    assert torch.equal(*moved)
 
 
 def test_a_sketch_of_all_columns_is_exact():

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ngplus import NGPlus, inverse
-from ngplus.inverse import MAX_TRIES, Request, invert
+from ngplus.inverse import MAX_TRIES, Request, invert, invert_one
 
 
 def semidefinite(blocks, size, rank=None, dtype=torch.float64):
@@ -54,6 +54,16 @@ def test_a_matrix_that_is_not_definite_gets_ten_times_the_damping_until_it_is():
     invert(requests)
     assert [request.used_damping for request in requests] == [1.0, 0.1]
     torch.testing.assert_close(requests[0].inverse[0].diagonal(), torch.tensor([0.5, 2.0]).double())
+
+
+@pytest.mark.parametrize("damping", [0.1, 0.2, 0.3])
+def test_a_damping_that_single_precision_rounds_is_not_raised(monkeypatch, damping):
+    """As on devices without float64."""
+    monkeypatch.setattr(inverse, "factor_dtype", lambda matrix: matrix.dtype)
+    request = Request(torch.zeros(1, 2, 2), damping)
+    invert([request])
+    assert request.used_damping == damping
+    torch.testing.assert_close(invert_one(torch.zeros(2, 2), damping), torch.eye(2) / damping)
 
 
 @pytest.mark.parametrize("entry", [-1e9, float("nan"), float("inf")])
