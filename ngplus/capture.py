@@ -392,8 +392,7 @@ class Capture:
         size = self._sampling.sketch_size
         if size is None or size >= shape.long:
             return part
-        drawn = torch.randint(shape.long, (size,), generator=self._generator, device=self._generator.device)
-        return gfim.sample_long_side(shape, part, drawn)
+        return gfim.sample_long_side(shape, part, gfim.drawn(shape.long, size, self._generator))
 
 
 class _Watcher(TorchFunctionMode):

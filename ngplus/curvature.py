@@ -243,8 +243,7 @@ class Curvature:
     def _from_columns(self, columns: Tensor, damping: float) -> Preconditioner | None:
         size = self._options.sketch_size
         if self._options.solver == "sketched" and size is not None and size < columns.shape[0]:
-            drawn = torch.randint(columns.shape[0], (size,), generator=self._generator, device=self._generator.device)
-            return preconditioner.sketched(columns, damping, drawn)
+            return preconditioner.sketched(columns, damping, gfim.drawn(columns.shape[0], size, self._generator))
         return preconditioner.low_rank(columns, damping)
 
     def precondition(self, layer: Layer) -> None:
@@ -295,9 +294,8 @@ def layer_statistic(layer: Layer, options: Options, generator: torch.Generator) 
         G = torch.cat([G, column[layer.bias_slice].reshape(*G.shape[:2], 1).to(dtype)], dim=2)
     short_first = G if shape.side == "left" else G.mT
     if options.sketch_size is not None and options.sketch_size < short_first.shape[2]:
-        size, device = options.sketch_size, generator.device
-        drawn = torch.randint(short_first.shape[2], (size,), generator=generator, device=device)
-        scale = (short_first.shape[2] / size) ** 0.5
+        drawn = gfim.drawn(short_first.shape[2], options.sketch_size, generator)
+        scale = (short_first.shape[2] / options.sketch_size) ** 0.5
         short_first = short_first.index_select(2, drawn.to(G.device)) * scale
     return Statistic(shape, moments=gfim.product_of_columns(shape, short_first), seen=1, used=1)
 

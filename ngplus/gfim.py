@@ -229,6 +229,11 @@ def _samples_last(factor: Tensor) -> Tensor:
     return factor.permute(1, 2, 0, 3).flatten(2)
 
 
+def drawn(count: int, size: int, generator: torch.Generator) -> Tensor:
+    """``size`` of ``count`` numbers, uniformly with replacement, (size,), on the generator's device."""
+    return torch.randint(count, (size,), generator=generator, device=generator.device)
+
+
 def added(sums: Sequence[list[Tensor]]) -> list[Tensor]:
     """The sum, stack by stack, made in the first."""
     first, *others = sums

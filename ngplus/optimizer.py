@@ -256,12 +256,13 @@ class NGPlus(Optimizer):
 
         return evaluate
 
+    @torch.no_grad()
     def _precondition(self) -> None:
         """Gradients to directions, whatever the loop around the step is in: autocast would round every product."""
-        devices = {p.device.type for group in self.param_groups for p in group["params"]}
-        with torch.no_grad(), ExitStack() as stack:
-            for device in devices:
-                stack.enter_context(torch.autocast(device, enabled=False))
+        with ExitStack() as stack:
+            if torch._C._is_any_autocast_enabled():
+                for device in {p.device.type for group in self.param_groups for p in group["params"]}:
+                    stack.enter_context(torch.autocast(device, enabled=False))
             self._to_directions()
 
     def _to_directions(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from experiments.analysis.outcomes import DEVICES, Outcome, outcome
+from experiments.analysis.outcomes import Outcome, outcome, timed_alike
 from experiments.analysis.runs import Comparable, load_comparable
 from experiments.analysis.statistics import (
     MedianInterval,
@@ -22,6 +22,8 @@ from experiments.analysis.statistics import (
 from experiments.analysis.survival import TimesToTarget
 from experiments.records import Run
 
+# Between the devices of a row.
+DEVICES = "; "
 COLUMNS = (
     "task",
     "scale",
@@ -162,8 +164,8 @@ def _horizon(outcomes: Mapping[str, Mapping[int, Outcome]], reference: str) -> _
     """
     whole = [[each for each in own.values() if not each.diverged] for own in outcomes.values()]
     whole = [own for own in whole if own] or [list(own.values()) for own in outcomes.values()]
-    devices = {each.device for each in outcomes[reference].values()}
-    timed = [[each for each in own if each.device in devices] for own in whole]
+    devices = {each.devices for each in outcomes[reference].values()}
+    timed = [[each for each in own if each.devices in devices] for own in whole]
 
     def least(value: Callable[[Outcome], float], of: Sequence[Sequence[Outcome]]) -> float:
         return min(max(map(value, own)) for own in of)
@@ -215,17 +217,8 @@ def _row(run: Run, own: Mapping[int, Outcome], reference: Mapping[int, Outcome],
             horizon.seconds,
         ),
         **_versus("best_metric_difference", "best_metric_p", own, reference, lambda each: each.best_metric, math.inf),
-        "device": DEVICES.join(sorted({name for each in outcomes for name in each.device.split(DEVICES)})),
+        "device": DEVICES.join(sorted({name for each in outcomes for name in each.devices})),
         "dataset_sha256": manifest.dataset.sha256,
-    }
-
-
-def timed_alike(own: Mapping[int, Outcome], others: Mapping[int, Outcome]) -> dict[int, Outcome]:
-    """The seeds that both have from one and the same device."""
-    return {
-        seed: each
-        for seed, each in own.items()
-        if seed in others and others[seed].device == each.device and DEVICES not in each.device
     }
 
 

@@ -1,14 +1,13 @@
 """What each run came to: when it reached the target, its best metric, what an epoch cost."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from experiments.records import Epoch, Run
-
-DEVICES = "; "
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +28,7 @@ class Outcome:
         apply_s: the same for applying the preconditioner.
         peak_memory_mb: the most of any epoch, MiB.
         diverged: whether it ended because its loss stopped being a number.
-        device: what it ran on, with `DEVICES` between several. Seconds of two devices do not compare two optimizers.
+        devices: what it ran on. Seconds of two devices do not compare two optimizers.
     """
 
     epochs_to_target: float
@@ -45,7 +44,7 @@ class Outcome:
     apply_s: float
     peak_memory_mb: float
     diverged: bool
-    device: str
+    devices: tuple[str, ...]
 
 
 def outcome(run: Run, target: float | None) -> Outcome:
@@ -68,8 +67,25 @@ def outcome(run: Run, target: float | None) -> Outcome:
         apply_s=_per_epoch(run, lambda epoch: epoch.apply_s),
         peak_memory_mb=max((epoch.peak_memory_mb for epoch in run.epochs), default=math.nan),
         diverged=run.end is not None and run.end.reason == "diverged",
-        device=DEVICES.join(run.devices),
+        devices=run.devices,
     )
+
+
+class Timed(Protocol):
+    """What has seconds: a run, or what it came to."""
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """What it ran on."""
+
+
+def timed_alike[T: Timed](own: Mapping[int, T], others: Mapping[int, T]) -> dict[int, T]:
+    """Those of the seeds that both have from one and the same device."""
+    return {
+        seed: each
+        for seed, each in own.items()
+        if seed in others and others[seed].devices == each.devices and len(each.devices) == 1
+    }
 
 
 def _first_hit(run: Run, target: float | None) -> Epoch | None:

@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from experiments.analysis.claims import Comparison
-from experiments.analysis.outcomes import outcome
+from experiments.analysis.outcomes import outcome, timed_alike
 from experiments.analysis.runs import Comparable
 from experiments.analysis.statistics import PairedDifference, paired_difference, paired_test
 from experiments.analysis.survival import TimesToTarget
@@ -51,12 +51,8 @@ class Pair:
 
     def _timed_alike(self) -> tuple[list[Run], list[Run]]:
         """The runs of seeds that both trained on the same device."""
-        places = [{(run.manifest.seed, run.devices) for run in runs} for runs in (self.ours, self.theirs)]
-        ours, theirs = (
-            [run for run in runs if (run.manifest.seed, run.devices) in places[0] & places[1] and len(run.devices) == 1]
-            for runs in (self.ours, self.theirs)
-        )
-        return ours, theirs
+        ours, theirs = ({run.manifest.seed: run for run in runs} for runs in (self.ours, self.theirs))
+        return list(timed_alike(ours, theirs).values()), list(timed_alike(theirs, ours).values())
 
     def gaps(self, value: str) -> np.ndarray:
         """Ours less theirs after each epoch of training, (seeds, epochs); a run that diverged is infinitely high."""

@@ -19,9 +19,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy import stats
 
-from experiments.analysis.comparison import summarise, write_csv
+from experiments.analysis.comparison import DEVICES, summarise, write_csv
 from experiments.analysis.curves import STYLE, legend_below, save
-from experiments.analysis.outcomes import DEVICES
 from experiments.analysis.palette import colour_of
 from experiments.analysis.runs import load_comparable
 from experiments.analysis.statistics import LEVEL, RESAMPLING_SEED

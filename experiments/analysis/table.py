@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from experiments.analysis.outcomes import DEVICES
+from experiments.analysis.comparison import DEVICES
 from experiments.records import REFERENCE_BEST
 
 Format = Literal["terminal", "markdown", "latex"]

@@ -167,8 +167,7 @@ class SENGCurvature(Curvature):
         if size is None or size >= numbers:
             core = invert_one(U.gram(), damping)
             return None if core is None else GramInverse(U, core, damping)
-        device = self._generator.device
-        drawn = torch.randint(numbers, (size,), generator=self._generator, device=device).to(U.device)
+        drawn = gfim.drawn(numbers, size, self._generator).to(U.device)
         rows, square_scale = U.entries(drawn, shape), numbers / size
         core = invert_one(square_scale * (rows @ rows.T), damping)
         return None if core is None else GramInverse(U, square_scale * (core @ rows), damping, drawn)

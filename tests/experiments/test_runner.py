@@ -63,6 +63,14 @@ def interrupt(monkeypatch):
     return at
 
 
+def break_off(interrupt, call, recipe, name, options):
+    """Leave a run at a call of the loss, which works again afterwards."""
+    interrupt(call)
+    with pytest.raises(InterruptedRunError):
+        run(recipe, name, 0, options)
+    interrupt(None)
+
+
 def test_a_run_is_recorded_from_the_untrained_model_to_its_end(load, options):
     record = run(load(), "sgd", 0, options)
     assert [epoch.epoch for epoch in record.epochs] == [0, 1, 2, 3]
@@ -128,10 +136,7 @@ def test_an_interrupted_run_ends_with_the_same_numbers_to_the_bit(
 def test_the_clock_and_the_time_split_are_carried_on(load, options, interrupt, monkeypatch):
     options = dataclasses.replace(options, checkpoint_every_s=EVERY_STEP)
     recipe = load("task.pause=0.01")
-    interrupt(9)
-    with pytest.raises(InterruptedRunError):
-        run(recipe, "ngplus", 0, options)
-    interrupt(None)
+    break_off(interrupt, 9, recipe, "ngplus", options)
     record = run(recipe, "ngplus", 0, options)
     (resumed,) = record.resumed
     assert (resumed.epoch, resumed.step) == (1, 8)
@@ -173,10 +178,7 @@ def test_a_run_finished_with_other_settings_is_not_taken_for_this_one(load, opti
 
 def test_an_interrupted_run_does_not_go_on_with_other_settings(load, options, interrupt):
     options = dataclasses.replace(options, checkpoint_every_s=EVERY_STEP)
-    interrupt(9)
-    with pytest.raises(InterruptedRunError):
-        run(load(), "sgd", 0, options)
-    interrupt(None)
+    break_off(interrupt, 9, load(), "sgd", options)
     path = options.results_dir / "toy" / "tiny" / "runs" / "sgd-seed0.jsonl"
     before = path.read_bytes()
     with pytest.raises(UserError, match=r"is of another run: task\.hidden is None there and 7 here"):
@@ -186,19 +188,14 @@ def test_an_interrupted_run_does_not_go_on_with_other_settings(load, options, in
 
 
 def test_an_unfinished_record_without_its_checkpoint_is_not_thrown_away(load, options, interrupt):
-    interrupt(15)
-    with pytest.raises(InterruptedRunError):
-        run(load(), "sgd", 0, options)
-    interrupt(None)
+    break_off(interrupt, 15, load(), "sgd", options)
     (options.results_dir / "checkpoints" / "toy" / "tiny" / "sgd-seed0.pt").unlink()
     with pytest.raises(UserError, match=r"its checkpoint .* is missing; start over with --force"):
         run(load(), "sgd", 0, options)
 
 
 def test_a_record_behind_its_checkpoint_is_said_before_anything_is_trained(load, options, interrupt):
-    interrupt(15)
-    with pytest.raises(InterruptedRunError):
-        run(load(), "sgd", 0, options)
+    break_off(interrupt, 15, load(), "sgd", options)
     path = options.results_dir / "toy" / "tiny" / "runs" / "sgd-seed0.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
     before = path.read_bytes()
@@ -209,10 +206,7 @@ def test_a_record_behind_its_checkpoint_is_said_before_anything_is_trained(load,
 
 
 def test_a_resumed_run_names_what_it_was_resumed_on(load, options, interrupt):
-    interrupt(15)
-    with pytest.raises(InterruptedRunError):
-        run(load(), "sgd", 0, options)
-    interrupt(None)
+    break_off(interrupt, 15, load(), "sgd", options)
     record = run(load(), "sgd", 0, options)
     assert [each.device for each in record.resumed] == [device_name("cpu")]
     assert record.devices == (device_name("cpu"),)
@@ -221,10 +215,7 @@ def test_a_resumed_run_names_what_it_was_resumed_on(load, options, interrupt):
 
 
 def test_an_evaluation_that_cannot_begin_leaves_the_record_before(load, options, interrupt, monkeypatch):
-    interrupt(9)
-    with pytest.raises(InterruptedRunError):
-        run(load(), "sgd", 0, options)
-    interrupt(None)
+    break_off(interrupt, 9, load(), "sgd", options)
     path = options.results_dir / "toy" / "tiny" / "runs" / "sgd-seed0.jsonl"
     before = path.read_bytes()
 
@@ -238,10 +229,7 @@ def test_an_evaluation_that_cannot_begin_leaves_the_record_before(load, options,
 
 
 def test_a_record_cut_off_in_its_last_line_is_mended(load, options, interrupt):
-    interrupt(9)
-    with pytest.raises(InterruptedRunError):
-        run(load(), "sgd", 0, options)
-    interrupt(None)
+    break_off(interrupt, 9, load(), "sgd", options)
     path = options.results_dir / "toy" / "tiny" / "runs" / "sgd-seed0.jsonl"
     with path.open("ab") as file:
         file.write(b'{"event": "epoch", "epo')
