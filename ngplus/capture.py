@@ -294,7 +294,7 @@ class Capture:
         layer = use.call.layer
         if use.returned or layer not in self._records:
             return
-        if not torch._C._will_engine_execute_node(use.accumulator):  # autograd.grad for something else
+        if not _adds_to(use.accumulator):
             return
         use.returned = True
         record = self._records[layer]
@@ -393,6 +393,14 @@ class Capture:
         if size is None or size >= shape.long:
             return part
         return gfim.sample_long_side(shape, part, gfim.drawn(shape.long, size, self._generator))
+
+
+def _adds_to(accumulator: torch.autograd.graph.Node) -> bool:
+    """Whether the backward pass that is running adds to ``.grad``; `torch.autograd.grad` returns gradients instead."""
+    try:
+        return torch._C._will_engine_execute_node(accumulator)
+    except RuntimeError:  # it returns this very weight's
+        return False
 
 
 class _Watcher(TorchFunctionMode):

@@ -342,6 +342,36 @@ def test_gradients_with_respect_to_inputs_do_not_contaminate(create_graph):
     assert oracle.error(model, oracle.directions(gradients, 0.3)) <= 1e-10
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_gradients_that_are_returned_are_not_those_of_the_step(create_graph):
+    """Those of the weights themselves too, as for the norm of one loss's gradient beside that of another."""
+    model, x = mlp(4, 6, 3), points(5, 4)
+    gradients = one_by_one(model, x)
+
+    def run(m):
+        output = m(x)
+        torch.autograd.grad(output.sum(), list(m.parameters()), retain_graph=True, create_graph=create_graph)
+        return oracle.energy(output) / 5
+
+    oracle.descend(model, run, damping=0.3)
+    assert oracle.error(model, oracle.directions(gradients, 0.3)) <= 1e-10
+
+
+def test_gradients_put_in_place_by_hand_go_to_the_base_with_a_warning():
+    model, x = mlp(4, 3), points(5, 4)
+    optimizer = NGPlus(model, lr=0.5, damping=0.3)
+    with pytest.warns(UserWarning, match="no backward pass through the model was seen"):
+        for _ in range(5):
+            before = [p.detach().clone() for p in model.parameters()]
+            returned = torch.autograd.grad(oracle.energy(model(x)), list(model.parameters()))
+            for parameter, gradient in zip(model.parameters(), returned, strict=True):
+                parameter.grad = gradient.clone()
+            optimizer.step()
+            optimizer.zero_grad()
+            for parameter, old, gradient in zip(model.parameters(), before, returned, strict=True):
+                torch.testing.assert_close(parameter.detach(), old - 0.5 * gradient)
+
+
 def test_backward_to_inputs_only_does_not_contaminate():
     model, x = mlp(4, 6, 3), points(5, 4).requires_grad_()
     gradients = one_by_one(model, x.detach())

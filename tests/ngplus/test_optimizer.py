@@ -408,7 +408,7 @@ def test_a_gradient_that_never_comes_from_the_model_is_given_up_with_a_warning()
             optimizer.step()
         caught += [str(warning.message) for warning in now]
     assert len(caught) == 1
-    assert caught[0].startswith("sometimes.weight has a gradient, but in 3 steps no forward pass")
+    assert caught[0].startswith("sometimes.weight has a gradient, but in 3 steps no backward pass")
     assert not optimizer._capture.armed
 
 
