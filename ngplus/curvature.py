@@ -246,21 +246,25 @@ class Curvature:
             return preconditioner.sketched(columns, damping, gfim.drawn(columns.shape[0], size, self._generator))
         return preconditioner.low_rank(columns, damping)
 
-    def precondition(self, layer: Layer) -> None:
-        """Replace the layer's gradients by the direction (6), if the layer has a preconditioner."""
+    def precondition(self, layer: Layer) -> Tensor | None:
+        """Replace the layer's gradients by the direction (6), if the layer has a preconditioner.
+
+        Returns:
+            The rows of the weight's direction that are not zeros, where only these were touched.
+        """
         state, gradient = self.states.get(layer), layer.weight.grad
         if state is None or gradient is None:
-            return
+            return None
         if layer.columns != state.shape.columns:  # its bias was frozen or freed meanwhile
             del self.states[layer]
-            return
+            return None
         if state.preconditioner.main.device != gradient.device:
             state.to(gradient.device)
-        self._replace(layer, state, gradient)
+        return self._replace(layer, state, gradient)
 
-    def _replace(self, layer: Layer, state: LayerState, gradient: Tensor) -> None:
+    def _replace(self, layer: Layer, state: LayerState, gradient: Tensor) -> Tensor | None:
         """Put the direction in place of the layer's gradients; ``gradient`` is its weight's."""
-        direction.precondition(layer, state.preconditioner, state.shape)
+        return direction.precondition(layer, state.preconditioner, state.shape)
 
 
 def _finite(sums: Mapping[Layer, Statistic]) -> tuple[list[Layer], list[Layer]]:
@@ -287,7 +291,7 @@ def layer_statistic(layer: Layer, options: Options, generator: torch.Generator) 
         G = gradient.coalesce()._values().to(dtype).unsqueeze(0)
     else:
         dense = gradient.to_dense() if gradient.is_sparse else gradient
-        G = as_matrix(layer, dense).to(dtype)
+        G = as_matrix(layer, dense, dtype)
     bias = layer.trained_bias
     if bias is not None:
         column = torch.zeros_like(bias) if bias.grad is None else bias.grad

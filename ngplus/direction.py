@@ -2,7 +2,8 @@
 
 On a CPU the apply is bounded by how often memory is passed over, so a gradient that lies in rows is overwritten where
 it lies, a bias that is one more column from the right of L⁻¹ is taken by itself, rows of zeros, which most of an
-embedding's gradient is, are left as they are, and other large tables go in chunks that stay in the cache.
+embedding's gradient is, are left as they are (nor is NaN looked for in them), and other large tables go in chunks that
+stay in the cache.
 """
 
 from __future__ import annotations
@@ -19,63 +20,75 @@ _ONE_SIDED = (DenseInverse, LowRankInverse, SketchedInverse)
 """What multiplies rows, or columns, whichever they are; a baseline's inverse may multiply both sides."""
 CHUNK = 2**16
 """Numbers of a gradient that are multiplied at a time where it is longer than several of these."""
+SMALL_TABLE = 2**17
+"""Numbers of a gradient up to which a product with all of its rows is no dearer than to look for those of zeros."""
 
 
-def precondition(layer: Layer, preconditioner: Preconditioner, shape: Shape) -> None:
-    """Replace the gradients of a layer's weight and bias by the direction (6)."""
+def precondition(layer: Layer, preconditioner: Preconditioner, shape: Shape) -> Tensor | None:
+    """Replace the gradients of a layer's weight and bias by the direction (6).
+
+    Returns:
+        The rows of the weight's direction that are not zeros, where only these were touched.
+    """
     gradient = layer.weight.grad
     assert gradient is not None
-    if gradient.is_sparse and layer.trained_bias is not None:  # a table tied to a linear layer with one
+    bias, dtype = layer.trained_bias, preconditioner.main.dtype
+    if gradient.is_sparse and bias is not None:  # a table tied to a linear layer with one
         gradient = layer.weight.grad = gradient.to_dense()
+    one_sided = isinstance(preconditioner, _ONE_SIDED)
     if gradient.is_sparse:
         layer.weight.grad = _sparse(preconditioner, shape, gradient)
-    elif layer.trained_bias is None:
-        layer.weight.grad = _replaced(gradient, _matrix(layer, gradient, preconditioner, shape))
-    elif shape.side == "left" and isinstance(preconditioner, _ONE_SIDED):
-        column = _bias_column(layer, shape, preconditioner.main.dtype)
-        layer.weight.grad = _replaced(gradient, _matrix(layer, gradient, preconditioner, shape))
-        _set_bias(layer, preconditioner.apply(column))
+    elif bias is None:
+        if one_sided and shape.side == "right" and _may_have_rows_of_zeros(layer, gradient):
+            rows = _rows_alone(preconditioner, gradient)
+            if rows is not None:
+                return rows
+        G = as_matrix(layer, gradient, dtype)
+        layer.weight.grad = _replaced(gradient, _direction(preconditioner, shape, G))
+    elif one_sided and shape.side == "left":
+        layer.weight.grad = _replaced(gradient, preconditioner.apply(as_matrix(layer, gradient, dtype)))
+        if (column := _bias_gradient(layer)) is not None:
+            D = preconditioner.apply(column.reshape(shape.groups, shape.rows, 1).to(dtype))
+            column.copy_(D.flatten())
     else:
-        G = as_matrix(layer, gradient).to(preconditioner.main.dtype)
-        whole = torch.cat([G, _bias_column(layer, shape, G.dtype)], dim=2)  # (groups, m, n + 1)
+        column = _bias_gradient(layer)
+        last = gradient.new_zeros(len(gradient)) if column is None else column
+        G = as_matrix(layer, gradient, dtype)
+        whole = torch.cat([G, last.to(dtype).reshape(shape.groups, shape.rows, 1)], dim=2)  # (groups, m, n + 1)
         D = _direction(preconditioner, shape, whole)
         gradient.copy_(D[:, :, :-1].reshape(gradient.shape))
-        _set_bias(layer, D[:, :, -1:])
-
-
-def _matrix(layer: Layer, gradient: Tensor, preconditioner: Preconditioner, shape: Shape) -> Tensor:
-    """The direction of the weight alone, (groups, m, n)."""
-    return _direction(preconditioner, shape, as_matrix(layer, gradient).to(preconditioner.main.dtype))
+        if column is not None:
+            column.copy_(D[:, :, -1].flatten())
+    return None
 
 
 def _direction(preconditioner: Preconditioner, shape: Shape, G: Tensor) -> Tensor:
     """(λI + L)⁻¹G or G(λI + R)⁻¹, equation (6); G may be overwritten."""
     if shape.side == "left":
         return preconditioner.apply(G)
-    if not (isinstance(preconditioner, _ONE_SIDED) and _is_long(G)):
-        return preconditioner.apply_right(G)
-    if _is_mostly_zero(G[0]):
-        rows = _rows_that_count(G[0])
-        G[0].index_copy_(0, rows, preconditioner.apply_right(G[:, rows])[0])
-        return G
-    if isinstance(preconditioner, DenseInverse) and shape.blocks == (1, 0):
+    whole = isinstance(preconditioner, DenseInverse) and shape.blocks == (1, 0)
+    if G.numel() >= 4 * CHUNK and whole and len(G) == 1 and can_ask(G) and G.is_contiguous():
         return _chunk_by_chunk(G, preconditioner.main)
     return preconditioner.apply_right(G)
 
 
-def _is_long(G: Tensor) -> bool:
-    return can_ask(G) and G.shape[0] == 1 and G.is_contiguous() and G.numel() >= 4 * CHUNK
+def _may_have_rows_of_zeros(layer: Layer, gradient: Tensor) -> bool:
+    """Whether to look for them: it is one pass over memory, and a product with all rows is several."""
+    large = gradient.numel() >= SMALL_TABLE and len(gradient) >= 4 * gradient.shape[1]
+    return layer.looked_up and large and can_ask(gradient) and gradient.is_contiguous()
 
 
-def _is_mostly_zero(table: Tensor) -> bool:
-    """Whether looking for the rows that are not zero pays: at most half of a few are, and there are many rows.
+def _rows_alone(preconditioner: Preconditioner, table: Tensor) -> Tensor | None:
+    """The direction of a gradient with rows of zeros, in place: of the others alone, which are returned.
 
-    Either answer gives the same direction.
+    None, and nothing is done, where half of the rows or more are others.
     """
-    if len(table) < 4 * table.shape[1]:
-        return False
-    few = table[:: max(1, len(table) // 256)]
-    return 2 * int(few.any(dim=1).count_nonzero()) <= len(few)
+    rows = _rows_that_count(table)
+    if 2 * len(rows) >= len(table):
+        return None
+    D = preconditioner.apply_right(table[rows].to(preconditioner.main.dtype).unsqueeze(0))[0].to(table.dtype)
+    table.index_copy_(0, rows, D)
+    return D
 
 
 def _rows_that_count(table: Tensor) -> Tensor:
@@ -85,7 +98,7 @@ def _rows_that_count(table: Tensor) -> Tensor:
     flags = (table.view(torch.int64) if in_words else table).bool()
     while flags.shape[1] % 8 == 0:
         flags = flags.view(torch.int64).bool()
-    return flags.any(dim=1).nonzero()[:, 0]
+    return (flags[:, 0] if flags.shape[1] == 1 else flags.any(dim=1)).nonzero()[:, 0]
 
 
 def _chunk_by_chunk(G: Tensor, inverse: Tensor) -> Tensor:
@@ -98,18 +111,12 @@ def _chunk_by_chunk(G: Tensor, inverse: Tensor) -> Tensor:
     return G
 
 
-def _bias_column(layer: Layer, shape: Shape, dtype: torch.dtype) -> Tensor:
-    """The bias's gradient as the matrix's last column, (groups, m, 1); zeros where there is none."""
+def _bias_gradient(layer: Layer) -> Tensor | None:
+    """The gradient of the layer's part of its bias, in its own memory; None where there is none."""
     bias = layer.trained_bias
-    assert bias is not None
-    column = torch.zeros_like(bias) if bias.grad is None else bias.grad
-    return column[layer.bias_slice].reshape(shape.groups, shape.rows, 1).to(dtype, copy=True)
-
-
-def _set_bias(layer: Layer, direction: Tensor) -> None:
-    bias = layer.trained_bias
-    if bias is not None and bias.grad is not None:
-        bias.grad[layer.bias_slice].copy_(direction.flatten())
+    if bias is None or bias.grad is None:
+        return None
+    return bias.grad if len(bias) == len(layer.weight) else bias.grad[layer.bias_slice]
 
 
 def _replaced(gradient: Tensor, direction: Tensor) -> Tensor:

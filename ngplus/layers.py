@@ -21,7 +21,8 @@ from ngplus.gfim import Part, Shape
 from ngplus.patches import Patches
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-SUPPORTED = (nn.Linear, *CONVOLUTIONS, nn.Embedding, nn.EmbeddingBag, nn.MultiheadAttention)
+EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+SUPPORTED = (nn.Linear, *CONVOLUTIONS, *EMBEDDINGS, nn.MultiheadAttention)
 # Their parameters have no matrix form that (2) speaks of; they go to the base optimizer without a word.
 VECTORS = (
     nn.modules.batchnorm._BatchNorm,
@@ -49,6 +50,7 @@ class Layer:
         groups: of a convolution, else 1.
         batch_dim: the dimension of a linear layer's input along which samples lie.
         of_attention: whether it is a part of an `nn.MultiheadAttention`, which knows its samples.
+        looked_up: whether a gradient may have many rows of zeros: that of an embedding, or of nobody knows what.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Layer:
     groups: int = 1
     batch_dim: int = 0
     of_attention: bool = False
+    looked_up: bool = False
 
     def known_as(self, known: Mapping[int, Layer]) -> Layer:
         """The layer that is known by this one's weight, with this one's bias; itself where there is none."""
@@ -132,7 +135,7 @@ def parameter_layers(groups: Iterable[Mapping[str, Any]]) -> list[Layer]:
     for number, group in enumerate(groups):
         names = group.get("param_names", [f"group {number} parameter {i}" for i in range(len(group["params"]))])
         layers += [
-            Layer(name, parameter, None)
+            Layer(name, parameter, None, looked_up=parameter.dim() == 2)
             for name, parameter in zip(names, group["params"], strict=True)
             if parameter.dim() > 1 and _is_matrix(parameter)
         ]
@@ -177,7 +180,8 @@ def _module_layers(prefix: str, module: nn.Module) -> Iterator[Layer]:
     elif isinstance(module, SUPPORTED) and (weight := own.get("weight")) is not None:
         groups = module.groups if isinstance(module, CONVOLUTIONS) else 1
         of_attention = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)  # what it calls out_proj
-        yield Layer(named("weight"), weight, bias, groups=groups, of_attention=of_attention)
+        looked_up = isinstance(module, EMBEDDINGS)
+        yield Layer(named("weight"), weight, bias, groups=groups, of_attention=of_attention, looked_up=looked_up)
 
 
 def _attention_layers(named: Callable[[str], str], module: nn.MultiheadAttention) -> Iterator[Layer]:
@@ -467,9 +471,10 @@ _READERS: Mapping[Any, Callable[..., Call]] = {
 }
 
 
-def as_matrix(layer: Layer, tensor: Tensor) -> Tensor:
-    """A weight-shaped tensor as (groups, m, n without bias)."""
-    return tensor.reshape(layer.groups, tensor.shape[0] // layer.groups, -1)
+def as_matrix(layer: Layer, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight-shaped tensor as (groups, m, n without bias), in its own memory where that can be."""
+    G = tensor if tensor.dtype == dtype else tensor.to(dtype)
+    return G.reshape(layer.groups, tensor.shape[0] // layer.groups, -1)
 
 
 __all__ = [

@@ -273,9 +273,12 @@ class NGPlus(Optimizer):
             self._update_curvature(wanted)
         self._fresh = False
         with self._stopwatch.measure("apply"):
-            for layer in self._layers:
-                self._curvature.precondition(layer)
-            self._guard()
+            touched = {
+                layer.weight: rows
+                for layer in self._layers
+                if (rows := self._curvature.precondition(layer)) is not None
+            }
+            self._guard(touched)
         self._follow_devices()
 
     @property
@@ -342,8 +345,8 @@ class NGPlus(Optimizer):
                 late.append(layer)
             else:
                 self._warn_once(
-                    f"{layer.name} has a gradient, but in {LATE_TRIES} steps no forward pass of the model was seen "
-                    f"to use it; it goes to {type(self._base).__name__} untouched"
+                    f"{layer.name} has a gradient, but in {LATE_TRIES} steps no backward pass through the model was "
+                    f"seen to bring it; it goes to {type(self._base).__name__} untouched"
                 )
         return late
 
@@ -361,16 +364,16 @@ class NGPlus(Optimizer):
     def _gradients(self) -> list[Tensor]:
         return [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
 
-    def _guard(self) -> None:
-        """Keep NaN and Inf from `base`, as ``nonfinite`` says."""
+    def _guard(self, touched: Mapping[nn.Parameter, Tensor]) -> None:
+        """Keep NaN and Inf from `base`, as ``nonfinite`` says; of some weights only the rows given can hold them."""
         if self._options.nonfinite == "raise":
             self._raise_if_nonfinite("direction")
             return
-        gradients = self._gradients()
-        bad = any_nonfinite(gradients)
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        bad = any_nonfinite(touched.get(p, p.grad) for p in parameters)
         if bad is None:
             return
-        zero_where(bad, gradients)
+        zero_where(bad, self._gradients())
         self._skipped = bad.long() if self._skipped is None else self._skipped.to(bad.device) + bad
 
     def _raise_if_nonfinite(self, what: str) -> None:

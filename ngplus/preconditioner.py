@@ -56,7 +56,7 @@ class DenseInverse:
     def apply_right(self, gradient: Tensor) -> Tensor:
         """Each block times its columns of the gradient."""
         if self.shape.blocks == (1, 0):
-            return gradient @ self.inverses[0]
+            return torch.bmm(gradient, self.inverses[0])
         for inverse, columns in zip(self.inverses, torch.split(gradient, self._lengths(), dim=2), strict=True):
             count, size = len(inverse) // self.shape.groups, inverse.shape[1]
             blocks = columns.view(*columns.shape[:2], count, size).transpose(1, 2)  # (groups, count, q, size)
@@ -65,6 +65,8 @@ class DenseInverse:
 
     def apply(self, gradient: Tensor) -> Tensor:
         """Each block times its rows of the gradient."""
+        if self.shape.blocks == (1, 0):
+            return torch.bmm(self.inverses[0], gradient)
         if len(self.inverses) == 1:
             return _times_rows(self.inverses[0], gradient)
         for inverse, rows in zip(self.inverses, torch.split(gradient, self._lengths(), dim=1), strict=True):

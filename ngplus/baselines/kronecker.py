@@ -238,13 +238,13 @@ class KroneckerCurvature(Curvature):
         rows, columns = (request.inverse for request in requests)
         return None if rows is None or columns is None else KroneckerInverse(rows, columns)
 
-    def _replace(self, layer: Layer, state: LayerState, gradient: Tensor) -> None:
+    def _replace(self, layer: Layer, state: LayerState, gradient: Tensor) -> Tensor | None:
         """As in `Curvature`; a table's sparse gradient stays sparse."""
         if not gradient.is_sparse or layer.trained_bias is not None:
-            super()._replace(layer, state, gradient)
-            return
+            return super()._replace(layer, state, gradient)
         inverse = state.preconditioner
         assert isinstance(inverse, KroneckerInverse)
         indices, values = gradient._indices(), gradient._values()
         direction = inverse.apply_to_rows(indices[0], values.to(inverse.main.dtype)).to(values.dtype)
         layer.weight.grad = torch.sparse_coo_tensor(indices, direction, gradient.shape, check_invariants=False)
+        return None

@@ -172,11 +172,10 @@ class SENGCurvature(Curvature):
         core = invert_one(square_scale * (rows @ rows.T), damping)
         return None if core is None else GramInverse(U, square_scale * (core @ rows), damping, drawn)
 
-    def _replace(self, layer: Layer, state: LayerState, gradient: Tensor) -> None:
+    def _replace(self, layer: Layer, state: LayerState, gradient: Tensor) -> Tensor | None:
         """As in `Curvature`; a table's sparse gradient comes back with the rows that samples looked up added."""
         if not gradient.is_sparse or layer.trained_bias is not None:
-            super()._replace(layer, state, gradient)
-            return
+            return super()._replace(layer, state, gradient)
         inverse = state.preconditioner
         assert isinstance(inverse, GramInverse)
         touched = _touched_rows(gradient, inverse.gradients)
@@ -184,6 +183,7 @@ class SENGCurvature(Curvature):
         rows = inverse.apply(dense.to(inverse.main.dtype).unsqueeze(0))[0, touched].to(gradient.dtype)
         indices = touched.unsqueeze(0)
         layer.weight.grad = torch.sparse_coo_tensor(indices, rows, gradient.shape, check_invariants=False)
+        return None
 
 
 def _touched_rows(gradient: Tensor, gradients: SampleGradients) -> Tensor:

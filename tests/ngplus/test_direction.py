@@ -14,6 +14,7 @@ from ngplus.preconditioner import DenseInverse, LowRankInverse
 @pytest.fixture(autouse=True)
 def every_table_is_large(monkeypatch):
     monkeypatch.setattr(direction, "CHUNK", 8)
+    monkeypatch.setattr(direction, "SMALL_TABLE", 8)
 
 
 def inverse_of(shape, dtype):
@@ -90,6 +91,7 @@ def test_every_optimizer_turns_a_large_table_as_it_does_a_small_one(monkeypatch,
 
     def weights(chunk):
         monkeypatch.setattr(direction, "CHUNK", chunk)
+        monkeypatch.setattr(direction, "SMALL_TABLE", chunk)
         torch.manual_seed(0)
         model = nn.Sequential(nn.Embedding(200, 8), nn.Flatten(1), nn.Linear(16, 1)).double()
         trained = optimizer(model, lr=0.1, damping=0.1, update_every=2)
@@ -100,3 +102,36 @@ def test_every_optimizer_turns_a_large_table_as_it_does_a_small_one(monkeypatch,
         return model[0].weight.detach()
 
     torch.testing.assert_close(weights(8), weights(10**6))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nan_in_one_row_of_a_large_table_skips_the_step(value, dtype):
+    """It is looked for in the rows that are not zeros alone."""
+    model = nn.Embedding(200, 8, dtype=dtype)
+    optimizer = NGPlus(model, lr=0.1, update_every=100)
+    model(torch.tensor([3, 4])).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    before = model.weight.detach().clone()
+    model(torch.tensor([3, 150])).square().sum().backward()
+    model.weight.grad[150, 7] = value
+    optimizer.step()
+    assert torch.equal(model.weight, before)
+    assert optimizer.skipped_steps == 1
+    assert not model.weight.grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_of_a_large_table_moves_as_in_a_small_one(monkeypatch, dtype):
+    def weight(size):
+        monkeypatch.setattr(direction, "SMALL_TABLE", size)
+        torch.manual_seed(0)
+        model = nn.Embedding(200, 8, dtype=dtype)
+        optimizer = NGPlus(model, lr=0.1, update_every=100)
+        model(torch.tensor([3, 4, 199])).square().sum().backward()
+        optimizer.step()
+        return model.weight.detach()
+
+    assert weight(8).dtype == dtype
+    torch.testing.assert_close(weight(8), weight(10**6))

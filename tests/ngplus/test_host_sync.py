@@ -43,6 +43,7 @@ def test_a_plain_step_asks_for_no_value(options):
 
 def test_a_large_table_is_not_asked_which_of_its_rows_count(monkeypatch):
     monkeypatch.setattr(direction, "CHUNK", 8)
+    monkeypatch.setattr(direction, "SMALL_TABLE", 8)
     plain_step_on_fakes(*make(rows=64))
 
 
