@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ngplus import direction, distributed, gfim, preconditioner
+from ngplus import batching, direction, distributed, gfim, preconditioner
+from ngplus.batching import Member
 from ngplus.capture import Sampling, Statistic
 from ngplus.factors import statistics_dtype
 from ngplus.gfim import Shape
@@ -246,12 +247,26 @@ class Curvature:
             return preconditioner.sketched(columns, damping, gfim.drawn(columns.shape[0], size, self._generator))
         return preconditioner.low_rank(columns, damping)
 
-    def precondition(self, layer: Layer) -> Tensor | None:
-        """Replace the layer's gradients by the direction (6), if the layer has a preconditioner.
+    def precondition(self, layers: Iterable[Layer]) -> dict[nn.Parameter, Tensor | None]:
+        """Replace the gradients of the layers that have a preconditioner by their directions (6).
 
         Returns:
-            The rows of the weight's direction that are not zeros, where only these were touched.
+            What to look at for NaN in place of some parameters' gradients; None where another's has it too.
         """
+        ready = [(layer, state) for layer in layers if (state := self._ready(layer)) is not None]
+        members = [Member(layer, state.preconditioner, state.shape) for layer, state in ready]
+        together, alone = batching.batches(members)
+        looks: dict[nn.Parameter, Tensor | None] = {}
+        for batch in together:
+            looks |= batching.precondition(batch)
+        for member in alone:
+            rows = self._replace(member)
+            if rows is not None:
+                looks[member.layer.weight] = rows
+        return looks
+
+    def _ready(self, layer: Layer) -> LayerState | None:
+        """What is kept of a layer that has a gradient, where it fits the layer and lies beside the gradient."""
         state, gradient = self.states.get(layer), layer.weight.grad
         if state is None or gradient is None:
             return None
@@ -260,11 +275,11 @@ class Curvature:
             return None
         if state.preconditioner.main.device != gradient.device:
             state.to(gradient.device)
-        return self._replace(layer, state, gradient)
+        return state
 
-    def _replace(self, layer: Layer, state: LayerState, gradient: Tensor) -> Tensor | None:
-        """Put the direction in place of the layer's gradients; ``gradient`` is its weight's."""
-        return direction.precondition(layer, state.preconditioner, state.shape)
+    def _replace(self, member: Member) -> Tensor | None:
+        """Put the direction in place of a layer's gradients; returns its rows that are not zeros, where it is known."""
+        return direction.precondition(member)
 
 
 def _finite(sums: Mapping[Layer, Statistic]) -> tuple[list[Layer], list[Layer]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ngplus.batching import Member
 from ngplus.gfim import Shape
 from ngplus.layers import Layer, as_matrix
 from ngplus.nonfinite import can_ask
@@ -24,12 +25,13 @@ SMALL_TABLE = 2**17
 """Numbers of a gradient up to which a product with all of its rows is no dearer than to look for those of zeros."""
 
 
-def precondition(layer: Layer, preconditioner: Preconditioner, shape: Shape) -> Tensor | None:
+def precondition(member: Member) -> Tensor | None:
     """Replace the gradients of a layer's weight and bias by the direction (6).
 
     Returns:
         The rows of the weight's direction that are not zeros, where only these were touched.
     """
+    layer, preconditioner, shape = member.layer, member.preconditioner, member.shape
     gradient = layer.weight.grad
     assert gradient is not None
     bias, dtype = layer.trained_bias, preconditioner.main.dtype

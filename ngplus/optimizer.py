@@ -273,12 +273,7 @@ class NGPlus(Optimizer):
             self._update_curvature(wanted)
         self._fresh = False
         with self._stopwatch.measure("apply"):
-            touched = {
-                layer.weight: rows
-                for layer in self._layers
-                if (rows := self._curvature.precondition(layer)) is not None
-            }
-            self._guard(touched)
+            self._guard(self._curvature.precondition(self._layers))
         self._follow_devices()
 
     @property
@@ -364,13 +359,13 @@ class NGPlus(Optimizer):
     def _gradients(self) -> list[Tensor]:
         return [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
 
-    def _guard(self, touched: Mapping[nn.Parameter, Tensor]) -> None:
-        """Keep NaN and Inf from `base`, as ``nonfinite`` says; of some weights only the rows given can hold them."""
+    def _guard(self, looks: Mapping[nn.Parameter, Tensor | None]) -> None:
+        """Keep NaN and Inf from `base`, as ``nonfinite`` says; ``looks`` as `Curvature.precondition` gives it."""
         if self._options.nonfinite == "raise":
             self._raise_if_nonfinite("direction")
             return
         parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        bad = any_nonfinite(touched.get(p, p.grad) for p in parameters)
+        bad = any_nonfinite(look for p in parameters if (look := looks.get(p, p.grad)) is not None)
         if bad is None:
             return
         zero_where(bad, self._gradients())

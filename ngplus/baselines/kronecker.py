@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ngplus.batching import Member
 from ngplus.capture import Capture, Sampling, Statistic, _Record, _Use, is_zero
 from ngplus.curvature import Curvature, LayerState
 from ngplus.factors import Bags, Factor, OneHot, statistics_dtype
@@ -238,11 +239,11 @@ class KroneckerCurvature(Curvature):
         rows, columns = (request.inverse for request in requests)
         return None if rows is None or columns is None else KroneckerInverse(rows, columns)
 
-    def _replace(self, layer: Layer, state: LayerState, gradient: Tensor) -> Tensor | None:
+    def _replace(self, member: Member) -> Tensor | None:
         """As in `Curvature`; a table's sparse gradient stays sparse."""
-        if not gradient.is_sparse or layer.trained_bias is not None:
-            return super()._replace(layer, state, gradient)
-        inverse = state.preconditioner
+        layer, inverse, gradient = member.layer, member.preconditioner, member.layer.weight.grad
+        if gradient is None or not gradient.is_sparse or layer.trained_bias is not None:
+            return super()._replace(member)
         assert isinstance(inverse, KroneckerInverse)
         indices, values = gradient._indices(), gradient._values()
         direction = inverse.apply_to_rows(indices[0], values.to(inverse.main.dtype)).to(values.dtype)

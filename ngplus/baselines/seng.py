@@ -14,6 +14,7 @@ from ngplus import distributed, gfim
 from ngplus.arguments import Params
 from ngplus.baselines.relative import Relative
 from ngplus.baselines.sample_gradients import LookedUp, SampleGradients, from_tensors, gather, joined
+from ngplus.batching import Member
 from ngplus.capture import Capture, Statistic, is_zero
 from ngplus.curvature import Curvature, LayerState, sampling
 from ngplus.gfim import Part, Shape
@@ -172,11 +173,11 @@ class SENGCurvature(Curvature):
         core = invert_one(square_scale * (rows @ rows.T), damping)
         return None if core is None else GramInverse(U, square_scale * (core @ rows), damping, drawn)
 
-    def _replace(self, layer: Layer, state: LayerState, gradient: Tensor) -> Tensor | None:
+    def _replace(self, member: Member) -> Tensor | None:
         """As in `Curvature`; a table's sparse gradient comes back with the rows that samples looked up added."""
-        if not gradient.is_sparse or layer.trained_bias is not None:
-            return super()._replace(layer, state, gradient)
-        inverse = state.preconditioner
+        layer, inverse, gradient = member.layer, member.preconditioner, member.layer.weight.grad
+        if gradient is None or not gradient.is_sparse or layer.trained_bias is not None:
+            return super()._replace(member)
         assert isinstance(inverse, GramInverse)
         touched = _touched_rows(gradient, inverse.gradients)
         dense = gradient.to_dense()

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from ngplus.arguments import Params
 from ngplus.baselines.relative import Relative
+from ngplus.batching import Member
 from ngplus.curvature import Curvature, LayerState
 from ngplus.factors import statistics_dtype
 from ngplus.gfim import Shape
@@ -153,18 +154,16 @@ class ShampooCurvature(Curvature):
         roots = {dim: inverse_root(matrix, damping, 2 * len(dims)) for dim, matrix in zip(dims, matrices, strict=True)}
         return ShampooState(layer.shape(None), Roots(roots), matrices, damping, updates)
 
-    def precondition(self, layer: Layer) -> None:
-        """Replace the tensor's gradient by its direction, as long as the gradient was if grafted."""
-        state, gradient = self.states.get(layer), layer.weight.grad
-        if state is None or gradient is None:
-            return
-        if state.preconditioner.main.device != gradient.device:
-            state.to(gradient.device)
-        direction = state.preconditioner.apply(gradient.to(state.preconditioner.main.dtype))
+    def _replace(self, member: Member) -> Tensor | None:
+        """Put the direction in place of the tensor's gradient, as long as the gradient was if grafted."""
+        gradient, roots = member.layer.weight.grad, member.preconditioner
+        assert gradient is not None
+        direction = roots.apply(gradient.to(roots.main.dtype))
         if self._sides.grafting == "sgd":
             length = direction.norm()
             direction = direction * torch.where(length > 0, gradient.norm() / length, 1.0)
         gradient.copy_(direction)
+        return None
 
 
 def _has_side(parameter: Tensor) -> bool:

@@ -6,6 +6,7 @@ from torch import nn
 
 from ngplus import NGPlus, direction
 from ngplus.baselines import KFAC, SENG, Shampoo
+from ngplus.batching import Member
 from ngplus.direction import precondition
 from ngplus.layers import find_layers
 from ngplus.preconditioner import DenseInverse, LowRankInverse
@@ -42,7 +43,7 @@ def test_rows_of_zeros_stay_zeros_and_the_others_are_multiplied(dtype, offset, d
     inverse = inverse_of(shape, dtype)
     layer.weight.grad = gradient(200, dim, touched, dtype, offset)
     expected = layer.weight.grad.double() @ inverse.double()
-    precondition(layer, DenseInverse([inverse[None]], shape), shape)
+    precondition(Member(layer, DenseInverse([inverse[None]], shape), shape))
     torch.testing.assert_close(layer.weight.grad.double(), expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(layer.weight.grad.any(1), expected.any(1))
 
@@ -59,7 +60,7 @@ def test_blocks_and_low_rank_take_the_rows_that_count_too():
     ]:
         layer.weight.grad = gradient(200, 6, 9, torch.float64)
         expected = layer.weight.grad @ product
-        precondition(layer, preconditioner, shape)
+        precondition(Member(layer, preconditioner, shape))
         torch.testing.assert_close(layer.weight.grad, expected)
 
 

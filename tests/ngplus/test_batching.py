@@ -1,0 +1,165 @@
+"""Small matrices of equal shape turned together, against each turned alone and against dense solves."""
+
+import pytest
+import torch
+from torch import nn
+
+from ngplus import NGPlus, batching
+from ngplus.baselines import KFAC
+from ngplus.batching import Member, batches, precondition
+from ngplus.layers import find_layers
+from ngplus.preconditioner import DenseInverse
+
+
+class Tables(nn.Module):
+    """Two tables of one shape, one of another, and linear layers of equal shapes with and without a bias."""
+
+    def __init__(self, dtype=torch.float64, linear_dim=6):
+        super().__init__()
+        self.tables = nn.ModuleList(nn.Embedding(rows, 6, dtype=dtype) for rows in (9, 9, 20))
+        self.flat = nn.ModuleList(nn.Linear(6, linear_dim, dtype=dtype) for _ in range(3))
+        self.bare = nn.ModuleList(nn.Linear(6, linear_dim, bias=False, dtype=dtype) for _ in range(2))
+        self.mix = nn.MultiheadAttention(6, 2, batch_first=True, dtype=dtype)
+
+    def forward(self, index):
+        x = sum(table(index) for table in self.tables)
+        x = x + self.mix(x, x, x)[0]
+        return sum(layer(x).tanh() for layer in [*self.flat, *self.bare])
+
+
+def gradients_after_a_step(make, index, small, monkeypatch, change=None, **options):
+    """What the base gets on the second step."""
+    monkeypatch.setattr(batching, "SMALL", small)
+    torch.manual_seed(0)
+    model = make()
+    optimizer = NGPlus(model, lr=1e-3, damping=0.3, update_every=100, **options)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(index).square().mean().backward()
+        if change is not None:
+            change(model)
+        optimizer.step()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("linear_dim", [3, 12])  # the left side and the right
+@pytest.mark.parametrize("options", [{}, {"block_size": 3}, {"block_size": 2, "ema": 0.5}, {"curvature": "mini_batch"}])
+def test_together_is_as_alone(monkeypatch, linear_dim, options):
+    index = torch.randint(9, (5, 4))
+    both = [
+        gradients_after_a_step(lambda: Tables(linear_dim=linear_dim), index, small, monkeypatch, **options)
+        for small in (2**14, -1)
+    ]
+    assert both[0].keys() == both[1].keys()
+    for name, gradient in both[0].items():
+        torch.testing.assert_close(gradient, both[1][name], rtol=1e-10, atol=1e-12)
+
+
+def test_frozen_biases_gradients_that_are_missing_and_views_are_as_alone(monkeypatch):
+    def change(model):
+        model.flat[0].bias.grad = None
+        model.tables[0].weight.grad = None
+        bucket = torch.zeros(2, *model.bare[0].weight.shape, dtype=torch.float64)
+        bucket[1] = model.bare[0].weight.grad
+        model.bare[0].weight.grad = bucket[1]
+
+    def make():
+        model = Tables()
+        model.flat[1].bias.requires_grad_(False)
+        return model
+
+    index = torch.randint(9, (5, 4))
+    together, alone = (gradients_after_a_step(make, index, small, monkeypatch, change) for small in (2**14, -1))
+    for name, gradient in together.items():
+        torch.testing.assert_close(gradient, alone[name], rtol=1e-10, atol=1e-12)
+
+
+def test_groups_of_convolutions_are_as_alone(monkeypatch):
+    def make():
+        layers = [nn.Conv1d(4, 4, 3, padding=1, groups=2, dtype=torch.float64) for _ in range(3)]
+        return nn.Sequential(*layers)
+
+    x = torch.randn(5, 4, 7, dtype=torch.float64)
+    together, alone = (gradients_after_a_step(make, x, small, monkeypatch) for small in (2**14, -1))
+    for name, gradient in together.items():
+        torch.testing.assert_close(gradient, alone[name], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("rows", "columns", "bias"), [(3, 5, True), (3, 5, False), (5, 3, False), (4, 4, False)])
+def test_each_direction_is_that_of_a_dense_solve(rows, columns, bias):
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(columns, rows, bias=bias, dtype=torch.float64) for _ in range(4)])
+    members, expected = [], []
+    for layer in find_layers(model):
+        shape = layer.shape(None)
+        factor = torch.randn(shape.short, shape.short, dtype=torch.float64)
+        matrix = torch.eye(shape.short, dtype=torch.float64) + factor @ factor.T
+        G = torch.randn(shape.rows, shape.columns, dtype=torch.float64)
+        layer.weight.grad = G[:, :columns].clone()
+        if bias:
+            layer.bias.grad = G[:, -1].clone()
+        members.append(Member(layer, DenseInverse([torch.linalg.inv(matrix)[None]], shape), shape))
+        solved = torch.linalg.solve(matrix, G) if rows <= shape.columns else torch.linalg.solve(matrix, G.T).T
+        expected.append(solved)
+    together, alone = batches(members)
+    assert [len(batch) for batch in together] == [4]
+    assert not alone
+    precondition(together[0])
+    for layer, direction in zip(find_layers(model), expected, strict=True):
+        torch.testing.assert_close(layer.weight.grad, direction[:, :columns])
+        if bias:
+            torch.testing.assert_close(layer.bias.grad, direction[:, -1])
+
+
+def test_what_is_large_sparse_or_alone_is_not_batched(monkeypatch):
+    seen = []
+    monkeypatch.setattr(batching, "precondition", lambda members: seen.append(len(members)) or {})
+    model = nn.ModuleList(
+        [
+            nn.EmbeddingBag(rows, 4, mode="sum", sparse=sparse)
+            for rows, sparse in 2 * [(6, False), (5000, False), (7, True)]
+        ]
+        + [nn.EmbeddingBag(11, 4, mode="sum")]
+    )
+
+    class Summed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bags = model
+
+        def forward(self, index):
+            return sum(bag(index).tanh() for bag in self.bags)
+
+    whole = Summed()
+    optimizer = NGPlus(whole, lr=0.1)
+    whole(torch.randint(6, (5, 2))).square().mean().backward()
+    optimizer.step()
+    assert seen == [2]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "which", ["tables.0.weight", "tables.1.weight", "flat.2.weight", "flat.1.bias", "bare.1.weight"]
+)
+def test_nan_in_any_member_skips_the_step(value, which):
+    model = Tables()
+    optimizer = NGPlus(model, lr=0.1, update_every=100)
+    index = torch.randint(9, (5, 4))
+    model(index).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model(index).square().mean().backward()
+    dict(model.named_parameters())[which].grad.view(-1)[-1] = value
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name])
+
+
+def test_a_baseline_with_two_sides_is_not_batched(monkeypatch):
+    monkeypatch.setattr(batching, "precondition", lambda members: pytest.fail("K-FAC has no one-sided inverse"))
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    optimizer = KFAC(model, lr=0.1)
+    model(torch.randn(5, 4)).square().mean().backward()
+    optimizer.step()
