@@ -5,7 +5,6 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from pytorch_optimizer.optimizer.utils.matrix import zero_power_via_newton_schulz_5
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim._muon import _adjust_lr
@@ -30,6 +29,9 @@ class _MuonOfTensors(torch.optim.Muon):
                     self._move(parameter, group)
 
     def _move(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        # It takes seconds to import, so only where it is wanted.
+        from pytorch_optimizer.optimizer.utils.matrix import zero_power_via_newton_schulz_5
+
         state = self.state[parameter]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter)

@@ -1,3 +1,4 @@
+import subprocess
 import sys
 
 import pytest
@@ -134,3 +135,10 @@ def test_help_is_there(command, arguments):
 def test_table_says_where_there_are_no_runs(command, tmp_path):
     status, _, err = command("table", "--results-dir", tmp_path)
     assert (status, err) == (2, f"error: {tmp_path}: there are no runs at scale tiny; `run` makes them\n")
+
+
+def test_a_command_starts_without_what_only_some_runs_need():
+    """Each takes seconds to import, and every run of a sweep is a process of its own."""
+    heavy = "{'pytorch_optimizer', 'transformers', 'matplotlib', 'optuna', 'schnetpack', 'fairseq', 'torchvision'}"
+    code = f"import sys, experiments.cli, experiments.optimizers; print(sorted({heavy} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
