@@ -78,6 +78,7 @@ def test_two_processes_are_one_on_the_joint_batch(load, options, environment, tm
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # some fifteen processes start one after the other
 def test_a_sweep_killed_at_random_moments_ends_with_the_same_numbers(load, options, environment, tmp_path):
     more = ("--set", "task.pause=0.1", "--checkpoint-every", "0", "--workers", "2")
     more = (*more, "--optimizer", "sgd", "--optimizer", "ngplus", "--seed", "0", "--seed", "1")
