@@ -364,11 +364,11 @@ class NGPlus(Optimizer):
         if self._options.nonfinite == "raise":
             self._raise_if_nonfinite("direction")
             return
-        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        bad = any_nonfinite(look for p in parameters if (look := looks.get(p, p.grad)) is not None)
+        gradients = [(p, p.grad) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        bad = any_nonfinite(look for p, gradient in gradients if (look := looks.get(p, gradient)) is not None)
         if bad is None:
             return
-        zero_where(bad, self._gradients())
+        zero_where(bad, (gradient for _, gradient in gradients))
         self._skipped = bad.long() if self._skipped is None else self._skipped.to(bad.device) + bad
 
     def _raise_if_nonfinite(self, what: str) -> None:
