@@ -48,16 +48,22 @@ def batches(members: Sequence[Member]) -> tuple[list[list[Member]], list[Member]
 def _likeness(member: Member) -> Hashable:
     """Equal for members of one batch; None for one that no batch takes."""
     layer, inverse, shape = member.layer, member.preconditioner, member.shape
-    gradient = layer.weight.grad
-    if gradient is None or gradient.numel() > SMALL or not isinstance(inverse, DenseInverse):
+    if layer.weight.grad is None or not isinstance(inverse, DenseInverse):
         return None
+    numbers, sparse = _numbers(layer.weight.grad), layer.weight.grad.is_sparse
     bias, main, left = layer.trained_bias, inverse.main, shape.side == "left"
     one_stack = len(inverse.inverses) == 1 if left else len(main) == 1
     own_bias = bias is None or (left and bias.grad is not None and len(bias) == len(layer.weight))
-    plain = gradient.layout == torch.strided and gradient.dtype == main.dtype and gradient.is_contiguous()
-    if not (one_stack and own_bias and plain):
+    plain = numbers.layout == torch.strided and numbers.dtype == main.dtype and numbers.is_contiguous()
+    whole_rows = not sparse or (not left and bias is None and numbers.dim() == 2)
+    if numbers.numel() > SMALL or not (one_stack and own_bias and plain and whole_rows):
         return None
-    return gradient.shape, main.shape, left, bias is None, main.dtype, main.device
+    return numbers.shape, main.shape, left, bias is None, main.dtype, main.device
+
+
+def _numbers(gradient: Tensor) -> Tensor:
+    """What a gradient holds, in its own memory: of a sparse one its rows."""
+    return gradient._values() if gradient.is_sparse else gradient
 
 
 def precondition(members: Sequence[Member]) -> dict[nn.Parameter, Tensor | None]:
@@ -74,7 +80,7 @@ def precondition(members: Sequence[Member]) -> dict[nn.Parameter, Tensor | None]
 
 
 def _replaced(parameters: Sequence[nn.Parameter], inverses: Tensor, shape: Shape) -> dict[nn.Parameter, Tensor | None]:
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    gradients = [_numbers(parameter.grad) for parameter in parameters if parameter.grad is not None]
     G = torch.stack(gradients)
     if shape.side == "left":
         D = torch.bmm(inverses, G.view(*inverses.shape[:2], -1))  # (layers · blocks, p, q)

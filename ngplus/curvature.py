@@ -19,6 +19,7 @@ from ngplus.inverse import Request, invert
 from ngplus.layers import Layer, as_matrix
 from ngplus.options import Options
 from ngplus.preconditioner import DenseInverse, Preconditioner
+from ngplus.touched import TouchedRows
 
 LOW_RANK_BELOW = 1 / 2
 """Rank/p up to which applying (14), 4prq operations, is no dearer than applying the p×p inverse, 2p²q."""
@@ -117,6 +118,19 @@ def sampling(options: Options) -> Sampling:
         max_rank=ranks[options.solver] if exact_rank else 0.0,
         sketch_size=options.sketch_size,
     )
+
+
+@dataclass(frozen=True, eq=False)
+class Directions:
+    """What is known of the directions that have replaced gradients.
+
+    Attributes:
+        looks: what to look at for NaN in place of some parameters' gradients; None where another's has it too.
+        touched: rows of gradients whose other rows are zeros.
+    """
+
+    looks: Mapping[nn.Parameter, Tensor | None]
+    touched: Mapping[nn.Parameter, TouchedRows]
 
 
 class Curvature:
@@ -247,23 +261,21 @@ class Curvature:
             return preconditioner.sketched(columns, damping, gfim.drawn(columns.shape[0], size, self._generator))
         return preconditioner.low_rank(columns, damping)
 
-    def precondition(self, layers: Iterable[Layer]) -> dict[nn.Parameter, Tensor | None]:
-        """Replace the gradients of the layers that have a preconditioner by their directions (6).
-
-        Returns:
-            What to look at for NaN in place of some parameters' gradients; None where another's has it too.
-        """
+    def precondition(self, layers: Iterable[Layer]) -> Directions:
+        """Replace the gradients of the layers that have a preconditioner by their directions (6)."""
         ready = [(layer, state) for layer in layers if (state := self._ready(layer)) is not None]
         members = [Member(layer, state.preconditioner, state.shape) for layer, state in ready]
         together, alone = batching.batches(members)
         looks: dict[nn.Parameter, Tensor | None] = {}
+        touched: dict[nn.Parameter, TouchedRows] = {}
         for batch in together:
             looks |= batching.precondition(batch)
         for member in alone:
             rows = self._replace(member)
             if rows is not None:
-                looks[member.layer.weight] = rows
-        return looks
+                touched[member.layer.weight] = rows
+                looks[member.layer.weight] = rows.values
+        return Directions(looks, touched)
 
     def _ready(self, layer: Layer) -> LayerState | None:
         """What is kept of a layer that has a gradient, where it fits the layer and lies beside the gradient."""
@@ -277,7 +289,7 @@ class Curvature:
             state.to(gradient.device)
         return state
 
-    def _replace(self, member: Member) -> Tensor | None:
+    def _replace(self, member: Member) -> TouchedRows | None:
         """Put the direction in place of a layer's gradients; returns its rows that are not zeros, where it is known."""
         return direction.precondition(member)
 

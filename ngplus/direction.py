@@ -1,7 +1,7 @@
 """From a layer's gradients to its direction (6), in place of them.
 
 On a CPU the apply is bounded by how often memory is passed over, so a gradient that lies in rows is overwritten where
-it lies, a bias that is one more column from the right of L⁻¹ is taken by itself, rows of zeros, which most of an
+it lies, a bias is taken by itself though it is one more column, rows of zeros, which most of an
 embedding's gradient is, are left as they are (nor is NaN looked for in them), and other large tables go in chunks that
 stay in the cache.
 """
@@ -16,6 +16,7 @@ from ngplus.gfim import Shape
 from ngplus.layers import Layer, as_matrix
 from ngplus.nonfinite import can_ask
 from ngplus.preconditioner import DenseInverse, LowRankInverse, Preconditioner, SketchedInverse
+from ngplus.touched import TouchedRows
 
 _ONE_SIDED = (DenseInverse, LowRankInverse, SketchedInverse)
 """What multiplies rows, or columns, whichever they are; a baseline's inverse may multiply both sides."""
@@ -25,11 +26,11 @@ SMALL_TABLE = 2**17
 """Numbers of a gradient up to which a product with all of its rows is no dearer than to look for those of zeros."""
 
 
-def precondition(member: Member) -> Tensor | None:
+def precondition(member: Member) -> TouchedRows | None:
     """Replace the gradients of a layer's weight and bias by the direction (6).
 
     Returns:
-        The rows of the weight's direction that are not zeros, where only these were touched.
+        The rows of the weight's direction, where only those that are not zeros were multiplied.
     """
     layer, preconditioner, shape = member.layer, member.preconditioner, member.shape
     gradient = layer.weight.grad
@@ -55,12 +56,11 @@ def precondition(member: Member) -> Tensor | None:
     else:
         column = _bias_gradient(layer)
         last = gradient.new_zeros(len(gradient)) if column is None else column
-        G = as_matrix(layer, gradient, dtype)
-        whole = torch.cat([G, last.to(dtype).reshape(shape.groups, shape.rows, 1)], dim=2)  # (groups, m, n + 1)
-        D = _direction(preconditioner, shape, whole)
-        gradient.copy_(D[:, :, :-1].reshape(gradient.shape))
+        G, c = as_matrix(layer, gradient, dtype), last.to(dtype).reshape(shape.groups, shape.rows, 1)
+        D, d = _direction_apart(preconditioner, shape, G, c)
+        layer.weight.grad = _replaced(gradient, D)
         if column is not None:
-            column.copy_(D[:, :, -1].flatten())
+            column.copy_(d.flatten())
     return None
 
 
@@ -74,13 +74,22 @@ def _direction(preconditioner: Preconditioner, shape: Shape, G: Tensor) -> Tenso
     return preconditioner.apply_right(G)
 
 
+def _direction_apart(preconditioner: Preconditioner, shape: Shape, G: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """`_direction` for (G, c), a bias's column c (groups, m, 1) beside G (groups, m, n); both may be overwritten."""
+    right, whole = shape.side == "right", shape.blocks == (1, 0)
+    if right and whole and isinstance(preconditioner, DenseInverse | LowRankInverse):
+        return preconditioner.apply_right_apart(G, c)
+    D = _direction(preconditioner, shape, torch.cat([G, c], dim=2))
+    return D[:, :, :-1], D[:, :, -1:]
+
+
 def _may_have_rows_of_zeros(layer: Layer, gradient: Tensor) -> bool:
     """Whether to look for them: it is one pass over memory, and a product with all rows is several."""
     large = gradient.numel() >= SMALL_TABLE and len(gradient) >= 4 * gradient.shape[1]
     return layer.looked_up and large and can_ask(gradient) and gradient.is_contiguous()
 
 
-def _rows_alone(preconditioner: Preconditioner, table: Tensor) -> Tensor | None:
+def _rows_alone(preconditioner: Preconditioner, table: Tensor) -> TouchedRows | None:
     """The direction of a gradient with rows of zeros, in place: of the others alone, which are returned.
 
     None, and nothing is done, where half of the rows or more are others.
@@ -90,7 +99,7 @@ def _rows_alone(preconditioner: Preconditioner, table: Tensor) -> Tensor | None:
         return None
     D = preconditioner.apply_right(table[rows].to(preconditioner.main.dtype).unsqueeze(0))[0].to(table.dtype)
     table.index_copy_(0, rows, D)
-    return D
+    return TouchedRows(rows, D)
 
 
 def _rows_that_count(table: Tensor) -> Tensor:

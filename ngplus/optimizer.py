@@ -19,7 +19,7 @@ from ngplus.distributed import world_size
 from ngplus.grouping import SampleIndex
 from ngplus.layers import SUPPORTED, Layer, find_layers, parameter_layers, unsupported_modules
 from ngplus.loss_scale import loss_scale
-from ngplus.nonfinite import any_nonfinite, nonfinite_names, zero_where
+from ngplus.nonfinite import any_nonfinite, can_ask, nonfinite_names, zero_where
 from ngplus.options import (
     Curvature,
     DampingRule,
@@ -31,6 +31,7 @@ from ngplus.options import (
     check_positive,
 )
 from ngplus.times import StepTimes, Stopwatch
+from ngplus.touched import Loan
 
 LATE_TRIES = 3
 """How many steps in a row a layer that has a gradient but no curvature is watched for, between curvature steps."""
@@ -178,6 +179,7 @@ class NGPlus(Optimizer):
         self._warned: set[str] = set()
         self._skipped: Tensor | None = None
         self._devices: set[torch.device] = set()
+        self._loan = Loan(self._base)
         self._generator = torch.Generator().manual_seed(0)
         self._stopwatch = Stopwatch()
         self._sample_index: SampleIndex | None = None
@@ -236,11 +238,14 @@ class NGPlus(Optimizer):
             ValueError: a damping ≤ 0 in ``param_groups`` on a curvature step.
         """
         self._fresh = True
-        if closure is None:
-            self._precondition()
-            loss = self._base.step()
-        else:
-            loss = self._base.step(self._preconditioning(closure))
+        try:
+            if closure is None:
+                self._precondition()
+                loss = self._base.step()
+            else:
+                loss = self._base.step(self._preconditioning(closure))
+        finally:
+            self._loan.take_back()
         self._steps += 1
         self._late = self._plan_late()
         self._rejected = []
@@ -249,6 +254,7 @@ class NGPlus(Optimizer):
 
     def _preconditioning(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         def evaluate() -> Any:
+            self._loan.take_back()
             with torch.enable_grad():
                 loss = closure()
             self._precondition()
@@ -273,7 +279,9 @@ class NGPlus(Optimizer):
             self._update_curvature(wanted)
         self._fresh = False
         with self._stopwatch.measure("apply"):
-            self._guard(self._curvature.precondition(self._layers))
+            directions = self._curvature.precondition(self._layers)
+            if self._guard(directions.looks):
+                self._loan.give(directions.touched, self.param_groups)
         self._follow_devices()
 
     @property
@@ -359,17 +367,22 @@ class NGPlus(Optimizer):
     def _gradients(self) -> list[Tensor]:
         return [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
 
-    def _guard(self, looks: Mapping[nn.Parameter, Tensor | None]) -> None:
-        """Keep NaN and Inf from `base`, as ``nonfinite`` says; ``looks`` as `Curvature.precondition` gives it."""
+    def _guard(self, looks: Mapping[nn.Parameter, Tensor | None]) -> bool:
+        """Keep NaN and Inf from `base`, as ``nonfinite`` says; ``looks`` is that of `Directions`.
+
+        Returns:
+            Whether the directions are known to be those of `Directions` still.
+        """
         if self._options.nonfinite == "raise":
             self._raise_if_nonfinite("direction")
-            return
+            return True
         gradients = [(p, p.grad) for group in self.param_groups for p in group["params"] if p.grad is not None]
         bad = any_nonfinite(look for p, gradient in gradients if (look := looks.get(p, gradient)) is not None)
         if bad is None:
-            return
+            return True
         zero_where(bad, (gradient for _, gradient in gradients))
         self._skipped = bad.long() if self._skipped is None else self._skipped.to(bad.device) + bad
+        return can_ask(bad) and not bool(bad)
 
     def _raise_if_nonfinite(self, what: str) -> None:
         """Waits for the device: whether to raise has to be known now."""

@@ -63,6 +63,15 @@ class DenseInverse:
             blocks.copy_(blocks @ inverse.view(*blocks.shape[:2], *inverse.shape[1:]))
         return gradient
 
+    def apply_right_apart(self, gradient: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+        """`apply_right` for (G, c), of which the last column c (groups, q, 1) lies elsewhere.
+
+        With the inverse [[A, r], [rᵀ, ρ]] it is (GA + crᵀ, Gr + ρc). There must be no blocks.
+        """
+        inverse = self.inverses[0]
+        A, r, rho = inverse[:, :-1, :-1], inverse[:, :-1, -1:], inverse[:, -1:, -1:]
+        return torch.bmm(gradient, A).addcmul_(column, r.mT), torch.bmm(gradient, r).addcmul_(column, rho)
+
     def apply(self, gradient: Tensor) -> Tensor:
         """Each block times its rows of the gradient."""
         if self.shape.blocks == (1, 0):
@@ -111,6 +120,13 @@ class LowRankInverse:
         """The same from the right, the matrix being symmetric."""
         coefficients = gradient[0] @ self.columns
         return _minus_product(gradient, coefficients, self.columns.T, self.damping)
+
+    def apply_right_apart(self, gradient: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+        """`apply_right` for (G, c), of which the last column c (1, q, 1) lies elsewhere. Both may be overwritten."""
+        upper, last = self.columns[:-1], self.columns[-1:]
+        coefficients = torch.mm(gradient[0], upper).addmm_(column[0], last)
+        D = _minus_product(gradient, coefficients, upper.T, self.damping)
+        return D, _minus_product(column, coefficients, last.T, self.damping)
 
     def apply(self, gradient: Tensor) -> Tensor:
         """Equation (14), never forming a p×p matrix."""

@@ -25,6 +25,7 @@ from ngplus.layers import Layer
 from ngplus.options import Options
 from ngplus.preconditioner import Preconditioner
 from ngplus.times import Stopwatch
+from ngplus.touched import TouchedRows
 
 Split = Literal["trace", "equal"]
 
@@ -239,7 +240,7 @@ class KroneckerCurvature(Curvature):
         rows, columns = (request.inverse for request in requests)
         return None if rows is None or columns is None else KroneckerInverse(rows, columns)
 
-    def _replace(self, member: Member) -> Tensor | None:
+    def _replace(self, member: Member) -> TouchedRows | None:
         """As in `Curvature`; a table's sparse gradient stays sparse."""
         layer, inverse, gradient = member.layer, member.preconditioner, member.layer.weight.grad
         if gradient is None or not gradient.is_sparse or layer.trained_bias is not None:

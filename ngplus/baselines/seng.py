@@ -22,6 +22,7 @@ from ngplus.inverse import Request, invert_one
 from ngplus.layers import Layer
 from ngplus.options import LossReduction, NonFinite, Options, Samples, check_count
 from ngplus.preconditioner import Preconditioner
+from ngplus.touched import TouchedRows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +174,7 @@ class SENGCurvature(Curvature):
         core = invert_one(square_scale * (rows @ rows.T), damping)
         return None if core is None else GramInverse(U, square_scale * (core @ rows), damping, drawn)
 
-    def _replace(self, member: Member) -> Tensor | None:
+    def _replace(self, member: Member) -> TouchedRows | None:
         """As in `Curvature`; a table's sparse gradient comes back with the rows that samples looked up added."""
         layer, inverse, gradient = member.layer, member.preconditioner, member.layer.weight.grad
         if gradient is None or not gradient.is_sparse or layer.trained_bias is not None:

@@ -20,6 +20,7 @@ from ngplus.inverse import factor_dtype
 from ngplus.layers import Layer
 from ngplus.options import NonFinite, Options, check_choice, check_count
 from ngplus.preconditioner import Preconditioner
+from ngplus.touched import TouchedRows
 
 Grafting = Literal["none", "sgd"]
 
@@ -154,7 +155,7 @@ class ShampooCurvature(Curvature):
         roots = {dim: inverse_root(matrix, damping, 2 * len(dims)) for dim, matrix in zip(dims, matrices, strict=True)}
         return ShampooState(layer.shape(None), Roots(roots), matrices, damping, updates)
 
-    def _replace(self, member: Member) -> Tensor | None:
+    def _replace(self, member: Member) -> TouchedRows | None:
         """Put the direction in place of the tensor's gradient, as long as the gradient was if grafted."""
         gradient, roots = member.layer.weight.grad, member.preconditioner
         assert gradient is not None

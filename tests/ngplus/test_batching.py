@@ -111,7 +111,7 @@ def test_each_direction_is_that_of_a_dense_solve(rows, columns, bias):
             torch.testing.assert_close(layer.bias.grad, direction[:, -1])
 
 
-def test_what_is_large_sparse_or_alone_is_not_batched(monkeypatch):
+def test_what_is_large_or_alone_is_not_batched(monkeypatch):
     seen = []
     monkeypatch.setattr(batching, "precondition", lambda members: seen.append(len(members)) or {})
     model = nn.ModuleList(
@@ -134,7 +134,46 @@ def test_what_is_large_sparse_or_alone_is_not_batched(monkeypatch):
     optimizer = NGPlus(whole, lr=0.1)
     whole(torch.randint(6, (5, 2))).square().mean().backward()
     optimizer.step()
-    assert seen == [2]
+    assert seen == [2, 2]  # the two of six rows; the ten rows that each sparse gradient has
+
+
+class SparseTables(nn.Module):
+    """Sparse tables of several sizes, of which the last is looked up more often than the others."""
+
+    def __init__(self):
+        super().__init__()
+        self.tables = nn.ModuleList(
+            nn.EmbeddingBag(rows, 4, mode="sum", sparse=True, dtype=torch.float64) for rows in (9, 30, 12, 9)
+        )
+
+    def forward(self, index):
+        bags = [table(index).tanh() for table in self.tables]
+        return sum(bags) + self.tables[3](index.flip(0)).tanh()
+
+
+def test_rows_of_sparse_gradients_are_turned_together_and_stay_sparse(monkeypatch):
+    index = torch.randint(9, (5, 2))
+    together, alone = (gradients_after_a_step(SparseTables, index, small, monkeypatch) for small in (2**14, -1))
+    assert [gradient._values().shape[0] for gradient in together.values()][:3] == [10, 10, 10]
+    for name, gradient in together.items():
+        assert gradient.is_sparse
+        torch.testing.assert_close(gradient.to_dense(), alone[name].to_dense(), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("table", range(4))
+def test_nan_in_a_row_of_any_sparse_gradient_skips_the_step(table):
+    model = SparseTables()
+    optimizer = NGPlus(model, lr=0.1, update_every=100)
+    index = torch.randint(9, (5, 2))
+    for bad in (False, True):
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer.zero_grad()
+        model(index).square().mean().backward()
+        if bad:
+            model.tables[table].weight.grad._values()[-1, -1] = float("nan")
+        optimizer.step()
+        assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True)) == bad
+    assert optimizer.skipped_steps == 1
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

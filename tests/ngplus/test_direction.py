@@ -8,6 +8,7 @@ from ngplus import NGPlus, direction
 from ngplus.baselines import KFAC, SENG, Shampoo
 from ngplus.batching import Member
 from ngplus.direction import precondition
+from ngplus.gfim import Shape
 from ngplus.layers import find_layers
 from ngplus.preconditioner import DenseInverse, LowRankInverse
 
@@ -136,3 +137,19 @@ def test_a_row_of_a_large_table_moves_as_in_a_small_one(monkeypatch, dtype):
 
     assert weight(8).dtype == dtype
     torch.testing.assert_close(weight(8), weight(10**6))
+
+
+@pytest.mark.parametrize("kind", ["dense", "of a grouped convolution", "low rank"])
+def test_a_bias_column_that_lies_elsewhere_is_as_one_beside_the_others(kind):
+    torch.manual_seed(0)
+    groups = 2 if kind == "of a grouped convolution" else 1
+    whole, c = torch.randn(groups, 9, 5, dtype=torch.float64), slice(-1, None)
+    if kind == "low rank":
+        preconditioner = LowRankInverse(torch.randn(5, 2, dtype=torch.float64) / 4, 0.3)
+    else:
+        shape = Shape(groups=groups, rows=9, columns=5)
+        preconditioner = DenseInverse([torch.stack([inverse_of(shape, torch.float64) for _ in range(groups)])], shape)
+    D, d = preconditioner.apply_right_apart(whole[:, :, :-1].clone(), whole[:, :, c].clone())
+    expected = preconditioner.apply_right(whole.clone())
+    torch.testing.assert_close(D, expected[:, :, :-1])
+    torch.testing.assert_close(d, expected[:, :, c])

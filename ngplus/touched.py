@@ -1,0 +1,99 @@
+"""Tables of which a step touches few rows: a base that leaves the other rows alone is not made to pass over them.
+
+SGD without momentum and AdaGrad, both without weight decay, move no entry whose gradient is zero, but pass over all of
+them, AdaGrad several times. Where the rows that are not zeros are known, since they alone were multiplied, these bases
+are lent a sparse gradient for the time of their step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adagrad, Optimizer
+
+FEW = 8
+"""A table is lent as sparse where at most one of so many of its rows is touched."""
+
+
+@dataclass(frozen=True, eq=False)
+class TouchedRows:
+    """The rows of a gradient that are not all zeros.
+
+    Attributes:
+        numbers: (k,), ascending.
+        values: (k, d).
+    """
+
+    numbers: Tensor
+    values: Tensor
+
+    def as_sparse(self, table: Tensor) -> Tensor:
+        """The gradient ``table`` (q, d) as a sparse one, of values that are its own."""
+        return torch.sparse_coo_tensor(
+            self.numbers.unsqueeze(0), self.values, table.shape, is_coalesced=True, check_invariants=False
+        )
+
+
+class Loan:
+    """Gradients that the base sees as sparse ones, until they are taken back.
+
+    Args:
+        base: whose step they are lent for.
+    """
+
+    def __init__(self, base: Optimizer) -> None:
+        self._leaves_alone = _LEAVES_ZEROS_ALONE.get(type(base))
+        self._lent: list[tuple[nn.Parameter, Tensor, Tensor]] = []
+
+    def give(self, touched: Mapping[nn.Parameter, TouchedRows], groups: list[dict[str, Any]]) -> None:
+        """Put sparse gradients in place of those of few rows, where the base's ``groups`` allow it."""
+        if self._leaves_alone is None or not touched:
+            return
+        for group in groups:
+            if _is_plain(group) and self._leaves_alone(group):
+                for parameter in group["params"]:
+                    rows = touched.get(parameter)
+                    if rows is not None and FEW * len(rows.numbers) <= len(parameter):
+                        self._give_one(parameter, rows)
+
+    def _give_one(self, parameter: nn.Parameter, rows: TouchedRows) -> None:
+        assert parameter.grad is not None
+        if not self._lent:
+            _say_that_invariants_are_not_checked()
+        sparse = rows.as_sparse(parameter.grad)
+        self._lent.append((parameter, parameter.grad, sparse))
+        parameter.grad = sparse
+
+    def take_back(self) -> None:
+        """Put the dense gradients, which have the same values, back; not where a hook has put another."""
+        while self._lent:
+            parameter, gradient, sparse = self._lent.pop()
+            if parameter.grad is sparse:
+                parameter.grad = gradient
+
+
+def _say_that_invariants_are_not_checked() -> None:
+    """Which is torch's default; but not having said so makes AdaGrad's step warn of it."""
+    check = torch.sparse.check_sparse_tensor_invariants
+    if not check.is_enabled():  # type: ignore[no-untyped-call]
+        check.disable()  # type: ignore[no-untyped-call]
+
+
+def _is_plain(group: Mapping[str, Any]) -> bool:
+    """Whether the base's step is the one that takes sparse gradients."""
+    chosen = any(group.get(name) for name in ("foreach", "fused", "differentiable", "capturable"))
+    return not chosen and not isinstance(group["lr"], Tensor) and not group["weight_decay"]
+
+
+_LEAVES_ZEROS_ALONE: Mapping[type[Optimizer], Callable[[Mapping[str, Any]], bool]] = {
+    SGD: lambda group: not group["momentum"],
+    Adagrad: lambda group: True,
+}
+"""Bases, and whether an entry whose gradient is zero stays where it is under a group's settings, but for its decay."""
+
+
+__all__ = ["Loan", "TouchedRows"]

@@ -1,0 +1,166 @@
+"""Bases that are lent sparse gradients of tables, against the same bases with dense ones."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, Adagrad, Adam
+
+from ngplus import NGPlus, direction, touched
+
+
+@pytest.fixture(autouse=True)
+def every_table_is_large(monkeypatch):
+    monkeypatch.setattr(direction, "SMALL_TABLE", 8)
+
+
+class Model(nn.Module):
+    """Two tables, of which a batch touches few rows, and a linear layer."""
+
+    def __init__(self, dtype=torch.float64):
+        super().__init__()
+        self.words = nn.Embedding(200, 6, dtype=dtype)
+        self.bags = nn.EmbeddingBag(300, 6, mode="sum", dtype=dtype)
+        self.out = nn.Linear(6, 3, dtype=dtype)
+
+    def forward(self, index):
+        return self.out((self.words(index[:, 0]) + self.bags(index)).tanh())
+
+
+class Watched:
+    """What layouts of gradients a base's step has seen."""
+
+    def __init__(self, optimizer):
+        self.sparse = []
+        names = {id(p): name for name, p in optimizer._model.named_parameters()}
+
+        def note(base, args, kwargs):
+            parameters = [p for group in base.param_groups for p in group["params"]]
+            self.sparse.append({names[id(p)] for p in parameters if p.grad is not None and p.grad.is_sparse})
+
+        optimizer.base.register_step_pre_hook(note)
+
+
+def batch(step):
+    return torch.randint(200, (5, 2), generator=torch.Generator().manual_seed(step))
+
+
+def trained(base, few, monkeypatch, *, dtype=torch.float64, closure=False, steps=6, **options):
+    """A model after some steps, and the layouts that the base saw; nothing is lent where ``few`` is too large."""
+    monkeypatch.setattr(touched, "FEW", few)
+    torch.manual_seed(0)
+    model = Model(dtype)
+    optimizer = NGPlus(model, base, damping=0.3, update_every=3, **{"lr": 0.1, **options})
+    watched = Watched(optimizer)
+    for step in range(steps):
+
+        def loss(step=step):
+            optimizer.zero_grad()
+            value = model(batch(step)).square().mean()
+            value.backward()
+            return value
+
+        if closure:
+            optimizer.step(loss)
+        else:
+            loss()
+            optimizer.step()
+    return model, watched.sparse
+
+
+ALLOWED = [
+    (SGD, {}),
+    (SGD, {"maximize": True}),
+    (Adagrad, {}),
+    (Adagrad, {"lr_decay": 0.1, "initial_accumulator_value": 0.2, "maximize": True}),
+]
+
+
+@pytest.mark.parametrize(("base", "options"), ALLOWED)
+@pytest.mark.parametrize("closure", [False, True])
+def test_what_is_lent_moves_parameters_as_dense_gradients_do(base, options, closure, monkeypatch):
+    model, sparse = trained(base, 8, monkeypatch, closure=closure, **options)
+    other, none = trained(base, 10**9, monkeypatch, closure=closure, **options)
+    if not closure:  # the hook runs before the closure does
+        assert sparse == 6 * [{"words.weight", "bags.weight"}]
+    assert none == 6 * [set()]
+    for parameter, dense in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(parameter, dense, rtol=1e-12, atol=1e-14)
+        assert parameter.grad.layout == torch.strided
+        torch.testing.assert_close(parameter.grad, dense.grad, rtol=1e-12, atol=1e-14)
+    rows = torch.cat([batch(step)[:, 0] for step in range(6)]).unique()
+    torch.manual_seed(0)
+    start = Model().words.weight
+    others = torch.ones(200, dtype=torch.bool).index_fill_(0, rows, False)
+    assert torch.equal(model.words.weight[others], start[others])
+
+
+@pytest.mark.parametrize(
+    ("base", "options"),
+    [
+        (SGD, {"momentum": 0.9}),
+        (SGD, {"weight_decay": 1e-3}),
+        (SGD, {"foreach": True}),
+        (Adagrad, {"weight_decay": 1e-3}),
+        (Adagrad, {"foreach": True}),
+        (Adagrad, {"lr": torch.tensor(0.1)}),
+        (Adam, {}),
+    ],
+)
+def test_a_base_that_moves_every_row_or_takes_no_sparse_gradients_is_lent_none(base, options, monkeypatch):
+    model, sparse = trained(base, 8, monkeypatch, **options)
+    other, _ = trained(base, 10**9, monkeypatch, **options)
+    assert sparse == 6 * [set()]
+    for parameter, dense in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(parameter, dense)
+
+
+def test_only_the_groups_whose_settings_allow_it_and_tables_with_few_touched_rows_are_lent(monkeypatch):
+    model = Model()
+    groups = [{"params": [model.words.weight], "weight_decay": 1e-3}, {"params": [model.bags.weight]}]
+    optimizer = NGPlus(model, Adagrad, lr=0.1, params=groups)
+    watched = Watched(optimizer)
+    for index in (batch(0), torch.arange(100).view(50, 2)):
+        optimizer.zero_grad()
+        model(index).square().mean().backward()
+        optimizer.step()
+    assert watched.sparse == [{"bags.weight"}, set()]
+
+
+def test_a_base_that_fails_leaves_the_dense_gradients(monkeypatch):
+    model = Model()
+    optimizer = NGPlus(model, Adagrad, lr=0.1)
+    monkeypatch.setattr(Adagrad, "step", lambda self: (_ for _ in ()).throw(MemoryError("full")))
+    model(batch(0)).square().mean().backward()
+    with pytest.raises(MemoryError, match="full"):
+        optimizer.step()
+    assert all(p.grad.layout == torch.strided for p in model.parameters())
+
+
+def test_a_gradient_that_a_hook_of_the_base_took_away_stays_away():
+    model = Model()
+    optimizer = NGPlus(model, SGD, lr=0.1)
+    optimizer.base.register_step_post_hook(lambda base, args, kwargs: base.zero_grad())
+    model(batch(0)).square().mean().backward()
+    optimizer.step()
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("base", [SGD, Adagrad])
+def test_nan_in_a_touched_row_reaches_no_parameter(base):
+    model = Model()
+    optimizer = NGPlus(model, base, lr=0.1)
+    before = [p.detach().clone() for p in model.parameters()]
+    model(batch(0)).square().mean().backward()
+    model.bags.weight.grad[batch(0)[0, 0], 0] = float("nan")
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+
+
+def test_torch_does_not_warn_of_what_is_lent(monkeypatch):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, sparse = trained(Adagrad, 8, monkeypatch, dtype=torch.float32)
+    assert all(sparse)
