@@ -57,7 +57,7 @@ class Loan:
             if _is_plain(group) and self._leaves_alone(group):
                 for parameter in group["params"]:
                     rows = touched.get(parameter)
-                    if rows is not None and FEW * len(rows.numbers) <= len(parameter):
+                    if rows is not None and FEW * len(rows.numbers) <= len(parameter) and _is_exact(parameter):
                         self._give_one(parameter, rows)
 
     def _give_one(self, parameter: nn.Parameter, rows: TouchedRows) -> None:
@@ -81,6 +81,11 @@ def _say_that_invariants_are_not_checked() -> None:
     check = torch.sparse.check_sparse_tensor_invariants
     if not check.is_enabled():  # type: ignore[no-untyped-call]
         check.disable()  # type: ignore[no-untyped-call]
+
+
+def _is_exact(parameter: Tensor) -> bool:
+    """Whether torch adds rows to it as a dense gradient: it rounds other dtypes twice, and misreads other strides."""
+    return parameter.dtype in (torch.float32, torch.float64) and parameter.is_contiguous()
 
 
 def _is_plain(group: Mapping[str, Any]) -> bool:

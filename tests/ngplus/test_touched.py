@@ -116,6 +116,23 @@ def test_a_base_that_moves_every_row_or_takes_no_sparse_gradients_is_lent_none(b
         assert torch.equal(parameter, dense)
 
 
+@pytest.mark.parametrize("change", ["bfloat16", "columns first"])
+def test_tables_that_torch_would_round_or_read_otherwise_are_lent_none(change):
+    model = Model(torch.float32)
+    if change == "bfloat16":
+        model.to(torch.bfloat16)
+    else:
+        for table in (model.words, model.bags):
+            table.weight = nn.Parameter(table.weight.detach().T.contiguous().T)
+    optimizer = NGPlus(model, Adagrad, lr=0.1)
+    watched = Watched(optimizer)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(batch(0)).square().mean().backward()
+        optimizer.step()
+    assert watched.sparse == 2 * [set()]
+
+
 def test_only_the_groups_whose_settings_allow_it_and_tables_with_few_touched_rows_are_lent(monkeypatch):
     model = Model()
     groups = [{"params": [model.words.weight], "weight_decay": 1e-3}, {"params": [model.bags.weight]}]
