@@ -60,6 +60,17 @@ class LayerState:
         """Numbers kept."""
         return sum(tensor.numel() for tensor in self.tensors())
 
+    def share(self) -> float | None:
+        """How much the curvature takes of the gradient where it takes most: s/(λ + s), s the largest eigenvalue of L.
+
+        Near 0 the direction is G/λ, and NG+ is its base with another learning rate. Near 1 the damping does not count
+        in that direction. Waits for the device, and takes as long as an inverse does.
+
+        Returns:
+            A number in [0, 1); None where it is not known: for a sketch, and for other methods' curvature.
+        """
+        return preconditioner.largest_share(self.preconditioner, self.damping)
+
     def fits(self, layer: Layer) -> bool:
         """Whether this is of the layer's matrix as it is now: its bias may have been frozen, freed or added since."""
         return layer.shape(self.shape.block_size) == self.shape

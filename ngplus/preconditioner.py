@@ -181,6 +181,21 @@ def _minus_product(gradient: Tensor, left: Tensor, right: Tensor, damping: float
     return gradient
 
 
+def largest_share(preconditioner: Preconditioner, damping: float) -> float | None:
+    """s/(λ + s) for the largest eigenvalue s of L; None for a sketch, and for what is no (λI + L)⁻¹.
+
+    Args:
+        preconditioner: (λI + L)⁻¹.
+        damping: λ.
+    """
+    if isinstance(preconditioner, DenseInverse):
+        inverses = [inverse.to(factor_dtype(inverse)) for inverse in preconditioner.inverses]
+        return max(0.0, *(1 - damping * float(torch.linalg.eigvalsh(inverse).min()) for inverse in inverses))
+    if isinstance(preconditioner, LowRankInverse):  # whose columns are orthogonal, and as long as the root of theirs
+        return float(preconditioner.columns.square().sum(dim=0).max()) if preconditioner.columns.numel() else 0.0
+    return None
+
+
 def low_rank(columns: Tensor, damping: float) -> LowRankInverse | None:
     """`LowRankInverse` of UUᵀ for U (p, rank); None where UᵀU has no eigenvalues.
 

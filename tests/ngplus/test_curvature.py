@@ -438,3 +438,23 @@ def test_a_layers_state_reads_well_and_counts_its_numbers():
     assert str(optimizer.curvature["0.weight"]).startswith("LayerState(matrix 2×3×10, DenseInverse of λI + L")
     optimizer = stepped(mlp(39, 30), points(4, 39))
     assert optimizer.curvature["0.weight"].numel() == 30 * 4 + 1
+
+
+@pytest.mark.parametrize("options", [{"solver": "dense"}, {"solver": "low_rank"}, {"damping_rule": "released"}])
+@pytest.mark.parametrize("samples", [3, 40])
+def test_the_share_is_that_of_the_largest_eigenvalue(options, samples):
+    model, x = mlp(9, 7, 12), points(samples, 9)
+    moments = {m.weight: oracle.second_moment(G) for m, G in gradients_of(model, x).items()}
+    optimizer = stepped(model, x, **options)
+    damping = DAMPING**0.5 if "damping_rule" in options else DAMPING
+    for name, state in optimizer.curvature.items():
+        largest = torch.linalg.eigvalsh(moments[name]).max()
+        assert state.share() == pytest.approx(float(largest / (damping + largest)), rel=1e-9)
+
+
+def test_the_share_of_no_curvature_is_nothing_and_that_of_a_sketch_is_not_known():
+    model, x = mlp(3, 3), points(4, 3)
+    flat = oracle.descend(model, lambda m: 0 * m(x).sum(), damping=DAMPING)
+    assert [state.share() for state in flat.curvature.values()] == [0.0]
+    sketched = stepped(mlp(3, 9), x, solver="sketched", sketch_size=2).curvature.values()
+    assert [state.share() for state in sketched] == [None]
