@@ -167,6 +167,9 @@ def tune_command(
 def sensitivity_command(
     task: TaskName,
     scale: Scale = "tiny",
+    grid: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="A grid of the recipe; may be repeated. Default: all.")
+    ] = None,
     set_: Overrides = None,
     workers: Workers = 2,
     threads: Threads = 1,
@@ -179,14 +182,14 @@ def sensitivity_command(
 ) -> None:
     """Run the grids of settings that the recipe declares, on the validation split at the tuning seed.
 
-    Writes sensitivity.csv and heat maps beside the results. What is finished is not run again, and what was
-    interrupted goes on where it stopped.
+    Writes sensitivity.csv and heat maps beside the results; rows of grids that are not asked for stay. What is
+    finished is not run again, and what was interrupted goes on where it stopped.
     """
     from experiments.tuning.sensitivity import measure  # pandas and matplotlib, needed only here
 
     recipe = load_recipe(task, scale, overrides=tuple(set_ or ()))
     options = RunOptions(device=device, data_dir=data_dir, results_dir=results_dir, bar=False)
-    typer.echo(f"{task}: {measure(recipe, options, folder=grid_dir, workers=workers, threads=threads)}")
+    typer.echo(f"{task}: {measure(recipe, options, folder=grid_dir, names=grid, workers=workers, threads=threads)}")
 
 
 @app.command("estimate")

@@ -13,21 +13,32 @@ from experiments.jobs import Job, run_jobs
 from experiments.recipe import Recipe
 from experiments.records import Run, read_run, record_path
 from experiments.runner import RunOptions
+from experiments.settings import one_of
 from experiments.tuning.grid import Grid, Sensitivity
 from experiments.tuning.space import value_at
 from experiments.tuning.trial import trial_changes
 from experiments.tuning.trials import course_of, write_rows
 
 
-def measure(recipe: Recipe, options: RunOptions, *, folder: Path, workers: int = 1, threads: int | None = None) -> Path:
-    """Run what is not finished of all grids, and write ``sensitivity.csv`` and heat maps beside the results.
+def measure(
+    recipe: Recipe,
+    options: RunOptions,
+    *,
+    folder: Path,
+    names: Sequence[str] | None = None,
+    workers: int = 1,
+    threads: int | None = None,
+) -> Path:
+    """Run what is not finished of the grids, and write ``sensitivity.csv`` and heat maps beside the results.
 
-    A run that fails, or is interrupted, leaves its row out; the file holds what there is in any case.
+    A run that fails, or is interrupted, leaves its row out; the file holds what there is in any case, and the rows that
+    it had of the recipe's other grids.
 
     Args:
         recipe: has a ``[sensitivity]`` table.
         options: how to run; the file goes to ``<results_dir>/<task>/<scale>``.
         folder: where the runs are kept, to go on from.
+        names: of the grids; by default all.
         workers: runs at a time.
         threads: CPU threads each, ``None`` for what the environment says.
 
@@ -35,33 +46,59 @@ def measure(recipe: Recipe, options: RunOptions, *, folder: Path, workers: int =
         The file.
 
     Raises:
-        UserError: the recipe has no grid.
+        UserError: the recipe has no grid, or none of such a name.
     """
-    grids = _asked(recipe).grids
+    grids = _chosen(recipe, names)
     jobs = {job.options.results_dir: job for grid in grids for job in _jobs(recipe, grid, options, folder)}
     csv = options.results_dir / recipe.task / recipe.scale / "sensitivity.csv"
     try:
         run_jobs(list(jobs.values()), workers=workers, threads=threads)
     finally:
-        _write([(grid, cell) for grid in grids for cell in _finished(recipe, grid, folder)], recipe, csv)
+        _write([(grid, cell) for grid in grids for cell in _finished(recipe, grid, folder)], recipe, grids, csv)
     return csv
 
 
-def _write(cells: Sequence[tuple[Grid, Run]], recipe: Recipe, csv: Path) -> None:
+def _chosen(recipe: Recipe, names: Sequence[str] | None) -> list[Grid]:
+    grids = {grid.name: grid for grid in _asked(recipe).grids}
+    for name in names or ():
+        if name not in grids:
+            raise UserError(f"grid = {name!r}: is not in {recipe.path}; {one_of(grids)}")
+    return [grid for name, grid in grids.items() if names is None or name in names]
+
+
+def _write(cells: Sequence[tuple[Grid, Run]], recipe: Recipe, grids: Sequence[Grid], csv: Path) -> None:
     if not cells:
         return
     rows, course = [], []
     for grid, run in cells:
         course = course_of(run)
-        settings = {key.rpartition(".")[2]: value_at(run.manifest.recipe["optimizer"], key) for key in grid.axes}
+        settings = {_short(key): value_at(run.manifest.recipe["optimizer"], key) for key in grid.axes}
         rows.append({"grid": grid.name, "ended": run.end.reason, **settings, **course})
-    table = pd.DataFrame(rows)
+    table = _with_others(pd.DataFrame(rows), recipe, grids, csv)
     # Each grid has settings of its own, which would otherwise come last.
-    table = table[[*table.columns.drop(list(course)), *course]]
+    axes = [_short(key) for grid in _asked(recipe).grids for key in grid.axes]
+    settings = [name for name in dict.fromkeys(axes) if name in table.columns]
+    table = table[["grid", "ended", *settings, *course]]
     write_rows(table, csv)
     manifest = cells[0][1].manifest
     title = f"{manifest.task}, scale {manifest.scale}: {manifest.optimizer}, {manifest.dataset.name}"
     heatmaps.draw(csv, title, higher_is_better=manifest.metric.higher_is_better)
+
+
+def _short(key: str) -> str:
+    """The name of a setting's column."""
+    return key.rpartition(".")[2]
+
+
+def _with_others(table: pd.DataFrame, recipe: Recipe, grids: Sequence[Grid], csv: Path) -> pd.DataFrame:
+    """The table, with the file's rows of the recipe's other grids, in the recipe's order."""
+    if not csv.exists():
+        return table
+    before = pd.read_csv(csv)
+    order = [grid.name for grid in _asked(recipe).grids]
+    others = before[before.grid.isin(set(order) - {grid.name for grid in grids})]
+    whole = pd.concat([each for each in (others, table) if len(each)], ignore_index=True)
+    return whole.sort_values("grid", key=lambda names: names.map(order.index), kind="stable")
 
 
 def _asked(recipe: Recipe) -> Sensitivity:

@@ -83,6 +83,20 @@ def test_what_is_finished_is_not_run_again(recipe, options, tmp_path):
     assert [a == record.stat().st_mtime_ns for a, record in zip(times, records, strict=True)].count(False) == 1
 
 
+def test_one_grid_alone_leaves_the_rows_of_the_others(recipe, options, tmp_path):
+    whole = pd.read_csv(measure(recipe, options, folder=tmp_path / "grid"))
+    measure(recipe, options, folder=tmp_path / "elsewhere", names=["pair"])
+    csv = measure(recipe, options, folder=tmp_path / "elsewhere", names=["pair"])
+    pd.testing.assert_frame_equal(pd.read_csv(csv), whole)
+    csv.unlink()
+    assert set(pd.read_csv(measure(recipe, options, folder=tmp_path / "grid", names=["rate"])).grid) == {"rate"}
+    pd.testing.assert_frame_equal(
+        pd.read_csv(measure(recipe, options, folder=tmp_path / "grid", names=["pair"])), whole
+    )
+    with pytest.raises(UserError, match=r"grid = 'rates': is not in .*; .*rate"):
+        measure(recipe, options, folder=tmp_path / "grid", names=["rate", "rates"])
+
+
 def test_a_cell_that_fails_leaves_its_row_out_and_the_exit_status_says_so(recipe, recipes, options, tmp_path, capsys):
     path = recipes / "toy" / "tiny.toml"
     path.write_text(path.read_text().replace("[0.3, 0.9]", "[0.3, -0.9]"))
