@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ngplus.gfim import Shape
-from ngplus.layers import Layer
+from ngplus.layers import Layer, stored
 from ngplus.preconditioner import DenseInverse, Preconditioner
 
 SMALL = 2**14
@@ -50,7 +50,7 @@ def _likeness(member: Member) -> Hashable:
     layer, inverse, shape = member.layer, member.preconditioner, member.shape
     if layer.weight.grad is None or not isinstance(inverse, DenseInverse):
         return None
-    numbers, sparse = _numbers(layer.weight.grad), layer.weight.grad.is_sparse
+    numbers, sparse = stored(layer.weight.grad), layer.weight.grad.is_sparse
     bias, main, left = layer.trained_bias, inverse.main, shape.side == "left"
     one_stack = len(inverse.inverses) == 1 if left else len(main) == 1
     own_bias = bias is None or (left and bias.grad is not None and len(bias) == len(layer.weight))
@@ -59,11 +59,6 @@ def _likeness(member: Member) -> Hashable:
     if numbers.numel() > SMALL or not (one_stack and own_bias and plain and whole_rows):
         return None
     return numbers.shape, main.shape, left, bias is None, main.dtype, main.device
-
-
-def _numbers(gradient: Tensor) -> Tensor:
-    """What a gradient holds, in its own memory: of a sparse one its rows."""
-    return gradient._values() if gradient.is_sparse else gradient
 
 
 def precondition(members: Sequence[Member]) -> dict[nn.Parameter, Tensor | None]:
@@ -80,7 +75,7 @@ def precondition(members: Sequence[Member]) -> dict[nn.Parameter, Tensor | None]
 
 
 def _replaced(parameters: Sequence[nn.Parameter], inverses: Tensor, shape: Shape) -> dict[nn.Parameter, Tensor | None]:
-    gradients = [_numbers(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    gradients = [stored(parameter.grad) for parameter in parameters if parameter.grad is not None]
     G = torch.stack(gradients)
     if shape.side == "left":
         D = torch.bmm(inverses, G.view(*inverses.shape[:2], -1))  # (layers · blocks, p, q)

@@ -471,6 +471,11 @@ _READERS: Mapping[Any, Callable[..., Call]] = {
 }
 
 
+def stored(gradient: Tensor) -> Tensor:
+    """What a gradient holds, in its own memory: of a sparse one its rows."""
+    return gradient._values() if gradient.is_sparse else gradient
+
+
 def as_matrix(layer: Layer, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """A weight-shaped tensor as (groups, m, n without bias), in its own memory where that can be."""
     G = tensor if tensor.dtype == dtype else tensor.to(dtype)
@@ -487,6 +492,7 @@ __all__ = [
     "as_matrix",
     "find_layers",
     "read_call",
+    "stored",
     "unsupported_modules",
     "weight_argument",
 ]

@@ -8,10 +8,12 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from ngplus.layers import stored
+
 
 def _values(gradient: Tensor) -> Tensor:
     """The numbers of a gradient, in its own memory; of a complex one its real and imaginary parts."""
-    values = gradient._values() if gradient.is_sparse else gradient
+    values = stored(gradient)
     if not values.is_complex():
         return values
     return torch.view_as_real(values.conj() if values.is_conj() else values)

@@ -63,7 +63,7 @@ def _chosen(recipe: Recipe, names: Sequence[str] | None) -> list[Grid]:
     for name in names or ():
         if name not in grids:
             raise UserError(f"grid = {name!r}: is not in {recipe.path}; {one_of(grids)}")
-    return [grid for name, grid in grids.items() if names is None or name in names]
+    return [grid for name, grid in grids.items() if not names or name in names]
 
 
 def _write(cells: Sequence[tuple[Grid, Run]], recipe: Recipe, grids: Sequence[Grid], csv: Path) -> None:
