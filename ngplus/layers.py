@@ -23,6 +23,8 @@ from ngplus.patches import Patches
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 SUPPORTED = (nn.Linear, *CONVOLUTIONS, *EMBEDDINGS, nn.MultiheadAttention)
+# GPT-2's linear layer, x W + b with W of in × out, known by name: torch alone is needed here.
+TRANSPOSED_LINEAR = "transformers.pytorch_utils.Conv1D"
 # Their parameters have no matrix form that (2) speaks of; they go to the base optimizer without a word.
 VECTORS = (
     nn.modules.batchnorm._BatchNorm,
@@ -51,6 +53,8 @@ class Layer:
         batch_dim: the dimension of a linear layer's input along which samples lie.
         of_attention: whether it is a part of an `nn.MultiheadAttention`, which knows its samples.
         looked_up: whether a gradient may have many rows of zeros: that of an embedding, or of nobody knows what.
+        flattens: whether its module multiplies (rows, features), whatever the shape of its input.
+        input_shape: of the module's latest input, where it flattens it.
     """
 
     name: str
@@ -61,6 +65,8 @@ class Layer:
     batch_dim: int = 0
     of_attention: bool = False
     looked_up: bool = False
+    flattens: bool = False
+    input_shape: torch.Size | None = None
 
     def known_as(self, known: Mapping[int, Layer]) -> Layer:
         """The layer that is known by this one's weight, with this one's bias; itself where there is none."""
@@ -182,6 +188,12 @@ def _module_layers(prefix: str, module: nn.Module) -> Iterator[Layer]:
         of_attention = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)  # what it calls out_proj
         looked_up = isinstance(module, EMBEDDINGS)
         yield Layer(named("weight"), weight, bias, groups=groups, of_attention=of_attention, looked_up=looked_up)
+    elif _is_transposed_linear(module) and (weight := own.get("weight")) is not None:
+        yield Layer(named("weight"), weight, None, flattens=True)  # its bias would be one more row, which no layer has
+
+
+def _is_transposed_linear(module: nn.Module) -> bool:
+    return any(f"{kind.__module__}.{kind.__qualname__}" == TRANSPOSED_LINEAR for kind in type(module).__mro__)
 
 
 def _attention_layers(named: Callable[[str], str], module: nn.MultiheadAttention) -> Iterator[Layer]:
@@ -203,11 +215,13 @@ class Call:
         layer: whose weight was used.
         source: what multiplied the weight: input, or indices.
         factors: takes ``source`` and the gradient of the call's output to `Part`.
+        turned: whether the input belongs to the matrix's rows and the output to its columns, as in x W.
     """
 
     layer: Layer
     source: Any
     factors: Callable[[Any, Tensor], Part]
+    turned: bool = False
 
 
 @dataclass(frozen=True)
@@ -233,17 +247,18 @@ def read_call(
     reader = _READERS.get(function)
     if reader is None:
         raise UnsupportedCall(f"is used by {getattr(function, '__name__', function)}")
-    others = {name: value for name, value in kwargs.items() if name != "weight"}
-    return reader(layer, weight, attention, *args[:1], *args[2:], **others)
+    others = {name: value for name, value in kwargs.items() if name != reader.keyword}
+    return reader.read(layer, weight, attention, *args[: reader.place], *args[reader.place + 1 :], **others)
 
 
 def weight_argument(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The argument that ``function`` takes as weight; None for functions that are not read."""
-    if function not in _READERS:
+    reader = _READERS.get(function)
+    if reader is None:
         return None
-    if "weight" in kwargs:
-        return kwargs["weight"]
-    return args[1] if len(args) > 1 else None
+    if reader.keyword in kwargs:
+        return kwargs[reader.keyword]
+    return args[reader.place] if len(args) > reader.place else None
 
 
 def _tail(layer: Layer, bias: Tensor | None) -> float | None:
@@ -281,6 +296,14 @@ def _rows_of(layer: Layer, weight: Tensor) -> tuple[int, int | None]:
     return (first, whole.shape[0]) if weight.shape[0] != whole.shape[0] else (0, None)
 
 
+def _is_transpose(weight: Tensor, whole: Tensor) -> bool:
+    """Whether ``weight`` is the transpose of the whole matrix, in the same memory; a 1 × 1 matrix is its own."""
+    if weight is whole or not (weight.dim() == whole.dim() == 2) or tuple(whole.shape) == (1, 1):
+        return False
+    mirrored = (*whole.shape[::-1], *whole.stride()[::-1], whole.storage_offset())
+    return (*weight.shape, *weight.stride(), weight.storage_offset()) == mirrored
+
+
 def _linear(
     layer: Layer,
     weight: Tensor,
@@ -289,26 +312,71 @@ def _linear(
     bias: Tensor | None = None,
     **_: Any,
 ) -> Call:
-    first_row, full_size = _rows_of(layer, weight)
+    """Read x Wᵀ + b, where ``weight`` is the layer's, a slice of its rows, or its transpose."""
+    turned = _is_transpose(weight, layer.weight)
+    first_row, full_size = (0, None) if turned else _rows_of(layer, weight)
+    if turned and bias is not None and bias is layer.trained_bias:
+        raise UnsupportedCall("is used transposed, with a bias that is a column of it")
     tail = _tail(layer, bias)
-    if attention is None and input.dim() > 2:
-        _check_batch_dim(layer, input, input.dim() - 1)
+    leading = _leading(layer, input)
+    if attention is None and (dimensions := len(leading or input.shape[:-1])) > 1:
+        _check_batch_dim(layer, input, dimensions)
 
     def positions_last(tensor: Tensor) -> Tensor:
         """(b, 1, features, κ), whatever the layout of a linear layer's input or output."""
         features = tensor.shape[-1]
         if attention is not None and tensor.dim() == 2:
             tensor = tensor.view(-1, attention.batch, features)  # (T·B, E) -> (T, B, E)
+        if leading is not None:
+            tensor = tensor.reshape(*leading, features)
         batch_dim = 1 if attention is not None else layer.batch_dim
         if tensor.dim() <= 2:
             return tensor.reshape(-1, 1, features, 1)
         return tensor.movedim(batch_dim, 0).flatten(1, -2).mT.unsqueeze(1)
 
     def factors(source: Tensor, gradient: Tensor) -> Part:
-        rows = Dense(positions_last(gradient), first_row=first_row, full_size=full_size)
-        return Part(rows=rows, columns=Dense(positions_last(source), tail=tail))
+        inside, outside = positions_last(source), positions_last(gradient)
+        if turned:
+            return Part(rows=Dense(inside), columns=Dense(outside, tail=tail))
+        rows = Dense(outside, first_row=first_row, full_size=full_size)
+        return Part(rows=rows, columns=Dense(inside, tail=tail))
 
-    return Call(layer, input, factors)
+    return Call(layer, input, factors, turned)
+
+
+def _leading(layer: Layer, input: Tensor) -> torch.Size | None:
+    """The shape of a module's input without its features, where the call sees it flattened; else None."""
+    if not layer.flattens:
+        return None
+    shape = layer.input_shape
+    if shape is None or shape[-1] != input.shape[-1] or shape.numel() != input.numel():
+        raise UnsupportedCall("is used on flattened rows whose samples nothing tells")
+    return shape[:-1]
+
+
+def _matmul(layer: Layer, weight: Tensor, attention: AttentionCall | None, input: Tensor) -> Call:
+    """Read x W, or x Wᵀ where W is transposed already."""
+    if weight.dim() != 2:
+        raise UnsupportedCall("is used in a product by a view that is no matrix")
+    if isinstance(input if input._base is None else input._base, nn.Parameter):
+        raise UnsupportedCall("is multiplied by another parameter, which has no samples")
+    return _linear(layer, weight.mT, attention, input)
+
+
+def _addmm(
+    layer: Layer,
+    weight: Tensor,
+    attention: AttentionCall | None,
+    bias: Tensor,
+    input: Tensor,
+    *,
+    beta: float = 1,
+    alpha: float = 1,
+) -> Call:
+    """Read b + x W."""
+    if beta != 1 or alpha != 1:
+        raise UnsupportedCall(f"is used by addmm with {alpha=}, {beta=}")
+    return _linear(layer, weight.mT, attention, input, bias)
 
 
 def _check_batch_dim(layer: Layer, input: Tensor, dimensions: int) -> None:
@@ -461,13 +529,28 @@ def _bags(index: Tensor, offsets: Tensor | None, include_last_offset: bool, tabl
     return Bags(flat, bag, torch.ones_like(flat, dtype=torch.float32), bags, table_size)
 
 
-_READERS: Mapping[Any, Callable[..., Call]] = {
-    F.linear: _linear,
-    F.conv1d: _convolution,
-    F.conv2d: _convolution,
-    F.conv3d: _convolution,
-    F.embedding: _embedding,
-    F.embedding_bag: _embedding_bag,
+@dataclass(frozen=True)
+class _Reader:
+    """How a function is read: by what, and which of its arguments is the weight."""
+
+    read: Callable[..., Call]
+    place: int = 1
+    keyword: str = "weight"
+
+
+_READERS: Mapping[Any, _Reader] = {
+    F.linear: _Reader(_linear),
+    F.conv1d: _Reader(_convolution),
+    F.conv2d: _Reader(_convolution),
+    F.conv3d: _Reader(_convolution),
+    F.embedding: _Reader(_embedding),
+    F.embedding_bag: _Reader(_embedding_bag),
+    torch.matmul: _Reader(_matmul, keyword="other"),
+    Tensor.matmul: _Reader(_matmul, keyword="other"),
+    Tensor.__matmul__: _Reader(_matmul, keyword="other"),
+    torch.mm: _Reader(_matmul, keyword="mat2"),
+    Tensor.mm: _Reader(_matmul, keyword="mat2"),
+    torch.addmm: _Reader(_addmm, place=2, keyword="mat2"),
 }
 
 

@@ -21,7 +21,7 @@ from ngplus.factors import Bags, Factor, OneHot, statistics_dtype
 from ngplus.gfim import CHUNK, Part, Shape
 from ngplus.grouping import SampleIndex, rows_that_count
 from ngplus.inverse import Request
-from ngplus.layers import Layer
+from ngplus.layers import Call, Layer, UnsupportedCall
 from ngplus.options import Options
 from ngplus.preconditioner import Preconditioner
 from ngplus.times import Stopwatch
@@ -161,6 +161,11 @@ class KroneckerCapture(Capture):
         super().__init__(model, layers, sampling, stopwatch, generator)
         self._tables = {layer for layer in layers if is_table(model, layer)}
         self._max_side = max_side
+
+    def _expect(self, call: Call, output: Tensor, grouping: SampleIndex | None, batch_dim: int) -> None:
+        if call.turned:
+            raise UnsupportedCall("is multiplied from the other side, as in x @ W")
+        super()._expect(call, output, grouping, batch_dim)
 
     def _grouped(self, part: Part, grouping: SampleIndex, use: _Use) -> Part:
         """Every row that counts as a sample: the factors sum over rows, whatever sample they belong to."""
