@@ -27,9 +27,10 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from torch.utils.hooks import RemovableHandle
 
 from ngplus import eager, gfim
+from ngplus.calls import AttentionCall, Call, UnsupportedCall, read_call, weight_argument
 from ngplus.gfim import Part, Shape
 from ngplus.grouping import SampleIndex, rows_by_sample, rows_that_count
-from ngplus.layers import AttentionCall, Call, Layer, UnsupportedCall, read_call, weight_argument
+from ngplus.layers import Layer
 from ngplus.options import LossReduction, Samples
 from ngplus.times import Stopwatch
 

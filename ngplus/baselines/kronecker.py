@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from ngplus.batching import Member
+from ngplus.calls import Call, UnsupportedCall
 from ngplus.capture import Capture, Sampling, Statistic, _Record, _Use, is_zero
 from ngplus.curvature import Curvature, LayerState
 from ngplus.factors import Bags, Factor, OneHot, statistics_dtype
 from ngplus.gfim import CHUNK, Part, Shape
 from ngplus.grouping import SampleIndex, rows_that_count
 from ngplus.inverse import Request
-from ngplus.layers import Call, Layer, UnsupportedCall
+from ngplus.layers import Layer
 from ngplus.options import Options
 from ngplus.preconditioner import Preconditioner
 from ngplus.times import Stopwatch
