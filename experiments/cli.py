@@ -257,10 +257,7 @@ def table_command(
     """
     from experiments.analysis import comparison, curves, table  # pandas and matplotlib, needed only here
 
-    names = [task] if task else listing.tasks_with_runs(results_dir, scale)
-    if not names:
-        raise UserError(f"{results_dir}: there are no runs at scale {scale}; `run` makes them")
-    for name in names:
+    for name in [task] if task else _tasks_with_runs(results_dir, scale):
         frame = comparison.compare(results_dir, name, scale)
         curves.draw(results_dir, name, scale)
         typer.echo(table.render(frame, format_))
@@ -274,11 +271,20 @@ def profiles_command(scale: Scale = "tiny", results_dir: ResultsDir = Path("resu
     """
     from experiments.analysis import profiles  # pandas and matplotlib, needed only here
 
-    names = listing.tasks_with_runs(results_dir, scale)
-    if not names:
-        raise UserError(f"{results_dir}: there are no runs at scale {scale}; `run` makes them")
-    table = profiles.profile(results_dir, names, scale)
+    table = profiles.profile(results_dir, _tasks_with_runs(results_dir, scale), scale)
     typer.echo(table.drop(columns="scale").to_string(index=False, float_format=lambda value: f"{value:.3g}"))
+
+
+@app.command("overview")
+def overview_command(scale: Scale = "tiny", results_dir: ResultsDir = Path("results")) -> None:
+    """Print every optimizer beside every task that was run, as a table in Markdown.
+
+    A cell has the median over seeds of the best value ± its standard deviation, and in brackets the epochs to the
+    reference's best. Never starts a run.
+    """
+    from experiments.analysis import overview  # pandas, needed only here
+
+    typer.echo(overview.overview(results_dir, _tasks_with_runs(results_dir, scale), scale))
 
 
 @app.command("verdicts")
@@ -322,6 +328,14 @@ def data_command(
     if name not in PREPARE:
         raise UserError(f"data = {name!r}: there is no such dataset; {one_of(PREPARE)}")
     typer.echo(f"{name}: {PREPARE[name](data_dir)}")
+
+
+def _tasks_with_runs(results_dir: Path, scale: str) -> list[str]:
+    """The tasks of which there are runs, at least one."""
+    names = listing.tasks_with_runs(results_dir, scale)
+    if not names:
+        raise UserError(f"{results_dir}: there are no runs at scale {scale}; `run` makes them")
+    return names
 
 
 def _overrides(given: list[str] | None, epochs: int | None) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import threading
 import types
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
@@ -27,9 +27,10 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from torch.utils.hooks import RemovableHandle
 
 from ngplus import eager, gfim
+from ngplus.calls import AttentionCall, Call, UnsupportedCall, read_call, weight_argument
 from ngplus.gfim import Part, Shape
 from ngplus.grouping import SampleIndex, rows_by_sample, rows_that_count
-from ngplus.layers import AttentionCall, Call, Layer, UnsupportedCall, read_call, weight_argument
+from ngplus.layers import Layer
 from ngplus.options import LossReduction, Samples
 from ngplus.times import Stopwatch
 
@@ -158,6 +159,8 @@ class Capture:
         self._records: dict[Layer, _Record] = {}
         self._watched: frozenset[int] = frozenset()
         self._wanted: frozenset[int] = frozenset()
+        self._biases: dict[int, list[Layer]] = {}
+        self._flattening: dict[int, Layer] = {}
         self._inside = _Inside()
         self._handles: list[RemovableHandle] = []
         self.sample_index: SampleIndex | None = None
@@ -170,15 +173,21 @@ class Capture:
     def arm(self, layers: Iterable[Layer]) -> None:
         """Watch the forward passes from now on, for these layers."""
         self._wanted = frozenset(id(layer.weight) for layer in layers)
-        self._watched = frozenset(id(module) for module in self._model.modules())
+        modules = dict(self._model.named_modules())
+        self._watched = frozenset(id(module) for module in modules.values())
+        self._biases = {}
+        for layer in self._layers.values():
+            if layer.trained_bias is not None:
+                self._biases.setdefault(id(layer.trained_bias), []).append(layer)
+        self._flattening = {id(modules.get(layer.module)): layer for layer in self._layers.values() if layer.flattens}
         self._forget()
         if self.armed:
             return
         capture = weakref.ref(self)
 
-        def enter(module: nn.Module, _: Any) -> None:
+        def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
             if (alive := capture()) is not None:
-                alive._enter(module)
+                alive._enter(module, args)
 
         def leave(module: nn.Module, _args: Any, _output: Any) -> None:
             if (alive := capture()) is not None:
@@ -227,7 +236,9 @@ class Capture:
         """The layers whose weight was used in a way that is not understood, with the reason."""
         return {layer: record.opaque for layer, record in self._records.items() if record.opaque is not None}
 
-    def _enter(self, module: nn.Module) -> None:
+    def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if (flattening := self._flattening.get(id(module))) is not None:
+            flattening.input_shape = args[0].shape if args and isinstance(args[0], Tensor) else None
         inside = self._inside
         if inside.module is module:
             inside.depth += 1
@@ -248,7 +259,7 @@ class Capture:
         """The wanted layer whose weight this is, or is a view of."""
         if not isinstance(argument, Tensor):
             return None
-        owner = argument if argument._base is None else argument._base
+        owner = _owner(argument)
         return self._layers.get(id(owner)) if id(owner) in self._wanted and owner.requires_grad else None
 
     def _record(self, layer: Layer) -> _Record:
@@ -268,19 +279,36 @@ class Capture:
         """See a function call that the forward pass made."""
         weight = weight_argument(function, args, kwargs)
         for argument in _flat((*args, *kwargs.values())):
-            layer = self._layer_of(argument)
-            if layer is None or not (_has_gradient(output, argument) or (_transformed() and torch.is_grad_enabled())):
+            if not isinstance(argument, Tensor):
+                continue
+            layer, with_bias = self._layer_of(argument), self._biases.get(id(_owner(argument)), ())
+            if not (layer or with_bias) or not (_has_gradient(output, argument) or _graph_is_elsewhere()):
+                continue
+            if layer is None:
+                self._look_at_bias(with_bias, function, weight)
                 continue
             try:
                 if _transformed():
                     raise UnsupportedCall("is used inside a transform of torch.func")
                 if argument is not weight:
-                    raise UnsupportedCall(f"is used by {getattr(function, '__name__', function)}")
+                    raise UnsupportedCall(f"is used by {_name(function)}")
                 call = read_call(layer, function, args, kwargs, argument, attention)
                 grouping = None if attention and layer.of_attention else self.sample_index
                 self._expect(call, output, grouping, 1 if attention else layer.batch_dim)
             except UnsupportedCall as reason:
                 self._record(layer).opaque = str(reason)
+
+    def _look_at_bias(self, layers: Sequence[Layer], function: Callable[..., Any], weight: Any) -> None:
+        """See a bias that a call takes: a column of its layer's matrix only where the weight goes in with it.
+
+        What ``torch.cat`` joins may be cut apart again for calls that take both.
+        """
+        taken_with = self._layers.get(id(_owner(weight))) if isinstance(weight, Tensor) else None
+        if taken_with in layers or function is torch.cat:
+            return
+        for layer in layers:
+            if id(layer.weight) in self._wanted:
+                self._record(layer).opaque = f"is used apart from its bias, which {_name(function)} takes"
 
     def _expect(self, call: Call, output: Tensor, grouping: SampleIndex | None, batch_dim: int) -> None:
         accumulator = torch.autograd.graph.get_gradient_edge(call.layer.weight).node
@@ -485,13 +513,27 @@ def _flat(arguments: Iterable[Any]) -> Iterator[Any]:
             yield argument
 
 
+def _owner(argument: Tensor) -> Tensor:
+    """What the tensor is a view of, or itself."""
+    return argument if argument._base is None else argument._base
+
+
 def _has_gradient(output: Any, argument: Tensor) -> bool:
     """Whether a gradient can come back through ``output``, which is not only a view of ``argument``."""
-    owner = argument if argument._base is None else argument._base
+    owner = _owner(argument)
     return any(
         isinstance(tensor, Tensor) and tensor.requires_grad and tensor is not owner and tensor._base is not owner
         for tensor in _flat((output,))
     )
+
+
+def _graph_is_elsewhere() -> bool:
+    """Whether a transform keeps the graph of what is called now, so that no output says that it has one."""
+    return _transformed() and torch.is_grad_enabled()
+
+
+def _name(function: Callable[..., Any]) -> str:
+    return getattr(function, "__name__", str(function))
 
 
 def _by_samples(parts: Iterable[Part]) -> list[list[Part]]:

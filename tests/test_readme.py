@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from experiments import listing
+from experiments.analysis.overview import overview
 from experiments.analysis.verdict_table import render
 from experiments.analysis.verdicts import verdicts_of
 from experiments.provenance import REPOSITORY
@@ -12,11 +14,21 @@ from experiments.provenance import REPOSITORY
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 
 
-def test_the_verdicts_on_the_front_page_are_those_of_the_records():
+def block(name: str) -> str:
+    """What stands on the front page between two comments of this name."""
     text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    shown = re.search(r"<!-- verdicts: .*? -->\n(.*?)\n<!-- end of verdicts -->", text, flags=re.DOTALL)
+    shown = re.search(rf"<!-- {name}: .*? -->\n(.*?)\n<!-- end of {name} -->", text, flags=re.DOTALL)
     assert shown is not None
-    assert shown[1] == render(verdicts_of(REPOSITORY / "results"), "markdown", short=True)
+    return shown[1]
+
+
+def test_the_verdicts_on_the_front_page_are_those_of_the_records():
+    assert block("verdicts") == render(verdicts_of(REPOSITORY / "results"), "markdown", short=True)
+
+
+def test_the_overview_on_the_front_page_is_that_of_the_records():
+    results = REPOSITORY / "results"
+    assert block("overview") == overview(results, listing.tasks_with_runs(results, "small"), "small")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -34,7 +34,7 @@ def render(frame: pd.DataFrame, format: Format = "terminal", *, short: bool = Fa
         case "terminal":
             return _terminal(names, rows, summary(frame))
         case "markdown":
-            return _markdown(names, rows, summary(frame))
+            return f"{markdown(names, rows)}\n\n{summary(frame)}"
     raise ValueError(f"format = {format!r}: must be one of terminal, markdown")
 
 
@@ -66,7 +66,7 @@ def _terminal(names: Sequence[str], rows: list[list[str]], last: str) -> str:
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
 
 
-def _markdown(names: Sequence[str], rows: list[list[str]], last: str) -> str:
+def markdown(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
     escaped = [[cell.replace("|", r"\|") for cell in cells] for cells in rows]
-    lines = ["| " + " | ".join(cells) + " |" for cells in (names, ["---"] * len(names), *escaped)]
-    return "\n".join([*lines, "", last])
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (names, ["---"] * len(names), *escaped))

@@ -57,7 +57,8 @@ class KFAC(Relative):
         **base_options: everything else goes to ``base``.
 
     A convolution's groups have a pair of factors each, damped with one π. A weight that is both looked up and
-    multiplied goes to ``base`` as it is, as do the parameters that `NGPlus` leaves alone.
+    multiplied, or multiplied from the other side (x W), goes to ``base`` as it is, as do the parameters that `NGPlus`
+    leaves alone.
 
     Raises:
         TypeError: an argument of the wrong type, or one that ``base`` does not take.

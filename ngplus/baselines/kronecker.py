@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ngplus.batching import Member
+from ngplus.calls import Call, UnsupportedCall
 from ngplus.capture import Capture, Sampling, Statistic, _Record, _Use, is_zero
 from ngplus.curvature import Curvature, LayerState
 from ngplus.factors import Bags, Factor, OneHot, statistics_dtype
@@ -161,6 +162,11 @@ class KroneckerCapture(Capture):
         super().__init__(model, layers, sampling, stopwatch, generator)
         self._tables = {layer for layer in layers if is_table(model, layer)}
         self._max_side = max_side
+
+    def _expect(self, call: Call, output: Tensor, grouping: SampleIndex | None, batch_dim: int) -> None:
+        if call.turned:
+            raise UnsupportedCall("is multiplied from the other side, as in x @ W")
+        super()._expect(call, output, grouping, batch_dim)
 
     def _grouped(self, part: Part, grouping: SampleIndex, use: _Use) -> Part:
         """Every row that counts as a sample: the factors sum over rows, whatever sample they belong to."""

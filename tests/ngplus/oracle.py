@@ -50,6 +50,8 @@ def matrices(model: nn.Module) -> list[Matrix]:
             add(f"{prefix}weight", f"{prefix}bias")
         elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             add(f"{prefix}weight", f"{prefix}bias", module.groups)
+        elif type(module).__name__ == "Conv1D":  # of transformers: in × out, its bias apart
+            add(f"{prefix}weight", "")
     return list(found.values())
 
 

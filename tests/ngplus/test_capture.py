@@ -180,7 +180,7 @@ def test_every_position_of_every_use_is_a_row(use):
     ("wiring", "name"),
     [
         (lambda m, x: F.linear(x, m.a.weight * 2), "mul"),
-        (lambda m, x: x @ m.a.weight.T + m.b(x), "matmul"),
+        (lambda m, x: (m.a.weight @ x.T).T + m.b(x), "matmul"),
         (lambda m, x: torch.einsum("oi,bi->bo", m.a.weight, x) + m.b(x), "einsum"),
         (lambda m, x: m.a(x) + m.a.weight.norm(), "norm"),
     ],

@@ -1,0 +1,88 @@
+"""Every optimizer on every task of a scale: the best value of the metric and the epochs to the reference's best."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from experiments.analysis.comparison import summarise
+from experiments.analysis.profiles import entrants, ratios, score
+from experiments.analysis.runs import load_comparable
+from experiments.analysis.verdict_table import markdown
+
+NOT_RUN = "–"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """One task.
+
+    Attributes:
+        dataset: that was really used.
+        metric: its name.
+        higher_is_better: or lower.
+        rows: of its comparison, by optimizer without the suffix of its base; see `profiles.entrants`.
+    """
+
+    dataset: str
+    metric: str
+    higher_is_better: bool
+    rows: Mapping[str, pd.Series]
+
+    @classmethod
+    def of(cls, results_dir: Path, task: str, scale: str) -> "Column":
+        """From a task's finished runs.
+
+        Raises:
+            UserError: there are none.
+        """
+        comparable = load_comparable(results_dir, task, scale)
+        manifest = comparable.runs[0].manifest
+        return cls(
+            dataset=manifest.dataset.name.partition(";")[0],
+            metric=manifest.metric.name,
+            higher_is_better=manifest.metric.higher_is_better,
+            rows=entrants(summarise(comparable)),
+        )
+
+    def title(self) -> str:
+        """The data, the metric and which way is better."""
+        return f"{self.dataset}: {self.metric} {'↑' if self.higher_is_better else '↓'}"
+
+    def best(self) -> str | None:
+        """The optimizer with the best median."""
+        known = {name: row.best_metric for name, row in self.rows.items() if math.isfinite(row.best_metric)}
+        return (max if self.higher_is_better else min)(known, key=known.__getitem__) if known else None
+
+    def cell(self, name: str) -> str:
+        """Median best ± standard deviation over seeds, and the epochs to the target."""
+        if name not in self.rows:
+            return NOT_RUN
+        row = self.rows[name]
+        spread = f" ± {row.best_metric_std:.2g}" if math.isfinite(row.best_metric_std) else ""
+        epochs = f"{row.epochs_to_target:.3g}" if math.isfinite(row.epochs_to_target) else "missed"
+        value = f"{row.best_metric:.3g}{spread}"
+        return f"{f'**{value}**' if name == self.best() else value} ({epochs})"
+
+
+def overview(results_dir: Path, tasks: Sequence[str], scale: str) -> str:
+    """A row an optimizer, a column a task, in Markdown, by falling score of the performance profiles (epochs).
+
+    Args:
+        results_dir: where the records lie.
+        tasks: that have finished runs.
+        scale: of the runs.
+
+    Raises:
+        UserError: one of the tasks has none.
+    """
+    columns = {task: Column.of(results_dir, task, scale) for task in tasks}
+    entries = {task: column.rows for task, column in columns.items()}
+    names = {name for rows in entries.values() for name in rows}
+    scores = {name: score(ratios(entries, name, "epochs")) for name in names}
+    ordered = sorted(names, key=lambda name: (-scores[name], name))
+    head = ["optimizer", "profile", *(column.title() for column in columns.values())]
+    body = [[name, f"{scores[name]:.2f}", *(column.cell(name) for column in columns.values())] for name in ordered]
+    return markdown(head, body)
