@@ -126,9 +126,13 @@ def figure(comparable: Comparable) -> Figure:
 
 
 def legend_below(made: Figure, ax: Axes, title: str | None = None) -> None:
-    """What ``ax`` shows, named below the whole figure, where no curve is hidden."""
+    """What ``ax`` shows, named below the whole figure, where no curve is hidden, in as many columns as fit."""
     handles, labels = ax.get_legend_handles_labels()
-    made.legend(handles, labels, loc="outside lower center", ncols=min(LEGEND_COLUMNS, len(labels)), title=title)
+    for columns in range(min(LEGEND_COLUMNS, max(1, len(labels))), 0, -1):
+        legend = made.legend(handles, labels, loc="outside lower center", ncols=columns, title=title)
+        if columns == 1 or legend.get_window_extent().width <= made.bbox.width:
+            break
+        legend.remove()
 
 
 def _draw_row(row: np.ndarray, runs: dict[str, list[Run]], panel: Panel) -> None:

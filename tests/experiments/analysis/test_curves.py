@@ -3,9 +3,11 @@ import json
 import numpy as np
 import pytest
 from handmade import HIT_1, HIT_2, HIT_3, HIT_4, SCALE, TASK, write
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from PIL import Image
 
-from experiments.analysis.curves import curve_of, draw, figure, panels
+from experiments.analysis.curves import curve_of, draw, figure, legend_below, panels
 from experiments.analysis.palette import COLOURS, colour_of, dashes_of
 from experiments.analysis.runs import load_comparable
 from experiments.errors import UserError
@@ -134,3 +136,15 @@ def test_the_legend_names_another_device_than_the_references(results):
     for seed in (1, 2, 3):
         write(results, "ngplus", seed, HIT_1, device="another")
     assert legend_of(figure(load_comparable(results, TASK, SCALE))) == ["sgd", "ngplus (on another)"]
+
+
+def test_a_legend_of_long_names_takes_fewer_columns_and_stays_inside_the_figure():
+    made = Figure(figsize=(6.0, 3.0), layout="constrained")
+    FigureCanvasAgg(made)
+    ax = made.subplots()
+    for number in range(6):
+        ax.plot([0, 1], label=f"optimizer {number} (on a machine with a long name)")
+    legend_below(made, ax)
+    (legend,) = made.legends
+    assert legend.get_window_extent().width <= made.bbox.width
+    assert len(legend.get_texts()) == 6
