@@ -52,14 +52,12 @@ def read_call(
     weight: Tensor,
     attention: AttentionCall | None,
 ) -> Call:
-    """The call ``function(*args, **kwargs)`` in which ``weight`` is the layer's, or rows of it.
+    """The call ``function(*args, **kwargs)`` whose `weight_argument` is the layer's weight, or a view of it.
 
     Raises:
         UnsupportedCall: where the gradient of one sample cannot be told from what goes in and out.
     """
-    reader = _READERS.get(function)
-    if reader is None:
-        raise UnsupportedCall(f"is used by {getattr(function, '__name__', function)}")
+    reader = _READERS[function]
     others = {name: value for name, value in kwargs.items() if name != reader.keyword}
     return reader.read(layer, weight, attention, *args[: reader.place], *args[reader.place + 1 :], **others)
 
@@ -180,16 +178,16 @@ def _addmm(
     layer: Layer,
     weight: Tensor,
     attention: AttentionCall | None,
-    bias: Tensor,
     input: Tensor,
+    mat1: Tensor,
     *,
     beta: float = 1,
     alpha: float = 1,
 ) -> Call:
-    """Read b + x W."""
+    """Read b + x W; torch calls b ``input`` and x ``mat1``."""
     if beta != 1 or alpha != 1:
         raise UnsupportedCall(f"is used by addmm with {alpha=}, {beta=}")
-    return _linear(layer, weight.mT, attention, input, bias)
+    return _linear(layer, weight.mT, attention, mat1, bias=input)
 
 
 def _check_batch_dim(layer: Layer, input: Tensor, dimensions: int) -> None:

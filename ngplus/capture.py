@@ -255,10 +255,8 @@ class Capture:
             inside.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             inside.module = inside.mode = None
 
-    def _layer_of(self, argument: Any) -> Layer | None:
+    def _layer_of(self, argument: Tensor) -> Layer | None:
         """The wanted layer whose weight this is, or is a view of."""
-        if not isinstance(argument, Tensor):
-            return None
         owner = _owner(argument)
         return self._layers.get(id(owner)) if id(owner) in self._wanted and owner.requires_grad else None
 

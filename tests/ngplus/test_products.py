@@ -46,6 +46,7 @@ BACK = {
     "h @ W": lambda h, W, b: h @ W + b,
     "F.linear": lambda h, W, b: F.linear(h, W.T, b),
     "torch.addmm": lambda h, W, b: torch.addmm(b, h, W),
+    "torch.addmm by keyword": lambda h, W, b: torch.addmm(input=b, mat1=h, mat2=W),
     "torch.mm": lambda h, W, b: torch.mm(h, mat2=W) + b,
     "h.mm(W)": lambda h, W, b: h.mm(W) + b,
 }
