@@ -68,10 +68,10 @@ class HeatMap:
 
 
 def heat_map(own: pd.DataFrame) -> HeatMap:
-    """Lay a grid's rows out; values ascend, the recipe's own ``default`` comes last."""
+    """Lay a grid's rows out; values ascend, the recipe's own ``default`` comes last, or alone under the grid's name."""
     settings = [name for name in own.columns[:-2] if name not in _COURSE and own[name].notna().any()]
     changing = [name for name in settings if len(_values(own[name])) > 1]
-    down, across = changing if len(changing) == 2 else ("", (changing or settings)[0])
+    down, across = changing if len(changing) == 2 else ("", (changing or settings or ["grid"])[0])
     rows, columns = (_values(own[down]) if down else [""], _values(own[across]))
     best = np.full((len(rows), len(columns)), math.nan)
     ended = np.full(best.shape, "", dtype=object)

@@ -34,6 +34,11 @@ def test_one_setting_is_a_row_and_what_the_recipe_has_comes_last(csv):
     assert found.best.tolist() == [[0.65, 0.55]]
 
 
+def test_where_no_more_is_there_than_what_the_recipe_has_it_stands_under_the_grids_name(csv):
+    found = heat_map(pd.read_csv(csv).iloc[4:].assign(lr=np.nan))
+    assert (found.down, found.across, found.columns, found.best.tolist()) == ("", "grid", ["block"], [[0.55]])
+
+
 @pytest.mark.parametrize("higher", [True, False])
 def test_the_better_cell_is_darker_and_a_cell_says_its_value_or_that_it_diverged(csv, higher):
     made = figure(pd.read_csv(csv), "title", higher_is_better=higher)
