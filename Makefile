@@ -14,6 +14,8 @@ RUN_OPTIONS ?=
 REPORT ?= results
 # Models that small gain nothing from a second thread: two are trained side by side instead.
 TRAIN = $(if $(filter tiny,$(SCALE)),sweep,run)
+# How many processes share the tests.
+TEST_WORKERS ?= 2
 # For `make gpu`.
 MINUTES ?= 25
 # How many trials an optimizer, by default the recipe's number; e.g. TUNE_OPTIONS="--optimizer adam".
@@ -39,7 +41,7 @@ $(STAMP): pyproject.toml requirements.lock scripts/set-up.sh
 	touch $@
 
 test: $(STAMP)  ## run the tests
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(TEST_WORKERS) --dist worksteal
 
 lint: $(STAMP)  ## check the code: ruff, mypy
 	$(VENV)/bin/ruff format --check . && $(VENV)/bin/ruff check . && $(VENV)/bin/mypy

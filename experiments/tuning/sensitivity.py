@@ -128,8 +128,10 @@ def _changes(recipe: Recipe, cell: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _place(recipe: Recipe, cell: Mapping[str, Any], folder: Path) -> Path:
-    """A folder for each set of changes, whichever grids it is in."""
-    name = ",".join(f"{key}={cell[key]}" for key in sorted(cell)) or "as-it-is"
+    """A folder for each set of changes, whichever grids it is in; what is as in the recipe is no change."""
+    own = recipe.settings_of(_asked(recipe).optimizer)["optimizer"]
+    changed = sorted(key for key, value in cell.items() if value_at(own, key) != value)
+    name = ",".join(f"{key}={cell[key]}" for key in changed) or "as-it-is"
     return folder / recipe.task / recipe.scale / name
 
 

@@ -20,11 +20,14 @@ class Writes:
     name: str
     folder: Path
     seconds: float = 0.0
+    after_begun: int = 0
     ending: str = ""
 
     def run_in_one_line(self):
         (self.folder / f"{self.name}.begun").write_text(f"{os.getpid()} {os.environ.get('OMP_NUM_THREADS')}")
         time.sleep(self.seconds)
+        while len(begun(self.folder)) < self.after_begun:
+            time.sleep(0.01)
         (self.folder / f"{self.name}.ended").touch()
         if self.ending == "exit":
             sys.exit(2)
@@ -49,11 +52,11 @@ def test_all_are_done_in_order_and_a_failure_is_named_with_its_reason(tmp_path):
 
 def test_two_at_a_time_each_with_its_number_of_threads(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    works = [Writes(name, tmp_path, seconds=0.5) for name in "abc"]
+    works = [Writes(name, tmp_path, after_begun=2) for name in "abc"]
     assert run_apart(works, workers=2, threads=3) == {}
     assert {path.read_text().split()[1] for path in tmp_path.glob("*.begun")} == {"3"}
-    first_end = min(path.stat().st_mtime for path in tmp_path.glob("*.ended"))
-    assert sum(path.stat().st_mtime < first_end for path in tmp_path.glob("*.begun")) == 2
+    first_end = min(path.stat().st_mtime_ns for path in tmp_path.glob("*.ended"))
+    assert (tmp_path / f"{begun(tmp_path)[-1]}.begun").stat().st_mtime_ns >= first_end
     assert os.environ["OMP_NUM_THREADS"] == "7"
 
 

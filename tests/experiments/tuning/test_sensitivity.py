@@ -15,10 +15,11 @@ optimizer = { value = "ngplus", source = "made up" }
 epochs = { value = 2, source = "made up" }
 
 [sensitivity.grids.pair]
-damping = { value = [0.5, "default"], source = "made up" }
+damping = { value = [0.7, "default"], source = "made up" }
 lr = { value = [0.1, 0.3], source = "made up" }
 
 [sensitivity.grids.rate]
+damping = { value = [0.5], source = "as the recipe has it" }
 lr = { value = [0.3, 0.9], source = "made up" }
 """
 
@@ -49,7 +50,7 @@ def test_every_cell_has_a_row_with_its_settings_and_is_run_once(recipe, options,
     assert list(table.columns)[-3:] == ["loss", "mse", "best_mse"]
     assert table.grid.tolist() == ["pair"] * 4 + ["rate"] * 2
     assert table.lr.tolist() == [0.1, 0.3, 0.1, 0.3, 0.3, 0.9]
-    assert set(table.damping.dropna()) == {0.5}
+    assert set(table.damping.dropna()) == {0.7, 0.5}
     assert set(table.split) == {"validation"}
     assert set(table.seed) == {100}
     assert table.best_mse[3] == table.best_mse[4]
