@@ -31,18 +31,22 @@ def draw(csv: Path, title: str, *, higher_is_better: bool) -> tuple[Path, Path]:
 
 
 def figure(table: pd.DataFrame, title: str, *, higher_is_better: bool) -> Figure:
-    """A panel a grid; all have the same colours."""
+    """A panel a grid; all have the same colours, the last of which is the worst quarter's."""
     maps = [heat_map(own) for _, own in table.groupby("grid", sort=False)]
     made = Figure(figsize=(max(4.5, 3.4 * len(maps)), 3.4), layout="constrained")
     FigureCanvasAgg(made)
     made.suptitle(title, fontsize=11)
     axes = made.subplots(1, len(maps), squeeze=False)[0]
     values = np.concatenate([each.best.ravel() for each in maps])
-    known = values[np.isfinite(values)]
-    colours = Normalize(*((known.min(), known.max()) if len(known) else (0.0, 1.0)))
+    colours = Normalize(*colour_range(values, higher_is_better=higher_is_better))
     for ax, each in zip(axes, maps, strict=True):
         _draw(ax, each, colours, "viridis_r" if higher_is_better else "viridis")
-    made.colorbar(axes[-1].images[0], ax=axes, label=table.columns[-1].replace("_", " ", 1))
+    made.colorbar(
+        axes[-1].images[0],
+        ax=axes,
+        extend="min" if higher_is_better else "max",
+        label=table.columns[-1].replace("_", " ", 1),
+    )
     return made
 
 
@@ -81,6 +85,19 @@ def heat_map(own: pd.DataFrame) -> HeatMap:
         if row["ended"] == "finished":
             best[place] = row.iloc[-1]
     return HeatMap(down=down, across=across, rows=rows, columns=columns, best=best, ended=ended)
+
+
+def colour_range(best: np.ndarray, *, higher_is_better: bool) -> tuple[float, float]:
+    """Of a grid's values, from the best to what three quarters reach; the worst quarter has the last colour.
+
+    One run that was lost would make all others look alike.
+    """
+    known = best[np.isfinite(best)]
+    if not len(known):
+        return 0.0, 1.0
+    if higher_is_better:
+        return float(np.quantile(known, 0.25, method="lower")), float(known.max())
+    return float(known.min()), float(np.quantile(known, 0.75, method="higher"))
 
 
 def _values(column: pd.Series) -> list[str]:

@@ -6,7 +6,7 @@ from typing import Any
 import altair as alt
 import numpy as np
 
-from experiments.analysis.heatmaps import HeatMap, heat_map
+from experiments.analysis.heatmaps import HeatMap, colour_range, heat_map
 from experiments.analysis.report import commands, ink
 from experiments.analysis.report.blocks import Block, Chart, Figure, Line, Table
 from experiments.analysis.report.shelf import Shelf
@@ -73,7 +73,8 @@ def _summary(title: str, found: HeatMap, *, higher_is_better: bool) -> str:
 
 
 def _spec(found: HeatMap, summary: str, *, higher_is_better: bool) -> dict[str, Any]:
-    scale = alt.Scale(scheme="viridis", reverse=higher_is_better)
+    ends = colour_range(found.best, higher_is_better=higher_is_better)
+    scale = alt.Scale(scheme="viridis", reverse=higher_is_better, domain=list(ends), clamp=True)
     base = alt.Chart(alt.Data(values=_cells(found, higher_is_better=higher_is_better))).encode(
         x=alt.X("across:N", sort=found.columns, title=found.across, axis=alt.Axis(labelAngle=0)),
         y=alt.Y("down:N", sort=found.rows, title=found.down or None),
@@ -88,8 +89,7 @@ def _spec(found: HeatMap, summary: str, *, higher_is_better: bool) -> dict[str, 
 
 
 def _cells(found: HeatMap, *, higher_is_better: bool) -> list[dict[str, Any]]:
-    known = found.best[np.isfinite(found.best)]
-    low, high = (known.min(), known.max()) if len(known) else (0.0, 1.0)
+    low, high = colour_range(found.best, higher_is_better=higher_is_better)
     cells = []
     for (row, column), best in np.ndenumerate(found.best):
         share = 0.0 if high == low else (best - low) / (high - low)
