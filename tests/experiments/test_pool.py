@@ -61,6 +61,9 @@ def test_two_at_a_time_each_with_its_number_of_threads(tmp_path, monkeypatch):
 
 
 PROGRAM = """
+import signal
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
 import sys
 from pathlib import Path
 from experiments.pool import run_apart
