@@ -31,20 +31,20 @@ def draw(csv: Path, title: str, *, higher_is_better: bool) -> tuple[Path, Path]:
 
 
 def figure(table: pd.DataFrame, title: str, *, higher_is_better: bool) -> Figure:
-    """A panel a grid; all have the same colours, the last of which is the worst quarter's."""
+    """A panel a grid; all have the same colours, of which the last are also those of values far out."""
     maps = [heat_map(own) for _, own in table.groupby("grid", sort=False)]
     made = Figure(figsize=(max(4.5, 3.4 * len(maps)), 3.4), layout="constrained")
     FigureCanvasAgg(made)
     made.suptitle(title, fontsize=11)
     axes = made.subplots(1, len(maps), squeeze=False)[0]
     values = np.concatenate([each.best.ravel() for each in maps])
-    colours = Normalize(*colour_range(values, higher_is_better=higher_is_better))
+    colours = Normalize(*colour_range(values))
     for ax, each in zip(axes, maps, strict=True):
         _draw(ax, each, colours, "viridis_r" if higher_is_better else "viridis")
     made.colorbar(
         axes[-1].images[0],
         ax=axes,
-        extend="min" if higher_is_better else "max",
+        extend=_extend(values, colours),
         label=table.columns[-1].replace("_", " ", 1),
     )
     return made
@@ -87,17 +87,24 @@ def heat_map(own: pd.DataFrame) -> HeatMap:
     return HeatMap(down=down, across=across, rows=rows, columns=columns, best=best, ended=ended)
 
 
-def colour_range(best: np.ndarray, *, higher_is_better: bool) -> tuple[float, float]:
-    """Of a grid's values, from the best to what three quarters reach; the worst quarter has the last colour.
+def colour_range(best: np.ndarray) -> tuple[float, float]:
+    """Between which values the colours go: all but those beyond Tukey's outer fences, three interquartile ranges out.
 
     One run that was lost would make all others look alike.
     """
     known = best[np.isfinite(best)]
     if not len(known):
         return 0.0, 1.0
-    if higher_is_better:
-        return float(np.quantile(known, 0.25, method="lower")), float(known.max())
-    return float(known.min()), float(np.quantile(known, 0.75, method="higher"))
+    low, high = np.quantile(known, [0.25, 0.75])
+    reach = 3 * (high - low) or math.inf
+    within = known[(known >= low - reach) & (known <= high + reach)]
+    return float(within.min()), float(within.max())
+
+
+def _extend(values: np.ndarray, colours: Normalize) -> str:
+    """At which ends of the colour bar there are values beyond."""
+    below, above = bool((values < colours.vmin).any()), bool((values > colours.vmax).any())
+    return {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}[below, above]
 
 
 def _values(column: pd.Series) -> list[str]:

@@ -73,8 +73,8 @@ def _summary(title: str, found: HeatMap, *, higher_is_better: bool) -> str:
 
 
 def _spec(found: HeatMap, summary: str, *, higher_is_better: bool) -> dict[str, Any]:
-    ends = colour_range(found.best, higher_is_better=higher_is_better)
-    scale = alt.Scale(scheme="viridis", reverse=higher_is_better, domain=list(ends), clamp=True)
+    domain = list(colour_range(found.best))
+    scale = alt.Scale(scheme="viridis", reverse=higher_is_better, domain=domain, clamp=True)
     base = alt.Chart(alt.Data(values=_cells(found, higher_is_better=higher_is_better))).encode(
         x=alt.X("across:N", sort=found.columns, title=found.across, axis=alt.Axis(labelAngle=0)),
         y=alt.Y("down:N", sort=found.rows, title=found.down or None),
@@ -89,7 +89,7 @@ def _spec(found: HeatMap, summary: str, *, higher_is_better: bool) -> dict[str, 
 
 
 def _cells(found: HeatMap, *, higher_is_better: bool) -> list[dict[str, Any]]:
-    low, high = colour_range(found.best, higher_is_better=higher_is_better)
+    low, high = colour_range(found.best)
     cells = []
     for (row, column), best in np.ndenumerate(found.best):
         share = 0.0 if high == low else (best - low) / (high - low)

@@ -2,7 +2,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from experiments.analysis.heatmaps import draw, figure, heat_map
+from experiments.analysis.heatmaps import colour_range, draw, figure, heat_map
 
 CSV = """grid,ended,lr,damping,block_size,seed,split,epochs,loss,top1,best_top1
 pair,finished,0.1,10,,0,validation,4,1.0,0.5,0.6
@@ -58,3 +58,17 @@ def test_where_all_diverged_there_is_a_figure_still(tmp_path):
     path = tmp_path / "sensitivity.csv"
     path.write_text("\n".join(line.replace("finished", "diverged") for line in CSV.splitlines()))
     assert all(drawn.stat().st_size > 1000 for drawn in draw(path, "title", higher_is_better=True))
+
+
+@pytest.mark.parametrize(
+    ("best", "ends"),
+    [
+        ([0.13, 0.14, 0.16, 0.17, 0.23, 4.4, np.nan], (0.13, 0.23)),
+        ([0.793, 0.85, 0.853, 0.855, 0.858], (0.85, 0.858)),
+        ([3.8, 3.9, 4.2, 5.2], (3.8, 5.2)),
+        ([0.5, 0.5, 0.5, 0.5, 0.6], (0.5, 0.6)),
+        ([np.nan], (0.0, 1.0)),
+    ],
+)
+def test_what_is_far_out_does_not_stretch_the_colours(best, ends):
+    assert colour_range(np.array(best)) == ends
