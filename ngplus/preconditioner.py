@@ -70,7 +70,7 @@ class DenseInverse:
         """
         inverse = self.inverses[0]
         A, r, rho = inverse[:, :-1, :-1], inverse[:, :-1, -1:], inverse[:, -1:, -1:]
-        return torch.bmm(gradient, A).addcmul_(column, r.mT), torch.bmm(gradient, r).addcmul_(column, rho)
+        return torch.bmm(gradient, A).baddbmm_(column, r.mT), torch.bmm(gradient, r).addcmul_(column, rho)
 
     def apply(self, gradient: Tensor) -> Tensor:
         """Each block times its rows of the gradient."""

@@ -12,6 +12,8 @@ from torch.optim import Optimizer
 from experiments.bench.workloads import Workload
 from experiments.muon import MuonAndAdamW, hidden_matrices
 from ngplus import NGPlus
+from ngplus.baselines import KFAC
+from ngplus.baselines import Shampoo as ShampooOnCapture
 
 
 class Unsupported(Exception):  # noqa: N818 (a result of the bench, not an error)
@@ -120,6 +122,14 @@ def _kfac(workload: Workload, interval: int) -> Peer:
     return Peer(optimizer=optimizer, step=step)
 
 
+def _baseline(workload: Workload, interval: int, method: type[KFAC] | type[ShampooOnCapture]) -> Peer:
+    """Of this repository, which train every model here."""
+    options = {"max_side": LARGEST_SIDE, "momentum": 0.9}
+    optimizer = method(workload.model, torch.optim.SGD, lr=1e-9, damping=0.1, update_every=interval, **options)
+    optimizer.track_times()
+    return _trained(workload, optimizer)
+
+
 PEERS: dict[str, Callable[[Workload, int], Peer]] = {
     "sgd": _sgd,
     "adam": _adam,
@@ -133,8 +143,11 @@ PEERS: dict[str, Callable[[Workload, int], Peer]] = {
     "ngplus-sketched": partial(_ngplus, base=torch.optim.SGD, solver="sketched", sketch_size=128),
     "ngplus-blocks": partial(_ngplus, base=torch.optim.SGD, block_size=128),
     "ngplus-adagrad-blocks": partial(_ngplus, base=torch.optim.Adagrad, block_size=128),
+    "ngplus-adagrad-32-samples": partial(_ngplus, base=torch.optim.Adagrad, max_samples=32),
     "ngplus-mini-batch": partial(_ngplus, base=torch.optim.SGD, curvature="mini_batch"),
     "kfac (asdfghjkl)": _kfac,
+    "kfac (ngplus.baselines)": partial(_baseline, method=KFAC),
     "shampoo (pytorch-optimizer)": _shampoo,
+    "shampoo (ngplus.baselines)": partial(_baseline, method=ShampooOnCapture),
     "soap (pytorch-optimizer)": _soap,
 }

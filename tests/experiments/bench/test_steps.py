@@ -1,9 +1,10 @@
 import pandas as pd
 import pytest
+import torch
 
 from experiments.bench import steps
 from experiments.bench.steps import compare, renewing_and_plain
-from experiments.bench.workloads import WORKLOADS, dlrm
+from experiments.bench.workloads import WORKLOADS, Workload, dlrm
 
 
 @pytest.mark.parametrize(("renewing", "plain"), [(0, 2), (1, 2), (2, 1)])
@@ -28,3 +29,17 @@ def test_ratios_are_to_the_reference_of_the_same_round(monkeypatch):
     assert frame.renewing_step_s["ngplus"] == 8.0
     assert frame.usual_over_sgd["ngplus"] == pytest.approx((199 * 2.0 + 8.0) / 200)
     assert frame.every_10_over_sgd["ngplus"] == pytest.approx((9 * 2.0 + 8.0) / 10)
+
+
+def test_the_methods_of_this_repository_train_what_asdfghjkl_cannot(monkeypatch):
+    def attention(device: str) -> Workload:
+        x = torch.randn(2, 3, 8, device=device)
+        layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).to(device)
+        return Workload(name="attention", model=layer, inputs=(x,), loss=torch.Tensor.mean, interval=200)
+
+    monkeypatch.setitem(WORKLOADS, "transformer", attention)
+    monkeypatch.setattr(steps, "_seconds", lambda peer, device: peer.step() or 1.0)
+    names = ["sgd", "kfac (asdfghjkl)", "kfac (ngplus.baselines)", "shampoo (ngplus.baselines)"]
+    frame = compare("transformer", names, rounds=1, device="cpu", memory=False).set_index("optimizer")
+    assert "attention" in frame.why_not["kfac (asdfghjkl)"]
+    assert frame.every_10_over_sgd.dropna().index.tolist() == ["sgd", *names[2:]]
