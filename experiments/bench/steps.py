@@ -4,14 +4,14 @@ Every optimizer gets its own copy of the model and renews its preconditioner eve
 optimizer makes three steps, one optimizer after the other; the first does not count, since it finds the memory as
 another optimizer left it (on a DLRM that is worth a tenth of a step). A step at interval 𝒯 then costs
 ((𝒯 − 1)·plain + renewing)/𝒯. Ratios are taken within a round, to the plain step of SGD (or Adam) of the same round, and
-their medians over rounds are reported.
+their medians over rounds are reported. What is stopped keeps the rounds that were whole.
 """
 
 import argparse
 import math
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -29,34 +29,46 @@ REFERENCES = ("sgd", "adam", "adagrad")
 FOUR_MODELS = ["resnet50", "schnet", "transformer", "dlrm"]
 
 
-def compare(model: str, names: Iterable[str], *, rounds: int, device: str, memory: bool) -> pd.DataFrame:
-    """One row an optimizer for one of `WORKLOADS`.
+def compare(model: str, names: Iterable[str], *, rounds: int, device: str, memory: bool) -> Iterator[pd.DataFrame]:
+    """One row an optimizer for one of `WORKLOADS`, after every round of what was measured so far.
 
     Args:
         model: the workload's name.
         names: of `PEERS`. Ratios are to those of `REFERENCES` that are among them and can train the model.
         rounds: how many count, after one that does not.
         device: where.
-        memory: whether to measure peak memory too, each optimizer in a process of its own.
+        memory: whether to measure peak memory too at the end, each optimizer in a process of its own.
     """
     peers, reasons, workload = _make(model, names, device)
     turns: dict[str, list[list[float]]] = {name: [] for name in peers}
-    for _ in range(rounds + 1):
+    for counted in range(rounds + 1):
         for name, peer in peers.items():
             turns[name].append([_seconds(peer, device) for _ in range(TURN)])
-    seconds = {name: renewing_and_plain(values) for name, values in turns.items()}
-    rows = [_row(name, peers[name], workload, values[1:], seconds) for name, values in seconds.items()]
-    rows += [{"optimizer": name, "why_not": reason} for name, reason in reasons.items()]
-    frame = pd.DataFrame(rows)
-    frame.insert(0, "model", workload.name)
-    frame.insert(1, "device", device_name(device))
-    frame.insert(2, "threads", torch.get_num_threads())
-    frame.insert(3, "rounds", rounds)
+        if counted:
+            frame = _table(peers, reasons, workload, turns)
+            frame.insert(1, "device", device_name(device))
+            frame.insert(2, "threads", torch.get_num_threads())
+            frame.insert(3, "rounds", counted)
+            yield frame
     if memory:
         frame["peak_memory_mb"] = [
             peak_memory_mb(model, name, device) if name in peers else None for name in frame.optimizer
         ]
-    return frame
+        yield frame
+
+
+def _table(
+    peers: Mapping[str, Peer],
+    reasons: Mapping[str, str],
+    workload: Workload,
+    turns: Mapping[str, Sequence[Sequence[float]]],
+) -> pd.DataFrame:
+    seconds = {name: renewing_and_plain(values) for name, values in turns.items()}
+    rows = [_row(name, peers[name], workload, values[1:], seconds) for name, values in seconds.items()]
+    rows += [{"optimizer": name, "why_not": reason} for name, reason in reasons.items()]
+    table = pd.DataFrame(rows)
+    table.insert(0, "model", workload.name)
+    return table
 
 
 def _make(model: str, names: Iterable[str], device: str) -> tuple[dict[str, Peer], dict[str, str], Workload]:
@@ -142,17 +154,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", nargs="+", choices=list(WORKLOADS), default=FOUR_MODELS)
     parser.add_argument("--optimizer", nargs="+", choices=list(PEERS), default=list(PEERS))
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="1 or more; each is written when it is done")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-memory", action="store_true", help="leave out peak memory, which takes a process each")
     parser.add_argument("--out", type=Path, default=Path("results/bench"))
     arguments = parser.parse_args()
+    if arguments.rounds < 1:
+        parser.error(f"--rounds {arguments.rounds}: must be 1 or more")
     arguments.out.mkdir(parents=True, exist_ok=True)
     names = list(dict.fromkeys(["sgd", "adam", *arguments.optimizer]))
     for model in arguments.model:
-        frame = compare(model, names, rounds=arguments.rounds, device=arguments.device, memory=not arguments.no_memory)
+        path = arguments.out / f"steps-{model}-{arguments.device.split(':')[0]}.csv"
+        measured = compare(
+            model, names, rounds=arguments.rounds, device=arguments.device, memory=not arguments.no_memory
+        )
+        for frame in measured:
+            frame.to_csv(path, index=False)
         print(frame.round(4).to_string(index=False), end="\n\n", flush=True)
-        frame.to_csv(arguments.out / f"steps-{model}-{arguments.device.split(':')[0]}.csv", index=False)
 
 
 if __name__ == "__main__":

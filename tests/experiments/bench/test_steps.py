@@ -23,8 +23,10 @@ def test_ratios_are_to_the_reference_of_the_same_round(monkeypatch):
     monkeypatch.setitem(WORKLOADS, "dlrm", lambda device: dlrm(device, batch=4, largest=50))
     costs = iter([3.0, 1.0, 1.0, 4.0, 8.0, 2.0] * 3)
     monkeypatch.setattr(steps, "_seconds", lambda peer, device: next(costs))
-    frame = compare("dlrm", ["sgd", "ngplus"], rounds=2, device="cpu", memory=False).set_index("optimizer")
+    first, frame = compare("dlrm", ["sgd", "ngplus"], rounds=2, device="cpu", memory=False)
+    assert [set(first.rounds), set(frame.rounds)] == [{1}, {2}]
     assert isinstance(frame, pd.DataFrame)
+    frame = frame.set_index("optimizer")
     assert frame.plain_step_s.to_dict() == {"sgd": 1.0, "ngplus": 2.0}
     assert frame.renewing_step_s["ngplus"] == 8.0
     assert frame.usual_over_sgd["ngplus"] == pytest.approx((199 * 2.0 + 8.0) / 200)
@@ -40,6 +42,7 @@ def test_the_methods_of_this_repository_train_what_asdfghjkl_cannot(monkeypatch)
     monkeypatch.setitem(WORKLOADS, "transformer", attention)
     monkeypatch.setattr(steps, "_seconds", lambda peer, device: peer.step() or 1.0)
     names = ["sgd", "kfac (asdfghjkl)", "kfac (ngplus.baselines)", "shampoo (ngplus.baselines)"]
-    frame = compare("transformer", names, rounds=1, device="cpu", memory=False).set_index("optimizer")
+    (frame,) = compare("transformer", names, rounds=1, device="cpu", memory=False)
+    frame = frame.set_index("optimizer")
     assert "attention" in frame.why_not["kfac (asdfghjkl)"]
     assert frame.every_10_over_sgd.dropna().index.tolist() == ["sgd", *names[2:]]
