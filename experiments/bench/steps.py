@@ -46,6 +46,7 @@ def compare(model: str, names: Iterable[str], *, rounds: int, device: str, memor
             turns[name].append([_seconds(peer, device) for _ in range(TURN)])
         if counted:
             frame = _table(peers, reasons, workload, turns)
+            frame.insert(0, "model", workload.name)
             frame.insert(1, "device", device_name(device))
             frame.insert(2, "threads", torch.get_num_threads())
             frame.insert(3, "rounds", counted)
@@ -66,9 +67,7 @@ def _table(
     seconds = {name: renewing_and_plain(values) for name, values in turns.items()}
     rows = [_row(name, peers[name], workload, values[1:], seconds) for name, values in seconds.items()]
     rows += [{"optimizer": name, "why_not": reason} for name, reason in reasons.items()]
-    table = pd.DataFrame(rows)
-    table.insert(0, "model", workload.name)
-    return table
+    return pd.DataFrame(rows)
 
 
 def _make(model: str, names: Iterable[str], device: str) -> tuple[dict[str, Peer], dict[str, str], Workload]:
