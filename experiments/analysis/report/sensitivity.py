@@ -59,6 +59,9 @@ def _chart(name: str, found: HeatMap, metric: str, id: str, *, higher_is_better:
 def _summary(title: str, found: HeatMap, *, higher_is_better: bool) -> str:
     if not np.isfinite(found.best).any():
         return f"{title}: no run of the grid finished."
+    lowest, highest = float(np.nanmin(found.best)), float(np.nanmax(found.best))
+    if lowest == highest and np.isfinite(found.best).all() and found.best.size > 1:
+        return f"{title}: {number(lowest)} in every cell."
     pick = np.nanargmax if higher_is_better else np.nanargmin
     row, column = np.unravel_index(pick(found.best), found.best.shape)
     where = " and ".join(
@@ -66,10 +69,7 @@ def _summary(title: str, found: HeatMap, *, higher_is_better: bool) -> str:
         for setting, label in ((found.down, found.rows[row]), (found.across, found.columns[column]))
         if setting
     )
-    return (
-        f"{title}: from {number(float(np.nanmin(found.best)))} to {number(float(np.nanmax(found.best)))}, "
-        f"best at {where}."
-    )
+    return f"{title}: from {number(lowest)} to {number(highest)}, best at {where}."
 
 
 def _spec(found: HeatMap, summary: str, *, higher_is_better: bool) -> dict[str, Any]:
