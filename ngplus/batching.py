@@ -35,14 +35,48 @@ class Member:
     shape: Shape
 
 
-def batches(members: Sequence[Member]) -> tuple[list[list[Member]], list[Member]]:
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Members whose directions are one product.
+
+    Attributes:
+        members: two at least.
+        inverses: of all of them, (layers · blocks, p, p); each member's own is a part of it: none is kept twice.
+    """
+
+    members: Sequence[Member]
+    inverses: Tensor
+
+
+def batches(members: Sequence[Member]) -> tuple[list[Batch], list[Member]]:
     """Those that one product can turn, two at least together; and the others."""
     alike: dict[Hashable, list[Member]] = {}
     for member in members:
         alike.setdefault(_likeness(member), []).append(member)
     alone = alike.pop(None, [])
     alone += [together[0] for together in alike.values() if len(together) == 1]
-    return [together for together in alike.values() if len(together) > 1], alone
+    return [_joined(together) for together in alike.values() if len(together) > 1], alone
+
+
+def form(layer: Layer) -> Hashable:
+    """What decides how a gradient is turned: while it stays the same for all layers, so do their batches."""
+    gradient, bias = layer.weight.grad, layer.trained_bias
+    if gradient is None:
+        return None
+    numbers = stored(gradient)
+    bias_is_there = bias is not None and bias.grad is not None
+    return (
+        gradient.layout, numbers.shape, numbers.dtype, numbers.device, numbers.is_contiguous(), id(bias), bias_is_there
+    )  # fmt: skip
+
+
+def _joined(members: Sequence[Member]) -> Batch:
+    inverses = torch.cat([member.preconditioner.main for member in members])
+    parts = torch.split(inverses, [len(member.preconditioner.main) for member in members])
+    for member, part in zip(members, parts, strict=True):
+        assert isinstance(member.preconditioner, DenseInverse)
+        member.preconditioner.inverses[0] = part
+    return Batch(members, inverses)
 
 
 def _likeness(member: Member) -> Hashable:
@@ -52,7 +86,7 @@ def _likeness(member: Member) -> Hashable:
         return None
     numbers, sparse = stored(layer.weight.grad), layer.weight.grad.is_sparse
     bias, main, left = layer.trained_bias, inverse.main, shape.side == "left"
-    one_stack = len(inverse.inverses) == 1 if left else len(main) == 1
+    one_stack = len(inverse.inverses) == 1 and (left or len(main) == 1)
     own_bias = bias is None or (left and bias.grad is not None and len(bias) == len(layer.weight))
     plain = numbers.layout == torch.strided and numbers.dtype == main.dtype and numbers.is_contiguous()
     whole_rows = not sparse or (not left and bias is None and numbers.dim() == 2)
@@ -61,20 +95,20 @@ def _likeness(member: Member) -> Hashable:
     return numbers.shape, main.shape, left, bias is None, main.dtype, main.device
 
 
-def precondition(members: Sequence[Member]) -> dict[nn.Parameter, Tensor | None]:
+def precondition(batch: Batch) -> dict[int, Tensor | None]:
     """Replace the gradients of a batch by their directions.
 
     Returns:
-        What to look at for NaN in place of the gradient of each weight and bias: the first has that of all.
+        What to look at for NaN in place of the gradient of each weight and bias, by its id: the first has that of all.
     """
-    inverses = torch.cat([member.preconditioner.main for member in members])  # (layers · blocks, p, p)
+    members, inverses = batch.members, batch.inverses
     weights = [member.layer.weight for member in members]
     looks = _replaced(weights, inverses, members[0].shape)
     biases = [bias for member in members if (bias := member.layer.trained_bias) is not None]
     return looks | _replaced(biases, inverses, members[0].shape) if biases else looks
 
 
-def _replaced(parameters: Sequence[nn.Parameter], inverses: Tensor, shape: Shape) -> dict[nn.Parameter, Tensor | None]:
+def _replaced(parameters: Sequence[nn.Parameter], inverses: Tensor, shape: Shape) -> dict[int, Tensor | None]:
     gradients = [stored(parameter.grad) for parameter in parameters if parameter.grad is not None]
     G = torch.stack(gradients)
     if shape.side == "left":
@@ -82,7 +116,9 @@ def _replaced(parameters: Sequence[nn.Parameter], inverses: Tensor, shape: Shape
     else:
         D = torch.bmm(G.view(len(inverses), -1, inverses.shape[1]), inverses)  # (layers, q, p)
     torch._foreach_copy_(gradients, D.view(G.shape).unbind())
-    return dict.fromkeys(parameters) | {parameters[0]: D}
+    looks: dict[int, Tensor | None] = dict.fromkeys(map(id, parameters))
+    looks[id(parameters[0])] = D
+    return looks
 
 
-__all__ = ["Member", "batches", "precondition"]
+__all__ = ["Batch", "Member", "batches", "form", "precondition"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ngplus import batching, direction, distributed, gfim, preconditioner
-from ngplus.batching import Member
+from ngplus.batching import Batch, Member
 from ngplus.capture import Sampling, Statistic
 from ngplus.factors import statistics_dtype
 from ngplus.gfim import Shape
@@ -136,12 +136,28 @@ class Directions:
     """What is known of the directions that have replaced gradients.
 
     Attributes:
-        looks: what to look at for NaN in place of some parameters' gradients; None where another's has it too.
+        looks: what to look at for NaN in place of the gradients of some parameters, by their ids; None where another's
+            has it too.
         touched: rows of gradients whose other rows are zeros.
     """
 
-    looks: Mapping[nn.Parameter, Tensor | None]
+    looks: Mapping[int, Tensor | None]
     touched: Mapping[nn.Parameter, TouchedRows]
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """Which layers' gradients are turned together.
+
+    Attributes:
+        forms: what each layer's gradient and preconditioner were like, of which the rest follows.
+        together: whose directions are one product.
+        alone: the others that have a gradient and a preconditioner.
+    """
+
+    forms: list[Hashable]
+    together: list[Batch]
+    alone: list[Member]
 
 
 class Curvature:
@@ -158,6 +174,7 @@ class Curvature:
         self._options = options
         self._generator = generator
         self.states: dict[Layer, LayerState] = {}
+        self._plan: _Plan | None = None
 
     def update(
         self,
@@ -177,6 +194,7 @@ class Curvature:
         Returns:
             Layers whose sums were not finite. They keep what they had.
         """
+        self._plan = None  # which would hold what is replaced now
         sums = {layer: self._scaled(layer, statistics[layer], loss_scale) for layer in layers if layer in statistics}
         if distributed.world_size() > 1:
             self._average_over_processes(layers, sums)
@@ -272,21 +290,35 @@ class Curvature:
             return preconditioner.sketched(columns, damping, gfim.drawn(columns.shape[0], size, self._generator))
         return preconditioner.low_rank(columns, damping)
 
-    def precondition(self, layers: Iterable[Layer]) -> Directions:
+    def precondition(self, layers: Sequence[Layer]) -> Directions:
         """Replace the gradients of the layers that have a preconditioner by their directions (6)."""
-        ready = [(layer, state) for layer in layers if (state := self._ready(layer)) is not None]
-        members = [Member(layer, state.preconditioner, state.shape) for layer, state in ready]
-        together, alone = batching.batches(members)
-        looks: dict[nn.Parameter, Tensor | None] = {}
+        plan = self._planned(layers)
+        looks: dict[int, Tensor | None] = {}
         touched: dict[nn.Parameter, TouchedRows] = {}
-        for batch in together:
+        for batch in plan.together:
             looks |= batching.precondition(batch)
-        for member in alone:
+        for member in plan.alone:
             rows = self._replace(member)
             if rows is not None:
                 touched[member.layer.weight] = rows
-                looks[member.layer.weight] = rows.values
+                looks[id(member.layer.weight)] = rows.values
         return Directions(looks, touched)
+
+    def _planned(self, layers: Sequence[Layer]) -> _Plan:
+        """The plan of the step before, where nothing that decides it has changed."""
+        if self._plan is None or self._plan.forms != self._forms(layers):
+            ready = [(layer, state) for layer in layers if (state := self._ready(layer)) is not None]
+            members = [Member(layer, state.preconditioner, state.shape) for layer, state in ready]
+            together, alone = batching.batches(members)
+            self._plan = _Plan(self._forms(layers), together, alone)
+        return self._plan
+
+    def _forms(self, layers: Iterable[Layer]) -> list[Hashable]:
+        states = self.states
+        return [
+            (state.preconditioner, batching.form(layer)) if (state := states.get(layer)) is not None else None
+            for layer in layers
+        ]
 
     def _ready(self, layer: Layer) -> LayerState | None:
         """What is kept of a layer that has a gradient, where it fits the layer and lies beside the gradient."""

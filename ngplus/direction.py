@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ngplus.batching import Member
+from ngplus.batching import SMALL, Member
 from ngplus.gfim import Shape
 from ngplus.layers import Layer, as_matrix
 from ngplus.nonfinite import can_ask
@@ -51,8 +51,7 @@ def precondition(member: Member) -> TouchedRows | None:
     elif one_sided and shape.side == "left":
         layer.weight.grad = _replaced(gradient, preconditioner.apply(as_matrix(layer, gradient, dtype)))
         if (column := _bias_gradient(layer)) is not None:
-            D = preconditioner.apply(column.reshape(shape.groups, shape.rows, 1).to(dtype))
-            column.copy_(D.flatten())
+            _fill(column, preconditioner.apply(column.reshape(shape.groups, shape.rows, 1).to(dtype)))
     else:
         column = _bias_gradient(layer)
         last = gradient.new_zeros(len(gradient)) if column is None else column
@@ -60,7 +59,7 @@ def precondition(member: Member) -> TouchedRows | None:
         D, d = _direction_apart(preconditioner, shape, G, c)
         layer.weight.grad = _replaced(gradient, D)
         if column is not None:
-            column.copy_(d.flatten())
+            _fill(column, d)
     return None
 
 
@@ -75,9 +74,14 @@ def _direction(preconditioner: Preconditioner, shape: Shape, G: Tensor) -> Tenso
 
 
 def _direction_apart(preconditioner: Preconditioner, shape: Shape, G: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """`_direction` for (G, c), a bias's column c (groups, m, 1) beside G (groups, m, n); both may be overwritten."""
-    right, whole = shape.side == "right", shape.blocks == (1, 0)
-    if right and whole and isinstance(preconditioner, DenseInverse | LowRankInverse):
+    """`_direction` for (G, c), a bias's column c (groups, m, 1) beside G (groups, m, n); both may be overwritten.
+
+    A small G is copied beside its column in less time than the products apart take.
+    """
+    if isinstance(preconditioner, LowRankInverse) and shape.side == "right":
+        return preconditioner.apply_right_apart(G, c)
+    whole_right = shape.side == "right" and shape.blocks == (1, 0)
+    if isinstance(preconditioner, DenseInverse) and whole_right and G.numel() > SMALL:
         return preconditioner.apply_right_apart(G, c)
     D = _direction(preconditioner, shape, torch.cat([G, c], dim=2))
     return D[:, :, :-1], D[:, :, -1:]
@@ -128,6 +132,12 @@ def _bias_gradient(layer: Layer) -> Tensor | None:
     if bias is None or bias.grad is None:
         return None
     return bias.grad if len(bias) == len(layer.weight) else bias.grad[layer.bias_slice]
+
+
+def _fill(column: Tensor, direction: Tensor) -> None:
+    """Put a bias's direction (groups, m, 1) into its gradient, where it does not lie there already."""
+    if not torch._C._is_alias_of(direction, column):  # type: ignore[attr-defined]
+        column.copy_(direction.flatten())
 
 
 def _replaced(gradient: Tensor, direction: Tensor) -> Tensor:

@@ -282,6 +282,8 @@ class Bags:
 
     def slice(self, start: int, stop: int) -> Bags:
         """The bags ``start`` to ``stop``."""
+        if (start, stop) == (0, self.bags):
+            return self
         inside = (self.bag >= start) & (self.bag < stop)
         return replace(
             self,

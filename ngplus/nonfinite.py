@@ -26,8 +26,8 @@ def any_nonfinite(gradients: Iterable[Tensor]) -> Tensor | None:
         if (values := _values(gradient)).numel():
             devices.setdefault(values.device, []).append(values)
     flags = [_any_nonfinite(values) for values in devices.values()]
-    if not flags:
-        return None
+    if len(flags) < 2:
+        return flags[0] if flags else None
     return torch.stack([flag.to(flags[0].device) for flag in flags]).any()
 
 

@@ -367,7 +367,7 @@ class NGPlus(Optimizer):
     def _gradients(self) -> list[Tensor]:
         return [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
 
-    def _guard(self, looks: Mapping[nn.Parameter, Tensor | None]) -> bool:
+    def _guard(self, looks: Mapping[int, Tensor | None]) -> bool:
         """Keep NaN and Inf from `base`, as ``nonfinite`` says; ``looks`` is that of `Directions`.
 
         Returns:
@@ -376,13 +376,14 @@ class NGPlus(Optimizer):
         if self._options.nonfinite == "raise":
             self._raise_if_nonfinite("direction")
             return True
-        gradients = [(p, p.grad) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        parameters = (p for group in self.param_groups for p in group["params"])
+        gradients = [(id(p), gradient) for p in parameters if (gradient := p.grad) is not None]
         bad = any_nonfinite(look for p, gradient in gradients if (look := looks.get(p, gradient)) is not None)
-        if bad is None:
+        if bad is None or (can_ask(bad) and not bool(bad)):
             return True
         zero_where(bad, (gradient for _, gradient in gradients))
         self._skipped = bad.long() if self._skipped is None else self._skipped.to(bad.device) + bad
-        return can_ask(bad) and not bool(bad)
+        return False
 
     def _raise_if_nonfinite(self, what: str) -> None:
         """Waits for the device: whether to raise has to be known now."""

@@ -29,21 +29,30 @@ class Tables(nn.Module):
 
 def gradients_after_a_step(make, index, small, monkeypatch, change=None, **options):
     """What the base gets on the second step."""
+    return gradients_of_steps(make, index, small, monkeypatch, [change, change], **options)[-1]
+
+
+def gradients_of_steps(make, index, small, monkeypatch, changes, **options):
+    """What the base gets on each step, after ``changes`` to the model's gradients."""
     monkeypatch.setattr(batching, "SMALL", small)
     torch.manual_seed(0)
     model = make()
-    optimizer = NGPlus(model, lr=1e-3, damping=0.3, update_every=100, **options)
-    for _ in range(2):
+    optimizer = NGPlus(model, lr=1e-3, damping=0.3, **{"update_every": 100} | options)
+    given = []
+    for change in changes:
         optimizer.zero_grad()
         model(index).square().mean().backward()
         if change is not None:
             change(model)
         optimizer.step()
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        given.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    return given
 
 
 @pytest.mark.parametrize("linear_dim", [3, 12])  # the left side and the right
-@pytest.mark.parametrize("options", [{}, {"block_size": 3}, {"block_size": 2, "ema": 0.5}, {"curvature": "mini_batch"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"block_size": 3}, {"block_size": 4}, {"block_size": 2, "ema": 0.5}, {"curvature": "mini_batch"}]
+)
 def test_together_is_as_alone(monkeypatch, linear_dim, options):
     index = torch.randint(9, (5, 4))
     both = [
@@ -74,6 +83,80 @@ def test_frozen_biases_gradients_that_are_missing_and_views_are_as_alone(monkeyp
         torch.testing.assert_close(gradient, alone[name], rtol=1e-10, atol=1e-12)
 
 
+def missing(model):
+    model.flat[1].weight.grad = model.flat[1].bias.grad = None
+
+
+def bias_missing(model):
+    model.flat[1].bias.grad = None
+
+
+def frozen(model):
+    model.flat[1].bias.requires_grad_(False)
+    model.flat[1].bias.grad = None
+
+
+def freed(model):
+    model.flat[1].bias.requires_grad_(True)
+
+
+def transposed(model):
+    model.bare[0].weight.grad = model.bare[0].weight.grad.T.contiguous().T
+
+
+def sparse(model):
+    model.tables[0].weight.grad = model.tables[0].weight.grad.to_sparse(1)
+
+
+@pytest.mark.parametrize("change", [missing, bias_missing, frozen, transposed, sparse])
+@pytest.mark.parametrize("linear_dim", [3, 12])
+def test_what_changes_between_steps_is_as_alone(monkeypatch, change, linear_dim):
+    index = torch.randint(9, (5, 4))
+    steps = [None, None, change, change, freed, None]
+    together, alone = (
+        gradients_of_steps(lambda: Tables(linear_dim=linear_dim), index, small, monkeypatch, steps)
+        for small in (2**14, -1)
+    )
+    for ours, theirs in zip(together, alone, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, gradient in ours.items():
+            torch.testing.assert_close(gradient.to_dense(), theirs[name].to_dense(), rtol=1e-10, atol=1e-12)
+
+
+def test_new_curvature_and_a_loaded_state_are_taken_at_once(monkeypatch):
+    index = torch.randint(9, (5, 4))
+    steps = [None] * 5
+    together, alone = (
+        gradients_of_steps(Tables, index, small, monkeypatch, steps, update_every=2) for small in (2**14, -1)
+    )
+    for name, gradient in together[-1].items():
+        torch.testing.assert_close(gradient, alone[-1][name], rtol=1e-10, atol=1e-12)
+
+    model = Tables()
+    optimizer = NGPlus(model, lr=1e-9, damping=0.3, update_every=100)
+    directions = []
+    for step in range(4):
+        optimizer.zero_grad()
+        model(index).square().mean().backward()
+        optimizer.step()
+        directions.append(model.bare[0].weight.grad.clone())
+        if step == 1:
+            state = optimizer.state_dict()
+            for kept in state["ngplus"]["layers"].values():
+                kept["preconditioner"] = {name: 2 * inverse for name, inverse in kept["preconditioner"].items()}
+            optimizer.load_state_dict(state)
+    torch.testing.assert_close(directions[2], 2 * directions[1])
+
+
+def test_inverses_that_are_joined_are_kept_once():
+    model = Tables()
+    optimizer = NGPlus(model, lr=0.1, damping=0.3, update_every=100)
+    model(torch.randint(9, (5, 4))).square().mean().backward()
+    optimizer.step()
+    inverses = [optimizer.curvature[f"bare.{i}.weight"].preconditioner.main for i in range(2)]
+    assert inverses[0].untyped_storage().data_ptr() == inverses[1].untyped_storage().data_ptr()
+
+
 def test_groups_of_convolutions_are_as_alone(monkeypatch):
     def make():
         layers = [nn.Conv1d(4, 4, 3, padding=1, groups=2, dtype=torch.float64) for _ in range(3)]
@@ -102,7 +185,7 @@ def test_each_direction_is_that_of_a_dense_solve(rows, columns, bias):
         solved = torch.linalg.solve(matrix, G) if rows <= shape.columns else torch.linalg.solve(matrix, G.T).T
         expected.append(solved)
     together, alone = batches(members)
-    assert [len(batch) for batch in together] == [4]
+    assert [len(batch.members) for batch in together] == [4]
     assert not alone
     precondition(together[0])
     for layer, direction in zip(find_layers(model), expected, strict=True):
@@ -113,7 +196,7 @@ def test_each_direction_is_that_of_a_dense_solve(rows, columns, bias):
 
 def test_what_is_large_or_alone_is_not_batched(monkeypatch):
     seen = []
-    monkeypatch.setattr(batching, "precondition", lambda members: seen.append(len(members)) or {})
+    monkeypatch.setattr(batching, "precondition", lambda batch: seen.append(len(batch.members)) or {})
     model = nn.ModuleList(
         [
             nn.EmbeddingBag(rows, 4, mode="sum", sparse=sparse)

@@ -2,6 +2,7 @@
 
 import copy
 import random
+from functools import partial
 
 import oracle
 import pytest
@@ -66,6 +67,21 @@ class ActivatedLinear(nn.Linear):
 
     def forward(self, input):
         return nn.functional.silu(super().forward(input))
+
+
+class Parallel(nn.Module):
+    """Several layers of one shape on one input, which one product turns together."""
+
+    def __init__(self, make, count):
+        super().__init__()
+        self.layers = nn.ModuleList(make() for _ in range(count))
+
+    def forward(self, input):
+        return sum(layer(input).tanh() for layer in self.layers)
+
+
+def perhaps_parallel(rng, make):
+    return Parallel(make, rng.randint(2, 3)) if rng.random() < 0.4 else make()
 
 
 def convolution(rng, channels, dims):
@@ -137,8 +153,10 @@ def tokens(rng, batch):
         return [Tied(rows, dim, rng.random() < 0.5)], rows, index
     sparse, padding = rng.random() < 0.5, rng.choice([None, 0])
     if kind == "bag":
-        return [nn.EmbeddingBag(rows, dim, mode=rng.choice(["sum", "mean"]), sparse=sparse)], dim, index
-    return [nn.Embedding(rows, dim, padding_idx=padding, sparse=sparse)], dim, index
+        make = partial(nn.EmbeddingBag, rows, dim, mode=rng.choice(["sum", "mean"]), sparse=sparse)
+    else:
+        make = partial(nn.Embedding, rows, dim, padding_idx=padding, sparse=sparse)
+    return [perhaps_parallel(rng, make)], dim, index
 
 
 def drawn(seed):
@@ -149,13 +167,13 @@ def drawn(seed):
     for _ in range(rng.randint(1, 2)):
         outside = rng.randint(1, 6)
         kind = rng.choice([nn.Linear, ActivatedLinear])
-        layers += [kind(dim, outside, bias=rng.random() < 0.8), activation(rng)]
+        layers += [perhaps_parallel(rng, partial(kind, dim, outside, bias=rng.random() < 0.7)), activation(rng)]
         dim = outside
     model = nn.Sequential(*layers).double()
     freeze(rng, model)
     x = x if x.dtype == torch.long else x.double()
     batches = [x[torch.randperm(batch)] if x.dtype == torch.long else torch.randn_like(x) for _ in range(STEPS)]
-    block_size = rng.choice([None, None, 1, 2, 3])
+    block_size = rng.choice([None, None, 1, 2, 3, 4])
     options = {
         "lr": 0.02,
         "damping": rng.choice([0.1, 1.0]),
@@ -195,4 +213,4 @@ def test_the_models_are_of_every_kind():
     models = [drawn(seed)[0] for seed in range(200)]
     seen = {type(module) for model in models for module in model.modules()}
     assert {nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.EmbeddingBag, nn.MultiheadAttention} <= seen
-    assert {Attention, Crossing, Repeated, Tied, ActivatedLinear} <= seen
+    assert {Attention, Crossing, Repeated, Tied, ActivatedLinear, Parallel} <= seen
