@@ -1,8 +1,9 @@
-"""Tables of which a step touches few rows: a base that leaves the other rows alone is not made to pass over them.
+"""Gradients of tables in the form whose step is cheaper for the base, where both forms give the same step.
 
 SGD without momentum and AdaGrad, both without weight decay, move no entry whose gradient is zero, but pass over all of
 them, AdaGrad several times. Where the rows that are not zeros are known, since they alone were multiplied, these bases
-are lent a sparse gradient for the time of their step.
+are lent a sparse gradient for the time of their step. The other way round AdaGrad's step with a sparse gradient makes
+four sparse tensors, which takes longer than to pass over all of a small table: there it is lent a dense one.
 """
 
 from __future__ import annotations
@@ -15,8 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Optimizer
 
+from ngplus.nonfinite import can_ask
+
 FEW = 8
 """A table is lent as sparse where at most one of so many of its rows is touched."""
+SMALL = 2**13
+"""Numbers of a table up to which AdaGrad's dense step is cheaper than its sparse one, from 32 rows that are touched."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +44,7 @@ class TouchedRows:
 
 
 class Loan:
-    """Gradients that the base sees as sparse ones, until they are taken back.
+    """Gradients that the base sees in another form, until they are taken back.
 
     Args:
         base: whose step they are lent for.
@@ -47,32 +52,40 @@ class Loan:
 
     def __init__(self, base: Optimizer) -> None:
         self._leaves_alone = _LEAVES_ZEROS_ALONE.get(type(base))
+        self._sparse_is_dear = type(base) is Adagrad
         self._lent: list[tuple[nn.Parameter, Tensor, Tensor]] = []
 
     def give(self, touched: Mapping[nn.Parameter, TouchedRows], groups: list[dict[str, Any]]) -> None:
-        """Put sparse gradients in place of those of few rows, where the base's ``groups`` allow it."""
-        if self._leaves_alone is None or not touched:
+        """Put gradients of the other form in place of those that are dearer, where the base's ``groups`` allow it."""
+        if self._leaves_alone is None or not (touched or self._sparse_is_dear):
             return
         for group in groups:
             if _is_plain(group) and self._leaves_alone(group):
                 for parameter in group["params"]:
-                    rows = touched.get(parameter)
-                    if rows is not None and FEW * len(rows.numbers) <= len(parameter) and _is_exact(parameter):
-                        self._give_one(parameter, rows)
+                    self._give_one(parameter, touched)
 
-    def _give_one(self, parameter: nn.Parameter, rows: TouchedRows) -> None:
-        assert parameter.grad is not None
-        if not self._lent:
+    def _give_one(self, parameter: nn.Parameter, touched: Mapping[nn.Parameter, TouchedRows]) -> None:
+        gradient = parameter.grad
+        if gradient is None or not _is_exact(parameter):
+            return
+        if gradient.is_sparse:
+            if self._sparse_is_dear and parameter.numel() <= SMALL and can_ask(parameter):
+                self._lend(parameter, gradient, gradient.to_dense())
+            return
+        rows = touched.get(parameter) if touched else None
+        if rows is not None and FEW * len(rows.numbers) <= len(parameter):
             _say_that_invariants_are_not_checked()
-        sparse = rows.as_sparse(parameter.grad)
-        self._lent.append((parameter, parameter.grad, sparse))
-        parameter.grad = sparse
+            self._lend(parameter, gradient, rows.as_sparse(gradient))
+
+    def _lend(self, parameter: nn.Parameter, gradient: Tensor, other: Tensor) -> None:
+        self._lent.append((parameter, gradient, other))
+        parameter.grad = other
 
     def take_back(self) -> None:
-        """Put the dense gradients, which have the same values, back; not where a hook has put another."""
+        """Put the gradients, which have the same values, back; not where a hook has put another."""
         while self._lent:
-            parameter, gradient, sparse = self._lent.pop()
-            if parameter.grad is sparse:
+            parameter, gradient, other = self._lent.pop()
+            if parameter.grad is other:
                 parameter.grad = gradient
 
 
@@ -96,7 +109,7 @@ def _is_plain(group: Mapping[str, Any]) -> bool:
 
 _LEAVES_ZEROS_ALONE: Mapping[type[Optimizer], Callable[[Mapping[str, Any]], bool]] = {
     SGD: lambda group: not group["momentum"],
-    Adagrad: lambda group: True,
+    Adagrad: lambda group: group["eps"] > 0,
 }
 """Bases, and whether an entry whose gradient is zero stays where it is under a group's settings, but for its decay."""
 

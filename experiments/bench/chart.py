@@ -18,6 +18,7 @@ SHOWN = {
     "ngplus-adam": "NG+ on Adam",
     "muon": "Muon",
     "kfac (asdfghjkl)": "K-FAC (asdfghjkl)",
+    "kfac (ngplus.baselines)": "K-FAC (this repository)",
     "soap (pytorch-optimizer)": "SOAP (pytorch-optimizer)",
     "shampoo (pytorch-optimizer)": "Shampoo (pytorch-optimizer)",
 }

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from torch import nn
-from torch.optim import SGD, Adagrad, Adam
+from torch.optim import SGD, Adagrad, Adam, SparseAdam
 
 from ngplus import NGPlus, direction, touched
 
@@ -176,6 +176,82 @@ def test_nan_in_a_touched_row_reaches_no_parameter(base):
     before = [p.detach().clone() for p in model.parameters()]
     model(batch(0)).square().mean().backward()
     model.bags.weight.grad[batch(0)[0, 0], 0] = float("nan")
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+
+
+class SparseModel(nn.Module):
+    """Tables whose gradients are sparse, the last too long to be small, and a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.tables = nn.ModuleList(
+            nn.EmbeddingBag(rows, 6, mode="sum", sparse=True, dtype=torch.float64) for rows in (7, 300, 2000)
+        )
+        self.out = nn.Linear(6, 3, dtype=torch.float64)
+
+    def forward(self, index):
+        return self.out(sum(table(index % 7) for table in self.tables).tanh())
+
+
+def sparsely_trained(base, small, monkeypatch, **options):
+    """A model after some steps, its optimizer, and which tables' gradients the base saw as sparse ones."""
+    monkeypatch.setattr(touched, "SMALL", small)
+    torch.manual_seed(0)
+    model = SparseModel()
+    if base is SparseAdam:  # which takes no dense gradients
+        model.out.requires_grad_(False)
+        options["params"] = model.tables.parameters()
+    optimizer = NGPlus(model, base, damping=0.3, update_every=3, **{"lr": 0.1, **options})
+    watched = Watched(optimizer)
+    for step in range(5):
+        optimizer.zero_grad()
+        model(batch(step)).square().mean().backward()
+        optimizer.step()
+        assert all(table.weight.grad.is_sparse for table in model.tables)
+    return model, optimizer, watched.sparse
+
+
+ALL_TABLES = {f"tables.{i}.weight" for i in range(3)}
+
+
+@pytest.mark.parametrize("options", [{}, {"lr_decay": 0.1}, {"initial_accumulator_value": 0.2}, {"maximize": True}])
+def test_adagrad_is_lent_dense_gradients_of_small_tables_and_makes_the_same_step(monkeypatch, options):
+    (model, optimizer, seen), (plain, its, unlent) = (
+        sparsely_trained(Adagrad, small, monkeypatch, **options) for small in (2000, -1)
+    )
+    assert seen == 5 * [{"tables.2.weight"}]
+    assert unlent == 5 * [ALL_TABLES]
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(optimizer.state[ours]["sum"], its.state[theirs]["sum"], rtol=1e-12, atol=1e-20)
+
+
+@pytest.mark.parametrize(
+    ("base", "options"), [(SGD, {}), (Adagrad, {"eps": 0.0}), (Adagrad, {"lr": torch.tensor(0.1)}), (SparseAdam, {})]
+)
+def test_other_bases_and_settings_get_sparse_gradients_as_they_are(monkeypatch, base, options):
+    model, optimizer, seen = sparsely_trained(base, 2000, monkeypatch, **options)
+    assert seen == 5 * [ALL_TABLES]
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+    assert optimizer.skipped_steps == 0
+
+
+def test_adagrad_refuses_sparse_gradients_with_weight_decay_as_by_itself():
+    model = SparseModel()
+    optimizer = NGPlus(model, Adagrad, lr=0.1, weight_decay=1e-3)
+    model(batch(0)).square().mean().backward()
+    with pytest.raises(RuntimeError, match="weight_decay option is not compatible with sparse gradients"):
+        optimizer.step()
+
+
+def test_nan_in_a_small_table_reaches_no_parameter():
+    model = SparseModel()
+    optimizer = NGPlus(model, Adagrad, lr=0.1)
+    before = [p.detach().clone() for p in model.parameters()]
+    model(batch(0)).square().mean().backward()
+    model.tables[0].weight.grad._values()[-1, 0] = float("nan")
     optimizer.step()
     assert optimizer.skipped_steps == 1
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
