@@ -63,11 +63,11 @@ def form(layer: Layer) -> Hashable:
     gradient, bias = layer.weight.grad, layer.trained_bias
     if gradient is None:
         return None
-    numbers = stored(gradient)
-    bias_is_there = bias is not None and bias.grad is not None
-    return (
-        gradient.layout, numbers.shape, numbers.dtype, numbers.device, numbers.is_contiguous(), id(bias), bias_is_there
-    )  # fmt: skip
+    if gradient.is_sparse:
+        size: Hashable = (gradient._nnz(), gradient.dense_dim())
+    else:
+        size = gradient.shape
+    return size, gradient.dtype, gradient.device, bias is not None and (id(bias), bias.grad is not None)
 
 
 def _joined(members: Sequence[Member]) -> Batch:

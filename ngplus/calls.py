@@ -306,8 +306,13 @@ def _embedding_bag(
     tail = _tail(layer, None)
     rows_of_table = weight.shape[0]
 
+    bags_of_one = offsets is None and input.shape[1] == 1 and per_sample_weights is None and padding_idx is None
+
     def factors(index: Tensor, gradient: Tensor) -> Part:
         dtype = statistics_dtype(gradient.dtype)
+        if bags_of_one:
+            columns = Dense(gradient.reshape(len(index), 1, -1, 1), tail=tail)
+            return Part(rows=OneHot(index.long(), rows_of_table, dtype), columns=columns)
         bags = _bags(index, offsets, include_last_offset, rows_of_table)
         given = None if per_sample_weights is None else per_sample_weights.detach().flatten()
         weights = torch.ones_like(bags.weight, dtype=dtype) if given is None else given.to(dtype)

@@ -31,6 +31,7 @@ from ngplus.calls import AttentionCall, Call, UnsupportedCall, read_call, weight
 from ngplus.gfim import Part, Shape
 from ngplus.grouping import SampleIndex, rows_by_sample, rows_that_count
 from ngplus.layers import Layer
+from ngplus.mixed_precision import without_autocast
 from ngplus.options import LossReduction, Samples
 from ngplus.times import Stopwatch
 
@@ -331,7 +332,7 @@ class Capture:
             record.backward = backward
         record.pending.discard(use)
         if gradient.numel():  # an empty batch, or sequences of length zero, have nothing to sum
-            with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
+            with torch.no_grad(), without_autocast([gradient.device.type]):
                 part = use.call.factors(use.call.source, gradient.detach().reshape(use.output))
                 record.parts.append(part if use.grouping is None else self._grouped(part, use.grouping, use))
         use.call.source = None
@@ -366,7 +367,7 @@ class Capture:
         if not parts or record.opaque is not None:
             return
         device = record.layer.weight.device.type
-        with torch.no_grad(), torch.autocast(device, enabled=False), self._stopwatch.measure("curvature"):
+        with torch.no_grad(), without_autocast([device]), self._stopwatch.measure("curvature"):
             if self._sampling.samples == "rows":
                 for part in parts:
                     self._add_rows(record.statistic, part)

@@ -276,6 +276,11 @@ class Bags:
         norms.index_add_(0, rows // self.table_size, product)
         return norms.view(self.bags, 1, 1)
 
+    def at(self, index: Tensor) -> Tensor:
+        """Each bag's entries at the rows ``index`` (b, κ), which are the inner products with their unit vectors."""
+        weights = self.weight.unsqueeze(1) * (index[self.bag] == self.index.unsqueeze(1))
+        return weights.new_zeros(index.shape).index_add_(0, self.bag, weights)
+
     def _totals(self, rows: Tensor, place: Tensor) -> Tensor:
         """Sum of the weights that fall on each distinct (bag, row)."""
         return self.weight.new_zeros(rows.numel()).index_add_(0, place, self.weight)
@@ -375,6 +380,8 @@ def _inner(left: Factor, right: Factor) -> Tensor:
         return left.inner(right).unsqueeze(-1)
     if isinstance(left, OneHot) and isinstance(right, OneHot):
         return (left.index.unsqueeze(2) == right.index.unsqueeze(1)).to(left.dtype).unsqueeze(1)
+    if isinstance(left, OneHot) and isinstance(right, Bags):
+        return right.at(left.index).unsqueeze(1).unsqueeze(-1)
     if isinstance(left, OneHot):
         entries = right.dense()  # (b, 1, size, κ)
         index = left.index[:, None, :, None].expand(-1, -1, -1, entries.shape[3])

@@ -117,6 +117,8 @@ def second_moment(shape: Shape, parts: Sequence[Part]) -> list[Tensor]:
     samples = short[0].samples
     chunk_size = CHUNK.get(short[0].device.type, CHUNK["cuda"])
     step = max(1, chunk_size // cost) if way != "scaled" else samples
+    if samples <= step:
+        return build(short, long, shape)
     sums: list[Tensor] = []
     for start in range(0, samples, step):
         stop = min(start + step, samples)

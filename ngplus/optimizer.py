@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +17,7 @@ from ngplus.curvature import LayerState, layer_statistic, sampling
 from ngplus.distributed import world_size
 from ngplus.grouping import SampleIndex
 from ngplus.layers import SUPPORTED, Layer, find_layers, parameter_layers, unsupported_modules
-from ngplus.loss_scale import loss_scale
+from ngplus.mixed_precision import loss_scale, without_autocast
 from ngplus.nonfinite import any_nonfinite, can_ask, nonfinite_names, zero_where
 from ngplus.options import (
     Curvature,
@@ -265,10 +264,7 @@ class NGPlus(Optimizer):
     @torch.no_grad()
     def _precondition(self) -> None:
         """Gradients to directions, whatever the loop around the step is in: autocast would round every product."""
-        with ExitStack() as stack:
-            if torch._C._is_any_autocast_enabled():
-                for device in {p.device.type for group in self.param_groups for p in group["params"]}:
-                    stack.enter_context(torch.autocast(device, enabled=False))
+        with without_autocast(p.device.type for group in self.param_groups for p in group["params"]):
             self._to_directions()
 
     def _to_directions(self) -> None:
@@ -326,9 +322,11 @@ class NGPlus(Optimizer):
             self._warned.add(message)
             warnings.warn(message, stacklevel=2)
 
-    def _without_curvature(self, layers: Iterable[Layer]) -> list[Layer]:
+    def _without_curvature(self, layers: Sequence[Layer]) -> list[Layer]:
         """The layers that have a gradient, and could have a curvature, but have none."""
         states, opaque, rejected = self._curvature.states, self._opaque, self._rejected
+        if all(map(states.__contains__, layers)):
+            return []
         return [
             layer
             for layer in layers

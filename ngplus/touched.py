@@ -66,14 +66,15 @@ class Loan:
 
     def _give_one(self, parameter: nn.Parameter, touched: Mapping[nn.Parameter, TouchedRows]) -> None:
         gradient = parameter.grad
-        if gradient is None or not _is_exact(parameter):
+        if gradient is None:
             return
         if gradient.is_sparse:
-            if self._sparse_is_dear and parameter.numel() <= SMALL and can_ask(parameter):
+            small = self._sparse_is_dear and parameter.numel() <= SMALL
+            if small and can_ask(parameter) and _is_exact(parameter):
                 self._lend(parameter, gradient, gradient.to_dense())
             return
         rows = touched.get(parameter) if touched else None
-        if rows is not None and FEW * len(rows.numbers) <= len(parameter):
+        if rows is not None and FEW * len(rows.numbers) <= len(parameter) and _is_exact(parameter):
             _say_that_invariants_are_not_checked()
             self._lend(parameter, gradient, rows.as_sparse(gradient))
 

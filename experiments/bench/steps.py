@@ -1,10 +1,12 @@
 """What a training step costs under each optimizer, on the four models: ``make bench``.
 
-Every optimizer gets its own copy of the model and renews its preconditioner every third step. In each round every
-optimizer makes three steps, one optimizer after the other; the first does not count, since it finds the memory as
-another optimizer left it (on a DLRM that is worth a tenth of a step). A step at interval 𝒯 then costs
-((𝒯 − 1)·plain + renewing)/𝒯. Ratios are taken within a round, to the plain step of SGD (or Adam) of the same round, and
-their medians over rounds are reported. What is stopped keeps the rounds that were whole.
+Every optimizer gets its own copy of the model. In each round every optimizer makes a turn of several steps, one
+optimizer after the other, and renews its preconditioner once in a turn; the first step does not count, since it finds
+the memory as another optimizer left it (on a DLRM that is worth a tenth of a step). Plain steps are those before the
+renewing one; what the steps just after it take more than they, since it empties the caches, is a part of what renewing
+costs. A step at interval 𝒯 then costs ((𝒯 − 1)·plain + renewing)/𝒯. Ratios are taken within a round, to the plain step
+of SGD (or Adam) of the same round, and their medians over rounds are reported. What is stopped keeps the rounds that
+were whole.
 """
 
 import argparse
@@ -23,8 +25,6 @@ from experiments.bench.workloads import WORKLOADS, Workload
 from experiments.provenance import device_name
 
 EQUAL_INTERVAL = 10
-TURN = 3
-"""Steps of one optimizer in a round, and from one renewing step to the next."""
 REFERENCES = ("sgd", "adam", "adagrad")
 FOUR_MODELS = ["resnet50", "schnet", "transformer", "dlrm"]
 
@@ -43,7 +43,7 @@ def compare(model: str, names: Iterable[str], *, rounds: int, device: str, memor
     turns: dict[str, list[list[float]]] = {name: [] for name in peers}
     for counted in range(rounds + 1):
         for name, peer in peers.items():
-            turns[name].append([_seconds(peer, device) for _ in range(TURN)])
+            turns[name].append([_seconds(peer, device) for _ in range(workload.turn)])
         if counted:
             frame = _table(peers, reasons, workload, turns)
             frame.insert(0, "model", workload.name)
@@ -77,8 +77,8 @@ def _make(model: str, names: Iterable[str], device: str) -> tuple[dict[str, Peer
         torch.manual_seed(0)
         workload = WORKLOADS[model](device)
         try:
-            peers[name] = PEERS[name](workload, TURN)
-            peers[name].step()  # makes state; it is a renewing one, and so is every third after it
+            peers[name] = PEERS[name](workload, workload.turn)
+            peers[name].step()  # makes state; it is a renewing one, and so is one in every turn
             peers[name].step()
         except Unsupported as reason:
             reasons[name] = str(reason)
@@ -92,12 +92,14 @@ def renewing_and_plain(turns: Sequence[Sequence[float]]) -> list[tuple[float, fl
     """Seconds of the renewing step and of a plain one of each turn.
 
     The dearest place in a turn is the renewing one, which is not the same for all: some count steps from one. The first
-    step of a turn counts only where it is that one.
+    step of a turn counts only where it is that one. What steps after it take more than a plain one is added to it.
     """
     medians = [statistics.median(place) for place in zip(*turns, strict=True)]
     renewing = medians.index(max(medians))
-    plain = max(place for place in range(TURN) if place != renewing)
-    return [(turn[renewing], turn[plain]) for turn in turns]
+    calm = slice(1, renewing) if renewing > 1 else slice(len(medians) // 2 + 1, None)
+    plain = [statistics.median(turn[calm]) for turn in turns]
+    aftermath = [sum(step - usual for step in turn[renewing + 1 :]) for turn, usual in zip(turns, plain, strict=True)]
+    return [(turn[renewing] + more, usual) for turn, more, usual in zip(turns, aftermath, plain, strict=True)]
 
 
 def _seconds(peer: Peer, device: str) -> float:
@@ -134,8 +136,8 @@ def _row(
             ratios = [_at(pair, interval) / other for pair, other in zip(values, base, strict=True)]
             row[f"{label}_over_{reference}"] = statistics.median(ratios)
     if hasattr(peer.optimizer, "times"):
-        steps = 2 + TURN * (len(values) + 1)
-        renewals = math.ceil(steps / TURN)
+        steps = 2 + workload.turn * (len(values) + 1)
+        renewals = math.ceil(steps / workload.turn)
         times = peer.optimizer.times
         row |= {"curvature_s": times.curvature / renewals, "inverse_s": times.inverse / renewals}
         row |= {"apply_s": times.apply / steps}

@@ -23,6 +23,8 @@ class Workload:
         loss: scalar loss of the model's output, a mean over samples.
         interval: the method's usual 𝒯 on this model.
         samples: what NG+ takes for a sample here.
+        turn: steps an optimizer makes one after another, of which one renews: 3 or more, and more where steps are
+            short, since those after a renewing one find the caches emptied.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Workload:
     loss: Callable[[Tensor], Tensor]
     interval: int
     samples: str = "batch"
+    turn: int = 4
 
 
 def resnet50(device: str, *, batch: int = 32, size: int = 224) -> Workload:
@@ -157,6 +160,7 @@ def dlrm(device: str, *, batch: int = 128, largest: int = 100_000, sparse: bool 
         inputs=(torch.randn(batch, 13, device=device), categories.to(device)),
         loss=lambda logits: F.binary_cross_entropy_with_logits(logits, clicks),
         interval=200,
+        turn=12,
     )
 
 

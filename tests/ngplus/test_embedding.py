@@ -164,9 +164,28 @@ def test_bags_of_unequal_length(mode, last, padding_idx, sparse, rows):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("samples", ["batch", "rows"])
 @pytest.mark.parametrize("mode", ["sum", "mean"])
-def test_bags_of_equal_length(mode, samples, dtype):
+@pytest.mark.parametrize("members", [1, 3])
+def test_bags_of_equal_length(members, mode, samples, dtype):
     model = nn.Sequential(table(nn.EmbeddingBag, mode=mode, dtype=dtype), nn.Linear(4, 2, dtype=dtype))
-    oracle.check(model, torch.randint(9, (5, 3)), samples=samples)
+    oracle.check(model, torch.randint(9, (5, members)), samples=samples)
+
+
+class SharedBags(nn.Module):
+    """One table that two bags of each sample use, of one member and of several."""
+
+    def __init__(self, widths, **options):
+        super().__init__()
+        self.layer, self.widths = table(nn.EmbeddingBag, **options), widths
+
+    def forward(self, index):
+        return sum(self.layer(part) * (i + 1) for i, part in enumerate(index.split(self.widths, dim=1)))
+
+
+@pytest.mark.parametrize("options", [{}, {"sparse": True}, {"padding_idx": 2}])
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+@pytest.mark.parametrize("widths", [[1, 3], [1, 1], [2, 1, 1]])
+def test_bags_of_one_and_of_several_members_from_one_table(widths, mode, options):
+    oracle.check(SharedBags(widths, mode=mode, **options), torch.randint(4, (5, sum(widths))))
 
 
 def test_bag_of_maxima_goes_to_the_base():

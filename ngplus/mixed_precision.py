@@ -1,9 +1,12 @@
-"""Finding the loss scale of mixed-precision training."""
+"""Mixed-precision training: its loss scale, and being outside of autocast."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 
+import torch
 from torch.amp import GradScaler
 
 _FRAMES = 24
@@ -28,3 +31,19 @@ def loss_scale() -> float:
             break
         frame = frame.f_back
     return 1.0
+
+
+def without_autocast(devices: Iterable[str]) -> AbstractContextManager[object]:
+    """A context in which products are not rounded, whatever the loop around it is in.
+
+    Where no autocast is on there is nothing to do, and to leave one takes as long as a small product does.
+
+    Args:
+        devices: types of devices, as "cuda".
+    """
+    if not torch._C._is_any_autocast_enabled():
+        return nullcontext()
+    stack = ExitStack()
+    for device in set(devices):
+        stack.enter_context(torch.autocast(device, enabled=False))
+    return stack
