@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ngplus.batching import SMALL, Member
+from ngplus.devices import can_ask
 from ngplus.gfim import Shape
 from ngplus.layers import Layer, as_matrix
-from ngplus.nonfinite import can_ask
 from ngplus.preconditioner import DenseInverse, LowRankInverse, Preconditioner, SketchedInverse
 from ngplus.touched import TouchedRows
 

@@ -72,7 +72,10 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def with_tail(entries: Tensor, tail: float | None) -> Tensor:
     """``entries`` (b, groups, d, κ) with one more row of a constant below."""
-    return entries if tail is None else F.pad(entries, (0, 0, 0, 1), value=tail)
+    if tail is None:
+        return entries
+    row = entries.new_full((), tail).expand(*entries.shape[:2], 1, entries.shape[3])
+    return torch.cat([entries, row], dim=2)
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,7 @@ class Dense:
 
     def squared_norms(self) -> Tensor:
         """Sum of squares over the rows."""
-        norms = self._entries().square().sum(dim=2)
+        norms: Tensor = torch.linalg.vector_norm(self._entries(), dim=2).square_()
         return norms + 1.0 if self.tail else norms
 
     def slice(self, start: int, stop: int) -> Dense:

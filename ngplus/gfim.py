@@ -6,7 +6,7 @@ three ways, none of which keeps more than `CHUNK` numbers at a time:
 =============  =====================================  =======================  ==================
 way            formula (short side S, long side A)    operations a sample      when
 =============  =====================================  =======================  ==================
-scaled         Σ ‖a‖² s sᵀ                            2p²                      κ = 1
+scaled         Σ (‖a‖ s)(‖a‖ s)ᵀ                     2p²                      κ = 1
 through Gram   S (AᵀA) Sᵀ                             gram + 2κ²p + 2κp²       κ small
 direct         (S Aᵀ)(S Aᵀ)ᵀ                          2κpq + 2p²q              κ large
 =============  =====================================  =======================  ==================
@@ -20,8 +20,10 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ngplus.devices import can_ask
 from ngplus.factors import Dense, Factor, Sampled, concatenated, gram
 
 Side = Literal["left", "right"]
@@ -135,8 +137,7 @@ def positions_as_samples(part: Part) -> Part:
 def scaled_columns(shape: Shape, part: Part) -> Tensor:
     """U of (14) but for its scale, for κ = 1: the columns ‖a‖ s, one a sample, (p, b)."""
     short, long = oriented(shape, part)
-    columns = short.dense() * long.squared_norms().sqrt().unsqueeze(2)  # (b, 1, p, 1)
-    return columns[:, 0, :, 0].T
+    return _scaled_by_norms(short, long)[:, 0, :, 0].T
 
 
 def product_of_columns(shape: Shape, columns: Tensor) -> list[Tensor]:
@@ -184,8 +185,28 @@ def _disjoint_rows(parts: Sequence[Part]) -> list[list[Part]]:
 
 
 def _scaled(short: Sequence[Factor], long: Sequence[Factor], shape: Shape) -> list[Tensor]:
-    columns = short[0].dense()  # (b, groups, p, κ)
-    return _outer(columns * long[0].squared_norms().unsqueeze(2), columns, shape)
+    columns = without_tiny(_scaled_by_norms(short[0], long[0]))
+    return _outer(columns, columns, shape)
+
+
+def _scaled_by_norms(short: Factor, long: Factor) -> Tensor:
+    """‖a‖ s, (b, groups, p, 1), for κ = 1."""
+    return short.dense() * long.squared_norms().sqrt().unsqueeze(2)
+
+
+def without_tiny(columns: Tensor) -> Tensor:
+    """U (samples, …) with zeros in place of entries too small to be seen in UUᵀ, where a CPU multiplies it.
+
+    For a product below the smallest normal number a CPU takes a hundred times as long, and radial basis functions bring
+    many of them. Zeroed are entries below that number's root, but none above 2⁻⁴⁰ of U's largest entry, as far as some
+    of the samples tell it.
+    """
+    if not (can_ask(columns) and columns.numel()):
+        return columns
+    some = columns[:: 1 + len(columns) // 64]
+    root = torch.finfo(columns.dtype).tiny ** 0.5
+    least = min(root, 2.0**-40 * torch.linalg.vector_norm(some, float("inf")).item())
+    return F.hardshrink(columns, least) if least > 0 else columns
 
 
 def _through_gram(short: Sequence[Factor], long: Sequence[Factor], shape: Shape) -> list[Tensor]:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ngplus.devices import factor_dtype
+
 MAX_TRIES = 6
 """How often the damping of a matrix that will not factorise is raised tenfold."""
 
@@ -32,11 +34,6 @@ class Request:
     damping: float
     inverse: Tensor | None = None
     used_damping: float = 0.0
-
-
-def factor_dtype(matrix: Tensor) -> torch.dtype:
-    """Float64, except on devices without it."""
-    return matrix.dtype if matrix.device.type == "mps" else torch.float64
 
 
 def invert(requests: Sequence[Request]) -> None:

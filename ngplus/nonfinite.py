@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from ngplus.devices import can_ask
 from ngplus.layers import stored
 
 
@@ -40,11 +41,6 @@ def _any_nonfinite(tensors: list[Tensor]) -> Tensor:
         return torch.stack(torch._foreach_norm(tensors, float("inf"))).isfinite().all().logical_not()
     suspects = [tensor for tensor in tensors if not math.isfinite(tensor.sum().item())]
     return torch.tensor(not all(bool(tensor.isfinite().all()) for tensor in suspects), device=tensors[0].device)
-
-
-def can_ask(tensor: Tensor) -> bool:
-    """Whether a tensor's values are there at once: on a CPU, and not for tensors that stand in for others."""
-    return tensor.device.type == "cpu" and type(tensor) in (Tensor, nn.Parameter)
 
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -14,11 +14,12 @@ from ngplus.arguments import Params, check_whole, make_base, model_and_params
 from ngplus.capture import Capture
 from ngplus.curvature import Curvature as CurvatureOfLayers
 from ngplus.curvature import LayerState, layer_statistic, sampling
+from ngplus.devices import can_ask
 from ngplus.distributed import world_size
 from ngplus.grouping import SampleIndex
 from ngplus.layers import SUPPORTED, Layer, find_layers, parameter_layers, unsupported_modules
 from ngplus.mixed_precision import loss_scale, without_autocast
-from ngplus.nonfinite import any_nonfinite, can_ask, nonfinite_names, zero_where
+from ngplus.nonfinite import any_nonfinite, nonfinite_names, zero_where
 from ngplus.options import (
     Curvature,
     DampingRule,

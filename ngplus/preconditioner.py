@@ -11,8 +11,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ngplus.devices import factor_dtype
 from ngplus.gfim import Shape
-from ngplus.inverse import factor_dtype, invert_one
+from ngplus.inverse import invert_one
 
 
 class Preconditioner(Protocol):

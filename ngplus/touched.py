@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Optimizer
 
-from ngplus.nonfinite import can_ask
+from ngplus.devices import can_ask
 
 FEW = 8
 """A table is lent as sparse where at most one of so many of its rows is touched."""

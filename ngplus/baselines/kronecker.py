@@ -19,7 +19,7 @@ from ngplus.calls import Call, UnsupportedCall
 from ngplus.capture import Capture, Sampling, Statistic, _Record, _Use, is_zero
 from ngplus.curvature import Curvature, LayerState
 from ngplus.factors import Bags, Factor, OneHot, statistics_dtype
-from ngplus.gfim import CHUNK, Part, Shape
+from ngplus.gfim import CHUNK, Part, Shape, without_tiny
 from ngplus.grouping import SampleIndex, rows_that_count
 from ngplus.inverse import Request
 from ngplus.layers import Layer
@@ -118,7 +118,7 @@ def moment(factor: Factor, max_side: int) -> Tensor:
 def _moment_of_entries(entries: Tensor, diagonal: bool) -> Tensor:
     if diagonal:
         return entries.square().sum(dim=(0, 3)).view(-1, 1, 1)
-    vectors = entries.permute(1, 2, 0, 3).flatten(2)  # (groups, d, b·κ)
+    vectors = without_tiny(entries).permute(1, 2, 0, 3).flatten(2)  # (groups, d, b·κ)
     return vectors @ vectors.mT
 
 

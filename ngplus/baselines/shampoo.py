@@ -14,9 +14,9 @@ from ngplus.arguments import Params
 from ngplus.baselines.relative import Relative
 from ngplus.batching import Member
 from ngplus.curvature import Curvature, LayerState
+from ngplus.devices import factor_dtype
 from ngplus.factors import statistics_dtype
 from ngplus.gfim import Shape
-from ngplus.inverse import factor_dtype
 from ngplus.layers import Layer
 from ngplus.options import NonFinite, Options, check_choice, check_count
 from ngplus.preconditioner import Preconditioner

@@ -158,3 +158,26 @@ def test_max_samples_takes_the_first_samples_for_the_curvature_and_all_for_the_g
         "embedding": lambda: (nn.Embedding(8, 3).double(), torch.randint(8, (4, 2))),
     }[case]()
     oracle.check(model, x, max_samples=used, samples=samples)
+
+
+@pytest.mark.parametrize("largest", [1.0, 1e-8, 1e-17])
+def test_leaving_out_tiny_entries_does_not_show_in_the_product(largest):
+    """Entries from the largest down to below the smallest normal number, as radial basis functions have them."""
+    torch.manual_seed(0)
+    U = largest * 10 ** (-45 * torch.rand(300, 1, 20, 1, dtype=torch.float64))
+    exact = (U[:, 0, :, 0].T @ U[:, 0, :, 0]).float()
+    kept = gfim.without_tiny(U.float())
+    assert (kept == 0).float().mean() > 0.2
+    torch.testing.assert_close(kept[:, 0, :, 0].T @ kept[:, 0, :, 0], exact, rtol=0, atol=1e-6 * exact.max().item())
+
+
+def test_what_is_not_finite_is_not_left_out():
+    U = torch.tensor([[1.0, 1e-30, 0.5], [float("nan"), float("inf"), -1e-30]])
+    torch.testing.assert_close(
+        gfim.without_tiny(U), torch.tensor([[1.0, 0, 0.5], [float("nan"), float("inf"), 0]]), equal_nan=True
+    )
+
+
+def test_zeros_and_nothing_stay():
+    for U in (torch.zeros(3, 2), torch.zeros(0, 2)):
+        torch.testing.assert_close(gfim.without_tiny(U), U)
