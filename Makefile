@@ -127,7 +127,9 @@ bench-schnet-loading: $(STAMP)  ## what loading adds to a training step of SchNe
 bench: $(STAMP)  ## what a step costs under each optimizer, on the four models
 	$(PYTHON) -m experiments.bench.steps
 	$(PYTHON) -m experiments.bench.steps --model resnet50-32 --optimizer ngplus
+	$(PYTHON) -m experiments.bench.steps --model dlrm-sparse --optimizer adagrad ngplus-adagrad ngplus-adagrad-32-samples --rounds 60
 	$(PYTHON) -m experiments.bench.rows
+	$(PYTHON) -m experiments.bench.own_work
 	$(PYTHON) -m experiments.bench.chart
 
 bench-estimate: $(STAMP)  ## whether `python -m experiments estimate` predicts what a run takes; OPTIONS=--cpu-time on a busy machine

@@ -225,8 +225,9 @@ class Capture:
 
     def collect(self) -> dict[Layer, Statistic]:
         """What was summed since the last `clear`, for the layers whose gradients came back."""
-        for record in self._records.values():
-            self._reduce(record)
+        with self._stopwatch.measure("curvature"):
+            for record in self._records.values():
+                self._reduce(record)
         return {
             layer: record.statistic
             for layer, record in self._records.items()
@@ -276,6 +277,17 @@ class Capture:
         attention: AttentionCall | None,
     ) -> None:
         """See a function call that the forward pass made."""
+        with self._stopwatch.measure("curvature"):
+            self._look(function, args, kwargs, output, attention)
+
+    def _look(
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+        attention: AttentionCall | None,
+    ) -> None:
         weight = weight_argument(function, args, kwargs)
         for argument in _flat((*args, *kwargs.values())):
             if not isinstance(argument, Tensor):
@@ -367,7 +379,7 @@ class Capture:
         if not parts or record.opaque is not None:
             return
         device = record.layer.weight.device.type
-        with torch.no_grad(), without_autocast([device]), self._stopwatch.measure("curvature"):
+        with torch.no_grad(), without_autocast([device]):
             if self._sampling.samples == "rows":
                 for part in parts:
                     self._add_rows(record.statistic, part)
@@ -483,7 +495,8 @@ def _transformed() -> bool:
 
 def _receive(capture: weakref.ref[Capture], use: _Use, gradient: Tensor) -> None:
     if (alive := capture()) is not None:
-        alive._receive(use, gradient)
+        with alive._stopwatch.measure("curvature"):
+            alive._receive(use, gradient)
 
 
 def _release(handles: Iterable[RemovableHandle]) -> None:

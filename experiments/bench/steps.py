@@ -103,14 +103,15 @@ def renewing_and_plain(turns: Sequence[Sequence[float]]) -> list[tuple[float, fl
 
 
 def _seconds(peer: Peer, device: str) -> float:
-    _synchronize(device)
+    synchronize(device)
     start = time.perf_counter()
     peer.step()
-    _synchronize(device)
+    synchronize(device)
     return time.perf_counter() - start
 
 
-def _synchronize(device: str) -> None:
+def synchronize(device: str) -> None:
+    """Wait for what a GPU has queued."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
 

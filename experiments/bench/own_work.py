@@ -1,0 +1,108 @@
+"""What an optimizer itself takes of a training step, forward and backward left out.
+
+Where methods differ by less than one step does from the next, as on SchNet, `experiments.bench.steps` cannot tell them
+apart. Here the seconds inside ``optimizer.step`` are added up over whole intervals, and those that NG+ and this
+repository's K-FAC spend on curvature in the forward and backward pass.
+"""
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from experiments.bench.peers import PEERS, Peer, Unsupported
+from experiments.bench.steps import EQUAL_INTERVAL, synchronize
+from experiments.bench.workloads import WORKLOADS
+from experiments.provenance import device_name
+
+MEASURABLE = [name for name in PEERS if name != "kfac (asdfghjkl)"]  # which works outside of any step
+SHOWN = [
+    "sgd",
+    "adam",
+    "ngplus",
+    "ngplus-mini-batch",
+    "ngplus-adagrad-32-samples",
+    "kfac (ngplus.baselines)",
+    "shampoo (pytorch-optimizer)",
+    "soap (pytorch-optimizer)",
+]
+
+
+def compare(model: str, names: Sequence[str], *, intervals: int, device: str) -> pd.DataFrame:
+    """One row an optimizer: mean seconds a step over ``intervals`` of `EQUAL_INTERVAL` steps, one of which renews.
+
+    Args:
+        model: of `WORKLOADS`.
+        names: of `PEERS`; each has its own copy of the model, and they make their steps in turn.
+        intervals: 1 or more.
+        device: where.
+    """
+    peers: dict[str, Peer] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for name in names:
+        torch.manual_seed(0)
+        workload = WORKLOADS[model](device)
+        peers[name] = PEERS[name](workload, EQUAL_INTERVAL)
+        _record(peers[name], seconds[name], device)
+        for _ in range(EQUAL_INTERVAL):  # makes state, and compiles or copies what is made once
+            peers[name].step()
+        seconds[name].clear()
+    before = {name: _outside(peer) for name, peer in peers.items()}
+    for _ in range(intervals * EQUAL_INTERVAL):
+        for peer in peers.values():
+            peer.step()
+    steps = intervals * EQUAL_INTERVAL
+    rows = []
+    for name, peer in peers.items():
+        inside, outside = sum(seconds[name]) / steps, (_outside(peer) - before[name]) / steps
+        rows.append({"optimizer": name, "step_s": inside, "outside_s": outside, "own_s": inside + outside})
+    fixed = {"model": workload.name, "device": device_name(device), "threads": torch.get_num_threads()}
+    return pd.DataFrame(rows).assign(interval=EQUAL_INTERVAL, steps=steps, **fixed)
+
+
+def _record(peer: Peer, seconds: list[float], device: str) -> None:
+    """Have the seconds of every ``optimizer.step`` of a peer noted."""
+    step = peer.optimizer.step
+
+    def timed(*args: Any) -> Any:
+        synchronize(device)
+        start = time.perf_counter()
+        result = step(*args)
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+        return result
+
+    peer.optimizer.step = timed  # type: ignore[method-assign]
+
+
+def _outside(peer: Peer) -> float:
+    times = getattr(peer.optimizer, "times", None)
+    return 0.0 if times is None else times.curvature
+
+
+def main() -> None:
+    """Measure, print and write ``results/bench/own-work-<model>.csv``."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=list(WORKLOADS), default="schnet")
+    parser.add_argument("--optimizer", nargs="+", choices=MEASURABLE, default=SHOWN)
+    parser.add_argument("--intervals", type=int, default=2, help="1 or more")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=Path("results/bench"))
+    arguments = parser.parse_args()
+    if arguments.intervals < 1:
+        parser.error(f"--intervals {arguments.intervals}: must be 1 or more")
+    try:
+        frame = compare(arguments.model, arguments.optimizer, intervals=arguments.intervals, device=arguments.device)
+    except Unsupported as reason:
+        parser.error(f"{arguments.model} is not for all of {', '.join(arguments.optimizer)}: {reason}")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    frame.to_csv(arguments.out / f"own-work-{arguments.model}-{arguments.device.split(':')[0]}.csv", index=False)
+    print(frame.round(4).to_string(index=False))
+
+
+if __name__ == "__main__":
+    main()
