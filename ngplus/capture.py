@@ -277,17 +277,6 @@ class Capture:
         attention: AttentionCall | None,
     ) -> None:
         """See a function call that the forward pass made."""
-        with self._stopwatch.measure("curvature"):
-            self._look(function, args, kwargs, output, attention)
-
-    def _look(
-        self,
-        function: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        output: Any,
-        attention: AttentionCall | None,
-    ) -> None:
         weight = weight_argument(function, args, kwargs)
         for argument in _flat((*args, *kwargs.values())):
             if not isinstance(argument, Tensor):
@@ -458,7 +447,8 @@ class _Watcher(TorchFunctionMode):
             return self._inside_attention(args, kwargs)
         output = func(*args, **kwargs)
         if (capture := self._capture()) is not None and capture.armed:
-            capture.look(func, args, kwargs, output, self._attention)
+            with capture._stopwatch.measure("curvature"):
+                capture.look(func, args, kwargs, output, self._attention)
         return output
 
     def _inside_attention(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
