@@ -199,14 +199,14 @@ def without_tiny(columns: Tensor) -> Tensor:
 
     For a product below the smallest normal number a CPU takes a hundred times as long, and radial basis functions bring
     many of them. Zeroed are entries below that number's root, but none above 2⁻⁴⁰ of U's largest entry, as far as some
-    of the samples tell it.
+    of the samples tell it; and only where some of those have any.
     """
     if not (can_ask(columns) and columns.numel()):
         return columns
-    some = columns[:: 1 + len(columns) // 64]
-    root = torch.finfo(columns.dtype).tiny ** 0.5
-    least = min(root, 2.0**-40 * torch.linalg.vector_norm(some, float("inf")).item())
-    return F.hardshrink(columns, least) if least > 0 else columns
+    some = columns[:: 1 + len(columns) // 64].abs()
+    least = min(torch.finfo(columns.dtype).tiny ** 0.5, 2.0**-40 * some.amax().item())
+    found = bool(((some > 0) & (some < least)).any())
+    return F.hardshrink(columns, least) if found else columns
 
 
 def _through_gram(short: Sequence[Factor], long: Sequence[Factor], shape: Shape) -> list[Tensor]:
