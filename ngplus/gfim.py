@@ -197,7 +197,7 @@ def _scaled_by_norms(short: Factor, long: Factor) -> Tensor:
 def without_tiny(columns: Tensor) -> Tensor:
     """U (samples, …) with zeros in place of entries too small to be seen in UUᵀ, where a CPU multiplies it.
 
-    For a product below the smallest normal number a CPU takes a hundred times as long, and radial basis functions bring
+    For a product below the smallest normal number a CPU takes dozens of times as long, and radial basis functions bring
     many of them. Zeroed are entries below that number's root, but none above 2⁻⁴⁰ of U's largest entry, as far as some
     of the samples tell it; and only where some of those have any.
     """
