@@ -63,10 +63,7 @@ def form(layer: Layer) -> Hashable:
     gradient, bias = layer.weight.grad, layer.trained_bias
     if gradient is None:
         return None
-    if gradient.is_sparse:
-        size: Hashable = (gradient._nnz(), gradient.dense_dim())
-    else:
-        size = gradient.shape
+    size = ("rows", gradient._nnz(), gradient.dense_dim()) if gradient.is_sparse else gradient.shape
     return size, gradient.dtype, gradient.device, bias is not None and (id(bias), bias.grad is not None)
 
 

@@ -305,7 +305,6 @@ def _embedding_bag(
         raise UnsupportedCall("is an embedding bag over a part of the table")
     tail = _tail(layer, None)
     rows_of_table = weight.shape[0]
-
     bags_of_one = offsets is None and input.shape[1] == 1 and per_sample_weights is None and padding_idx is None
 
     def factors(index: Tensor, gradient: Tensor) -> Part:
