@@ -1,12 +1,13 @@
-"""Small matrices of equal shape, across layers: their directions (6) by one product for all.
+"""Small matrices across layers: their directions (6) with as few calls as can be.
 
 The product of two small matrices takes less time than the calls around it, and a model may have dozens: the tables of a
-DLRM, the 1×1 convolutions of a mobile network, the blocks of (18).
+DLRM, the 1×1 convolutions of a mobile network, the blocks of (18). Those of equal shape are one product. Of the
+others each is one of its own, but they are written back, and looked at for NaN, together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 from ngplus.gfim import Shape
 from ngplus.layers import Layer, stored
 from ngplus.preconditioner import DenseInverse, Preconditioner
+
+Looks = dict[int, Tensor | None]
+"""What to look at for NaN in place of the gradient of a weight or bias, by its id; None: it is part of another's."""
 
 SMALL = 2**14
 """Most numbers of a gradient that is copied to lie beside others: about as long as the calls take that this saves."""
@@ -37,7 +41,7 @@ class Member:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Members whose directions are one product.
+    """Members of equal shape, whose directions are one product.
 
     Attributes:
         members: two at least.
@@ -47,15 +51,98 @@ class Batch:
     members: Sequence[Member]
     inverses: Tensor
 
+    def precondition(self) -> Looks:
+        """Replace the gradients by their directions."""
+        weights = [member.layer.weight for member in self.members]
+        looks = self._replaced(weights)
+        biases = [bias for member in self.members if (bias := member.layer.trained_bias) is not None]
+        return looks | self._replaced(biases) if biases else looks
 
-def batches(members: Sequence[Member]) -> tuple[list[Batch], list[Member]]:
-    """Those that one product can turn, two at least together; and the others."""
-    alike: dict[Hashable, list[Member]] = {}
+    def _replaced(self, parameters: Sequence[nn.Parameter]) -> Looks:
+        inverses = self.inverses
+        gradients = [stored(parameter.grad) for parameter in parameters if parameter.grad is not None]
+        G = torch.stack(gradients)
+        if self.members[0].shape.side == "left":
+            D = torch.bmm(inverses, G.view(*inverses.shape[:2], -1))  # (layers · blocks, p, q)
+        else:
+            D = torch.bmm(G.view(len(inverses), -1, inverses.shape[1]), inverses)  # (layers, q, p)
+        torch._foreach_copy_(gradients, D.view(G.shape).unbind())
+        return _look(parameters, D)
+
+
+@dataclass(frozen=True, eq=False)
+class Series:
+    """Members of whatever shapes: a product each, and the rest at once for all.
+
+    Attributes:
+        members: one at least.
+        turns: of each, (layer, (λI + L)⁻¹ (p, p), whether that stands on the left).
+    """
+
+    members: Sequence[Member]
+    turns: Sequence[tuple[Layer, Tensor, bool]]
+
+    def precondition(self) -> Looks:
+        """Replace the gradients by their directions."""
+        parameters: list[nn.Parameter] = []
+        gradients: list[Tensor] = []
+        directions: list[Tensor] = []
+        for layer, inverse, left in self.turns:
+            weight, bias = layer.weight, layer.trained_bias
+            G = stored(weight.grad)  # type: ignore[arg-type]
+            parameters.append(weight)
+            gradients.append(G)
+            if bias is None:
+                directions.append(_product(inverse, G, left))
+            else:
+                parameters.append(bias)
+                gradients.append(bias.grad)  # type: ignore[arg-type]
+                directions += _products(inverse, G, bias.grad, left)  # type: ignore[arg-type]
+        torch._foreach_copy_(gradients, directions)
+        return _look(parameters, torch.cat([direction.reshape(-1) for direction in directions]))
+
+
+def _product(inverse: Tensor, gradient: Tensor, left: bool) -> Tensor:
+    """Of (p, p) and a gradient of any shape, taken as a matrix."""
+    G = gradient if gradient.dim() == 2 else gradient.flatten(1)
+    D = torch.mm(inverse, G) if left else torch.mm(G, inverse)
+    return D if gradient.dim() == 2 else D.view(gradient.shape)
+
+
+def _products(inverse: Tensor, gradient: Tensor, column: Tensor, left: bool) -> tuple[Tensor, Tensor]:
+    """`_product` for a gradient with the column of a bias, apart again."""
+    if left:
+        return _product(inverse, gradient, left), torch.mv(inverse, column)
+    D = torch.cat([gradient.flatten(1), column.unsqueeze(1)], dim=1).mm(inverse)
+    return D[:, :-1].reshape(gradient.shape), D[:, -1]
+
+
+def _look(parameters: Sequence[nn.Parameter], directions: Tensor) -> Looks:
+    looks: Looks = dict.fromkeys(map(id, parameters))
+    looks[id(parameters[0])] = directions
+    return looks
+
+
+def batches(members: Sequence[Member]) -> tuple[list[Batch | Series], list[Member]]:
+    """Those that are turned together; and the others."""
+    small = [member for member in members if _is_small(member)]
+    batched = [alike for alike in _alike(small, _shapes) if len(alike) > 1]
+    series = _alike(_without(small, batched), _place)
+    return [*map(_joined, batched), *map(_series, series)], _without(members, [*batched, *series])
+
+
+def _without(members: Sequence[Member], taken: Sequence[Sequence[Member]]) -> list[Member]:
+    numbers = {id(member) for together in taken for member in together}
+    return [member for member in members if id(member) not in numbers]
+
+
+def _alike(members: Sequence[Member], likeness: Callable[[Member], Hashable]) -> list[list[Member]]:
+    """Those of equal ``likeness`` together; without those that have none."""
+    together: dict[Hashable, list[Member]] = {}
     for member in members:
-        alike.setdefault(_likeness(member), []).append(member)
-    alone = alike.pop(None, [])
-    alone += [together[0] for together in alike.values() if len(together) == 1]
-    return [_joined(together) for together in alike.values() if len(together) > 1], alone
+        if (key := likeness(member)) is not None:
+            together.setdefault(key, []).append(member)
+    return list(together.values())
 
 
 def form(layer: Layer) -> Hashable:
@@ -76,46 +163,37 @@ def _joined(members: Sequence[Member]) -> Batch:
     return Batch(members, inverses)
 
 
-def _likeness(member: Member) -> Hashable:
-    """Equal for members of one batch; None for one that no batch takes."""
-    layer, inverse, shape = member.layer, member.preconditioner, member.shape
-    if layer.weight.grad is None or not isinstance(inverse, DenseInverse):
+def _series(members: Sequence[Member]) -> Series:
+    turns = [(member.layer, member.preconditioner.main[0], member.shape.side == "left") for member in members]
+    return Series(members, turns)
+
+
+def _is_small(member: Member) -> bool:
+    """Whether its gradients are few numbers that lie in rows, to be multiplied by one stack of explicit inverses."""
+    layer, inverse = member.layer, member.preconditioner
+    if layer.weight.grad is None or not isinstance(inverse, DenseInverse) or len(inverse.inverses) > 1:
+        return False
+    numbers, sparse, bias = stored(layer.weight.grad), layer.weight.grad.is_sparse, layer.trained_bias
+    own_bias = bias is None or (bias.grad is not None and len(bias) == len(layer.weight))
+    plain = numbers.layout == torch.strided and numbers.dtype == inverse.main.dtype and numbers.is_contiguous()
+    whole_rows = not sparse or (member.shape.side == "right" and bias is None and numbers.dim() == 2)
+    return numbers.numel() <= SMALL and own_bias and plain and whole_rows
+
+
+def _shapes(member: Member) -> Hashable:
+    """Equal for members of one `Batch`; None for one that none takes."""
+    layer, main, left = member.layer, member.preconditioner.main, member.shape.side == "left"
+    assert layer.weight.grad is not None
+    has_bias = layer.trained_bias is not None
+    if not left and (has_bias or len(main) > 1):
         return None
-    numbers, sparse = stored(layer.weight.grad), layer.weight.grad.is_sparse
-    bias, main, left = layer.trained_bias, inverse.main, shape.side == "left"
-    one_stack = len(inverse.inverses) == 1 and (left or len(main) == 1)
-    own_bias = bias is None or (left and bias.grad is not None and len(bias) == len(layer.weight))
-    plain = numbers.layout == torch.strided and numbers.dtype == main.dtype and numbers.is_contiguous()
-    whole_rows = not sparse or (not left and bias is None and numbers.dim() == 2)
-    if numbers.numel() > SMALL or not (one_stack and own_bias and plain and whole_rows):
-        return None
-    return numbers.shape, main.shape, left, bias is None, main.dtype, main.device
+    return stored(layer.weight.grad).shape, main.shape, left, has_bias, main.dtype, main.device
 
 
-def precondition(batch: Batch) -> dict[int, Tensor | None]:
-    """Replace the gradients of a batch by their directions.
-
-    Returns:
-        What to look at for NaN in place of the gradient of each weight and bias, by its id: the first has that of all.
-    """
-    members, inverses = batch.members, batch.inverses
-    weights = [member.layer.weight for member in members]
-    looks = _replaced(weights, inverses, members[0].shape)
-    biases = [bias for member in members if (bias := member.layer.trained_bias) is not None]
-    return looks | _replaced(biases, inverses, members[0].shape) if biases else looks
+def _place(member: Member) -> Hashable:
+    """Equal for members of one `Series`; None for one that none takes."""
+    main = member.preconditioner.main
+    return (main.dtype, main.device) if len(main) == 1 else None
 
 
-def _replaced(parameters: Sequence[nn.Parameter], inverses: Tensor, shape: Shape) -> dict[int, Tensor | None]:
-    gradients = [stored(parameter.grad) for parameter in parameters if parameter.grad is not None]
-    G = torch.stack(gradients)
-    if shape.side == "left":
-        D = torch.bmm(inverses, G.view(*inverses.shape[:2], -1))  # (layers · blocks, p, q)
-    else:
-        D = torch.bmm(G.view(len(inverses), -1, inverses.shape[1]), inverses)  # (layers, q, p)
-    torch._foreach_copy_(gradients, D.view(G.shape).unbind())
-    looks: dict[int, Tensor | None] = dict.fromkeys(map(id, parameters))
-    looks[id(parameters[0])] = D
-    return looks
-
-
-__all__ = ["Batch", "Member", "batches", "form", "precondition"]
+__all__ = ["Batch", "Looks", "Member", "Series", "batches", "form"]

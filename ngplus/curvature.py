@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ngplus import batching, direction, distributed, gfim, preconditioner
-from ngplus.batching import Batch, Member
+from ngplus.batching import Batch, Looks, Member, Series
 from ngplus.capture import Sampling, Statistic
 from ngplus.factors import statistics_dtype
 from ngplus.gfim import Shape
@@ -151,12 +151,12 @@ class _Plan:
 
     Attributes:
         forms: what each layer's gradient and preconditioner were like, of which the rest follows.
-        together: whose directions are one product.
+        together: small ones, several at a time.
         alone: the others that have a gradient and a preconditioner.
     """
 
     forms: list[Hashable]
-    together: list[Batch]
+    together: list[Batch | Series]
     alone: list[Member]
 
 
@@ -293,10 +293,10 @@ class Curvature:
     def precondition(self, layers: Sequence[Layer]) -> Directions:
         """Replace the gradients of the layers that have a preconditioner by their directions (6)."""
         plan = self._planned(layers)
-        looks: dict[int, Tensor | None] = {}
+        looks: Looks = {}
         touched: dict[nn.Parameter, TouchedRows] = {}
         for batch in plan.together:
-            looks |= batching.precondition(batch)
+            looks |= batch.precondition()
         for member in plan.alone:
             rows = self._replace(member)
             if rows is not None:

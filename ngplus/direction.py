@@ -39,13 +39,15 @@ def precondition(member: Member) -> TouchedRows | None:
     if gradient.is_sparse and bias is not None:  # a table tied to a linear layer with one
         gradient = layer.weight.grad = gradient.to_dense()
     one_sided = isinstance(preconditioner, _ONE_SIDED)
+    if bias is None and one_sided and shape.side == "right" and _may_have_rows_of_zeros(layer, gradient):
+        rows = _rows_alone(preconditioner, gradient)
+        if rows is not None:
+            return rows
     if gradient.is_sparse:
         layer.weight.grad = _sparse(preconditioner, shape, gradient)
+    elif isinstance(preconditioner, LowRankInverse) and (plain := _plain(layer, gradient, dtype)) is not None:
+        preconditioner.turn(*plain, left=shape.side == "left")
     elif bias is None:
-        if one_sided and shape.side == "right" and _may_have_rows_of_zeros(layer, gradient):
-            rows = _rows_alone(preconditioner, gradient)
-            if rows is not None:
-                return rows
         G = as_matrix(layer, gradient, dtype)
         layer.weight.grad = _replaced(gradient, _direction(preconditioner, shape, G))
     elif one_sided and shape.side == "left":
@@ -61,6 +63,16 @@ def precondition(member: Member) -> TouchedRows | None:
         if column is not None:
             _fill(column, d)
     return None
+
+
+def _plain(layer: Layer, gradient: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None] | None:
+    """Its matrix and its bias's column in the gradients' own memory, where they lie so and nothing is missing."""
+    if gradient.layout != torch.strided or gradient.dtype != dtype or not gradient.is_contiguous():
+        return None
+    column = _bias_gradient(layer)
+    if column is None and layer.trained_bias is not None:
+        return None
+    return gradient if gradient.dim() == 2 else gradient.view(len(gradient), -1), column
 
 
 def _direction(preconditioner: Preconditioner, shape: Shape, G: Tensor) -> Tensor:
@@ -79,7 +91,8 @@ def _direction_apart(preconditioner: Preconditioner, shape: Shape, G: Tensor, c:
     A small G is copied beside its column in less time than the products apart take.
     """
     if isinstance(preconditioner, LowRankInverse) and shape.side == "right":
-        return preconditioner.apply_right_apart(G, c)
+        preconditioner.turn(G[0], c[0, :, 0], left=False)
+        return G, c
     whole_right = shape.side == "right" and shape.blocks == (1, 0)
     if isinstance(preconditioner, DenseInverse) and whole_right and G.numel() > SMALL:
         return preconditioner.apply_right_apart(G, c)
@@ -89,8 +102,10 @@ def _direction_apart(preconditioner: Preconditioner, shape: Shape, G: Tensor, c:
 
 def _may_have_rows_of_zeros(layer: Layer, gradient: Tensor) -> bool:
     """Whether to look for them: it is one pass over memory, and a product with all rows is several."""
+    if not layer.looked_up or gradient.is_sparse:
+        return False
     large = gradient.numel() >= SMALL_TABLE and len(gradient) >= 4 * gradient.shape[1]
-    return layer.looked_up and large and can_ask(gradient) and gradient.is_contiguous()
+    return large and can_ask(gradient) and gradient.is_contiguous()
 
 
 def _rows_alone(preconditioner: Preconditioner, table: Tensor) -> TouchedRows | None:

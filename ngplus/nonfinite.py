@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from ngplus.devices import can_ask
 from ngplus.layers import stored
 
+SHORT = 2**12
+"""Numbers of a vector that is copied to lie beside others in less time than its sum takes."""
+
 
 def _values(gradient: Tensor) -> Tensor:
     """The numbers of a gradient, in its own memory; of a complex one its real and imaginary parts."""
@@ -39,6 +42,9 @@ def _any_nonfinite(tensors: list[Tensor]) -> Tensor:
     """
     if not can_ask(tensors[0]):
         return torch.stack(torch._foreach_norm(tensors, float("inf"))).isfinite().all().logical_not()
+    short = [tensor for tensor in tensors if tensor.dim() == 1 and len(tensor) <= SHORT]
+    if len(short) > 1:
+        tensors = [torch.cat(short), *(tensor for tensor in tensors if tensor.dim() > 1 or len(tensor) > SHORT)]
     suspects = [tensor for tensor in tensors if not math.isfinite(tensor.sum().item())]
     return torch.tensor(not all(bool(tensor.isfinite().all()) for tensor in suspects), device=tensors[0].device)
 

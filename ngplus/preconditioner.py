@@ -119,20 +119,31 @@ class LowRankInverse:
 
     def apply_right(self, gradient: Tensor) -> Tensor:
         """The same from the right, the matrix being symmetric."""
-        coefficients = gradient[0] @ self.columns
-        return _minus_product(gradient, coefficients, self.columns.T, self.damping)
-
-    def apply_right_apart(self, gradient: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
-        """`apply_right` for (G, c), of which the last column c (1, q, 1) lies elsewhere. Both may be overwritten."""
-        upper, last = self.columns[:-1], self.columns[-1:]
-        coefficients = torch.mm(gradient[0], upper).addmm_(column[0], last)
-        D = _minus_product(gradient, coefficients, upper.T, self.damping)
-        return D, _minus_product(column, coefficients, last.T, self.damping)
+        self.turn(gradient[0], None, left=False)
+        return gradient
 
     def apply(self, gradient: Tensor) -> Tensor:
         """Equation (14), never forming a p×p matrix."""
-        coefficients = self.columns.T @ gradient[0]
-        return _minus_product(gradient, self.columns, coefficients, self.damping)
+        self.turn(gradient[0], None, left=True)
+        return gradient
+
+    def turn(self, gradient: Tensor, column: Tensor | None, *, left: bool) -> None:
+        """Overwrite G by (14) from the left, (p, q), or from the right, (q, p), in one pass over it.
+
+        A column c may lie beside it: from the left it is one more, (p,); from the right it is the last of G's, (q,).
+        """
+        W, scale = self.columns, 1 / self.damping
+        if left:
+            gradient.addmm_(W, torch.mm(W.T, gradient), beta=scale, alpha=-scale)
+            if column is not None:
+                column.addmv_(W, torch.mv(W.T, column), beta=scale, alpha=-scale)
+        elif column is None:
+            gradient.addmm_(torch.mm(gradient, W), W.T, beta=scale, alpha=-scale)
+        else:
+            upper, last = W[:-1], W[-1]
+            coefficients = torch.mm(gradient, upper).addr_(column, last)
+            gradient.addmm_(coefficients, upper.T, beta=scale, alpha=-scale)
+            column.addmv_(coefficients, last, beta=scale, alpha=-scale)
 
     def tensors(self) -> dict[str, Tensor]:
         """W and λ."""

@@ -6,8 +6,8 @@ from torch import nn
 
 from ngplus import NGPlus, batching
 from ngplus.baselines import KFAC
-from ngplus.batching import Member, batches, precondition
-from ngplus.layers import find_layers
+from ngplus.batching import Batch, Member, Series, batches
+from ngplus.layers import find_layers, stored
 from ngplus.preconditioner import DenseInverse
 
 
@@ -187,16 +187,64 @@ def test_each_direction_is_that_of_a_dense_solve(rows, columns, bias):
     together, alone = batches(members)
     assert [len(batch.members) for batch in together] == [4]
     assert not alone
-    precondition(together[0])
+    together[0].precondition()
     for layer, direction in zip(find_layers(model), expected, strict=True):
         torch.testing.assert_close(layer.weight.grad, direction[:, :columns])
         if bias:
             torch.testing.assert_close(layer.bias.grad, direction[:, -1])
 
 
-def test_what_is_large_or_alone_is_not_batched(monkeypatch):
+class Unlike(nn.Module):
+    """Small layers of which no two have one shape: tables, linear layers and 1×1 convolutions, of both sides."""
+
+    def __init__(self):
+        super().__init__()
+        double = {"dtype": torch.float64}
+        self.tables = nn.ModuleList(nn.Embedding(rows, 6, **double) for rows in (3, 5, 9, 21))
+        self.sparse = nn.EmbeddingBag(30, 6, mode="sum", sparse=True, **double)
+        self.wide, self.narrow = nn.Linear(6, 4, **double), nn.Linear(4, 8, **double)
+        self.bare, self.square = nn.Linear(8, 5, bias=False, **double), nn.Linear(5, 5, **double)
+        self.mix, self.unmix = nn.Conv1d(5, 9, 1, **double), nn.Conv1d(9, 3, 1, bias=False, **double)
+
+    def forward(self, index):
+        x = sum(table(index % table.num_embeddings) for table in self.tables) + self.sparse(index).unsqueeze(1)
+        x = self.square(self.bare(self.narrow(self.wide(x).tanh()).tanh()).tanh()).tanh()
+        return self.unmix(self.mix(x.mT).tanh())
+
+
+def test_small_layers_of_any_shapes_are_turned_in_one_series_as_alone(monkeypatch):
+    index = torch.randint(30, (5, 4))
+    sizes = []
+    turned = Series.precondition
+    monkeypatch.setattr(Series, "precondition", lambda self: sizes.append(len(self.members)) or turned(self))
+    together, alone = (gradients_after_a_step(Unlike, index, small, monkeypatch) for small in (2**14, -1))
+    assert sizes == [11, 11]
+    assert together.keys() == alone.keys()
+    for name, gradient in together.items():
+        assert gradient.is_sparse == (name == "sparse.weight")
+        torch.testing.assert_close(gradient.to_dense(), alone[name].to_dense(), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", [name for name, _ in Unlike().named_parameters()])
+def test_nan_in_any_gradient_of_a_series_skips_the_step(name):
+    model = Unlike()
+    optimizer = NGPlus(model, lr=0.1, update_every=100)
+    index = torch.randint(30, (5, 4))
+    for bad in (False, True):
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer.zero_grad()
+        model(index).square().mean().backward()
+        if bad:
+            stored(model.get_parameter(name).grad).view(-1)[-1] = float("nan")
+        optimizer.step()
+        assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True)) == bad
+    assert optimizer.skipped_steps == 1
+
+
+def test_what_is_large_is_not_turned_with_others(monkeypatch):
     seen = []
-    monkeypatch.setattr(batching, "precondition", lambda batch: seen.append(len(batch.members)) or {})
+    monkeypatch.setattr(Batch, "precondition", lambda batch: seen.append(len(batch.members)) or {})
+    monkeypatch.setattr(Series, "precondition", lambda self: seen.append([m.shape.rows for m in self.members]) or {})
     model = nn.ModuleList(
         [
             nn.EmbeddingBag(rows, 4, mode="sum", sparse=sparse)
@@ -217,7 +265,7 @@ def test_what_is_large_or_alone_is_not_batched(monkeypatch):
     optimizer = NGPlus(whole, lr=0.1)
     whole(torch.randint(6, (5, 2))).square().mean().backward()
     optimizer.step()
-    assert seen == [2, 2]  # the two of six rows; the ten rows that each sparse gradient has
+    assert seen == [2, 2, [11]]  # the two of six rows; the ten rows that each sparse gradient has; the small one
 
 
 class SparseTables(nn.Module):
@@ -261,7 +309,17 @@ def test_nan_in_a_row_of_any_sparse_gradient_skips_the_step(table):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize(
-    "which", ["tables.0.weight", "tables.1.weight", "flat.2.weight", "flat.1.bias", "bare.1.weight"]
+    "which",
+    [
+        "tables.0.weight",
+        "tables.1.weight",
+        "tables.2.weight",
+        "flat.2.weight",
+        "flat.1.bias",
+        "bare.1.weight",
+        "mix.in_proj_weight",
+        "mix.out_proj.bias",
+    ],
 )
 def test_nan_in_any_member_skips_the_step(value, which):
     model = Tables()
@@ -280,7 +338,8 @@ def test_nan_in_any_member_skips_the_step(value, which):
 
 
 def test_a_baseline_with_two_sides_is_not_batched(monkeypatch):
-    monkeypatch.setattr(batching, "precondition", lambda members: pytest.fail("K-FAC has no one-sided inverse"))
+    for kind in (Batch, Series):
+        monkeypatch.setattr(kind, "precondition", lambda together: pytest.fail("K-FAC has no one-sided inverse"))
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
     optimizer = KFAC(model, lr=0.1)
     model(torch.randn(5, 4)).square().mean().backward()

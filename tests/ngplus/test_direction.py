@@ -139,17 +139,84 @@ def test_a_row_of_a_large_table_moves_as_in_a_small_one(monkeypatch, dtype):
     torch.testing.assert_close(weight(8), weight(10**6))
 
 
-@pytest.mark.parametrize("kind", ["dense", "of a grouped convolution", "low rank"])
+@pytest.mark.parametrize("kind", ["dense", "of a grouped convolution"])
 def test_a_bias_column_that_lies_elsewhere_is_as_one_beside_the_others(kind):
     torch.manual_seed(0)
     groups = 2 if kind == "of a grouped convolution" else 1
     whole, c = torch.randn(groups, 9, 5, dtype=torch.float64), slice(-1, None)
-    if kind == "low rank":
-        preconditioner = LowRankInverse(torch.randn(5, 2, dtype=torch.float64) / 4, 0.3)
-    else:
-        shape = Shape(groups=groups, rows=9, columns=5)
-        preconditioner = DenseInverse([torch.stack([inverse_of(shape, torch.float64) for _ in range(groups)])], shape)
+    shape = Shape(groups=groups, rows=9, columns=5)
+    preconditioner = DenseInverse([torch.stack([inverse_of(shape, torch.float64) for _ in range(groups)])], shape)
     D, d = preconditioner.apply_right_apart(whole[:, :, :-1].clone(), whole[:, :, c].clone())
     expected = preconditioner.apply_right(whole.clone())
     torch.testing.assert_close(D, expected[:, :, :-1])
     torch.testing.assert_close(d, expected[:, :, c])
+
+
+@pytest.mark.parametrize("rank", [0, 1, 3])
+@pytest.mark.parametrize("column", [False, True])
+@pytest.mark.parametrize("left", [False, True])
+def test_low_rank_in_place_is_the_product_with_the_dense_matrix(rank, column, left):
+    torch.manual_seed(0)
+    W = torch.randn(5, rank, dtype=torch.float64) / 4
+    dense = (torch.eye(5, dtype=torch.float64) - W @ W.T) / 0.3
+    whole = torch.randn(5, 9, dtype=torch.float64) if left else torch.randn(9, 5, dtype=torch.float64)
+    expected = dense @ whole if left else whole @ dense
+    if column:
+        G, c = whole[:, :-1].clone(), whole[:, -1].clone()
+        LowRankInverse(W, 0.3).turn(G, c, left=left)
+        torch.testing.assert_close(torch.cat([G, c.unsqueeze(1)], dim=1), expected)
+    else:
+        LowRankInverse(W, 0.3).turn(whole, None, left=left)
+        torch.testing.assert_close(whole, expected)
+
+
+@pytest.mark.parametrize("kind", ["linear", "convolution", "table"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("change", ["none", "half", "transposed", "no bias gradient", "part of a bucket"])
+def test_low_rank_takes_gradients_however_they_lie(kind, side, change):
+    torch.manual_seed(0)
+    m, n = (4, 9) if side == "left" else (9, 4)
+    module = {
+        "linear": lambda: nn.Linear(n, m, dtype=torch.float64),
+        "convolution": lambda: nn.Conv2d(n, m, 1, dtype=torch.float64),
+        "table": lambda: nn.Embedding(m, n, dtype=torch.float64),
+    }[kind]()
+    layer = find_layers(nn.Sequential(module))[0]
+    layer.looked_up = False
+    shape = layer.shape(None)
+    W = torch.randn(shape.short, 2, dtype=torch.float64) / 4
+    dense = (torch.eye(shape.short, dtype=torch.float64) - W @ W.T) / 0.3
+    whole = torch.randn(shape.rows, shape.columns, dtype=torch.float64)
+    if layer.bias is not None:
+        layer.bias.grad = whole[:, -1].clone()
+        if change == "no bias gradient":
+            layer.bias.grad = None
+            whole[:, -1] = 0
+    gradient = whole[:, :n].clone().view(module.weight.shape)
+    if change == "transposed":
+        gradient = gradient.transpose(0, 1).contiguous().transpose(0, 1)
+    if change == "part of a bucket":
+        gradient = torch.stack([gradient, gradient])[1]
+    layer.weight.grad = gradient
+    if change == "half":
+        module.bfloat16()
+        layer.weight.grad = gradient.bfloat16()
+        if layer.bias is not None:
+            layer.bias.grad = layer.bias.grad.bfloat16()
+    precondition(Member(layer, LowRankInverse(W, 0.3), shape))
+    expected = dense @ whole if side == "left" else whole @ dense
+    tolerance = {"rtol": 0.03, "atol": 0.1} if change == "half" else {}
+    torch.testing.assert_close(layer.weight.grad.double().reshape(m, n), expected[:, :n], **tolerance)
+    if layer.bias is not None and layer.bias.grad is not None:
+        torch.testing.assert_close(layer.bias.grad.double(), expected[:, -1], **tolerance)
+
+
+def test_low_rank_leaves_rows_of_zeros_alone_and_says_which_it_turned():
+    torch.manual_seed(0)
+    layer = find_layers(nn.Sequential(nn.Embedding(200, 6, dtype=torch.float64)))[0]
+    layer.weight.grad = gradient(200, 6, 30, torch.float64)
+    before = layer.weight.grad.any(1).nonzero()[:, 0]
+    columns = torch.randn(6, 2, dtype=torch.float64) / 4
+    rows = precondition(Member(layer, LowRankInverse(columns, 1.0), layer.shape(None)))
+    assert rows is not None
+    assert torch.equal(rows.numbers, before)

@@ -305,3 +305,13 @@ def test_names_are_of_parameters_whose_gradient_is_bad():
     good, bad, none = (nn.Parameter(torch.ones(2)) for _ in range(3))
     good.grad, bad.grad = torch.ones(2), torch.tensor([1.0, float("inf")])
     assert nonfinite_names([("good", good), ("bad", bad), ("none", none)]) == ["bad"]
+
+
+@pytest.mark.parametrize("bad", [None, float("nan"), float("inf")])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_short_vectors_are_looked_at_together(bad, place):
+    """Finite ones whose sum is not, in two dtypes, beside a matrix."""
+    vectors = [torch.full((3,), torch.finfo(torch.float32).max), torch.ones(4, dtype=torch.float64), torch.ones(2)]
+    if bad is not None:
+        vectors[place][-1] = bad
+    assert bool(any_nonfinite([*vectors, torch.ones(2, 2)])) == (bad is not None)
