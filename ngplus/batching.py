@@ -173,9 +173,11 @@ def _is_small(member: Member) -> bool:
     layer, inverse = member.layer, member.preconditioner
     if layer.weight.grad is None or not isinstance(inverse, DenseInverse) or len(inverse.inverses) > 1:
         return False
-    numbers, sparse, bias = stored(layer.weight.grad), layer.weight.grad.is_sparse, layer.trained_bias
-    own_bias = bias is None or (bias.grad is not None and len(bias) == len(layer.weight))
-    plain = numbers.layout == torch.strided and numbers.dtype == inverse.main.dtype and numbers.is_contiguous()
+    numbers, sparse, dtype = stored(layer.weight.grad), layer.weight.grad.is_sparse, inverse.main.dtype
+    bias = layer.trained_bias
+    column = None if bias is None else bias.grad
+    own_bias = bias is None or (column is not None and column.dtype == dtype and len(column) == len(layer.weight))
+    plain = numbers.layout == torch.strided and numbers.dtype == dtype and numbers.is_contiguous()
     whole_rows = not sparse or (member.shape.side == "right" and bias is None and numbers.dim() == 2)
     return numbers.numel() <= SMALL and own_bias and plain and whole_rows
 

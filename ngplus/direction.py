@@ -70,7 +70,7 @@ def _plain(layer: Layer, gradient: Tensor, dtype: torch.dtype) -> tuple[Tensor, 
     if gradient.layout != torch.strided or gradient.dtype != dtype or not gradient.is_contiguous():
         return None
     column = _bias_gradient(layer)
-    if column is None and layer.trained_bias is not None:
+    if layer.trained_bias is not None and (column is None or column.dtype != dtype):
         return None
     return gradient if gradient.dim() == 2 else gradient.view(len(gradient), -1), column
 

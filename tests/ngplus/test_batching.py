@@ -148,6 +148,27 @@ def test_new_curvature_and_a_loaded_state_are_taken_at_once(monkeypatch):
     torch.testing.assert_close(directions[2], 2 * directions[1])
 
 
+@pytest.mark.parametrize("columns", [3, 12, 40])  # a small layer of either side; a low rank one, 8 samples of 40
+def test_a_bias_of_another_dtype_is_turned_in_its_own(columns):
+    """Under autocast, which casts both."""
+    directions = []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        model = nn.Linear(columns, 40 if columns == 40 else 6)
+        with torch.no_grad():
+            model.bias = nn.Parameter(model.bias.bfloat16().to(dtype))
+        optimizer = NGPlus(model, lr=1e-3, damping=0.3)
+        x = torch.randn(8, columns)
+        with torch.autocast("cpu", torch.bfloat16):
+            model(x).square().mean().backward()
+        optimizer.step()
+        assert "weight" in optimizer.curvature
+        assert model.bias.grad.dtype == dtype
+        directions.append([model.weight.grad, model.bias.grad.float()])
+    for ours, expected in zip(*directions, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0.02, atol=0.02 * float(expected.abs().max()))
+
+
 def test_inverses_that_are_joined_are_kept_once():
     model = Tables()
     optimizer = NGPlus(model, lr=0.1, damping=0.3, update_every=100)
