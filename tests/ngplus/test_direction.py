@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ngplus import NGPlus, direction
+from ngplus import NGPlus, batching, direction
 from ngplus.baselines import KFAC, SENG, Shampoo
 from ngplus.batching import Member
 from ngplus.direction import precondition
@@ -17,6 +17,7 @@ from ngplus.preconditioner import DenseInverse, LowRankInverse
 def every_table_is_large(monkeypatch):
     monkeypatch.setattr(direction, "CHUNK", 8)
     monkeypatch.setattr(direction, "SMALL_TABLE", 8)
+    monkeypatch.setattr(batching, "SMALL", 8)
 
 
 def inverse_of(shape, dtype):

@@ -8,12 +8,13 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adagrad, Adam, SparseAdam
 
-from ngplus import NGPlus, direction, touched
+from ngplus import NGPlus, batching, direction, touched
 
 
 @pytest.fixture(autouse=True)
 def every_table_is_large(monkeypatch):
     monkeypatch.setattr(direction, "SMALL_TABLE", 8)
+    monkeypatch.setattr(batching, "SMALL", 8)
 
 
 class Model(nn.Module):
