@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import fmean, median
+from typing import Any
 
 import torch
 from scipy.stats import trim_mean
@@ -160,10 +161,23 @@ def _midmean(values: list[float]) -> float:
     return float(trim_mean(values, TRIMMED))
 
 
+def _of_a_product(*shapes: Any, out_shape: Any = None, **options: Any) -> int:
+    """Of the last two, a matrix and a matrix or vector."""
+    (rows, inner), right = shapes[-2:]
+    return 2 * rows * inner * math.prod(right[1:])
+
+
+_UNCOUNTED = dict.fromkeys(
+    (torch.ops.aten.mv, torch.ops.aten.addmv_, torch.ops.aten.addmm_),
+    _of_a_product,
+)
+"""Products that torch's counter does not know, which directions are made by."""
+
+
 def _operations(recipe: Recipe, name: str, task: Task, device: torch.device) -> Costs:
     """Counted by torch on a renewing and a plain step: products and convolutions, no factorisations."""
     training = training_of(recipe, name, task, device, every=2)
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=_UNCOUNTED) as counter:
         taken = take_steps(training, lambda: float(counter.get_total_flops()), lambda steps: len(steps) == 2)
     return _costs(taken, 2, renews=renews(recipe, name), mean=fmean)
 

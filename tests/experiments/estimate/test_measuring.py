@@ -104,6 +104,13 @@ def test_operations_are_counted_by_what_a_step_multiplies(recipe, toy_task):
     assert ngplus.operations.plain.update == 2 * (4 * 4 * 6 + 1 * 1 * 5)
 
 
+def test_low_ranks_products_in_place_are_counted(load, toy_task):
+    recipe = load("optimizers.ngplus.solver=low_rank", "optimizers.ngplus.max_samples=1")
+    ngplus = measure(recipe, "ngplus", toy_task, CPU, clock=CLOCK, round_length=2, steps=2, count_operations=True)
+    # (14): W, of 4 × 1 and of 1 × 1, times the gradient's 4 × 6 and 1 × 5 numbers, twice; the bias is a column.
+    assert ngplus.operations.plain.update == 2 * 2 * (4 * 1 * 6 + 1 * 1 * 5)
+
+
 def test_processor_time_does_not_count_what_is_waited_for():
     clock = clock_of(CPU, cpu_time=True)
     start = clock()
