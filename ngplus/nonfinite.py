@@ -42,10 +42,13 @@ def _any_nonfinite(tensors: list[Tensor]) -> Tensor:
     """
     if not can_ask(tensors[0]):
         return torch.stack(torch._foreach_norm(tensors, float("inf"))).isfinite().all().logical_not()
-    short = [tensor for tensor in tensors if tensor.dim() == 1 and len(tensor) <= SHORT]
-    if len(short) > 1:
-        tensors = [torch.cat(short), *(tensor for tensor in tensors if tensor.dim() > 1 or len(tensor) > SHORT)]
-    suspects = [tensor for tensor in tensors if not math.isfinite(tensor.sum().item())]
+    short: list[Tensor] = []
+    looks: list[Tensor] = []
+    for tensor in tensors:
+        (short if tensor.dim() == 1 and len(tensor) <= SHORT else looks).append(tensor)
+    if short:
+        looks.append(torch.cat(short))
+    suspects = [tensor for tensor in looks if not math.isfinite(tensor.sum().item())]
     return torch.tensor(not all(bool(tensor.isfinite().all()) for tensor in suspects), device=tensors[0].device)
 
 

@@ -314,4 +314,18 @@ def test_short_vectors_are_looked_at_together(bad, place):
     vectors = [torch.full((3,), torch.finfo(torch.float32).max), torch.ones(4, dtype=torch.float64), torch.ones(2)]
     if bad is not None:
         vectors[place][-1] = bad
-    assert bool(any_nonfinite([*vectors, torch.ones(2, 2)])) == (bad is not None)
+    assert bool(any_nonfinite([*vectors, torch.ones(2, 2), torch.ones(())])) == (bad is not None)
+
+
+@pytest.mark.parametrize("bad", [False, True])
+def test_a_scalar_parameter_beside_biases_is_looked_at(bad):
+    model, _ = make()
+    model.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
+    optimizer = NGPlus(model, lr=0.1, damping=0.3)
+    before = parameters(model)
+    (loss(model, batch()) * model.scale).backward()
+    if bad:
+        model.scale.grad.fill_(float("nan"))
+    optimizer.step()
+    assert optimizer.skipped_steps == bad
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True)) == bad
