@@ -15,10 +15,8 @@ from torch import Tensor, nn
 
 from ngplus.gfim import Shape
 from ngplus.layers import Layer, stored
+from ngplus.nonfinite import Watch
 from ngplus.preconditioner import DenseInverse, Preconditioner
-
-Looks = dict[int, Tensor | None]
-"""What to look at for NaN in place of the gradient of a weight or bias, by its id; None: it is part of another's."""
 
 SMALL = 2**14
 """Most numbers of a gradient that is copied to lie beside others: about as long as the calls take that this saves."""
@@ -51,14 +49,14 @@ class Batch:
     members: Sequence[Member]
     inverses: Tensor
 
-    def precondition(self) -> Looks:
-        """Replace the gradients by their directions."""
-        weights = [member.layer.weight for member in self.members]
-        looks = self._replaced(weights)
+    def precondition(self, watch: Watch) -> None:
+        """Replace the gradients by their directions, and show these to ``watch``."""
+        self._replace([member.layer.weight for member in self.members], watch)
         biases = [bias for member in self.members if (bias := member.layer.trained_bias) is not None]
-        return looks | self._replaced(biases) if biases else looks
+        if biases:
+            self._replace(biases, watch)
 
-    def _replaced(self, parameters: Sequence[nn.Parameter]) -> Looks:
+    def _replace(self, parameters: Sequence[nn.Parameter], watch: Watch) -> None:
         inverses = self.inverses
         gradients = [stored(parameter.grad) for parameter in parameters if parameter.grad is not None]
         G = torch.stack(gradients)
@@ -67,60 +65,95 @@ class Batch:
         else:
             D = torch.bmm(G.view(len(inverses), -1, inverses.shape[1]), inverses)  # (layers, q, p)
         torch._foreach_copy_(gradients, D.view(G.shape).unbind())
-        return _look(parameters, D)
+        watch.look(D)
+        watch.seen.update(map(id, parameters))
 
 
 @dataclass(frozen=True, eq=False)
+class Turn:
+    """Where one member of a `Series` gets its direction.
+
+    Attributes:
+        layer: of the member.
+        inverse: (λI + L)⁻¹, (p, p).
+        left: whether that stands on the left.
+        product: the matrix's direction; on the right with the column of a bias, if there is one.
+        column: on the left the direction of a bias, if there is one.
+    """
+
+    layer: Layer
+    inverse: Tensor
+    left: bool
+    product: Tensor
+    column: Tensor | None
+
+    def make(self) -> list[Tensor]:
+        """Fill them in; returns the gradients, of the weight and, if there is one, of the bias."""
+        gradients = _gradients(self.layer)
+        G = gradients[0] if gradients[0].dim() == 2 else gradients[0].flatten(1)
+        if self.left:
+            torch.mm(self.inverse, G, out=self.product)
+            if self.column is not None:
+                torch.mv(self.inverse, gradients[1], out=self.column)
+        else:
+            GB = G if len(gradients) == 1 else torch.cat([G, gradients[1].unsqueeze(1)], dim=1)
+            torch.mm(GB, self.inverse, out=self.product)
+        return gradients
+
+    def directions(self) -> list[Tensor]:
+        """What belongs in the gradients that `make` returns, in their shapes."""
+        shapes = [gradient.shape for gradient in _gradients(self.layer)]
+        if len(shapes) == 1:
+            return [self.product.view(shapes[0])]
+        if self.column is not None:
+            return [self.product.view(shapes[0]), self.column]
+        return [self.product[:, :-1].view(shapes[0]), self.product[:, -1]]
+
+
+def _gradients(layer: Layer) -> list[Tensor]:
+    """Of its weight and, if that is trained, its bias, which must be there; of a sparse one the rows."""
+    weight, bias = layer.weight.grad, layer.trained_bias
+    assert weight is not None
+    if bias is None:
+        return [stored(weight)]
+    assert bias.grad is not None
+    return [stored(weight), bias.grad]
+
+
+def _turn(member: Member, place: Tensor) -> Turn:
+    """To have its direction in ``place``, as many numbers as its gradients."""
+    layer, inverse, left = member.layer, member.preconditioner.main[0], member.shape.side == "left"
+    if not left:
+        return Turn(layer, inverse, left, place.view(-1, len(inverse)), None)
+    places = torch.split(place, [gradient.numel() for gradient in _gradients(layer)])
+    column = places[1] if len(places) > 1 else None
+    return Turn(layer, inverse, left, places[0].view(len(inverse), -1), column)
+
+
 class Series:
     """Members of whatever shapes: a product each, and the rest at once for all.
 
-    Attributes:
-        members: one at least.
-        turns: of each, (layer, (λI + L)⁻¹ (p, p), whether that stands on the left).
+    Args:
+        members: one at least, with gradients as `precondition` will find them.
     """
 
-    members: Sequence[Member]
-    turns: Sequence[tuple[Layer, Tensor, bool]]
+    def __init__(self, members: Sequence[Member]) -> None:
+        self.members = members
+        sizes = [sum(gradient.numel() for gradient in _gradients(member.layer)) for member in members]
+        # Kept, as are all views of it, since to make them takes about as long as the products do.
+        self._numbers = members[0].preconditioner.main.new_empty(sum(sizes))
+        places = torch.split(self._numbers, sizes)
+        self._turns = [_turn(member, place) for member, place in zip(members, places, strict=True)]
+        self._directions = [direction for turn in self._turns for direction in turn.directions()]
+        layers = [member.layer for member in members]
+        self._parameters = {id(p) for layer in layers for p in (layer.weight, layer.trained_bias) if p is not None}
 
-    def precondition(self) -> Looks:
-        """Replace the gradients by their directions."""
-        parameters: list[nn.Parameter] = []
-        gradients: list[Tensor] = []
-        directions: list[Tensor] = []
-        for layer, inverse, left in self.turns:
-            weight, bias = layer.weight, layer.trained_bias
-            G = stored(weight.grad)  # type: ignore[arg-type]
-            parameters.append(weight)
-            gradients.append(G)
-            if bias is None:
-                directions.append(_product(inverse, G, left))
-            else:
-                parameters.append(bias)
-                gradients.append(bias.grad)  # type: ignore[arg-type]
-                directions += _products(inverse, G, bias.grad, left)  # type: ignore[arg-type]
-        torch._foreach_copy_(gradients, directions)
-        return _look(parameters, torch.cat([direction.reshape(-1) for direction in directions]))
-
-
-def _product(inverse: Tensor, gradient: Tensor, left: bool) -> Tensor:
-    """Of (p, p) and a gradient of any shape, taken as a matrix."""
-    G = gradient if gradient.dim() == 2 else gradient.flatten(1)
-    D = torch.mm(inverse, G) if left else torch.mm(G, inverse)
-    return D if gradient.dim() == 2 else D.view(gradient.shape)
-
-
-def _products(inverse: Tensor, gradient: Tensor, column: Tensor, left: bool) -> tuple[Tensor, Tensor]:
-    """`_product` for a gradient with the column of a bias, apart again."""
-    if left:
-        return _product(inverse, gradient, left), torch.mv(inverse, column)
-    D = torch.cat([gradient.flatten(1), column.unsqueeze(1)], dim=1).mm(inverse)
-    return D[:, :-1].reshape(gradient.shape), D[:, -1]
-
-
-def _look(parameters: Sequence[nn.Parameter], directions: Tensor) -> Looks:
-    looks: Looks = dict.fromkeys(map(id, parameters))
-    looks[id(parameters[0])] = directions
-    return looks
+    def precondition(self, watch: Watch) -> None:
+        """Replace the gradients by their directions, and show these to ``watch``."""
+        gradients = [gradient for turn in self._turns for gradient in turn.make()]
+        torch._foreach_copy_(gradients, self._directions)
+        watch.look(self._numbers)
+        watch.seen |= self._parameters
 
 
 def batches(members: Sequence[Member]) -> tuple[list[Batch | Series], list[Member]]:
@@ -128,7 +161,7 @@ def batches(members: Sequence[Member]) -> tuple[list[Batch | Series], list[Membe
     small = [member for member in members if _is_small(member)]
     batched = [alike for alike in _alike(small, _shapes) if len(alike) > 1]
     series = _alike(_without(small, batched), _place)
-    return [*map(_joined, batched), *map(_series, series)], _without(members, [*batched, *series])
+    return [*map(_joined, batched), *map(Series, series)], _without(members, [*batched, *series])
 
 
 def _without(members: Sequence[Member], taken: Sequence[Sequence[Member]]) -> list[Member]:
@@ -163,11 +196,6 @@ def _joined(members: Sequence[Member]) -> Batch:
     return Batch(members, inverses)
 
 
-def _series(members: Sequence[Member]) -> Series:
-    turns = [(member.layer, member.preconditioner.main[0], member.shape.side == "left") for member in members]
-    return Series(members, turns)
-
-
 def _is_small(member: Member) -> bool:
     """Whether its gradients are few numbers that lie in rows, to be multiplied by one stack of explicit inverses."""
     layer, inverse = member.layer, member.preconditioner
@@ -198,4 +226,4 @@ def _place(member: Member) -> Hashable:
     return (main.dtype, main.device) if len(main) == 1 else None
 
 
-__all__ = ["Batch", "Looks", "Member", "Series", "batches", "form"]
+__all__ = ["Batch", "Member", "Series", "batches", "form"]

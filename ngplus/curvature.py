@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ngplus import batching, direction, distributed, gfim, preconditioner
-from ngplus.batching import Batch, Looks, Member, Series
+from ngplus.batching import Batch, Member, Series
 from ngplus.capture import Sampling, Statistic
 from ngplus.factors import statistics_dtype
 from ngplus.gfim import Shape
 from ngplus.inverse import Request, invert
 from ngplus.layers import Layer, as_matrix
+from ngplus.nonfinite import Watch
 from ngplus.options import Options
 from ngplus.preconditioner import DenseInverse, Preconditioner
 from ngplus.touched import TouchedRows
@@ -129,20 +130,6 @@ def sampling(options: Options) -> Sampling:
         max_rank=ranks[options.solver] if exact_rank else 0.0,
         sketch_size=options.sketch_size,
     )
-
-
-@dataclass(frozen=True, eq=False)
-class Directions:
-    """What is known of the directions that have replaced gradients.
-
-    Attributes:
-        looks: what to look at for NaN in place of the gradients of some parameters, by their ids; None where another's
-            has it too.
-        touched: rows of gradients whose other rows are zeros.
-    """
-
-    looks: Mapping[int, Tensor | None]
-    touched: Mapping[nn.Parameter, TouchedRows]
 
 
 @dataclass(frozen=True, eq=False)
@@ -290,19 +277,30 @@ class Curvature:
             return preconditioner.sketched(columns, damping, gfim.drawn(columns.shape[0], size, self._generator))
         return preconditioner.low_rank(columns, damping)
 
-    def precondition(self, layers: Sequence[Layer]) -> Directions:
-        """Replace the gradients of the layers that have a preconditioner by their directions (6)."""
+    def precondition(self, layers: Sequence[Layer], watch: Watch) -> dict[nn.Parameter, TouchedRows]:
+        """Replace the gradients of the layers that have a preconditioner by their directions (6).
+
+        Args:
+            layers: of the optimizer.
+            watch: is shown the directions.
+
+        Returns:
+            The rows that are not zeros, of weights where they are known.
+        """
         plan = self._planned(layers)
-        looks: Looks = {}
         touched: dict[nn.Parameter, TouchedRows] = {}
-        for batch in plan.together:
-            looks |= batch.precondition()
+        # Those of small layers last, since the calls for them take longer than what they do: large gradients, which
+        # the backward pass has just written, do not leave the cache meanwhile.
         for member in plan.alone:
+            weight = member.layer.weight
             rows = self._replace(member)
             if rows is not None:
-                touched[member.layer.weight] = rows
-                looks[id(member.layer.weight)] = rows.values
-        return Directions(looks, touched)
+                touched[weight] = rows
+            watch.look(weight.grad if rows is None else rows.values)  # type: ignore[arg-type]
+            watch.seen.add(id(weight))
+        for batch in plan.together:
+            batch.precondition(watch)
+        return touched
 
     def _planned(self, layers: Sequence[Layer]) -> _Plan:
         """The plan of the step before, where nothing that decides it has changed."""

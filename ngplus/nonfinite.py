@@ -23,33 +23,51 @@ def _values(gradient: Tensor) -> Tensor:
     return torch.view_as_real(values.conj() if values.is_conj() else values)
 
 
-def any_nonfinite(gradients: Iterable[Tensor]) -> Tensor | None:
-    """Whether any entry is NaN or Inf: a bool scalar on the first gradient's device; None without gradients."""
-    devices: dict[torch.device, list[Tensor]] = {}
-    for gradient in gradients:
-        if (values := _values(gradient)).numel():
-            devices.setdefault(values.device, []).append(values)
-    flags = [_any_nonfinite(values) for values in devices.values()]
-    if len(flags) < 2:
-        return flags[0] if flags else None
-    return torch.stack([flag.to(flags[0].device) for flag in flags]).any()
+class Watch:
+    """Whether any of the gradients that it is shown holds NaN or Inf.
 
+    On a CPU each is looked at when it is shown, while it still lies in the cache, by its sum, which is read at the
+    memory's speed and which every NaN or Inf survives; one whose sum overflowed by itself is cleared by a second look.
+    On other devices all are looked at together in the end, and nothing waits.
 
-def _any_nonfinite(tensors: list[Tensor]) -> Tensor:
-    """On a GPU one kernel for many tensors; on a CPU their sums first, which read at the memory's speed.
-
-    Every NaN or Inf survives a sum. A sum that overflowed by itself is cleared by a second look.
+    Attributes:
+        seen: ids of the parameters whose gradients need not be shown any more.
     """
-    if not can_ask(tensors[0]):
-        return torch.stack(torch._foreach_norm(tensors, float("inf"))).isfinite().all().logical_not()
-    short: list[Tensor] = []
-    looks: list[Tensor] = []
-    for tensor in tensors:
-        (short if tensor.dim() == 1 and len(tensor) <= SHORT else looks).append(tensor)
-    if short:
-        looks.append(torch.cat(short))
-    suspects = [tensor for tensor in looks if not math.isfinite(tensor.sum().item())]
-    return torch.tensor(not all(bool(tensor.isfinite().all()) for tensor in suspects), device=tensors[0].device)
+
+    def __init__(self) -> None:
+        self.seen: set[int] = set()
+        self._found = False
+        self._short: list[Tensor] = []
+        self._elsewhere: dict[torch.device, list[Tensor]] = {}
+
+    def look(self, gradient: Tensor) -> None:
+        """Show it a gradient, which stays as it is until `bad`."""
+        values = _values(gradient)
+        if not can_ask(values):
+            if values.numel():
+                self._elsewhere.setdefault(values.device, []).append(values)
+        elif values.dim() == 1 and len(values) <= SHORT:
+            self._short.append(values)
+        else:
+            self._ask(values)
+
+    def _ask(self, values: Tensor) -> None:
+        if not math.isfinite(values.sum().item()) and not bool(values.isfinite().all()):
+            self._found = True
+
+    def bad(self) -> Tensor | None:
+        """A bool scalar on the device of a gradient; None where it is known that all are finite."""
+        if self._short:
+            self._ask(torch.cat(self._short))
+        flags = [
+            torch.stack(torch._foreach_norm(values, float("inf"))).isfinite().all().logical_not()
+            for values in self._elsewhere.values()
+        ]
+        if self._found:
+            flags.append(torch.tensor(True))
+        if len(flags) < 2:
+            return flags[0] if flags else None
+        return torch.stack([flag.to(flags[0].device) for flag in flags]).any()
 
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -58,11 +76,8 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def zero_where(bad: Tensor, gradients: Iterable[Tensor]) -> None:
     """Set all gradients to zero if ``bad``, a bool scalar on a device, is true.
 
-    By an "and" of their bits with all ones or all zeros: as cheap as a product, and NaN becomes zero too. On a CPU,
-    where the answer is there, nothing is passed over for nothing.
+    By an "and" of their bits with all ones or all zeros: as cheap as a product, and NaN becomes zero too.
     """
-    if can_ask(bad) and not bool(bad):
-        return
     masks: dict[tuple[torch.device, torch.dtype], Tensor] = {}
     for gradient in gradients:
         values = _values(gradient)

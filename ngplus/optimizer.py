@@ -14,12 +14,11 @@ from ngplus.arguments import Params, check_whole, make_base, model_and_params
 from ngplus.capture import Capture
 from ngplus.curvature import Curvature as CurvatureOfLayers
 from ngplus.curvature import LayerState, layer_statistic, sampling
-from ngplus.devices import can_ask
 from ngplus.distributed import world_size
 from ngplus.grouping import SampleIndex
 from ngplus.layers import SUPPORTED, Layer, find_layers, parameter_layers, unsupported_modules
 from ngplus.mixed_precision import loss_scale, without_autocast
-from ngplus.nonfinite import any_nonfinite, nonfinite_names, zero_where
+from ngplus.nonfinite import Watch, nonfinite_names, zero_where
 from ngplus.options import (
     Curvature,
     DampingRule,
@@ -271,14 +270,15 @@ class NGPlus(Optimizer):
     def _to_directions(self) -> None:
         """The curvature first where it is due."""
         if self._options.nonfinite == "raise":
-            self._raise_if_nonfinite("gradient")
+            self._raise_if(self._bad(Watch()), "gradient")
         if self._fresh and (wanted := self._wanted()):
             self._update_curvature(wanted)
         self._fresh = False
         with self._stopwatch.measure("apply"):
-            directions = self._curvature.precondition(self._layers)
-            if self._guard(directions.looks):
-                self._loan.give(directions.touched, self.param_groups)
+            watch = Watch()
+            touched = self._curvature.precondition(self._layers, watch)
+            if self._guard(watch):
+                self._loan.give(touched, self.param_groups)
         self._follow_devices()
 
     @property
@@ -366,27 +366,33 @@ class NGPlus(Optimizer):
     def _gradients(self) -> list[Tensor]:
         return [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
 
-    def _guard(self, looks: Mapping[int, Tensor | None]) -> bool:
-        """Keep NaN and Inf from `base`, as ``nonfinite`` says; ``looks`` is that of `Directions`.
+    def _guard(self, watch: Watch) -> bool:
+        """Keep NaN and Inf from `base`, as ``nonfinite`` says; ``watch`` has seen the directions.
 
         Returns:
-            Whether the directions are known to be those of `Directions` still.
+            Whether all gradients are known to be as they were.
         """
+        bad = self._bad(watch)
+        if bad is None:
+            return True
         if self._options.nonfinite == "raise":
-            self._raise_if_nonfinite("direction")
+            self._raise_if(bad, "direction")
             return True
-        parameters = (p for group in self.param_groups for p in group["params"])
-        gradients = [(id(p), gradient) for p in parameters if (gradient := p.grad) is not None]
-        bad = any_nonfinite(look for p, gradient in gradients if (look := looks.get(p, gradient)) is not None)
-        if bad is None or (can_ask(bad) and not bool(bad)):
-            return True
-        zero_where(bad, (gradient for _, gradient in gradients))
+        zero_where(bad, self._gradients())
         self._skipped = bad.long() if self._skipped is None else self._skipped.to(bad.device) + bad
         return False
 
-    def _raise_if_nonfinite(self, what: str) -> None:
+    def _bad(self, watch: Watch) -> Tensor | None:
+        """`Watch.bad` of all gradients."""
+        seen = watch.seen
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if id(parameter) not in seen and parameter.grad is not None:
+                    watch.look(parameter.grad)
+        return watch.bad()
+
+    def _raise_if(self, bad: Tensor | None, what: str) -> None:
         """Waits for the device: whether to raise has to be known now."""
-        bad = any_nonfinite(self._gradients())
         if bad is not None and bool(bad):
             names = nonfinite_names(self._named_parameters())
             raise FloatingPointError(f"the {what} of {', '.join(names)} holds NaN or Inf; no parameter was changed")

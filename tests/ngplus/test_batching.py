@@ -8,6 +8,7 @@ from ngplus import NGPlus, batching
 from ngplus.baselines import KFAC
 from ngplus.batching import Batch, Member, Series, batches
 from ngplus.layers import find_layers, stored
+from ngplus.nonfinite import Watch
 from ngplus.preconditioner import DenseInverse
 
 
@@ -208,7 +209,7 @@ def test_each_direction_is_that_of_a_dense_solve(rows, columns, bias):
     together, alone = batches(members)
     assert [len(batch.members) for batch in together] == [4]
     assert not alone
-    together[0].precondition()
+    together[0].precondition(Watch())
     for layer, direction in zip(find_layers(model), expected, strict=True):
         torch.testing.assert_close(layer.weight.grad, direction[:, :columns])
         if bias:
@@ -237,7 +238,9 @@ def test_small_layers_of_any_shapes_are_turned_in_one_series_as_alone(monkeypatc
     index = torch.randint(30, (5, 4))
     sizes = []
     turned = Series.precondition
-    monkeypatch.setattr(Series, "precondition", lambda self: sizes.append(len(self.members)) or turned(self))
+    monkeypatch.setattr(
+        Series, "precondition", lambda self, watch: sizes.append(len(self.members)) or turned(self, watch)
+    )
     together, alone = (gradients_after_a_step(Unlike, index, small, monkeypatch) for small in (2**14, -1))
     assert sizes == [11, 11]
     assert together.keys() == alone.keys()
@@ -267,8 +270,8 @@ def test_nan_in_any_gradient_of_a_series_skips_the_step(name):
 
 def test_what_is_large_is_not_turned_with_others(monkeypatch):
     seen = []
-    monkeypatch.setattr(Batch, "precondition", lambda batch: seen.append(len(batch.members)) or {})
-    monkeypatch.setattr(Series, "precondition", lambda self: seen.append([m.shape.rows for m in self.members]) or {})
+    monkeypatch.setattr(Batch, "precondition", lambda batch, _: seen.append(len(batch.members)))
+    monkeypatch.setattr(Series, "precondition", lambda self, _: seen.append([m.shape.rows for m in self.members]))
     model = nn.ModuleList(
         [
             nn.EmbeddingBag(rows, 4, mode="sum", sparse=sparse)
@@ -352,7 +355,7 @@ def test_nan_in_any_member_skips_the_step(value, which):
 
 def test_a_baseline_with_two_sides_is_not_batched(monkeypatch):
     for kind in (Batch, Series):
-        monkeypatch.setattr(kind, "precondition", lambda together: pytest.fail("K-FAC has no one-sided inverse"))
+        monkeypatch.setattr(kind, "precondition", lambda *_: pytest.fail("K-FAC has no one-sided inverse"))
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
     optimizer = KFAC(model, lr=0.1)
     model(torch.randn(5, 4)).square().mean().backward()

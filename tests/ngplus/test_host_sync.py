@@ -21,6 +21,7 @@ def plain_step_on_fakes(model, optimizer):
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         for parameter in model.parameters():
             parameter.grad = mode.from_tensor(parameter.grad)
+        optimizer._curvature._plan = None  # which keeps places for directions: they are made anew, without values
         optimizer.step()
 
 
