@@ -40,7 +40,8 @@ class Job:
         """Whether there is nothing to do; says so."""
         done = finished_run(self.recipe, self.optimizer, self.seed, self.options)
         if done and _is_first():
-            print(f"{self.optimizer} seed {self.seed}: {done.end.reason} before, see {done.path}")
+            what = f"{done.end.reason} before on {done.manifest.dataset.name}"
+            print(f"{self.optimizer} seed {self.seed}: {what}, see {done.path}")
         return done is not None
 
     def run(self) -> None:

@@ -260,15 +260,19 @@ def _identity(manifest: Manifest) -> dict[str, Any]:
 
 
 def _check_settings(before: Run, settings: Mapping[str, Any]) -> None:
-    """A setting that did not exist when the run was finished is no difference."""
+    """A setting that one of the two does not have is a difference: what it was by default may not be what it is."""
     there, here = numbers_of(before.manifest.recipe), numbers_of(settings)
     different = [
-        f"{key} was {there[key]!r} and is {here[key]!r}"
-        for key in sorted(there.keys() & here.keys())
-        if there[key] != here[key]
+        f"{key} {_said(there, key, 'was')} and {_said(here, key, 'is')}"
+        for key in sorted(there.keys() | here.keys())
+        if key not in there or key not in here or there[key] != here[key]
     ]
     if different:
         raise UserError(
             f"{before.path}: was finished with other settings: {'; '.join(different)}; "
             "run it again with --force, or give another --results-dir"
         )
+
+
+def _said(settings: Mapping[str, Any], key: str, verb: str) -> str:
+    return f"{verb} {settings[key]!r}" if key in settings else f"{verb} not set"

@@ -59,6 +59,7 @@ COLUMNS = (
     "best_metric_low",
     "best_metric_high",
     "best_metric_std",
+    "metric_standard_error",
     "peak_memory_mb",
     "interval_coverage",
     "reference",
@@ -103,7 +104,8 @@ def compare(results_dir: Path, task: str, scale: str) -> pd.DataFrame:
         - ``..._restricted_mean``: the mean of these times, each at most ``restricted_to_...``, which is how long
           every optimizer was watched for.
         - ``time_per_epoch_s`` and the split ``curvature_s_per_epoch`` ...: medians, on the training clock.
-        - ``best_metric``: median of each run's best epoch; ``best_metric_std`` is over seeds (n − 1).
+        - ``best_metric``: median of each run's best epoch; ``best_metric_std`` is over seeds (n − 1),
+          ``metric_standard_error`` one run's own, from the size of its test set, where the task records it.
         - ``epochs_vs_reference``: ratio of the two medians, NaN unless both are finite.
         - ``epochs_difference``, ``wall_time_difference_s``, ``best_metric_difference``: mean over the seeds that
           both have of the value less the reference's, with a bootstrap interval; times restricted as above,
@@ -205,6 +207,7 @@ def _row(run: Run, own: Mapping[int, Outcome], reference: Mapping[int, Outcome],
         "apply_s_per_epoch": _median([each.apply_s for each in outcomes]),
         **_named("best_metric", _interval([each.best_metric for each in outcomes])),
         "best_metric_std": _std([each.best_metric for each in outcomes]),
+        "metric_standard_error": _median([each.standard_error for each in outcomes]),
         "peak_memory_mb": _median([each.peak_memory_mb for each in outcomes]),
         "interval_coverage": coverage,
         **_versus("epochs_difference", "p", own, reference, lambda each: each.epochs_to_target, horizon.epochs),

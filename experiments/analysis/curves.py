@@ -12,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
+from experiments.analysis.outcomes import STANDARD_ERROR
 from experiments.analysis.palette import colour_of, dashes_of
 from experiments.analysis.runs import Comparable, load_comparable
 from experiments.records import Epoch, Run
@@ -31,8 +32,6 @@ STYLE: dict[str, Any] = {
 }
 
 
-# A further figure so called is the uncertainty of another, no curve of its own.
-STANDARD_ERROR = "standard error"
 # The greatest value over the least from which on an axis is better logarithmic.
 FAR_APART = 4.0
 # How opaque all bands would be on top of each other, at most.
@@ -88,7 +87,7 @@ class Panel:
 
 
 def panels(comparable: Comparable) -> list[Panel]:
-    """Training loss, the metric, and the task's further figures but standard errors."""
+    """Training loss, the metric, and the task's further figures but standard errors, which are no curves."""
     manifest = comparable.runs[0].manifest
     split = manifest.recipe.get("run", {}).get("report_split", "test")
     metric = f"{split} {manifest.metric.name} ({manifest.metric.unit})"

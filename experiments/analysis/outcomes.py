@@ -9,6 +9,9 @@ import numpy as np
 
 from experiments.records import Epoch, Run
 
+STANDARD_ERROR = "standard error"
+"""What a task's further figure is called, behind the metric's name."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
@@ -22,6 +25,7 @@ class Outcome:
         steps: how many it took.
         seconds: how long it trained for.
         best_metric: over its epochs; NaN if it never was a number.
+        standard_error: of that, from the number of samples that it is a mean over; NaN where the task does not say.
         seconds_per_epoch: median over its epochs, NaN if it has none.
         curvature_s: seconds an epoch spent on curvature, NaN if not reported.
         inverse_s: the same for inversions.
@@ -38,6 +42,7 @@ class Outcome:
     steps: int
     seconds: float
     best_metric: float
+    standard_error: float
     seconds_per_epoch: float
     curvature_s: float
     inverse_s: float
@@ -61,6 +66,7 @@ def outcome(run: Run, target: float | None) -> Outcome:
         steps=last.step if last else 0,
         seconds=last.seconds if last else 0.0,
         best_metric=run.best_metric,
+        standard_error=_standard_error(run),
         seconds_per_epoch=float(np.median(seconds)) if len(seconds) else math.nan,
         curvature_s=_per_epoch(run, lambda epoch: epoch.curvature_s),
         inverse_s=_per_epoch(run, lambda epoch: epoch.inverse_s),
@@ -69,6 +75,13 @@ def outcome(run: Run, target: float | None) -> Outcome:
         diverged=run.end is not None and run.end.reason == "diverged",
         devices=run.devices,
     )
+
+
+def _standard_error(run: Run) -> float:
+    """`Outcome.standard_error`."""
+    name = f"{run.manifest.metric.name} {STANDARD_ERROR}"
+    found = [epoch.others.get(name) for epoch in run.epochs if epoch.metric == run.best_metric]
+    return math.nan if not found or found[0] is None else found[0]
 
 
 class Timed(Protocol):

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import singledispatchmethod
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ from experiments.theory.findings import Outcome as Word
 COLUMNS = ("id", "place", "claim", "paper", "ours", "scale", "dataset", "seeds", "verdict", "why")
 WORDS: tuple[Word, ...] = ("reproduced", "not reproduced", "inconclusive", "not run")
 SCALES = ("paper", "small", "tiny")
+PAPER_DATA = {"resnet50-imagenet": "ImageNet-1k", "dlrm-criteo": "Criteo Kaggle"}
+"""How the names of the paper's data begin, where a task at scale ``paper`` trains on whatever the user puts there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,13 +234,19 @@ class Evidence:
         )
 
     def comparable(self, task: str, scale: str) -> Comparable | None:
-        """The runs of a task at a scale, ``None`` if there are none."""
+        """The runs of a task at a scale, at the paper's only those of its data; ``None`` if there are none."""
         if (task, scale) not in self._known:
-            try:
-                self._known[task, scale] = load_comparable(self.results_dir, task, scale)
-            except UserError:
-                self._known[task, scale] = None
+            self._known[task, scale] = self._load(task, scale)
         return self._known[task, scale]
+
+    def _load(self, task: str, scale: str) -> Comparable | None:
+        try:
+            found = load_comparable(self.results_dir, task, scale)
+        except UserError:
+            return None
+        begins = PAPER_DATA.get(task, "") if scale == "paper" else ""
+        runs = tuple(run for run in found.runs if run.manifest.dataset.name.startswith(begins))
+        return replace(found, runs=runs) if runs else None
 
     def pair(self, task: str, optimizer: str, against: str) -> Pair | None:
         """The runs of two optimizers where they can be compared best, ``None`` if they never ran on the same data."""

@@ -40,7 +40,7 @@ def measure(lines: int, folder: Path) -> dict[str, object]:
     seconds = time.perf_counter() - start
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    manifest = criteo.read_manifest(criteo.prepared_in(folder))
+    manifest = criteo.check_files(criteo.prepared_in(folder))
     return {
         "device": device_name("cpu"),
         "cores": os.cpu_count(),

@@ -8,29 +8,35 @@ that runs map from the disk:
     prepared/categories.npy  int32, (N, 26): ranks, see `experiments.data.clicks`; an empty one is the value 0
     prepared/labels.npy      uint8, (N,)
     prepared/values.npy, counts.npy, offsets.npy   the vocabulary, counted over the first six days
-    prepared/manifest.json   version, sizes, where they come from
+    prepared/manifest.json   version, sizes, checksums: a function of the log's text alone
+    prepared/source.json     size and time of the log that they were made of
+    prepared/checked.json    sizes and times of the files above when their checksums were right
 
-The first six sevenths of the lines are for training, the last is the test, as in the DLRM's own code, which cuts
-the file at equal numbers of lines. That code gives every value a row, those of the test day among them: that is
-``min_count = 0``; with a threshold values of the test day alone share the row of the rare ones.
+The first six sevenths of the lines are for training, the last is the test. The DLRM's own code cuts the file at equal
+numbers of lines too, but tests on the first half of the last part only, 3.27 million lines. It gives every value a row,
+those of the test day among them: that is ``min_count = 0``; with a threshold values of the test day alone share the row
+of the rare ones.
 """
 
 import json
+import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from experiments.data.checksum import DataFileError, sha256_of
+from experiments.data.checksum import DataFileError, sha256_of, verify
 from experiments.data.clicks import Clicks, Vocabulary
+from experiments.data.npy import write_bytes
 
 LICENCE = "Criteo's terms of the Kaggle challenge; not redistributed"
 INTEGERS, CATEGORIES, DAYS = 13, 26, 7
 OFFICIAL_LINES = 45_840_617
-VERSION = 1
+VERSION = 2
 
 FILES = ("dense", "categories", "labels", "values", "counts", "offsets")
-MANIFEST = "manifest.json"
+MANIFEST, SOURCE, CHECKED = "manifest.json", "source.json", "checked.json"
 REMEDY = "run `make data-criteo`"
 
 
@@ -44,6 +50,17 @@ def prepared_in(data_dir: Path) -> Path:
     return data_dir / "criteo" / "prepared"
 
 
+def work_of(folder: Path) -> Path:
+    """Where what a preparation has made lies until it is whole."""
+    return folder.with_name(f".{folder.name}.work")
+
+
+def identity_of(source: Path) -> dict[str, int]:
+    """What a log is known by: its size and when it was written."""
+    status = source.stat()
+    return {"bytes": status.st_size, "modified_ns": status.st_mtime_ns}
+
+
 def test_lines(lines: int) -> int:
     """Lines of the last day: a seventh, rounded down; the days before have what is over."""
     return lines // DAYS
@@ -52,8 +69,8 @@ def test_lines(lines: int) -> int:
 def prepare(data_dir: Path) -> Path:
     """Make the columns out of ``<data_dir>/criteo/train.txt`` unless they are there, and return their folder.
 
-    A killed preparation goes on where it was. Needs about 20 GB of disk for the official file, of which 7.5 GB
-    stay, and less than 4 GiB of memory.
+    A killed preparation goes on where it was; columns of another log than the one there now are replaced. Needs about
+    20 GB of disk for the official file, of which 7.5 GB stay, and less than 4 GiB of memory.
 
     Raises:
         DataFileError: the file is missing, or a line of it is not as it should be; or the disk is full.
@@ -61,11 +78,26 @@ def prepare(data_dir: Path) -> Path:
     from experiments.data.criteo_columns import make_columns  # polars, which other datasets do not need
 
     folder = prepared_in(data_dir)
-    try:
-        read_manifest(folder)
-    except DataFileError:
+    if not is_prepared(source_of(data_dir), folder):
         make_columns(source_of(data_dir), folder)
+    shutil.rmtree(work_of(folder.resolve()), ignore_errors=True)  # left where a preparation was killed at its very end
     return folder
+
+
+def is_prepared(source: Path, folder: Path) -> bool:
+    """Whether the folder holds the whole columns of this log; of any log where that is not there any more."""
+    try:
+        check_files(folder)
+        check_source(source, folder)
+    except DataFileError:
+        return False
+    return True
+
+
+def check_source(source: Path, folder: Path) -> None:
+    """Raise `DataFileError` where the log is there, but is not the one that the columns were made of."""
+    if source.is_file() and _read_json(folder / SOURCE) != identity_of(source):
+        raise DataFileError(f"{source} is not the file that {folder} was made of: {REMEDY}")
 
 
 def load(data_dir: Path, *, validation_size: int = 0) -> tuple[Clicks, str]:
@@ -76,13 +108,16 @@ def load(data_dir: Path, *, validation_size: int = 0) -> tuple[Clicks, str]:
         validation_size: lines at the end of the six days that are not trained on.
 
     Raises:
-        DataFileError: the folder is missing, of another version, or a file in it is missing or cut short.
+        DataFileError: the folder is missing, of another version or of another log than the one there now; or a file
+            in it is missing, cut short or changed.
         ValueError: ``validation_size`` leaves nothing to train on.
     """
     folder = prepared_in(data_dir)
-    manifest = read_manifest(folder)
+    lines = check_files(folder)["lines"]
+    check_source(source_of(data_dir), folder)
+    if not test_lines(lines):
+        raise DataFileError(f"{folder}: {lines} lines have no last seventh to test on; there must be {DAYS} at least")
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in FILES}
-    lines = manifest["lines"]
     stop = lines - test_lines(lines)
     if validation_size >= stop:
         raise ValueError(f"validation_size = {validation_size}: must be less than the {stop:,} lines of six days")
@@ -103,27 +138,55 @@ def name_of(clicks: Clicks) -> str:
     return "Criteo Kaggle" if lines == OFFICIAL_LINES else f"log in Criteo's format, {lines:,} lines"
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of prepared columns whose files have the sizes it says.
+def check_files(folder: Path) -> dict[str, Any]:
+    """The manifest of prepared columns whose files are those that it says.
 
-    Sizes only: hashing 7 GB would delay every run by half a minute.
+    A file whose size and time are those in ``checked.json`` is taken to be what it was then: hashing 7 GB would delay
+    every run by several seconds. Others, of a copied folder for instance, are hashed, and written down there.
 
     Raises:
-        DataFileError: it is missing, damaged or of another version, or a file is missing or cut short.
+        DataFileError: the manifest is missing, damaged or of another version, or a file is missing, cut short or
+            changed.
     """
     path = folder / MANIFEST
     if not path.is_file():
         raise DataFileError(f"{path} is missing: {REMEDY}")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        version, sizes = manifest["version"], manifest["bytes"]
-    except (ValueError, KeyError, TypeError):
-        raise DataFileError(f"{path} is damaged: {REMEDY}") from None
-    if version != VERSION:
-        raise DataFileError(f"{path}: version = {version!r}, must be {VERSION}: {REMEDY}")
+    manifest = _read_json(path)
+    if manifest is None or not {"version", "lines", "bytes", "sha256"} <= manifest.keys():
+        raise DataFileError(f"{path} is damaged: {REMEDY}")
+    if manifest["version"] != VERSION:
+        raise DataFileError(f"{path}: version = {manifest['version']!r}, must be {VERSION}: {REMEDY}")
     for name in FILES:
-        _check_size(folder / f"{name}.npy", sizes.get(name))
+        _check_size(folder / f"{name}.npy", manifest["bytes"].get(name))
+    known, marks = _read_json(folder / CHECKED) or {}, _marks(folder)
+    for name in FILES:
+        if known.get(name) != marks[name]:
+            verify(folder / f"{name}.npy", manifest["sha256"][name], remedy=REMEDY)
+    if len(np.load(folder / "labels.npy", mmap_mode="r", allow_pickle=False)) != manifest["lines"]:
+        raise DataFileError(f"{path} is damaged: it says {manifest['lines']} lines: {REMEDY}")
+    if known != marks:
+        mark_checked(folder)
     return manifest
+
+
+def mark_checked(folder: Path) -> None:
+    """Write down that the files are what the manifest says; a folder that cannot be written to stays as it is."""
+    with suppress(OSError):
+        write_bytes(folder / CHECKED, json.dumps(_marks(folder)).encode())
+
+
+def _marks(folder: Path) -> dict[str, list[int]]:
+    files = {name: (folder / f"{name}.npy").stat() for name in FILES}
+    return {name: [status.st_size, status.st_mtime_ns] for name, status in files.items()}
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """None where it is missing or no table."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _check_size(path: Path, expected: int | None) -> None:

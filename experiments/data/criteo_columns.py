@@ -14,7 +14,19 @@ from rich.progress import track
 
 from experiments.data.checksum import DataFileError, sha256_of
 from experiments.data.clicks import by_frequency, rank_of
-from experiments.data.criteo import CATEGORIES, FILES, INTEGERS, MANIFEST, VERSION, read_manifest, test_lines
+from experiments.data.criteo import (
+    CATEGORIES,
+    FILES,
+    INTEGERS,
+    MANIFEST,
+    SOURCE,
+    VERSION,
+    identity_of,
+    is_prepared,
+    mark_checked,
+    test_lines,
+    work_of,
+)
 from experiments.data.criteo_pieces import PIECE, Piece, joined, make_pieces
 from experiments.data.npy import write_bytes, write_npy
 
@@ -28,36 +40,40 @@ def make_columns(source: Path, folder: Path, *, piece_size: int = PIECE) -> None
     Raises:
         DataFileError: see `make_pieces`; or the disk is full.
     """
+    folder = folder.resolve()  # where a link to another disk leads: what is made is renamed in the end
+    work = work_of(folder)
     if not source.is_file():
-        make_pieces(source, folder)  # says what to put where
-    work = folder.with_name(f".{folder.name}.work")
+        make_pieces(source, work)  # says what to put where
     with FileLock(folder.with_name(f".{folder.name}.lock")):
-        if _is_whole(folder):  # another process has been here while this one waited
+        if is_prepared(source, folder):  # another process has been here while this one waited
             return
         try:
-            pieces = make_pieces(source, work / "pieces", size=piece_size)
-            _rank_columns(pieces, work)
-            _put_together(pieces, work)
+            _make(source, work, piece_size)
             shutil.rmtree(folder, ignore_errors=True)
             (work / "whole").replace(folder)
-            shutil.rmtree(work)
+            shutil.rmtree(work, ignore_errors=True)
         except OSError as error:
-            raise DataFileError(_write_failure(work, error)) from error
+            raise DataFileError(_failure(source, work, error)) from error
 
 
-def _is_whole(folder: Path) -> bool:
-    try:
-        read_manifest(folder)
-    except DataFileError:
-        return False
-    return True
+def _make(source: Path, work: Path, piece_size: int) -> None:
+    """``whole`` in ``work``, where all that was made of another log is thrown away."""
+    before = identity_of(source)
+    pieces = make_pieces(source, work, size=piece_size)
+    _rank_columns(pieces, work)
+    _put_together(pieces, work)
+    write_bytes(work / "whole" / SOURCE, json.dumps(before).encode())
+    mark_checked(work / "whole")
+    if identity_of(source) != before:
+        raise DataFileError(f"{source} was changed while it was read: once it is whole, give the same command again")
 
 
-def _write_failure(work: Path, error: OSError) -> str:
+def _failure(source: Path, work: Path, error: OSError) -> str:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     what = "the disk is full: make room" if full else f"{error.strerror or error}"
     path = error.filename or work
-    return f"{path}: could not be written: {what}; the pieces in {work} are kept, the same command goes on from them"
+    done = "read" if str(path) == str(source) else "written"
+    return f"{path}: could not be {done}: {what}; the pieces in {work} are kept, the same command goes on from them"
 
 
 # --- ranks, a column at a time
@@ -65,7 +81,8 @@ def _write_failure(work: Path, error: OSError) -> str:
 
 def _rank_columns(pieces: Sequence[Piece], work: Path) -> None:
     """``ranks-<j>.npy``, ``values-<j>.npy`` and ``counts-<j>.npy`` of every column, two columns at a time."""
-    wanted = [j for j in range(CATEGORIES) if not _column_file(work, "ranks", j).is_file()]
+    names = ("ranks", "values", "counts")
+    wanted = [j for j in range(CATEGORIES) if not all(_column_file(work, name, j).is_file() for name in names)]
     with ThreadPoolExecutor(2) as pool:
         made = pool.map(lambda j: _rank_column(pieces, work, j), wanted)
         for _ in track(made, total=len(wanted), description="Ranking categories"):
@@ -165,7 +182,7 @@ def _write_manifest(whole: Path, pieces: Sequence[Piece], lines: int, sizes: lis
         "test_lines": test_lines(lines),
         "values": sizes,
         "sha256_of_pieces": text,
-        "sha256": {name: sha256_of(whole / f"{name}.npy") for name in ("values", "counts", "offsets")},
+        "sha256": {name: sha256_of(whole / f"{name}.npy") for name in FILES},
         "bytes": {name: (whole / f"{name}.npy").stat().st_size for name in FILES},
     }
     write_bytes(whole / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())

@@ -10,17 +10,18 @@ from experiments.data.criteo import CATEGORIES, INTEGERS
 
 COLUMNS = 1 + INTEGERS + CATEGORIES
 LEAST, GREATEST = -(2**31), 2**31 - 1
+DIGITS = 8
 
 _INTEGERS = [f"i{k}" for k in range(1, INTEGERS + 1)]
 _CATEGORIES = [f"c{k}" for k in range(1, CATEGORIES + 1)]
 _SCHEMA = {
-    "label": pl.UInt8(),
+    "label": pl.String(),
     **dict.fromkeys(_INTEGERS, pl.Int32()),
     **dict.fromkeys(_CATEGORIES, pl.String()),
 }
 _ALLOWED = b"0123456789abcdefABCDEF-\t\n"
 _INTEGER = re.compile(rb"-?[0-9]+")
-_HEXADECIMAL = re.compile(rb"[0-9a-fA-F]{1,8}")
+_HEXADECIMAL = re.compile(rb"[0-9a-fA-F]{1,%d}" % DIGITS)
 
 
 class LineError(ValueError):
@@ -64,17 +65,18 @@ def parse(text: bytes) -> Lines:
         raise first_fault(text)
     try:
         frame = pl.read_csv(text, separator="\t", has_header=False, schema=_SCHEMA, quote_char=None)
+        digits = frame.select(pl.max_horizontal(pl.col(_CATEGORIES).str.len_bytes().max())).item()
         categories = frame.select(pl.col(_CATEGORIES).str.to_integer(base=16, dtype=pl.UInt32).fill_null(0))
     except pl.exceptions.PolarsError as error:
         raise first_fault(text, str(error)) from None
     labels = frame["label"]
-    if frame.height != count or labels.null_count() or labels.max() > 1:
+    if frame.height != count or labels.null_count() or not labels.is_in(["0", "1"]).all() or (digits or 0) > DIGITS:
         raise first_fault(text)
     dense = frame.select(pl.col(_INTEGERS).fill_null(0).clip(0).cast(pl.Float32).log1p())
     return Lines(
         dense=dense.to_numpy(order="c"),
         categories=categories.to_numpy(order="fortran").T,
-        labels=labels.to_numpy(),
+        labels=(labels == "1").cast(pl.UInt8).to_numpy(),
     )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from rich.progress import track
 
 from experiments.data.checksum import DataFileError
-from experiments.data.criteo import CATEGORIES, INTEGERS, VERSION
+from experiments.data.criteo import CATEGORIES, INTEGERS, SOURCE, VERSION, identity_of
 from experiments.data.criteo_lines import LineError, Lines, parse
 from experiments.data.npy import write_bytes, write_npy
 
@@ -48,7 +48,7 @@ def make_pieces(source: Path, folder: Path, *, size: int = PIECE) -> list[Piece]
 
     Args:
         source: the log.
-        folder: where the pieces go.
+        folder: where the pieces go; all that is in it is thrown away where it was made of another file.
         size: bytes of text a piece. A piece has the lines that begin in its stretch.
 
     Raises:
@@ -84,10 +84,9 @@ def _check(source: Path) -> None:
 
 
 def _keep_only_pieces_of(source: Path, folder: Path, size: int) -> None:
-    """Start over where the pieces are of another file, size or version."""
-    status = source.stat()
-    own = {"version": VERSION, "bytes": status.st_size, "modified_ns": status.st_mtime_ns, "piece": size}
-    mark = folder / "source.json"
+    """Start over where what is there was made of another file, size or version."""
+    own = {"version": VERSION, **identity_of(source), "piece": size}
+    mark = folder / SOURCE
     if mark.is_file() and mark.read_text(encoding="utf-8") == json.dumps(own):
         return
     shutil.rmtree(folder, ignore_errors=True)

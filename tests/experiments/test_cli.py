@@ -74,7 +74,7 @@ def test_a_finished_run_is_said_to_be_finished(command, tmp_path):
     command(*arguments)
     status, out, _ = command(*arguments)
     assert status == 0
-    assert out == f"sgd seed 0: finished before, see {tmp_path}/toy/tiny/runs/sgd-seed0.jsonl\n"
+    assert out == f"sgd seed 0: finished before on toy numbers, see {tmp_path}/toy/tiny/runs/sgd-seed0.jsonl\n"
     _, out, _ = command(*arguments, "--force")
     assert "epoch 3/3" in out
 

@@ -173,6 +173,11 @@ def test_a_run_finished_with_other_settings_is_not_taken_for_this_one(load, opti
     run(load(), "sgd", 0, options)
     with pytest.raises(UserError, match=r"finished with other settings: optimizer\.lr was 0\.1 and is 0\.2; .*--force"):
         run(load("optimizers.sgd.lr=0.2"), "sgd", 0, options)
+    with pytest.raises(UserError, match=r"finished with other settings: task\.hidden was not set and is 7; .*--force"):
+        run(load("task.hidden=7"), "sgd", 0, options)
+    run(load("task.hidden=7"), "sgd", 1, options)
+    with pytest.raises(UserError, match=r"finished with other settings: task\.hidden was 7 and is not set; .*--force"):
+        run(load(), "sgd", 1, options)
     assert run(load("run.target=0.1", "run.seeds=[7]"), "sgd", 0, options).end
 
 

@@ -84,3 +84,11 @@ HIT_2 = [0.1, 0.7, 0.8, 0.81, 0.82]
 HIT_3 = [0.1, 0.6, 0.7, 0.85, 0.8]
 HIT_4 = [0.1, 0.6, 0.7, 0.75, 0.8]
 MISS = [0.1, 0.6, 0.7, 0.75, 0.79]
+
+
+def add_others(path, name, values):
+    """Give each epoch of a record a further figure."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line, value in zip([line for line in lines if line["event"] == "epoch"], values, strict=True):
+        line["others"] = {name: value}
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -1,8 +1,7 @@
-import json
 
 import numpy as np
 import pytest
-from handmade import HIT_1, HIT_2, HIT_3, HIT_4, SCALE, TASK, write
+from handmade import HIT_1, HIT_2, HIT_3, HIT_4, SCALE, TASK, add_others, write
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
@@ -90,14 +89,6 @@ def test_an_optimizer_keeps_its_colour_and_its_variants_differ_in_dashes():
     shown = ["ngplus", "ngplus-adam", "sgd"]
     assert dashes_of("ngplus", shown) != dashes_of("ngplus-adam", shown)
     assert dashes_of("ngplus", shown) == dashes_of("sgd", shown) == "solid"
-
-
-def add_others(path, name, values):
-    """Give each epoch of a record a further figure."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    for line, value in zip([line for line in lines if line["event"] == "epoch"], values, strict=True):
-        line["others"] = {name: value}
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def test_each_further_figure_has_a_row_of_its_own_with_its_unit(tmp_path):

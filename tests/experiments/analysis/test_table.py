@@ -1,5 +1,5 @@
 import pytest
-from handmade import HIT_1, HIT_2, HIT_3, HIT_4, MISS, SCALE, TASK, write
+from handmade import HIT_1, HIT_2, HIT_3, HIT_4, MISS, SCALE, TASK, add_others, write
 
 from experiments.analysis.comparison import compare
 from experiments.analysis.table import render
@@ -81,3 +81,16 @@ def test_the_notes_name_the_device_and_who_ran_on_another(frame, tmp_path):
     write(tmp_path, "lars", 2, HIT_1, device="two")
     text = " ".join(render(compare(tmp_path, TASK, SCALE), "markdown").split())
     assert "Devices: cpu (sgd, ngplus, ngplus-adam); one and two (lars). Seconds are tested only between" in text
+
+
+def test_a_standard_error_that_the_task_records_is_said(tmp_path):
+    for seed in (1, 2, 3):
+        add_others(write(tmp_path, "sgd", seed, HIT_2), "top1 standard error", [0.5, 0.4, 0.3, 0.2, 0.0021])
+    frame = compare(tmp_path, TASK, SCALE)
+    assert frame.metric_standard_error.tolist() == [0.0021]  # of the best epoch, the last
+    assert "gives one run's top1 a standard error of 0.0021" in " ".join(render(frame).split())
+
+
+def test_no_standard_error_is_said_where_none_is_recorded(frame):
+    assert frame.metric_standard_error.isna().all()
+    assert "standard error" not in render(frame)

@@ -45,6 +45,15 @@ def test_a_difference_in_every_seed_reproduces_the_direction(tmp_path):
     assert "paired t-test, 5 seeds, p = 0.0" in finding.why
 
 
+@pytest.mark.parametrize(("name", "verdict"), [("ImageNet-1k", "reproduced"), ("JPEG folder, 3 classes", "not run")])
+def test_at_the_papers_scale_only_the_papers_data_count(name, verdict, tmp_path):
+    data = {"name": name, "sha256": "ab" * 32, "licence": "MIT", "train_size": 3600, "eval_size": 1000}
+    write(tmp_path, "ngplus", 1, HIT_2, scale="paper", dataset=data)
+    (tmp_path / TASK / SCALE).rename(tmp_path / TASK / "paper")
+    figure = Figure(task=TASK, optimizer="ngplus", measure="epochs_to_target", value=2.0)
+    assert found(tmp_path, figure).verdict == verdict
+
+
 def test_the_size_counts_where_the_paper_gives_one(tmp_path):
     runs(tmp_path, "ngplus", [HIT_1, HIT_1, HIT_1, HIT_2, HIT_1])
     runs(tmp_path, "sgd", [HIT_4, HIT_3, HIT_4, HIT_4, HIT_3])

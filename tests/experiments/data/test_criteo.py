@@ -29,7 +29,9 @@ def prepare(source, data_dir):
 
 
 def content(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    """Of the columns and their manifest, without the marks of when they were written."""
+    marks = (criteo.SOURCE, criteo.CHECKED)
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in marks}
 
 
 def test_the_columns_are_what_the_lines_say_in_their_order(source, tmp_path):
@@ -188,8 +190,8 @@ def test_a_manifest_that_is_missing_damaged_or_of_another_version_is_refused(sou
     path = PREPARE["criteo"](tmp_path) / criteo.MANIFEST
     manifest = json.loads(path.read_text())
     for text, message in [
-        (json.dumps(manifest | {"version": 0}), "version = 0, must be 1"),
-        ('{"version": 1', "is damaged"),
+        (json.dumps(manifest | {"version": 0}), "version = 0, must be 2"),
+        ('{"version": 2', "is damaged"),
         ("[]", "is damaged"),
     ]:
         path.write_text(text)
@@ -238,3 +240,122 @@ def test_only_the_whole_log_is_called_criteo_kaggle(source, tmp_path, monkeypatc
     assert criteo.name_of(clicks) == "log in Criteo's format, 500 lines"
     monkeypatch.setattr(criteo, "OFFICIAL_LINES", 500)
     assert criteo.name_of(clicks) == "Criteo Kaggle"
+
+
+def stopped_at(stage, source, tmp_path, monkeypatch):
+    """A preparation that ends in the middle."""
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(criteo_columns, stage, stop)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(source, tmp_path)
+
+
+@pytest.mark.parametrize("count", [500, 30])
+@pytest.mark.parametrize("stage", ["_put_together", "_write_manifest"])
+def test_nothing_that_was_made_of_another_file_is_taken(stage, count, source, tmp_path, monkeypatch):
+    stopped_at(stage, source, tmp_path, monkeypatch)
+    other = text_of(make_lines(500)[::-1][:count])
+    source.write_bytes(other)
+    prepare(source, tmp_path)
+    prepare(put_log(tmp_path / "other", other), tmp_path / "other")
+    assert content(criteo.prepared_in(tmp_path)) == content(criteo.prepared_in(tmp_path / "other"))
+
+
+@pytest.mark.parametrize("missing", ["ranks", "values", "counts"])
+def test_a_ranked_column_that_lacks_a_file_is_ranked_again(missing, source, tmp_path, monkeypatch):
+    stopped_at("_put_together", source, tmp_path, monkeypatch)
+    (tmp_path / "criteo" / ".prepared.work" / f"{missing}-05.npy").unlink()
+    assert len(prepare(source, tmp_path)[0].labels) == 500
+
+
+def test_another_file_is_not_trained_on_as_it_was_and_is_prepared_anew(source, tmp_path):
+    PREPARE["criteo"](tmp_path)
+    source.write_bytes(text_of(LINES[:100]))
+    with pytest.raises(
+        DataFileError, match=r"train\.txt is not the file that .*prepared was made of.*make data-criteo"
+    ):
+        criteo.load(tmp_path)
+    PREPARE["criteo"](tmp_path)
+    assert len(criteo.load(tmp_path)[0].labels) == 100
+
+
+def test_a_file_that_grows_while_it_is_read_is_refused(source, tmp_path, monkeypatch):
+    put_together = criteo_columns._put_together
+
+    def growing(*arguments):
+        put_together(*arguments)
+        source.write_bytes(TEXT + TEXT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(criteo_columns, "_put_together", growing)
+        with pytest.raises(DataFileError, match=r"train\.txt was changed while it was read"):
+            prepare(source, tmp_path)
+    assert not criteo.prepared_in(tmp_path).exists()
+    assert len(prepare(source, tmp_path)[0].labels) == 1000
+
+
+def test_what_a_kill_at_the_very_end_left_is_cleared_away(source, tmp_path):
+    folder = PREPARE["criteo"](tmp_path)
+    work = tmp_path / "criteo" / ".prepared.work"
+    work.mkdir()
+    (work / "000000.json").write_text("{}")
+    PREPARE["criteo"](tmp_path)
+    assert not work.exists()
+    assert folder.is_dir()
+
+
+@pytest.mark.parametrize("name", criteo.FILES)
+def test_a_changed_file_of_the_same_size_is_refused(name, source, tmp_path):
+    folder = PREPARE["criteo"](tmp_path)
+    path = folder / f"{name}.npy"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-8] + bytes(each ^ 1 for each in whole[-8:]))
+    with pytest.raises(DataFileError, match=rf"{name}\.npy is truncated or damaged.*make data-criteo"):
+        criteo.load(tmp_path)
+    path.write_bytes(whole)
+    criteo.load(tmp_path)
+
+
+def test_files_are_hashed_once_where_they_are_copied_to(source, tmp_path, monkeypatch):
+    folder = PREPARE["criteo"](tmp_path)
+    copy = criteo.prepared_in(tmp_path / "copy")
+    copy.mkdir(parents=True)
+    for path in folder.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    hashed = []
+    monkeypatch.setattr(criteo, "verify", lambda path, *_, **__: hashed.append(path.stem))
+    criteo.load(tmp_path)
+    assert not hashed
+    criteo.load(tmp_path / "copy")
+    assert sorted(hashed) == sorted(criteo.FILES)
+    criteo.load(tmp_path / "copy")
+    assert len(hashed) == len(criteo.FILES)
+
+
+@pytest.mark.parametrize("change", [{"lines": 30}, {"lines": None}])
+def test_a_manifest_that_does_not_fit_its_files_is_refused(change, source, tmp_path):
+    path = PREPARE["criteo"](tmp_path) / criteo.MANIFEST
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(DataFileError, match=r"manifest\.json is damaged.*make data-criteo"):
+        criteo.load(tmp_path)
+
+
+def test_a_log_without_a_last_seventh_is_refused(tmp_path):
+    put_log(tmp_path, text_of(LINES[:6]))
+    PREPARE["criteo"](tmp_path)
+    with pytest.raises(DataFileError, match="6 lines have no last seventh to test on; there must be 7 at least"):
+        criteo.load(tmp_path)
+
+
+def test_a_link_to_another_disk_is_followed(source, tmp_path):
+    (tmp_path / "large").mkdir()
+    folder = criteo.prepared_in(tmp_path)
+    folder.symlink_to(tmp_path / "large")
+    assert len(prepare(source, tmp_path)[0].labels) == 500
+    assert folder.is_symlink()
+    (folder / "dense.npy").write_bytes(b"")
+    assert len(prepare(source, tmp_path)[0].labels) == 500
