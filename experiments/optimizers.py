@@ -196,6 +196,11 @@ def _torch_entry(settings: type, cls: type[Optimizer]) -> Entry:
     return Entry(settings=settings, build=lambda model, given: cls(model.parameters(), **asdict(given)))
 
 
+def _build_adam(model: nn.Module, settings: AdamSettings) -> Optimizer:
+    refuse_sparse_gradients(model, "Adam")
+    return torch.optim.Adam(model.parameters(), **asdict(settings))
+
+
 def _build_lars(model: nn.Module, settings: LARSSettings) -> Optimizer:
     from pytorch_optimizer import LARS  # takes seconds to import, so only where it is wanted
 
@@ -219,6 +224,8 @@ def _build_shampoo(model: nn.Module, settings: ShampooSettings) -> Optimizer:
 
 
 def _around_base(cls: Callable[..., Optimizer], model: nn.Module, settings: Any) -> Optimizer:
+    if isinstance(settings.base, AdamBase):
+        refuse_sparse_gradients(model, f"{cls.__name__} around Adam")
     own = asdict(settings)
     base_arguments = own.pop("base")
     return cls(model, base=_BASE_CLASSES[type(settings.base)], **own, **base_arguments)
@@ -230,7 +237,7 @@ def _entry_around_base(settings: type, cls: Callable[..., Optimizer]) -> Entry:
 
 OPTIMIZERS: dict[str, Entry] = {
     "adagrad": _torch_entry(AdagradSettings, torch.optim.Adagrad),
-    "adam": _torch_entry(AdamSettings, torch.optim.Adam),
+    "adam": Entry(settings=AdamSettings, build=_build_adam),
     "kfac": _entry_around_base(KFACSettings, KFAC),
     "lars": Entry(settings=LARSSettings, build=_build_lars),
     "muon": Entry(settings=MuonSettings, build=_build_muon),

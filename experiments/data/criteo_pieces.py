@@ -1,6 +1,5 @@
 """Criteo's log to pieces of arrays, 64 MiB of text at a time; pieces that are there are not made again."""
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator
@@ -31,12 +30,10 @@ class Piece:
     Attributes:
         stem: path without the endings.
         lines: how many it holds.
-        sha256: of its text.
     """
 
     stem: Path
     lines: int
-    sha256: str
 
     def array(self, name: str) -> np.ndarray:
         """One of its arrays, mapped from the disk."""
@@ -107,7 +104,7 @@ def _piece(source: Path, stem: Path, start: int, stop: int) -> Piece:
     lines = parse(text) if text else _NO_LINES
     for name, array in vars(lines).items():
         write_npy(stem.with_suffix(f".{name}.npy"), array.shape, array.dtype, [array])
-    mark = {"lines": len(lines.labels), "sha256": hashlib.sha256(text).hexdigest()}
+    mark = {"lines": len(lines.labels)}
     write_bytes(stem.with_suffix(".json"), json.dumps(mark).encode())  # last: it says that the others are whole
     return Piece(stem=stem, **mark)
 

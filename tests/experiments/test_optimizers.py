@@ -112,8 +112,15 @@ def test_a_soap_state_goes_on_to_the_bit(model):
     assert torch.equal(model.weight, other.weight)
 
 
-@pytest.mark.parametrize("name", ["muon", "shampoo", "soap"])
+@pytest.mark.parametrize("name", ["adam", "muon", "shampoo", "soap"])
 def test_what_takes_no_sparse_gradients_says_so_when_it_is_made(name):
     model = nn.Sequential(nn.Embedding(4, 3, sparse=True), nn.Linear(3, 2))
     with pytest.raises(ValueError, match="takes no sparse gradients, which 0 has"):
         entry_of(name).build(model, entry_of(name).settings(lr=0.1, **NEEDED.get(name, {})))
+
+
+def test_a_method_around_adam_takes_no_sparse_gradients_either():
+    model = nn.Sequential(nn.Embedding(4, 3, sparse=True), nn.Linear(3, 2))
+    settings = ngplus(base=AdamBase())
+    with pytest.raises(ValueError, match="NGPlus around Adam takes no sparse gradients, which 0 has"):
+        entry_of("ngplus").build(model, settings)

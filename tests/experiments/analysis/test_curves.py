@@ -1,4 +1,3 @@
-
 import numpy as np
 import pytest
 from handmade import HIT_1, HIT_2, HIT_3, HIT_4, SCALE, TASK, add_others, write
