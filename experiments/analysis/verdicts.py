@@ -32,7 +32,7 @@ COLUMNS = ("id", "place", "claim", "paper", "ours", "scale", "dataset", "seeds",
 WORDS: tuple[Word, ...] = ("reproduced", "not reproduced", "inconclusive", "not run")
 SCALES = ("paper", "small", "tiny")
 PAPER_DATA = {"resnet50-imagenet": "ImageNet-1k", "dlrm-criteo": "Criteo Kaggle"}
-"""How the names of the paper's data begin, where a task at scale ``paper`` trains on whatever the user puts there."""
+"""The names of the paper's data, up to a semicolon, where a task at scale ``paper`` takes what the user puts there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,8 +244,9 @@ class Evidence:
             found = load_comparable(self.results_dir, task, scale)
         except UserError:
             return None
-        begins = PAPER_DATA.get(task, "") if scale == "paper" else ""
-        runs = tuple(run for run in found.runs if run.manifest.dataset.name.startswith(begins))
+        if scale != "paper" or task not in PAPER_DATA:
+            return found
+        runs = tuple(run for run in found.runs if run.manifest.dataset.name.partition(";")[0] == PAPER_DATA[task])
         return replace(found, runs=runs) if runs else None
 
     def pair(self, task: str, optimizer: str, against: str) -> Pair | None:

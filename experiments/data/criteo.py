@@ -19,7 +19,6 @@ of the rare ones.
 """
 
 import json
-import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -77,10 +76,10 @@ def prepare(data_dir: Path) -> Path:
     """
     from experiments.data.criteo_columns import make_columns  # polars, which other datasets do not need
 
-    folder = prepared_in(data_dir)
-    if not is_prepared(source_of(data_dir), folder):
-        make_columns(source_of(data_dir), folder)
-    shutil.rmtree(work_of(folder.resolve()), ignore_errors=True)  # left where a preparation was killed at its very end
+    source, folder = source_of(data_dir), prepared_in(data_dir)
+    killed_at_the_end = work_of(folder.resolve()).exists()
+    if killed_at_the_end or not is_prepared(source, folder):
+        make_columns(source, folder)
     return folder
 
 

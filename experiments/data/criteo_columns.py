@@ -26,7 +26,7 @@ from experiments.data.criteo import (
     test_lines,
     work_of,
 )
-from experiments.data.criteo_pieces import PIECE, Piece, joined, make_pieces
+from experiments.data.criteo_pieces import PIECE, Piece, check_log, joined, make_pieces
 from experiments.data.npy import write_bytes, write_npy
 
 BLOCK = 250_000
@@ -37,14 +37,15 @@ def make_columns(source: Path, folder: Path, *, piece_size: int = PIECE) -> None
     """Read the log and leave the columns in ``folder``; what an interrupted call has made is kept.
 
     Raises:
-        DataFileError: see `make_pieces`; or the disk is full.
+        DataFileError: see `check_log` and `make_pieces`; the log was changed meanwhile; or the disk is full.
     """
     folder = folder.resolve()  # where a link to another disk leads: what is made is renamed in the end
     work = work_of(folder)
-    if not source.is_file():
-        make_pieces(source, work)  # says what to put where
+    if not is_prepared(source, folder):
+        check_log(source)
     with FileLock(folder.with_name(f".{folder.name}.lock")):
-        if is_prepared(source, folder):  # another process has been here while this one waited
+        if is_prepared(source, folder):  # another process has been here while this one waited, or was killed at the end
+            shutil.rmtree(work, ignore_errors=True)
             return
         try:
             _make(source, work, piece_size)

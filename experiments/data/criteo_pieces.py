@@ -49,9 +49,8 @@ def make_pieces(source: Path, folder: Path, *, size: int = PIECE) -> list[Piece]
         size: bytes of text a piece. A piece has the lines that begin in its stretch.
 
     Raises:
-        DataFileError: a line is not as it should be (names file and line), or there is none.
+        DataFileError: a line is not as it should be; names file and line.
     """
-    _check(source)
     _keep_only_pieces_of(source, folder, size)
     count = -(-source.stat().st_size // size)
     pieces: list[Piece] = []
@@ -66,7 +65,8 @@ def make_pieces(source: Path, folder: Path, *, size: int = PIECE) -> list[Piece]
     return [piece for piece in pieces if piece.lines]
 
 
-def _check(source: Path) -> None:
+def check_log(source: Path) -> None:
+    """Raise `DataFileError` where there is no log, an empty one, or a compressed one."""
     if not source.is_file():
         raise DataFileError(
             f"{source} is missing: put train.txt of the Criteo Kaggle display advertising challenge there, unpacked "

@@ -45,7 +45,10 @@ def test_a_difference_in_every_seed_reproduces_the_direction(tmp_path):
     assert "paired t-test, 5 seeds, p = 0.0" in finding.why
 
 
-@pytest.mark.parametrize(("name", "verdict"), [("ImageNet-1k", "reproduced"), ("JPEG folder, 3 classes", "not run")])
+@pytest.mark.parametrize(
+    ("name", "verdict"),
+    [("ImageNet-1k", "reproduced"), ("ImageNet-1k, 900 images", "not run"), ("JPEG folder, 3 classes", "not run")],
+)
 def test_at_the_papers_scale_only_the_papers_data_count(name, verdict, tmp_path):
     data = {"name": name, "sha256": "ab" * 32, "licence": "MIT", "train_size": 3600, "eval_size": 1000}
     write(tmp_path, "ngplus", 1, HIT_2, scale="paper", dataset=data)
