@@ -151,12 +151,15 @@ def check_files(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise DataFileError(f"{path} is missing: {REMEDY}")
     manifest = _read_json(path)
-    if manifest is None or not {"version", "lines", "bytes", "sha256"} <= manifest.keys():
+    if manifest is None or "version" not in manifest:
         raise DataFileError(f"{path} is damaged: {REMEDY}")
     if manifest["version"] != VERSION:
         raise DataFileError(f"{path}: version = {manifest['version']!r}, must be {VERSION}: {REMEDY}")
+    tables = [manifest.get("bytes"), manifest.get("sha256")]
+    if "lines" not in manifest or not all(isinstance(table, dict) and {*FILES} <= table.keys() for table in tables):
+        raise DataFileError(f"{path} is damaged: {REMEDY}")
     for name in FILES:
-        _check_size(folder / f"{name}.npy", manifest["bytes"].get(name))
+        _check_size(folder / f"{name}.npy", manifest["bytes"][name])
     known, marks = _read_json(folder / CHECKED) or {}, _marks(folder)
     for name in FILES:
         if known.get(name) != marks[name]:
@@ -188,8 +191,8 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _check_size(path: Path, expected: int | None) -> None:
+def _check_size(path: Path, expected: int) -> None:
     found = path.stat().st_size if path.is_file() else None
     if found is None or found != expected:
         what = "is missing" if found is None else f"is cut short or damaged: {found:,} bytes"
-        raise DataFileError(f"{path} {what}, must be {expected or 0:,} bytes: {REMEDY}")
+        raise DataFileError(f"{path} {what}, must be {expected:,} bytes: {REMEDY}")

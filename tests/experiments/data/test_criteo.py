@@ -336,7 +336,7 @@ def test_files_are_hashed_once_where_they_are_copied_to(source, tmp_path, monkey
     assert len(hashed) == len(criteo.FILES)
 
 
-@pytest.mark.parametrize("change", [{"lines": 30}, {"lines": None}])
+@pytest.mark.parametrize("change", [{"lines": 30}, {"lines": None}, {"bytes": []}, {"sha256": {}}])
 def test_a_manifest_that_does_not_fit_its_files_is_refused(change, source, tmp_path):
     path = PREPARE["criteo"](tmp_path) / criteo.MANIFEST
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
