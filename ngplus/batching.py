@@ -183,8 +183,8 @@ def form(layer: Layer) -> Hashable:
     gradient, bias = layer.weight.grad, layer.trained_bias
     if gradient is None:
         return None
-    size = ("rows", gradient._nnz(), gradient.dense_dim()) if gradient.is_sparse else gradient.shape
-    return size, gradient.dtype, gradient.device, bias is not None and (id(bias), bias.grad is not None)
+    rows = (gradient._nnz(), gradient.dense_dim()) if gradient.is_sparse else None
+    return gradient.shape, rows, gradient.dtype, gradient.device, bias is not None and (id(bias), bias.grad is not None)
 
 
 def _joined(members: Sequence[Member]) -> Batch:

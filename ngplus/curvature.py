@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,7 +16,7 @@ from ngplus.capture import Sampling, Statistic
 from ngplus.factors import statistics_dtype
 from ngplus.gfim import Shape
 from ngplus.inverse import Request, invert
-from ngplus.layers import Layer, as_matrix
+from ngplus.layers import Layer, as_matrix, sparse_in_rows
 from ngplus.nonfinite import Watch
 from ngplus.options import Options
 from ngplus.preconditioner import DenseInverse, Preconditioner
@@ -124,7 +124,8 @@ def sampling(options: Options) -> Sampling:
     ranks = {"auto": LOW_RANK_BELOW, "dense": 0.0, "low_rank": 1.0, "sketched": 1.0}
     return Sampling(
         samples=options.samples,
-        loss_reduction=options.loss_reduction,
+        model_calls=options.model_calls,
+        partial_capture=options.partial_capture,
         max_samples=options.max_samples,
         block_size=options.block_size,
         max_rank=ranks[options.solver] if exact_rank else 0.0,
@@ -169,7 +170,8 @@ class Curvature:
         statistics: Mapping[Layer, Statistic],
         damping: Mapping[Layer, float],
         loss_scale: float,
-    ) -> list[Layer]:
+        unsupported: Collection[Layer] = (),
+    ) -> tuple[list[Layer], list[Layer]]:
         """Take the sums of a curvature step into the preconditioners.
 
         Args:
@@ -177,38 +179,56 @@ class Curvature:
             statistics: what was summed; a layer without samples may be missing.
             damping: λ of each layer.
             loss_scale: factor by which all gradients were larger than the loss's.
+            unsupported: layers that this process has no statistic of, so that no process may have one.
 
         Returns:
-            Layers whose sums were not finite. They keep what they had.
+            Layers whose sums were not finite, which keep what they had; and those that another process does not
+            support.
         """
         self._plan = None  # which would hold what is replaced now
         sums = {layer: self._scaled(layer, statistics[layer], loss_scale) for layer in layers if layer in statistics}
+        elsewhere: list[Layer] = []
         if distributed.world_size() > 1:
-            self._average_over_processes(layers, sums)
+            elsewhere = self._average_over_processes(layers, sums, unsupported)
         finite, rejected = _finite(sums)
         requests = {layer: self._prepare(layer, sums[layer], damping[layer]) for layer in finite}
         self._invert([request for stacks in requests.values() for request in stacks])
         for layer, stacks in requests.items():
             self._finish(layer, sums[layer], stacks, damping[layer])
-        return rejected
+        return rejected, elsewhere
 
     def _scaled(self, layer: Layer, statistic: Statistic, loss_scale: float) -> Statistic:
-        scale = statistic.scale(self._options.loss_reduction) / loss_scale**2
+        scale = statistic.scale() / loss_scale**2
         statistic.moments = [stack * scale for stack in statistic.moments]
         statistic.columns = [columns * scale**0.5 for columns in statistic.columns]
         return statistic
 
-    def _average_over_processes(self, layers: Sequence[Layer], sums: dict[Layer, Statistic]) -> None:
-        """Average over processes; afterwards ``sums`` has the same layers on all of them."""
-        ours = [sums.get(layer) or self._empty(layer) for layer in layers]
+    def _average_over_processes(
+        self, layers: Sequence[Layer], sums: dict[Layer, Statistic], unsupported: Collection[Layer]
+    ) -> list[Layer]:
+        """Average over processes; afterwards ``sums`` has the same layers on all of them.
+
+        Returns:
+            Layers that another process does not support.
+        """
+        weights = [sums[layer].weight if layer in sums else 0.0 for layer in layers]
+        device = layers[0].weight.device
+        totals, flags = distributed.totals([weights, [float(layer in unsupported) for layer in layers]], device)
+        used = [layer for layer, total, flag in zip(layers, totals, flags, strict=True) if total and not flag]
+        ours = [sums.get(layer) or self._empty(layer) for layer in used]
         for statistic in ours:
             statistic.densify()
-        moments = [statistic.moments for statistic in ours]
-        totals = distributed.average(moments, [statistic.used for statistic in ours])
-        for layer, statistic, total in zip(layers, ours, totals, strict=True):
-            statistic.used = int(total)
-            if total:
-                sums[layer] = statistic
+        weight, total = (dict(zip(layers, each, strict=True)) for each in (weights, totals))
+        distributed.average(
+            [statistic.moments for statistic in ours],
+            [weight[layer] for layer in used],
+            [total[layer] for layer in used],
+        )
+        sums.clear()
+        for layer, statistic in zip(used, ours, strict=True):
+            statistic.used = int(total[layer])
+            sums[layer] = statistic
+        return [layer for layer, flag in zip(layers, flags, strict=True) if flag and layer not in unsupported]
 
     def _empty(self, layer: Layer) -> Statistic:
         """What a process without samples brings to the average."""
@@ -319,11 +339,11 @@ class Curvature:
         ]
 
     def _ready(self, layer: Layer) -> LayerState | None:
-        """What is kept of a layer that has a gradient, where it fits the layer and lies beside the gradient."""
+        """What is kept of a layer that has a gradient, where it fits the layer and is on the gradient's device."""
         state, gradient = self.states.get(layer), layer.weight.grad
         if state is None or gradient is None:
             return None
-        if layer.columns != state.shape.columns:  # its bias was frozen or freed meanwhile
+        if not state.fits(layer):  # its bias was frozen or freed meanwhile, or its table has grown
             del self.states[layer]
             return None
         if state.preconditioner.main.device != gradient.device:
@@ -350,9 +370,9 @@ def _finite(sums: Mapping[Layer, Statistic]) -> tuple[list[Layer], list[Layer]]:
 
 def layer_statistic(layer: Layer, options: Options, generator: torch.Generator) -> Statistic | None:
     """The mini-batch form (12): G Gᵀ (or GᵀG) of the gradient that is there, as a `Statistic` of one sample."""
-    gradient = layer.weight.grad
-    if gradient is None:
+    if layer.weight.grad is None:
         return None
+    gradient = sparse_in_rows(layer.weight.grad)
     shape = layer.shape(options.block_size)
     dtype = statistics_dtype(gradient.dtype)
     if gradient.is_sparse and shape.side == "right" and layer.trained_bias is None:

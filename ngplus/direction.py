@@ -14,7 +14,7 @@ from torch import Tensor
 from ngplus.batching import SMALL, Member
 from ngplus.devices import can_ask
 from ngplus.gfim import Shape
-from ngplus.layers import Layer, as_matrix
+from ngplus.layers import Layer, as_matrix, sparse_in_rows
 from ngplus.preconditioner import DenseInverse, LowRankInverse, Preconditioner, SketchedInverse
 from ngplus.touched import TouchedRows
 
@@ -33,8 +33,8 @@ def precondition(member: Member) -> TouchedRows | None:
         The rows of the weight's direction, where only those that are not zeros were multiplied.
     """
     layer, preconditioner, shape = member.layer, member.preconditioner, member.shape
-    gradient = layer.weight.grad
-    assert gradient is not None
+    assert layer.weight.grad is not None
+    gradient = layer.weight.grad = sparse_in_rows(layer.weight.grad)
     bias, dtype = layer.trained_bias, preconditioner.main.dtype
     if gradient.is_sparse and bias is not None:  # a table tied to a linear layer with one
         gradient = layer.weight.grad = gradient.to_dense()

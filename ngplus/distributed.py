@@ -6,6 +6,7 @@ Every process calls these in the same order with the same shapes, whether or not
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -41,32 +42,34 @@ def _triangle(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return rows, columns
 
 
-def average(moments: Sequence[list[Tensor]], weights: Sequence[int]) -> list[float]:
+def totals(rows: Sequence[Sequence[float]], device: torch.device) -> list[list[float]]:
+    """Sums of some numbers over all processes, row by row. Synchronizes."""
+    numbers = torch.tensor(rows, dtype=torch.float64, device=device)
+    dist.all_reduce(numbers)
+    return cast(list[list[float]], numbers.tolist())
+
+
+def average(moments: Sequence[list[Tensor]], weights: Sequence[float], sums: Sequence[float]) -> None:
     """Average matrices over processes in place, each process's weighted by its number of samples.
 
     Args:
         moments: of each layer, a tensor a stack of blocks; zeros where this process has no samples.
         weights: samples that each was made from here.
-
-    Returns:
-        For each layer, the samples of all processes together.
+        sums: for each layer, the samples of all processes together.
     """
+    if not moments:
+        return
     stacks = [(stack, weight) for layer, weight in zip(moments, weights, strict=True) for stack in layer]
-    device = stacks[0][0].device
-    counts = torch.tensor(weights, dtype=torch.float64, device=device)
     flat = torch.cat([pack(stack) * weight for stack, weight in stacks])
-    dist.all_reduce(counts)
     dist.all_reduce(flat)
-    totals: list[float] = counts.tolist()
     start = 0
-    for layer, total in zip(moments, totals, strict=True):
+    for layer, total in zip(moments, sums, strict=True):
         for stack in layer:
             blocks, size, _ = stack.shape
             length = blocks * size * (size + 1) // 2
-            triangles = flat[start : start + length] / max(total, 1.0)
+            triangles = flat[start : start + length] / total
             stack.copy_(unpack(triangles, (blocks, size, size)))
             start += length
-    return totals
 
 
 def invert_shared(requests: Sequence[Request]) -> None:

@@ -84,8 +84,9 @@ class Layer:
 
     @property
     def trained_bias(self) -> nn.Parameter | None:
-        """The bias, unless it is frozen."""
-        return self.bias if self.bias is not None and self.bias.requires_grad else None
+        """The bias, unless it is frozen; one that was frozen after it got a gradient is trained with it."""
+        bias = self.bias
+        return bias if bias is not None and (bias.requires_grad or bias.grad is not None) else None
 
     @property
     def bias_slice(self) -> slice:
@@ -205,6 +206,13 @@ def stored(gradient: Tensor) -> Tensor:
     return gradient._values() if gradient.is_sparse else gradient
 
 
+def sparse_in_rows(gradient: Tensor) -> Tensor:
+    """A gradient that is sparse in several dimensions as one that is so in its first alone; others as they are."""
+    if not gradient.is_sparse or gradient.sparse_dim() == 1:
+        return gradient
+    return gradient.to_dense().to_sparse(1)
+
+
 def as_matrix(layer: Layer, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """A weight-shaped tensor as (groups, m, n without bias), in its own memory where that can be."""
     G = tensor if tensor.dtype == dtype else tensor.to(dtype)
@@ -217,6 +225,7 @@ __all__ = [
     "as_matrix",
     "find_layers",
     "parameter_layers",
+    "sparse_in_rows",
     "stored",
     "unsupported_modules",
 ]

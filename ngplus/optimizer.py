@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -17,14 +18,16 @@ from ngplus.curvature import LayerState, layer_statistic, sampling
 from ngplus.distributed import world_size
 from ngplus.grouping import SampleIndex
 from ngplus.layers import SUPPORTED, Layer, find_layers, parameter_layers, unsupported_modules
+from ngplus.loss_reduction import LossReduction, reduction_of
 from ngplus.mixed_precision import loss_scale, without_autocast
 from ngplus.nonfinite import Watch, nonfinite_names, zero_where
 from ngplus.options import (
     Curvature,
     DampingRule,
-    LossReduction,
+    ModelCallSamples,
     NonFinite,
     Options,
+    PartialCapture,
     Samples,
     Solver,
     check_positive,
@@ -70,8 +73,18 @@ class NGPlus(Optimizer):
             are the positions κ of (8). "rows": every position is a sample of its own.
         batch_dim: where linear layers and embeddings have their samples: 1 for (T, B, C) inputs; or a dict from
             module names to dimensions. Convolutions and `nn.MultiheadAttention` know theirs.
-        loss_reduction: "mean" if the loss is a mean over the samples of a step, "sum" if it is their sum. With
-            gradient accumulation the step's loss is the sum of all that went through ``backward``.
+        model_calls: which calls of the model before one ``backward`` see the same samples. "separate": a call is one
+            batch, and sees the samples of another only where a gradient can flow from one into the other (an
+            encoder's call and its decoder's, the time steps of a cell). "joined": row i of every call is sample i (the
+            branches of a siamese network). Several uses of a layer inside one call are always by the same samples.
+        loss_reduction: what the loss divides by: "mean" for the samples that a layer saw, "sum" for nothing, or the
+            number N itself, where a mean is over fewer (targets that are not ignored, the sum of class weights) or
+            over more (all tokens, of which an expert sees some). Also a dict from patterns of module names to these,
+            or a function that returns one and is called on curvature steps; `loss_reduction` can be set before any
+            step. With gradient accumulation the step's loss is the sum of all that went through ``backward``.
+        partial_capture: what becomes of a layer whose gradient is not the sum of what was captured of it, since its
+            weight is used outside of the model's calls too, or in a penalty, or in derivatives: "base" leaves it to
+            ``base`` with a warning; "accept" takes the curvature of what was captured.
         damping_rule: "paper": L + λI; "released": L + √λ I, as the authors' code has it.
         max_samples: at most so many samples of a step are used for its curvature.
         nonfinite: "skip": where any preconditioned gradient holds NaN or Inf, all gradients count as zero for this
@@ -101,7 +114,6 @@ class NGPlus(Optimizer):
     # What the baselines, which differ in the curvature alone, replace.
     _title: ClassVar[str] = "NG+"
     _key: ClassVar[str] = "ngplus"
-    _unseen: ClassVar[str] = "where a single sample's gradient cannot be seen"
 
     def _make_curvature(self) -> CurvatureOfLayers:
         return CurvatureOfLayers(self._options, self._generator)
@@ -124,7 +136,9 @@ class NGPlus(Optimizer):
         sketch_size: int | None = None,
         samples: Samples = "batch",
         batch_dim: int | Mapping[str, int] = 0,
+        model_calls: ModelCallSamples = "separate",
         loss_reduction: LossReduction = "mean",
+        partial_capture: PartialCapture = "base",
         damping_rule: DampingRule = "paper",
         max_samples: int | None = None,
         nonfinite: NonFinite = "skip",
@@ -140,7 +154,9 @@ class NGPlus(Optimizer):
             sketch_size=sketch_size,
             samples=samples,
             batch_dim=batch_dim,
+            model_calls=model_calls,
             loss_reduction=loss_reduction,
+            partial_capture=partial_capture,
             damping_rule=damping_rule,
             max_samples=max_samples,
             nonfinite=nonfinite,
@@ -175,7 +191,7 @@ class NGPlus(Optimizer):
         self._rejected: list[Layer] = []
         self._tries: dict[Layer, int] = {}
         self._opaque: set[Layer] = set()
-        self._warned: set[str] = set()
+        self._warned: set[tuple[Layer, str]] = set()
         self._skipped: Tensor | None = None
         self._devices: set[torch.device] = set()
         self._loan = Loan(self._base)
@@ -286,9 +302,8 @@ class NGPlus(Optimizer):
         return self._steps % self._options.update_every == 0
 
     def _wanted(self) -> list[Layer]:
-        """The layers that get a curvature on this step."""
-        layers = self._layers if self._due else self._late
-        return [layer for layer in layers if layer.weight.requires_grad]
+        """The layers that get a curvature on this step; which of them are frozen may change before the next."""
+        return self._layers if self._due else self._late
 
     def _update_curvature(self, wanted: list[Layer]) -> None:
         damping = {layer: self._damping(layer) for layer in wanted}
@@ -298,10 +313,15 @@ class NGPlus(Optimizer):
             opaque: dict[Layer, str] = {}
             scale = 1.0
         else:
-            statistics, opaque = self._capture.collect(), self._capture.opaque()
+            statistics, opaque = self._capture.collect(), self._capture.unsupported()
+            for layer, statistic in list(statistics.items()):
+                statistic.reduction = reduction_of(self._options.loss_reduction, layer.module)
+                if statistic.reduction == 0:  # a batch whose targets are all ignored
+                    del statistics[layer]
             scale = loss_scale()
         with self._stopwatch.measure("inverse"):
-            rejected = self._curvature.update(wanted, statistics, damping, scale)
+            rejected, elsewhere = self._curvature.update(wanted, statistics, damping, scale, opaque)
+        opaque = {**dict.fromkeys(elsewhere, "is not supported as another process uses it"), **opaque}
         self._report_opaque(opaque)
         self._opaque = self._opaque.difference(wanted) | set(opaque)
         self._rejected = rejected
@@ -314,14 +334,24 @@ class NGPlus(Optimizer):
         return float(damping)
 
     def _report_opaque(self, opaque: Mapping[Layer, str]) -> None:
+        layers: dict[str, list[Layer]] = {}
         for layer, reason in opaque.items():
             self._curvature.states.pop(layer, None)
-            self._warn_once(f"{layer.name} {reason}, {self._unseen}; it goes to {type(self._base).__name__} untouched")
+            layers.setdefault(reason, []).append(layer)
+        for reason, alike in layers.items():
+            self._warn_once(alike, reason)
 
-    def _warn_once(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
-            warnings.warn(message, stacklevel=2)
+    def _warn_once(self, layers: Iterable[Layer], reason: str) -> None:
+        """Say which layers go to `base`, and why: one warning for all, and each layer once for a reason."""
+        names = [layer.name for layer in layers if (layer, reason) not in self._warned]
+        self._warned.update((layer, reason) for layer in layers)
+        if names:
+            one = len(names) == 1
+            warnings.warn(
+                f"{names[0] if one else ', '.join(names) + ': each'} {reason}; {'it goes' if one else 'they go'} to "
+                f"{type(self._base).__name__} untouched",
+                stacklevel=2,
+            )
 
     def _without_curvature(self, layers: Sequence[Layer]) -> list[Layer]:
         """The layers that have a gradient, and could have a curvature, but have none."""
@@ -341,15 +371,13 @@ class NGPlus(Optimizer):
         no curvature yet: it was not used, or not seen, when the others were. Several processes must agree on what
         they average, and only the first of these is the same on all.
         """
-        late = list(self._rejected)
+        late, given_up = list(self._rejected), list[Layer]()
         for layer in self._without_curvature(self._layers) if world_size() == 1 else []:
-            if self._tries.get(layer, 0) < LATE_TRIES:
-                late.append(layer)
-            else:
-                self._warn_once(
-                    f"{layer.name} has a gradient, but in {LATE_TRIES} steps no backward pass through the model was "
-                    f"seen to bring it; it goes to {type(self._base).__name__} untouched"
-                )
+            (late if self._tries.get(layer, 0) < LATE_TRIES else given_up).append(layer)
+        self._warn_once(
+            given_up,
+            f"has a gradient, but in {LATE_TRIES} steps no backward pass through the model was seen to bring it",
+        )
         return late
 
     def _watch(self) -> None:
@@ -452,6 +480,22 @@ class NGPlus(Optimizer):
         self._sample_index = SampleIndex.of(given)
         if self._capture is not None:
             self._capture.sample_index = self._sample_index
+
+    @property
+    def loss_reduction(self) -> LossReduction:
+        """What the loss divides by, see `NGPlus`.
+
+        Set it before the ``step`` of a step with `curvature_is_due`, as to the number of targets that are not ignored.
+
+        Raises:
+            TypeError: what is no loss reduction.
+            ValueError: a number that is negative or not finite.
+        """
+        return self._options.loss_reduction
+
+    @loss_reduction.setter
+    def loss_reduction(self, value: LossReduction) -> None:
+        self._options = replace(self._options, loss_reduction=value)
 
     @property
     def skipped_steps(self) -> int:

@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from ngplus.loss_reduction import LossReduction, check_loss_reduction
+
 Curvature = Literal["per_sample", "mini_batch"]
 Solver = Literal["auto", "dense", "low_rank", "sketched"]
 Samples = Literal["batch", "rows"]
-LossReduction = Literal["mean", "sum"]
+ModelCallSamples = Literal["separate", "joined"]
+PartialCapture = Literal["base", "accept"]
 DampingRule = Literal["paper", "released"]
 NonFinite = Literal["skip", "raise"]
 
@@ -57,6 +60,8 @@ class Options:
     samples: Samples
     batch_dim: int | Mapping[str, int]
     loss_reduction: LossReduction
+    model_calls: ModelCallSamples = "separate"
+    partial_capture: PartialCapture = "base"
     damping_rule: DampingRule
     max_samples: int | None
     nonfinite: NonFinite
@@ -71,6 +76,7 @@ class Options:
             raise TypeError(f"ema must be a number in [0, 1), got {self.ema!r}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must be in [0, 1), got {self.ema!r}")
+        check_loss_reduction(self.loss_reduction)
         self._check_batch_dim()
         self._check_together()
 
@@ -95,7 +101,8 @@ _CHOICES = {
     "curvature": Curvature,
     "solver": Solver,
     "samples": Samples,
-    "loss_reduction": LossReduction,
+    "model_calls": ModelCallSamples,
+    "partial_capture": PartialCapture,
     "damping_rule": DampingRule,
     "nonfinite": NonFinite,
 }

@@ -157,6 +157,23 @@ class Patches:
         norms = windows.sum(dim=tuple(range(-len(self.kernel), 0))).flatten(2)
         return norms + 1.0 if self.tail else norms
 
+    def at_offset(self, images: Tensor, offset: tuple[int, ...]) -> Tensor:
+        """What one place of the kernel meets at each position.
+
+        Args:
+            images: (b, channels, *spatial), not padded: some of the channels.
+            offset: the place, one number for each spatial direction.
+
+        Returns:
+            (b, channels, κ), in the statistics' dtype.
+        """
+        padded = self._padded(images.to(statistics_dtype(images.dtype)))
+        slices = [
+            slice(place * dilation, place * dilation + (count - 1) * stride + 1, stride)
+            for place, dilation, stride, count in zip(offset, self.dilation, self.stride, self.output_size, strict=True)
+        ]
+        return padded[(slice(None), slice(None), *slices)].flatten(2)
+
     def slice(self, start: int, stop: int) -> Patches:
         """The samples ``start`` to ``stop``."""
         return replace(self, images=self.images[start:stop])

@@ -15,7 +15,8 @@ from ngplus.baselines.kronecker import KroneckerCapture, KroneckerCurvature, Spl
 from ngplus.baselines.relative import Relative
 from ngplus.capture import Capture
 from ngplus.curvature import Curvature, sampling
-from ngplus.options import LossReduction, NonFinite, check_choice, check_count
+from ngplus.loss_reduction import LossReduction
+from ngplus.options import NonFinite, check_choice, check_count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +72,6 @@ class KFAC(Relative):
 
     _title: ClassVar[str] = "K-FAC"
     _key: ClassVar[str] = "kfac"
-    _unseen: ClassVar[str] = "for which K-FAC has no factors"
     _shared = (*Relative._shared, "ema")
     _settings: Factors
 

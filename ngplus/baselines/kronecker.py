@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ngplus.batching import Member
 from ngplus.calls import Call, UnsupportedCall
-from ngplus.capture import Capture, Sampling, Statistic, _Record, _Use, is_zero
+from ngplus.capture import Capture, Sampling, Statistic, _Record, _Returned, _Use, is_zero
 from ngplus.curvature import Curvature, LayerState
 from ngplus.factors import Bags, Factor, OneHot, statistics_dtype
 from ngplus.gfim import CHUNK, Part, Shape, without_tiny
@@ -149,6 +149,7 @@ class KroneckerCapture(Capture):
     """
 
     _statistic = FactorStatistic
+    _unseen = "for which K-FAC has no factors"
 
     def __init__(
         self,
@@ -163,10 +164,17 @@ class KroneckerCapture(Capture):
         self._tables = {layer for layer in layers if is_table(model, layer)}
         self._max_side = max_side
 
-    def _expect(self, call: Call, output: Tensor, grouping: SampleIndex | None, batch_dim: int) -> None:
+    def _expect(
+        self,
+        call: Call,
+        output: Tensor,
+        versions: list[tuple[Tensor, int]],
+        grouping: SampleIndex | None,
+        batch_dim: int,
+    ) -> None:
         if call.turned:
             raise UnsupportedCall("is multiplied from the other side, as in x @ W")
-        super()._expect(call, output, grouping, batch_dim)
+        super()._expect(call, output, versions, grouping, batch_dim)
 
     def _grouped(self, part: Part, grouping: SampleIndex, use: _Use) -> Part:
         """Every row that counts as a sample: the factors sum over rows, whatever sample they belong to."""
@@ -174,11 +182,11 @@ class KroneckerCapture(Capture):
         index = grouping.index_of(layer.module)
         return part if index is None else rows_that_count(part, index, use.batch_dim, layer.name)
 
-    def _reduce(self, record: _Record) -> None:
+    def _reduce(self, record: _Record, parts: Sequence[_Returned]) -> None:
         table = record.layer in self._tables
-        if any(isinstance(part.rows, (OneHot, Bags)) != table for part in record.parts):
+        if any(isinstance(returned.part.rows, (OneHot, Bags)) != table for returned in parts):
             record.opaque = "is looked up as a table and multiplied as a matrix"
-        super()._reduce(record)
+        super()._reduce(record, parts)
 
     def _add_samples(self, statistic: Statistic, parts: list[Part]) -> None:
         samples, positions = parts[0].rows.samples, sum(part.rows.positions for part in parts)
@@ -215,7 +223,7 @@ class KroneckerCurvature(Curvature):
     def _scaled(self, layer: Layer, statistic: Statistic, loss_scale: float) -> Statistic:
         """A = 1/N Σ a aᵀ; B likewise, of gradients N times those that the backward of a mean returns."""
         gradient_side = 1 if is_table(self._model, layer) else 0
-        statistic.moments[gradient_side] *= statistic.scale(self._options.loss_reduction) / loss_scale**2
+        statistic.moments[gradient_side] *= statistic.scale() / loss_scale**2
         statistic.moments[1 - gradient_side] /= max(1, statistic.used)
         return statistic
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -20,7 +20,8 @@ from ngplus.curvature import Curvature, LayerState, sampling
 from ngplus.gfim import Part, Shape
 from ngplus.inverse import Request, invert_one
 from ngplus.layers import Layer
-from ngplus.options import LossReduction, NonFinite, Options, Samples, check_count
+from ngplus.loss_reduction import LossReduction
+from ngplus.options import NonFinite, Options, Samples, check_count
 from ngplus.preconditioner import Preconditioner
 from ngplus.touched import TouchedRows
 
@@ -141,7 +142,8 @@ class SENGCurvature(Curvature):
         statistics: Mapping[Layer, Statistic],
         damping: Mapping[Layer, float],
         loss_scale: float,
-    ) -> list[Layer]:
+        unsupported: Collection[Layer] = (),
+    ) -> tuple[list[Layer], list[Layer]]:
         """As in `Curvature`, in a single process.
 
         Raises:
@@ -149,12 +151,12 @@ class SENGCurvature(Curvature):
         """
         if distributed.world_size() > 1:
             raise RuntimeError("SENG keeps the samples of one process: it does not train in several together")
-        return super().update(layers, statistics, damping, loss_scale)
+        return super().update(layers, statistics, damping, loss_scale, unsupported)
 
     def _scaled(self, layer: Layer, statistic: Statistic, loss_scale: float) -> Statistic:
         """U of all micro-batches: gradients of single samples over √|S|."""
         assert isinstance(statistic, SampleStatistic)
-        scale = statistic.scale(self._options.loss_reduction) ** 0.5 / loss_scale
+        scale = statistic.scale() ** 0.5 / loss_scale
         statistic.gathered = [joined(statistic.gathered, statistic.shape.rows).scaled(scale)]
         return statistic
 

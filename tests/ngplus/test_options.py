@@ -40,7 +40,21 @@ REFUSED = {
     "loss_reduction": (
         {"loss_reduction": "none"},
         ValueError,
-        "loss_reduction must be one of 'mean', 'sum', got 'none'",
+        'loss_reduction must be "mean", "sum", the number that the loss divides by, a dict of these by module name, '
+        "or a function of these, got 'none'",
+    ),
+    "negative loss_reduction": ({"loss_reduction": -3.0}, ValueError, "a finite number ≥ 0, got -3.0"),
+    "loss_reduction of no kind": ({"loss_reduction": [3]}, TypeError, "or a function of these, got [3]"),
+    "loss_reduction by number": ({"loss_reduction": {0: "mean"}}, TypeError, "patterns of module names, got 0 as one"),
+    "model_calls": (
+        {"model_calls": "one"},
+        ValueError,
+        "model_calls must be one of 'separate', 'joined', got 'one'",
+    ),
+    "partial_capture": (
+        {"partial_capture": "no"},
+        ValueError,
+        "partial_capture must be one of 'base', 'accept', got 'no'",
     ),
     "damping_rule": (
         {"damping_rule": "code"},

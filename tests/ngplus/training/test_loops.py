@@ -1,7 +1,9 @@
 """Loops that call forward, backward, step and zero_grad in the orders that people do."""
 
 import copy
+import warnings
 
+import oracle
 import pytest
 import torch
 from problems import SETTINGS, attentive, convolutional, distance, flat, perceptron, train
@@ -149,3 +151,63 @@ def test_step_hooks_of_the_optimizer_run_once_a_step():
     optimizer.register_step_post_hook(lambda *_: calls.append("after") or None)
     train(problem, optimizer, 2)
     assert calls == ["before", "after"] * 2
+
+
+class Adapted(nn.Module):
+    """A frozen layer with two adapters of low rank, of which one is in use at a time."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(5, 4)
+        self.adapters = nn.ModuleDict(
+            {name: nn.Sequential(nn.Linear(5, 2, bias=False), nn.Linear(2, 4)) for name in "ab"}
+        )
+        self.use("a")
+        self.double()
+
+    def use(self, name):
+        self.name = name
+        self.requires_grad_(False)
+        self.adapters[name].requires_grad_(True)
+
+    def forward(self, x):
+        return self.layer(x) + self.adapters[self.name](x)
+
+
+def test_adapters_whose_steps_alternate_while_the_other_is_in_use_have_their_curvature():
+    """Backward of both, then the step of each: one of them is frozen at the moment of its step."""
+    model, expected = Adapted(), {}
+    optimizers = {}
+    for name in "ab":
+        model.use(name)
+        optimizers[name] = NGPlus(
+            model, params=list(model.adapters[name].parameters()), lr=1e-9, damping=0.3, update_every=2, solver="dense"
+        )
+    for step in range(3):
+        inputs = {name: torch.randn(6, 5, dtype=torch.float64) for name in "ab"}
+        for name, x in inputs.items():
+            model.use(name)
+            if step % 2 == 0:
+                gradients = oracle.sample_gradients(model, [lambda m, r=r: oracle.energy(m(r)) for r in x.split(1)])
+                expected[name] = oracle.directions(gradients, 0.3)
+            (oracle.energy(model(x)) / 6).backward()
+        for name, optimizer in optimizers.items():
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                optimizer.step()
+            if step % 2 == 0:
+                assert oracle.error(model, expected[name]) <= 1e-9
+            assert {state.updates for state in optimizer.curvature.values()} == {1 + step // 2}
+            optimizer.zero_grad()
+
+
+def test_a_bias_frozen_after_backward_is_still_a_column_of_its_layer():
+    problem = perceptron()
+    expected = oracle.directions(oracle.sample_gradients(problem.model, problem.sample_losses()), 0.3)
+    optimizer = NGPlus(problem.model, lr=1e-9, damping=0.3, update_every=1, solver="dense")
+    problem.loss(problem.model).backward()
+    problem.model.requires_grad_(False)
+    optimizer.step()
+    problem.model.requires_grad_(True)
+    assert oracle.error(problem.model, expected) <= 1e-10

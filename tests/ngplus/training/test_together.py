@@ -212,20 +212,33 @@ def test_an_input_that_is_shared_by_the_batch_is_one_sample():
     torch.testing.assert_close(problem.model.table.weight.grad, torch.linalg.solve(matrix, gradient))
 
 
-def test_a_loss_with_derivatives_of_the_model_sees_the_path_of_first_order_only():
-    """As with forces: the curvature is of the gradients of layers' outputs, the gradient has a second path to it."""
+def energy_and_force(inlet: nn.Module, activation: nn.Module, outlet: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The first layer's output, and a loss of the energy and of its derivatives."""
+    hidden = inlet(x)
+    energy = outlet(activation(hidden))
+    (force,) = torch.autograd.grad(energy.sum(), x, create_graph=True)
+    return hidden, (energy.square().sum(1) + force.square().sum(1)).mean()
 
-    def energy_and_force(
-        inlet: nn.Module, activation: nn.Module, outlet: nn.Module, x: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        hidden = inlet(x)
-        energy = outlet(activation(hidden))
-        (force,) = torch.autograd.grad(energy.sum(), x, create_graph=True)
-        return hidden, (energy.square().sum(1) + force.square().sum(1)).mean()
 
+def test_a_loss_with_derivatives_of_the_model_goes_to_the_base_with_a_warning():
+    """As with forces: the gradient has a second path to the weights that the curvature does not have."""
     problem = perceptron()
     plain, x = copy.deepcopy(problem.model), problem.inputs.clone().requires_grad_()
-    optimizer = NGPlus(problem.model, **SETTINGS, solver="dense")
+    optimizer = NGPlus(problem.model, **SETTINGS)
+    energy_and_force(*problem.model, x)[1].backward()
+    with pytest.warns(
+        UserWarning, match=r"^0.weight, 2.weight: each has a gradient that is not the sum of its captured"
+    ):
+        optimizer.step()
+    energy_and_force(*plain, x)[1].backward()
+    for ours, theirs in zip(problem.model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+
+
+def test_partial_capture_of_a_loss_with_derivatives_is_that_of_the_path_of_first_order():
+    problem = perceptron()
+    plain, x = copy.deepcopy(problem.model), problem.inputs.clone().requires_grad_()
+    optimizer = NGPlus(problem.model, **SETTINGS, solver="dense", partial_capture="accept")
     energy_and_force(*problem.model, x)[1].backward()
     optimizer.step()
 

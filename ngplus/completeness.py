@@ -1,0 +1,387 @@
+"""Whether the captured uses of a weight make up its gradient.
+
+The factors of the captured uses give Σᵢ 𝒢ᵢ, and a backward pass brings the gradient that this sum should be. Both are
+compared in a few entries (r, c) of the matrix, drawn anew on every curvature step:
+
+    Σᵢ Σ_κ Gᵢ[r, κ] Aᵢ[c, κ]   against   G[r, c].
+
+A use that was not captured changes all of them, as a rule: a functional use in the training loop, a custom
+`torch.autograd.Function`, a penalty on the weight. Of a table, where such a use may touch few rows, a sixteenth of the
+rows or more count together, with random signs s: Σᵢ Σ_κ (sᵀGᵢ)[κ] Aᵢ[c, κ] against (sᵀG)[c].
+
+The gradient is taken from a hook on the weight, before accumulation, clipping, unscaling or averaging over processes.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ngplus.factors import Bags, Dense, Factor, OneHot, statistics_dtype
+from ngplus.gfim import Part, Shape
+from ngplus.layers import Layer
+from ngplus.mixed_precision import without_autocast
+from ngplus.patches import Patches
+
+ENTRIES = 8
+"""Most entries of a layer's gradient that are compared."""
+
+SUMMANDS = 2**15
+"""Products of a use beyond which fewer entries are compared, two at the least."""
+
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 1.5e-2, torch.float16: 3e-3}
+"""Difference, relative to the sums that are compared, from which on a gradient has another source.
+
+Several times the rounding of a gradient in this dtype; it grows with the root of the number of uses, each of which is
+rounded."""
+
+_REDUCED = 1.5e-2
+"""The same for float32 where torch may compute its products in TF32 or bfloat16."""
+
+
+class Entries(Protocol):
+    """Some entries of a layer's matrix."""
+
+    @property
+    def count(self) -> int:
+        """How many they are."""
+        ...
+
+    def products(self, part: Part) -> tuple[Tensor, int]:
+        """The summands of a use, (samples, k, κ), and the place of the first of its k entries among all."""
+        ...
+
+    def of_gradient(self, gradient: Tensor) -> Tensor:
+        """The entries of a weight's gradient, (count,), in the statistics' dtype and in memory of their own."""
+        ...
+
+
+@dataclass(slots=True)
+class Spread:
+    """A sequence of evenly spaced numbers.
+
+    Attributes:
+        start: the first.
+        step: from one to the next.
+        count: how many there are.
+    """
+
+    start: int
+    step: int
+    count: int
+
+    @classmethod
+    def drawn(cls, size: int, count: int, generator: random.Random) -> Spread:
+        """``count`` of the numbers below ``size``, as far apart as can be, so that each large slice has one."""
+        step = size // count
+        return cls(generator.randrange(size - step * (count - 1)), step, count)
+
+    @property
+    def as_slice(self) -> slice:
+        """For indexing."""
+        return slice(self.start, self.start + self.step * (self.count - 1) + 1, self.step)
+
+    def inside(self, first: int, length: int) -> tuple[slice, int]:
+        """Those in [first, first + length), counted from there, and the place of the first of them."""
+        skipped = min(self.count, max(0, -(-(first - self.start) // self.step)))
+        end = min(self.count, max(skipped, -(-(first + length - self.start) // self.step)))
+        start = self.start + skipped * self.step - first
+        return slice(start, start + (end - skipped) * self.step, self.step), skipped
+
+
+@dataclass(kw_only=True, slots=True)
+class MatrixEntries:
+    """Entries (r, c) of a matrix that is multiplied, in pairs of evenly spaced r and neighbouring c.
+
+    Attributes:
+        count: of the pairs.
+        rows: of the matrix; or groups of a convolution that has several, with one row of each.
+        row: the row within its group, where there are several groups.
+        column: the first input channel or column, of the same number in each group.
+        offset: into a convolution's kernel, the same for all.
+        shape: of the matrix.
+    """
+
+    count: int
+    rows: Spread
+    row: int
+    column: int
+    offset: tuple[int, ...]
+    shape: Shape
+
+    @classmethod
+    def drawn(cls, layer: Layer, shape: Shape, most: int, generator: random.Random) -> MatrixEntries:
+        """Up to ``most`` entries."""
+        width, kernel = layer.weight.shape[1], layer.weight.shape[2:]
+        grouped = shape.groups > 1
+        count = min(most, shape.groups) if grouped else min(most, shape.rows, width)
+        return cls(
+            count=count,
+            rows=Spread.drawn(shape.groups if grouped else shape.rows, count, generator),
+            row=generator.randrange(shape.rows),
+            column=generator.randrange(width if grouped else width - count + 1),
+            offset=tuple(generator.randrange(size) for size in kernel),
+            shape=shape,
+        )
+
+    def products(self, part: Part) -> tuple[Tensor, int]:
+        """Gᵢ[r, κ] Aᵢ[c, κ]."""
+        rows, place = self._row_entries(part.rows)
+        return rows * self._column_entries(part.columns)[:, place : place + rows.shape[1]], place
+
+    def _row_entries(self, factor: Factor) -> tuple[Tensor, int]:
+        if isinstance(factor, OneHot):  # a table that is a linear layer's weight too
+            rows = torch.arange(factor.size, device=factor.device)[self.rows.as_slice]
+            return (factor.index.unsqueeze(1) == rows.view(1, -1, 1)).to(factor.dtype), 0
+        if isinstance(factor, Bags):
+            rows = torch.arange(factor.size, device=factor.device)[self.rows.as_slice]
+            return factor.at(rows.expand(factor.bags, -1)).unsqueeze(2), 0
+        assert isinstance(factor, Dense)
+        entries, place = factor.entries, 0
+        if self.shape.groups > 1:
+            entries = entries[:, self.rows.as_slice, self.row]
+        elif factor.full_size is None:
+            entries = entries[:, 0, self.rows.as_slice]
+        else:
+            inside, place = self.rows.inside(factor.first_row, entries.shape[2])
+            entries = entries[:, 0, inside]
+        return entries.to(statistics_dtype(entries.dtype)), place
+
+    def _column_entries(self, factor: Factor) -> Tensor:
+        if isinstance(factor, Patches):
+            return factor.at_offset(factor.images[:, self._channels(factor.channels)], self.offset)
+        assert isinstance(factor, Dense)
+        if self.shape.groups > 1:
+            entries = factor.entries[:, self.rows.as_slice, self.column]
+        else:
+            entries = factor.entries[:, 0, self.column : self.column + self.count]
+        return entries.to(statistics_dtype(entries.dtype))
+
+    def _channels(self, in_group: int) -> slice:
+        """Which input channels they are, over all groups."""
+        if self.shape.groups == 1:
+            return slice(self.column, self.column + self.count)
+        first, step = self.rows.start * in_group + self.column, self.rows.step * in_group
+        return slice(first, first + step * (self.count - 1) + 1, step)
+
+    def of_gradient(self, gradient: Tensor) -> Tensor:
+        """The entries of a weight's gradient, which are evenly spaced in its memory."""
+        dense = gradient if gradient.layout == torch.strided else gradient.to_dense()
+        to_row, to_column, *to_offset = dense.stride()
+        grouped = self.shape.groups > 1
+        first, step = self.rows.start, self.rows.step
+        if grouped:
+            first, step = first * self.shape.rows + self.row, step * self.shape.rows
+        start = first * to_row + self.column * to_column + sum(map(operator.mul, self.offset, to_offset))
+        stride = step * to_row + (0 if grouped else to_column)
+        entries = dense.as_strided((self.count,), (stride,), dense.storage_offset() + start)
+        return entries.to(statistics_dtype(entries.dtype), copy=True)
+
+
+BLOCK = 16
+"""Rows of a table that are chosen together: their gradients are neighbours in memory."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TableEntries:
+    """Sums with random signs over rows of a table, in neighbouring columns.
+
+    Attributes:
+        count: of the columns.
+        column: the first.
+        key: an odd number that decides the signs.
+        block: the first of the blocks of rows that count.
+        stride: from one such block to the next.
+    """
+
+    count: int
+    column: int
+    key: int
+    block: int
+    stride: int
+
+    @classmethod
+    def drawn(cls, layer: Layer, most: int, generator: random.Random) -> TableEntries:
+        """Up to ``most`` columns; all rows of a short table, a sixteenth of a long one's."""
+        height, width = layer.weight.shape
+        count, stride = min(most, width), min(16, max(1, height // 512))
+        column = generator.randrange(width - count + 1)
+        key, block = generator.getrandbits(62) | 1, generator.randrange(stride)
+        return cls(count=count, column=column, key=key, block=block, stride=stride)
+
+    def products(self, part: Part) -> tuple[Tensor, int]:
+        """(sᵀGᵢ)[κ] Aᵢ[c, κ]."""
+        assert isinstance(part.columns, Dense)
+        columns = part.columns.entries[:, 0, self.column : self.column + self.count]
+        return self._signed_rows(part.rows).unsqueeze(1) * columns.to(statistics_dtype(columns.dtype)), 0
+
+    def _signed_rows(self, factor: Factor) -> Tensor:
+        """sᵀGᵢ, (samples, κ)."""
+        if isinstance(factor, OneHot):
+            return self._signs(factor.index, factor.dtype)
+        if isinstance(factor, Bags):
+            signs = self._signs(factor.index, factor.weight.dtype) * factor.weight
+            return signs.new_zeros(factor.bags).index_add_(0, factor.bag, signs).unsqueeze(1)
+        assert isinstance(factor, Dense)
+        rows = self._rows(factor.size, factor.device)
+        rows = rows[(rows >= factor.first_row) & (rows < factor.first_row + factor.entries.shape[2])]
+        entries = factor.entries[:, 0].mT.index_select(2, rows - factor.first_row)  # (samples, κ, rows)
+        entries = entries.to(statistics_dtype(entries.dtype))
+        return entries @ self._signs(rows, entries.dtype)
+
+    def of_gradient(self, gradient: Tensor) -> Tensor:
+        """(sᵀG)[c]."""
+        if gradient.layout == torch.sparse_coo and gradient.sparse_dim() == 1:
+            rows, values = gradient._indices()[0], gradient._values()
+        else:
+            dense = gradient if gradient.layout == torch.strided else gradient.to_dense()
+            rows = self._rows(len(dense), dense.device)
+            values = dense.index_select(0, rows)
+        values = values[:, self.column : self.column + self.count]
+        values = values.to(statistics_dtype(values.dtype))
+        with without_autocast([values.device.type]):
+            return self._signs(rows, values.dtype) @ values
+
+    def _rows(self, height: int, device: torch.device) -> Tensor:
+        """The rows that count, ascending."""
+        blocks = torch.arange(self.block, -(-height // BLOCK), self.stride, device=device)
+        rows = (blocks.unsqueeze(1) * BLOCK + torch.arange(BLOCK, device=device)).flatten()
+        return rows[rows < height]
+
+    def _signs(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """±1 for each row by multiplicative hashing of its number, 0 for those that do not count."""
+        signs = (rows * self.key >> 40 & 1) * 2 - 1
+        if self.stride > 1:
+            signs = signs * (rows // BLOCK % self.stride == self.block)
+        return signs.to(dtype)
+
+
+def draw(layer: Layer, shape: Shape, output_size: int, generator: random.Random) -> Entries:
+    """Which entries to compare.
+
+    Args:
+        layer: whose gradient they are of.
+        shape: of its matrix.
+        output_size: elements of the output of its first use.
+        generator: draws them.
+    """
+    summands = max(1, output_size // layer.weight.shape[0])
+    most = min(ENTRIES, max(2, SUMMANDS // summands))
+    if layer.looked_up:
+        return TableEntries.drawn(layer, most, generator)
+    return MatrixEntries.drawn(layer, shape, most, generator)
+
+
+class Comparison:
+    """The compared entries of a layer's gradient, as captured and as they came.
+
+    Args:
+        entries: which they are.
+    """
+
+    def __init__(self, entries: Entries) -> None:
+        self._entries = entries
+        self._captured: list[Tensor] = []
+        self._lengths: list[Tensor] = []
+        self._gradient: list[Tensor] = []
+        self._tolerance = 0.0
+        self._tiny = 0.0
+
+    def empty(self) -> Comparison:
+        """One of the same entries that knows nothing yet."""
+        return Comparison(self._entries)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no backward pass has brought a gradient yet."""
+        return not self._gradient
+
+    def add_use(self, part: Part, dtype: torch.dtype) -> None:
+        """Add what a captured use brings.
+
+        Args:
+            part: all of its samples.
+            dtype: that it was computed in.
+        """
+        products, place = self._entries.products(part)
+        captured, lengths = products.sum(dim=(0, 2)), torch.linalg.vector_norm(products, dim=(0, 2))
+        if len(captured) < self._entries.count:
+            around = (place, self._entries.count - place - len(captured))
+            captured, lengths = F.pad(captured, around), F.pad(lengths, around)
+        self._captured.append(captured)
+        self._lengths.append(lengths)
+        self._allow(dtype, captured.device)
+
+    def add_gradient(self, gradient: Tensor) -> None:
+        """Add what a backward pass brought to the weight's gradient."""
+        self._gradient.append(self._entries.of_gradient(gradient))
+        self._allow(gradient.dtype, gradient.device)
+
+    def _allow(self, dtype: torch.dtype, device: torch.device) -> None:
+        tolerance = _TOLERANCE.get(dtype, _REDUCED)
+        if dtype == torch.float32 and _reduced_precision(device):
+            tolerance = _REDUCED
+        self._tolerance = max(self._tolerance, tolerance)
+        self._tiny = max(self._tiny, torch.finfo(dtype).tiny)
+
+    def tensors(self, now: Tensor | None) -> list[Tensor]:
+        """What `is_complete` and `is_multiple` need to know the values of; ``now`` is the weight's ``.grad``."""
+        found = [] if now is None else [self._entries.of_gradient(now)]
+        return [*self._captured, *self._lengths, *self._gradient, *found]
+
+    def is_complete(self, values: Sequence[list[float]]) -> bool:
+        """Whether the captured uses make up the gradient but for rounding; also where anything is not finite."""
+        uses = len(self._captured)
+        captured, lengths = _total(values[:uses]), _total(values[uses : 2 * uses])
+        gradient = _total(values[2 * uses : 2 * uses + len(self._gradient)])
+        difference = math.hypot(*(g - (captured[i] if captured else 0.0) for i, g in enumerate(gradient)))
+        size = math.hypot(*gradient) + math.hypot(*captured) + math.hypot(*lengths)
+        allowed = self._tolerance * max(1, uses) ** 0.5 * size
+        return not difference > allowed + len(gradient) * self._tiny
+
+    def is_multiple(self, values: Sequence[list[float]]) -> bool:
+        """Whether the weight's ``.grad``, the last of ``values``, is a multiple of what the backward passes brought.
+
+        Clipping by norm and unscaling multiply a gradient; putting one together from several does not.
+        """
+        brought, now = _total(values[2 * len(self._captured) : -1]), values[-1]
+        sizes = math.hypot(*brought), math.hypot(*now)
+        if not all(0 < size < math.inf for size in sizes):
+            return sizes[1] == 0 or not math.isfinite(sum(sizes))
+        brought, now = ([each / size for each in vector] for vector, size in zip((brought, now), sizes, strict=True))
+        cosine = sum(one * other for one, other in zip(brought, now, strict=True))
+        away = math.hypot(*(one - cosine * other for one, other in zip(now, brought, strict=True)))
+        return away <= max(self._tolerance, 1e-2)
+
+
+def _total(vectors: Sequence[list[float]]) -> list[float]:
+    """Their sum, entry by entry."""
+    return [sum(each) for each in zip(*vectors, strict=True)]
+
+
+def values_of(tensors: Iterable[Sequence[Tensor]]) -> list[list[list[float]]]:
+    """The entries of short vectors, list by list. Synchronizes with the device once."""
+    lists = [list(vectors) for vectors in tensors]
+    flat = [vector for vectors in lists for vector in vectors]
+    if not flat:
+        return [[] for _ in lists]
+    dtype = torch.float64 if any(vector.dtype == torch.float64 for vector in flat) else flat[0].dtype
+    joined = iter(torch.cat([vector.to(flat[0].device, dtype) for vector in flat]).tolist())
+    return [[[next(joined) for _ in range(len(vector))] for vector in vectors] for vectors in lists]
+
+
+def _reduced_precision(device: torch.device) -> bool:
+    """Whether products of float32 may be computed with fewer bits."""
+    convolutions = device.type == "cuda" and torch.backends.cudnn.allow_tf32
+    return convolutions or torch.get_float32_matmul_precision() != "highest"
+
+
+__all__ = ["Comparison", "Entries", "MatrixEntries", "TableEntries", "draw", "values_of"]

@@ -1,0 +1,338 @@
+"""A layer whose gradient has other sources than the captured uses goes to the base, with a warning that names it."""
+
+import copy
+import random
+import warnings
+
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call
+
+from ngplus import NGPlus
+from ngplus.completeness import Comparison, MatrixEntries, Spread, TableEntries, draw
+from ngplus.factors import Bags, Dense, OneHot
+from ngplus.gfim import Part
+from ngplus.layers import find_layers
+from ngplus.patches import Patches
+
+DAMPING = 0.3
+REASON = "has a gradient that is not the sum of its captured uses"
+
+
+def points(*shape):
+    torch.manual_seed(1)
+    return torch.randn(shape, dtype=torch.float64)
+
+
+class Fused(torch.autograd.Function):
+    """x Wᵀ, of which nothing is seen."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        return gradient @ weight, gradient.flatten(0, -2).T @ x.flatten(0, -2)
+
+
+class Language(nn.Module):
+    """A table, a layer and a head that is the table or not."""
+
+    def __init__(self, fused=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(11, 5)
+        self.layer = nn.Linear(5, 5)
+        self.fused = fused
+        self.double()
+
+    def forward(self, index):
+        hidden = self.layer(self.table(index)).tanh()
+        return Fused.apply(hidden, self.table.weight) if self.fused else hidden
+
+
+def fast_weights(model, index):
+    """One step of MAML's inner loop, whose gradient goes to the slow weights."""
+    inner = model(index).square().mean()
+    names = dict(model.named_parameters())
+    gradients = torch.autograd.grad(inner, names.values(), create_graph=True)
+    fast = {name: p - 0.1 * g for (name, p), g in zip(names.items(), gradients, strict=True)}
+    return inner + functional_call(model, fast, (index,)).sin().mean()
+
+
+PARTIAL = {
+    "a head in the loop": (Language, lambda m, x: oracle.energy(m(x) @ m.table.weight.T), {"table.weight"}),
+    "a head fused with its loss": (lambda: Language(fused=True), lambda m, x: oracle.energy(m(x)), {"table.weight"}),
+    "a lookup of one row in the loop": (
+        Language,
+        lambda m, x: oracle.energy(m(x)) + F.embedding(x[:1, :1], m.table.weight).square().sum(),
+        {"table.weight"},
+    ),
+    "a penalty": (
+        Language,
+        lambda m, x: oracle.energy(m(x)) + 0.1 * m.layer.weight.square().sum(),
+        {"layer.weight"},
+    ),
+    "fast weights": (Language, fast_weights, {"table.weight", "layer.weight"}),
+    "a function of the functional interface": (
+        Language,
+        lambda m, x: oracle.energy(m(x)) + torch.func.vmap(lambda v: m.layer.weight @ v)(points(3, 5)).sum(),
+        {"layer.weight"},
+    ),
+}
+
+
+def step(model, loss, x, pieces=1, **options):
+    """One step; returns the optimizer, the gradients before it and the warnings."""
+    optimizer = NGPlus(model, lr=1e-12, damping=DAMPING, update_every=1, **options)
+    for part in x.chunk(pieces):
+        loss(model, part).backward()
+    before = {name: p.grad.clone() for name, p in model.named_parameters()}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer.step()
+    return optimizer, before, [str(w.message) for w in caught]
+
+
+@pytest.mark.parametrize("case", PARTIAL)
+@pytest.mark.parametrize("pieces", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_weight_with_uses_that_are_not_captured_goes_to_the_base(case, pieces, dtype):
+    build, loss, partial = PARTIAL[case]
+    if dtype == torch.float32 and "functional" in case:
+        pytest.skip("its points are float64")
+    model, index = build().to(dtype), torch.randint(11, (6, 4))
+    optimizer, before, messages = step(model, loss, index, pieces)
+    assert set(optimizer.curvature) == {"table.weight", "layer.weight"} - partial
+    assert len(messages) == 1
+    assert REASON in messages[0]
+    for name in partial:
+        assert name in messages[0]
+        assert torch.equal(dict(model.named_parameters())[name].grad, before[name])
+
+
+def test_a_partial_capture_is_accepted_where_one_says_so():
+    build, loss, _ = PARTIAL["a penalty"]
+    optimizer, _, messages = step(build(), loss, torch.randint(11, (6, 4)), partial_capture="accept")
+    assert set(optimizer.curvature) == {"table.weight", "layer.weight"}
+    assert not messages
+
+
+def test_a_layer_that_is_complete_again_has_its_curvature_again():
+    model, index = Language(), torch.randint(11, (6, 4))
+    optimizer = NGPlus(model, lr=1e-12, damping=DAMPING, update_every=1)
+    for penalty in (0.1, 0.0):
+        optimizer.zero_grad()
+        (oracle.energy(model(index)) + penalty * model.layer.weight.square().sum()).backward()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore" if penalty else "error")
+            optimizer.step()
+        assert ("layer.weight" in optimizer.curvature) == (not penalty)
+
+
+def clipped(model, _optimizer):
+    nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+
+
+def masked(model, _optimizer):
+    for parameter in model.parameters():
+        parameter.grad = parameter.grad * (torch.rand_like(parameter) < 0.5)
+
+
+def discarded(model, optimizer):
+    """A backward of other samples before, whose gradients went; and clipping."""
+    gradients = [p.grad.clone() for p in model.parameters()]
+    optimizer.zero_grad()
+    oracle.energy(model(torch.randint(11, (6, 4)))).backward()
+    optimizer.zero_grad()
+    del gradients
+    oracle.energy(model(torch.randint(11, (6, 4)))).backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+
+
+@pytest.mark.parametrize("between", [clipped, masked, discarded])
+def test_what_a_loop_does_to_gradients_after_backward_is_no_other_source(between):
+    model, index = Language(), torch.randint(11, (6, 4))
+    optimizer = NGPlus(model, lr=1e-12, damping=DAMPING, update_every=1)
+    oracle.energy(model(index)).backward()
+    between(model, optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+    assert len(optimizer.curvature) == 2
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.0])
+def test_hooks_of_the_weight_see_the_gradient_after_the_comparison(scale):
+    model, index = Language(), torch.randint(11, (6, 4))
+    model.layer.weight.register_hook(lambda gradient: scale * gradient.sign())
+    optimizer, _, messages = step(model, lambda m, x: oracle.energy(m(x)), index)
+    assert len(optimizer.curvature) == 2
+    assert not messages
+
+
+def test_weights_are_left_without_hooks_and_can_be_copied_meanwhile():
+    model, index = Language(), torch.randint(11, (6, 4))
+    optimizer = NGPlus(model, lr=1e-12, damping=DAMPING, update_every=2)
+    own = model.layer.weight.register_hook(lambda gradient: None)
+    loss = oracle.energy(model(index))
+    assert len(model.layer.weight._backward_hooks) == 2
+    copy.deepcopy(model)
+    loss.backward()
+    optimizer.step()
+    assert list(model.layer.weight._backward_hooks) == [own.id]
+    assert model.table.weight._backward_hooks is None
+
+
+TASKS = {
+    "one graph": lambda model, x: model(x),
+    "a forward each": lambda model, x: [model(x)[0], model(x)[1]],
+}
+
+
+class TwoHeads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.trunk, self.a, self.b = nn.Linear(4, 5), nn.Linear(5, 2), nn.Linear(5, 3)
+        self.double()
+
+    def forward(self, x):
+        hidden = self.trunk(x).tanh()
+        return [self.a(hidden), self.b(hidden)]
+
+
+@pytest.mark.parametrize("tasks", TASKS)
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("forget", ["optimizer", "model"])
+def test_gradients_put_together_by_hand_leave_all_layers_to_the_base_with_one_warning(tasks, in_place, forget):
+    model, x = TwoHeads(), points(6, 4)
+    optimizer = NGPlus(model, lr=1e-12, damping=DAMPING, update_every=1)
+    merged = {p: torch.zeros_like(p) for p in model.parameters()}
+    for output in TASKS[tasks](model, x):
+        (optimizer if forget == "optimizer" else model).zero_grad()
+        oracle.energy(output).backward(retain_graph=True)
+        for parameter, total in merged.items():
+            if parameter.grad is not None:
+                total += parameter.grad
+    for parameter, total in merged.items():
+        if in_place and parameter.grad is not None:
+            parameter.grad.copy_(total)
+        else:
+            parameter.grad = total.clone()
+    with pytest.warns(UserWarning, match="put together by hand from several backward passes") as caught:
+        optimizer.step()
+    assert len(caught) == 1
+    assert not optimizer.curvature
+    assert all(torch.equal(parameter.grad, total) for parameter, total in merged.items())
+
+
+LAYERS = {
+    "linear": nn.Linear(6, 5),
+    "one row": nn.Linear(6, 1),
+    "one column": nn.Linear(1, 6),
+    "wide": nn.Linear(300, 200),
+    "convolution": nn.Conv2d(4, 6, (3, 2), stride=2, padding=1, dilation=(1, 2)),
+    "groups": nn.Conv1d(6, 9, 3, groups=3),
+    "depthwise": nn.Conv2d(12, 12, 3, groups=12, padding=1),
+    "table": nn.Embedding(7, 5),
+    "long table": nn.Embedding(5000, 3),
+}
+
+
+def part_of(module, samples=4, positions=3):
+    """A use of a layer with random factors, and the gradient that it makes."""
+    torch.manual_seed(0)
+    weight = module.weight
+    if isinstance(module, nn.Embedding):
+        index = torch.randint(len(weight), (samples, positions))
+        columns = points(samples, 1, weight.shape[1], positions)
+        part = Part(OneHot(index, len(weight), torch.float64), Dense(columns))
+    elif isinstance(module, nn.Linear):
+        part = Part(
+            Dense(points(samples, 1, weight.shape[0], positions)), Dense(points(samples, 1, weight.shape[1], positions))
+        )
+    else:
+        images = points(samples, module.in_channels, *[7] * (weight.dim() - 2))
+        zeros = tuple((p, p) for p in module.padding)
+        columns = Patches(images, module.kernel_size, module.stride, module.dilation, zeros, module.groups)
+        part = Part(Dense(points(samples, module.groups, len(weight) // module.groups, columns.positions)), columns)
+    gradient = torch.einsum("bgmk,bgnk->gmn", part.rows.dense(), part.columns.dense()).reshape(weight.shape)
+    return part, gradient
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("seed", range(4))
+def test_the_compared_entries_of_uses_and_of_the_gradient_agree(name, seed):
+    module = copy.deepcopy(LAYERS[name]).double()
+    (layer,) = find_layers(module)
+    part, gradient = part_of(module)
+    entries = draw(layer, layer.shape(None), 0, random.Random(seed))
+    products, place = entries.products(part)
+    assert place == 0
+    torch.testing.assert_close(products.sum(dim=(0, 2)), entries.of_gradient(gradient))
+    assert isinstance(entries, TableEntries if isinstance(module, nn.Embedding) else MatrixEntries)
+    torch.testing.assert_close(entries.of_gradient(gradient.to_sparse(1)), entries.of_gradient(gradient))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("seed", range(4))
+def test_what_is_added_to_a_gradient_is_found(name, seed):
+    module = copy.deepcopy(LAYERS[name]).double()
+    (layer,) = find_layers(module)
+    part, gradient = part_of(module)
+    for extra, complete in ((0.0, True), (1e-12, True), (1e-5, False), (float("nan"), True)):
+        entries = draw(layer, layer.shape(None), 0, random.Random(seed))
+        comparison = Comparison(entries)
+        comparison.add_use(part, torch.float64)
+        comparison.add_gradient(gradient * (1 + extra))
+        values = [vector.tolist() for vector in comparison.tensors(None)]
+        assert comparison.is_complete(values) == (complete or not entries.of_gradient(gradient).any())
+
+
+def test_slices_of_a_weight_are_compared_at_their_place():
+    layer = find_layers(nn.MultiheadAttention(4, 2).double())[0]
+    entries = draw(layer, layer.shape(None), 0, random.Random(3))
+    gradient = torch.zeros(12, 4, dtype=torch.float64)
+    total = torch.zeros(entries.count, dtype=torch.float64)
+    for first in (0, 4, 8):
+        rows, columns = points(5, 1, 4, 2), points(5, 1, 4, 2) + first
+        gradient[first : first + 4] = torch.einsum("bgmk,bgnk->mn", rows, columns)
+        products, place = entries.products(Part(Dense(rows, first_row=first, full_size=12), Dense(columns)))
+        total[place : place + products.shape[1]] += products.sum(dim=(0, 2))
+    torch.testing.assert_close(total, entries.of_gradient(gradient))
+
+
+def test_a_table_that_is_a_linear_layers_weight_too_is_compared_row_by_row():
+    layer = find_layers(nn.Linear(5, 9).double())[0]
+    entries = draw(layer, layer.shape(None), 0, random.Random(0))
+    index, columns = torch.randint(9, (4, 3)), points(4, 1, 5, 3)
+    looked_up = OneHot(index, 9, torch.float64)
+    gradient = torch.einsum("bgmk,bgnk->mn", looked_up.dense(), columns)
+    torch.testing.assert_close(
+        entries.products(Part(looked_up, Dense(columns)))[0].sum((0, 2)), entries.of_gradient(gradient)
+    )
+    bags = Bags(index.flatten(), torch.arange(4).repeat_interleave(3), points(12), 4, 9)
+    gradient = torch.einsum("bgmk,bgnk->mn", bags.dense(), columns[..., :1])
+    products = entries.products(Part(bags, Dense(columns[..., :1])))[0]
+    torch.testing.assert_close(products.sum((0, 2)), entries.of_gradient(gradient))
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 8, 30])
+def test_spread_rows_are_found_in_every_large_slice(size):
+    for seed in range(5):
+        spread = Spread.drawn(size, min(8, size), random.Random(seed))
+        numbers = list(range(size))[spread.as_slice]
+        assert len(numbers) == min(8, size)
+        for first in range(size):
+            for length in range(size - first + 1):
+                inside, skipped = spread.inside(first, length)
+                found = list(range(first, first + length))[inside]
+                assert found == [n for n in numbers if first <= n < first + length]
+                assert not found or numbers[skipped] == found[0]

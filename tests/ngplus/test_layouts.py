@@ -1,0 +1,178 @@
+"""Tensors that are not plain and dense: jagged batches, sparse gradients, tables that grow, inputs overwritten."""
+
+import copy
+import warnings
+
+import oracle
+import pytest
+import torch
+from torch import nn
+
+from ngplus import NGPlus
+
+DAMPING = 0.3
+
+
+def jagged(*tensors):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls nested tensors a prototype
+        return torch.nested.nested_tensor(list(tensors), layout=torch.jagged)
+
+
+class Ragged(nn.Module):
+    def __init__(self, table, product):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inlet = nn.Embedding(9, 5) if table else nn.Linear(4, 5)
+        self.head = nn.Linear(5, 3)
+        self.last = nn.Linear(4, 3, bias=False) if product else None
+        self.double()
+
+    def forward(self, x):
+        out = self.head(self.inlet(x).tanh())
+        return out if self.last is None else out @ self.last.weight
+
+
+@pytest.mark.parametrize("table", [False, True])
+@pytest.mark.parametrize("product", [False, True])
+@pytest.mark.parametrize("samples", ["batch", "rows"])
+def test_each_tensor_of_a_jagged_batch_is_a_sample(table, product, samples):
+    model = Ragged(table, product)
+    lengths = (2, 4, 1)
+    rows = [torch.randint(9, (n,)) if table else torch.randn(n, 4, dtype=torch.float64) for n in lengths]
+    each = rows if samples == "batch" else [row[i : i + 1] for row in rows for i in range(len(row))]
+    gradients = oracle.sample_gradients(model, [lambda m, x=x: oracle.energy(m(x)) for x in each])
+    oracle.descend(
+        model, lambda m: oracle.energy(m(jagged(*rows)).values()) / len(each), damping=DAMPING, samples=samples
+    )
+    assert oracle.error(model, oracle.directions(gradients, DAMPING)) <= 1e-10
+
+
+def test_a_nested_tensor_of_the_older_layout_leaves_the_layer_to_the_base():
+    model = nn.Linear(4, 3).double()
+    optimizer = NGPlus(model, lr=1e-9, update_every=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        batch = torch.nested.nested_tensor([torch.randn(n, 4, dtype=torch.float64) for n in (2, 3)])
+        out = model(batch)
+    torch.nested.to_padded_tensor(out, 0.0).square().sum().backward()
+    with pytest.warns(UserWarning, match=r"^weight is used on a nested tensor whose layout is not torch.jagged"):
+        optimizer.step()
+    assert not optimizer.curvature
+
+
+class Odd(torch.Tensor):
+    """A gradient that no reader can take apart."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "") in ("reshape", "movedim", "flatten"):
+            raise NotImplementedError(f"{func.__name__} of an odd tensor")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_what_no_reader_can_read_is_a_warning_and_no_error_in_backward():
+    model = nn.Linear(4, 3).double()
+    optimizer = NGPlus(model, lr=1e-9, update_every=1)
+    x = torch.randn(5, 4, dtype=torch.float64).as_subclass(Odd)
+    model(x).as_subclass(torch.Tensor).square().sum().backward()
+    with pytest.warns(UserWarning, match=r"^weight (could not be read|is used by).*of an odd tensor"):
+        optimizer.step()
+    assert not optimizer.curvature
+
+
+SPARSE = {
+    "both dimensions": lambda g: g.to_sparse(),
+    "both dimensions, not coalesced": lambda g: torch.sparse_coo_tensor(
+        g.to_sparse().indices().repeat(1, 2), g.to_sparse().values().repeat(2) / 2, g.shape, check_invariants=True
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", SPARSE)
+@pytest.mark.parametrize("curvature", ["per_sample", "mini_batch"])
+@pytest.mark.parametrize("build", [lambda: nn.Embedding(9, 5), lambda: nn.Embedding(5, 9), lambda: nn.Linear(4, 5)])
+def test_gradients_of_other_sparse_layouts_have_the_dense_ones_direction(layout, curvature, build):
+    torch.manual_seed(0)
+    model = build().double()
+    x = torch.randn(6, 4, dtype=torch.float64) if isinstance(model, nn.Linear) else torch.randint(5, (6, 2))
+    twin = copy.deepcopy(model)
+    for each, change in ((twin, lambda g: g), (model, SPARSE[layout])):
+        optimizer = NGPlus(each, lr=1e-9, damping=DAMPING, update_every=1, curvature=curvature)
+        (oracle.energy(each(x)) / 6).backward()
+        each.weight.grad = change(each.weight.grad)
+        optimizer.step()
+    torch.testing.assert_close(model.weight.grad.to_dense(), twin.weight.grad.to_dense())
+
+
+@pytest.mark.parametrize("width", [6, 64])
+@pytest.mark.parametrize("update_every", [1, 3, 100])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_table_that_grows_drops_its_curvature_and_builds_it_again(width, update_every, sparse):
+    torch.manual_seed(0)
+    table = nn.Embedding(20, width, sparse=sparse).double()
+    model = nn.Sequential(table, nn.Linear(width, 3).double())
+    optimizer = NGPlus(model, lr=1e-9, damping=DAMPING, update_every=update_every, solver="dense")
+    for number in range(6):
+        if number == 4:
+            table.weight.data = torch.cat([table.weight.data, torch.randn(5, width, dtype=torch.float64)])
+            table.weight.grad = None
+        x = torch.randint(len(table.weight), (8, 4))
+        x[0, 0] = len(table.weight) - 1
+        gradients = oracle.sample_gradients(model, [lambda m, row=row: oracle.energy(m(row)) for row in x.split(1)])
+        gradients = {matrix: g for matrix, g in gradients.items() if matrix.weight == "0.weight"}
+        (oracle.energy(model(x)) / 8).backward()
+        optimizer.step()
+        if number == 5 and update_every != 3:  # built on the step after the one that found it dropped
+            assert optimizer.curvature["0.weight"].shape.rows == 25
+            assert oracle.error(model, oracle.directions(gradients, DAMPING)) <= 1e-9
+        optimizer.zero_grad()
+
+
+class Residual(nn.Module):
+    def __init__(self, in_place):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inlet, self.layer, self.in_place = nn.Linear(6, 6), nn.Linear(6, 6), in_place
+
+    def forward(self, x):
+        x = self.inlet(x).float().tanh() * 1.0
+        change = self.layer(x)
+        if self.in_place:
+            x += change
+            return x
+        return x + change
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_an_input_overwritten_under_autocast_leaves_the_layer_to_the_base(in_place):
+    model, x = Residual(in_place), torch.randn(16, 6)
+    optimizer = NGPlus(model, lr=1e-9, damping=0.01, update_every=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(x)
+    out.float().square().mean().backward()
+    gradient = model.layer.weight.grad.clone()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer.step()
+    messages = [str(w.message) for w in caught]
+    if in_place:
+        assert messages[0].startswith("layer.weight had its input overwritten in place between forward and backward")
+        assert torch.equal(model.layer.weight.grad, gradient)
+    else:
+        assert not messages
+    assert ("layer.weight" in optimizer.curvature) != in_place
+
+
+@pytest.mark.parametrize("what", ["index", "weights"])
+def test_a_bags_arguments_overwritten_before_backward_leave_it_to_the_base(what):
+    """Saved tensors that are packed by a hook may be overwritten: autograd has its own copy."""
+    model = nn.EmbeddingBag(9, 4, mode="sum").double()
+    optimizer = NGPlus(model, lr=1e-9, update_every=1)
+    index, weights = torch.randint(9, (5, 3)), torch.rand(5, 3, dtype=torch.float64)
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda packed: packed):
+        out = model(index, per_sample_weights=weights)
+    (index if what == "index" else weights).zero_()
+    out.square().sum().backward()
+    with pytest.warns(UserWarning, match="^weight had its input overwritten in place"):
+        optimizer.step()

@@ -1,0 +1,19 @@
+"""Training loops drawn at random; ``python tests/ngplus/random_loops.py --count 1000`` tries more of them."""
+
+import random
+
+import pytest
+import random_loops
+
+from ngplus import NGPlus
+
+
+@pytest.mark.parametrize("seed", range(100, 160))
+def test_a_random_loop_has_the_curvature_of_its_loss_or_says_where_it_has_not(seed):
+    assert sum(random_loops.run(random_loops.Habits.drawn(random.Random(seed))).values()) > 0
+
+
+def test_a_wrong_curvature_is_found(monkeypatch):
+    """The loops can fail: with pieces of a batch taken for uses by the same samples, as they were once, many do."""
+    monkeypatch.setattr(random_loops, "NGPlus", lambda *args, **options: NGPlus(*args, model_calls="joined", **options))
+    assert random_loops.main(0, 30) > 3
