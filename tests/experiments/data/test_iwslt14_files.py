@@ -82,12 +82,12 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(("old", "new", "complaint"), FAULTS)
-def test_a_faulty_segment_is_named_by_file_and_line(old, new, complaint, tmp_path):
+@pytest.mark.parametrize(("old", "new", "message"), FAULTS)
+def test_a_faulty_segment_is_named_by_file_and_line(old, new, message, tmp_path):
     text = plain(GERMAN)
     assert text.count(old) == 1
     put_set(tmp_path, text.replace(old, new))
-    with pytest.raises(DataFileError, match=rf"IWSLT14\.{re.escape(SET)}\.de-en\..*{complaint}"):
+    with pytest.raises(DataFileError, match=rf"IWSLT14\.{re.escape(SET)}\.de-en\..*{message}"):
         evaluation_pairs(tmp_path, SET)
 
 
@@ -154,10 +154,10 @@ TRAINING_FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(("old", "new", "complaint"), TRAINING_FAULTS)
-def test_a_faulty_training_line_is_named(old, new, complaint, tmp_path):
+@pytest.mark.parametrize(("old", "new", "message"), TRAINING_FAULTS)
+def test_a_faulty_training_line_is_named(old, new, message, tmp_path):
     put_training(tmp_path, talks(GERMAN).replace(old, new, 1), talks(ENGLISH))
-    with pytest.raises(DataFileError, match=rf"train\.tags\.de-en\.{complaint}"):
+    with pytest.raises(DataFileError, match=rf"train\.tags\.de-en\.{message}"):
         training_pairs(tmp_path)
 
 

@@ -238,14 +238,14 @@ def test_a_database_of_all_that_was_published_is_refused(fourteen, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("listed", "complaint"),
+    ("listed", "message"),
     [(None, "is missing or lists none"), ("# none", "is missing or lists none"), ("2", "lists 1 of them")],
 )
-def test_all_published_files_without_the_list_are_refused(listed, complaint, fourteen, tmp_path):
+def test_all_published_files_without_the_list_are_refused(listed, message, fourteen, tmp_path):
     put("xyz", tmp_path)
     if listed:
         (tmp_path / "qm9" / "uncharacterized.txt").write_text(listed)
-    with pytest.raises(DataFileError, match=rf"14 molecules of QM9, .*txt {complaint}; it must list the 2 that failed"):
+    with pytest.raises(DataFileError, match=rf"14 molecules of QM9, .*txt {message}; it must list the 2 that failed"):
         qm9.load(tmp_path, "xyz")
 
 
