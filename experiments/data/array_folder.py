@@ -1,5 +1,7 @@
 """Arrays kept as a folder of ``.npy`` files with a manifest: written once, opened in seconds, checked each time.
 
+Where they were parsed from files that may change, ``source.json`` says which these were, see `source_identity`.
+
 A folder appears under its name only when it is whole, so that a kill at any moment leaves nothing half
 written; two processes that prepare the same one agree by a lock file, and the later finds it done.
 """
@@ -14,31 +16,51 @@ import numpy as np
 from filelock import FileLock
 
 from experiments.data.checksum import DataFileError, sha256_of, verify
+from experiments.data.source_identity import SOURCE, Identity, check_unchanged, read_table, write_identity
 
 VERSION = 1
 MANIFEST = "manifest.json"
 
 
 def prepare_folder(
-    folder: Path, description: Mapping[str, Any], build: Callable[[], Mapping[str, np.ndarray]], *, remedy: str
+    folder: Path,
+    description: Mapping[str, Any],
+    build: Callable[[], Mapping[str, np.ndarray]],
+    *,
+    remedy: str,
+    source: Callable[[], Identity] | None = None,
 ) -> Path:
-    """Make the folder unless a whole one of this description is there, and return it.
+    """Make the folder unless a whole one of this description and source is there, and return it.
 
-    A damaged folder, or one of another version or description, is replaced.
+    A damaged folder, or one of another version, description or source, is replaced.
 
     Args:
         folder: where the arrays go.
         description: what they are, plain values; another description is another content.
         build: makes them.
         remedy: see `open_folder`.
+        source: what the files that `build` reads are known by now; left out if none of them can change.
+
+    Raises:
+        DataFileError: the source was changed while it was read.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.lock")):
-        try:
-            open_folder(folder, description, remedy=remedy)
-        except DataFileError:
-            _write(folder, description, build())
+        before = source() if source else None
+        if not _is_whole(folder, description, before):
+            arrays = build()
+            if source:
+                check_unchanged(f"the source of {folder}", before, source())
+            _write(folder, description, before, arrays)
     return folder
+
+
+def _is_whole(folder: Path, description: Mapping[str, Any], source: Identity | None) -> bool:
+    try:
+        open_folder(folder, description, remedy="")
+    except DataFileError:
+        return False
+    return read_table(folder / SOURCE) == source
 
 
 def open_folder(folder: Path, description: Mapping[str, Any], *, remedy: str) -> dict[str, np.ndarray]:
@@ -79,7 +101,9 @@ def _read_manifest(path: Path, remedy: str) -> dict[str, Any]:
     return manifest
 
 
-def _write(folder: Path, description: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+def _write(
+    folder: Path, description: Mapping[str, Any], source: Identity | None, arrays: Mapping[str, np.ndarray]
+) -> None:
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed: the lock is ours
     partial.mkdir()
@@ -89,6 +113,8 @@ def _write(folder: Path, description: Mapping[str, Any], arrays: Mapping[str, np
         digests = {name: sha256_of(partial / f"{name}.npy") for name in arrays}
         manifest = {"version": VERSION, "description": dict(description), "sha256": digests}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        if source is not None:
+            write_identity(partial, source)
         shutil.rmtree(folder, ignore_errors=True)
         partial.replace(folder)
     finally:

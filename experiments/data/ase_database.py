@@ -2,6 +2,7 @@
 
 import sqlite3
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,25 @@ from experiments.data.structures import Entry
 
 ENERGY_UNITS = ("eV", "meV", "Ha", "Hartree", "kcal/mol", "kJ/mol")
 LENGTH_UNITS = ("Ang", "Angstrom", "A", "Bohr", "a0", "nm")
+
+
+def database_files(path: Path) -> list[Path]:
+    """The files that a database is made of, as far as they are there.
+
+    SQLite keeps changes in a file beside it, ``-wal``, as long as a program that writes in that mode has it open.
+    """
+    log = path.with_name(f"{path.name}-wal")
+    return [file for file in (path, log) if file.is_file() and file.stat().st_size]
+
+
+def count_rows(path: Path) -> int:
+    """The number of structures of a database.
+
+    Raises:
+        DataFileError: the file is missing or no database.
+    """
+    with _opened(path) as database:
+        return database.count()
 
 
 def read_ase_database(path: Path, target: str, *, periodic: bool) -> Iterator[Entry]:
@@ -26,15 +46,21 @@ def read_ase_database(path: Path, target: str, *, periodic: bool) -> Iterator[En
         DataFileError: the file is missing or no database, has no such property, no unit or a unit of
             something else, or a row lacks the property or is not periodic as it should be.
     """
+    with _opened(path) as database:
+        energy, length = _factors(path, database.metadata, target)
+        for row in database.select():
+            yield _entry(path, row, target, energy, length, periodic)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     from ase.db import connect  # ase takes a second to import
 
     if not path.is_file():
         raise DataFileError(f"{path} is missing: it is put in place by the user")
     try:
         with connect(path, use_lock_file=False) as database:
-            energy, length = _factors(path, database.metadata, target)
-            for row in database.select():
-                yield _entry(path, row, target, energy, length, periodic)
+            yield database
     except (sqlite3.DatabaseError, ValueError, KeyError) as error:
         raise DataFileError(f"{path} cannot be read as an ASE database: {error}") from None
 

@@ -1,6 +1,7 @@
 """From sentences to subwords: Moses tokens (sacremoses), cleaning, byte pair encoding (subword-nmt)."""
 
 import io
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import redirect_stderr
@@ -10,15 +11,34 @@ TokenPair = tuple[str, str]
 
 MAX_TOKENS, MAX_RATIO = 175, 1.5  # what fairseq's recipe for IWSLT14 gives Moses' clean-corpus-n
 
+_LAST_FULL_STOP = re.compile(r"(?<=\S)\.$")
 
-def tokenise(pairs: Iterable[tuple[str, str]], *, lowercase: bool = False) -> list[TokenPair]:
-    """Moses tokens of each side; with ``lowercase``, in lower case."""
+
+def tokenise(
+    pairs: Iterable[tuple[str, str]], *, lowercase: bool = False, split_last_full_stop: bool = True
+) -> list[TokenPair]:
+    """Moses tokens of each side, as ``tokenizer.perl`` makes them.
+
+    The Perl script makes the full stop that ends a sentence a token of its own whatever the word before it: "U.S ."
+    and "3 .", where sacremoses keeps "U.S." and "3.". Characters of Chinese, Japanese and Korean are letters for the
+    script, but not for sacremoses, which sets them apart.
+
+    Args:
+        pairs: German and English sentences.
+        lowercase: write everything in lower case.
+        split_last_full_stop: as the script does it; else as sacremoses does.
+    """
     from sacremoses import MosesTokenizer
 
-    tokenizers = MosesTokenizer("de"), MosesTokenizer("en")
-    split = ((de, en) for de, en in pairs)
+    class Tokenizer(MosesTokenizer):
+        def handles_nonbreaking_prefixes(self, text: str) -> str:
+            kept = super().handles_nonbreaking_prefixes(text)
+            # Here "..." is still a word without a full stop, so that it stays whole.
+            return _LAST_FULL_STOP.sub(" .", kept) if split_last_full_stop else kept
+
+    tokenizers = Tokenizer("de"), Tokenizer("en")
     tokens = (
-        tuple(t.tokenize(text, return_str=True) for t, text in zip(tokenizers, pair, strict=True)) for pair in split
+        tuple(t.tokenize(text, return_str=True) for t, text in zip(tokenizers, pair, strict=True)) for pair in pairs
     )
     return [(de.lower(), en.lower()) if lowercase else (de, en) for de, en in tokens]
 

@@ -5,7 +5,7 @@ a rank is chosen afterwards, so that one prepared folder serves every choice:
 
 - `Frequent`: ranks whose value the training part holds at least ``min_count`` times have rows 1, 2, …; all others
   share row 0;
-- `Hashed`: the value modulo a number of rows, as the DLRM's ``max_ind_range`` has it.
+- `Hashed`: the value's number modulo a number of rows, as the DLRM's ``max_ind_range`` has it.
 """
 
 from collections.abc import Mapping
@@ -74,16 +74,21 @@ class Frequent:
 
 
 class Hashed:
-    """Row = value mod ``rows``; a table has no more rows than the largest value asks for."""
+    """Row = number of the value mod ``rows``, in a table of min(values of the column, ``rows``) rows.
+
+    This is the rule of the DLRM's data set for ``max_ind_range``. There values are numbered as they first come in the
+    log, here by falling count; so in a column of more values than ``rows``, other values share a row, but as many. The
+    DLRM's reader of the text, if it is given ``max_ind_range`` as well, numbers the remainders of the hexadecimal
+    numbers instead, which makes the tables shorter still.
+    """
 
     def __init__(self, vocabulary: Vocabulary, rows: int) -> None:
-        self.values, self.starts, self.rows = vocabulary.values, vocabulary.offsets[:-1], rows
-        columns = (vocabulary.column(j)[0] for j in range(len(self.starts)))
-        self.sizes = [min(rows, int(values.max()) + 1) for values in columns]
+        self.rows = rows
+        self.sizes = np.minimum(vocabulary.sizes(), rows).tolist()
 
     def of(self, ranks: np.ndarray) -> np.ndarray:
         """See `Rows`."""
-        return self.values[self.starts + ranks].astype(np.int64) % self.rows
+        return ranks.astype(np.int64) % self.rows
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,6 +28,7 @@ import numpy as np
 from experiments.data.checksum import DataFileError, sha256_of, verify
 from experiments.data.clicks import Clicks, Vocabulary
 from experiments.data.npy import write_bytes
+from experiments.data.source_identity import SOURCE, identity_of, read_table
 
 LICENCE = "Criteo's terms of the Kaggle challenge; not redistributed"
 INTEGERS, CATEGORIES, DAYS = 13, 26, 7
@@ -35,7 +36,7 @@ OFFICIAL_LINES = 45_840_617
 VERSION = 2
 
 FILES = ("dense", "categories", "labels", "values", "counts", "offsets")
-MANIFEST, SOURCE, CHECKED = "manifest.json", "source.json", "checked.json"
+MANIFEST, CHECKED = "manifest.json", "checked.json"
 REMEDY = "run `make data-criteo`"
 
 
@@ -52,12 +53,6 @@ def prepared_in(data_dir: Path) -> Path:
 def work_of(folder: Path) -> Path:
     """Where what a preparation has made lies until it is whole."""
     return folder.with_name(f".{folder.name}.work")
-
-
-def identity_of(source: Path) -> dict[str, int]:
-    """What a log is known by: its size and when it was written."""
-    status = source.stat()
-    return {"bytes": status.st_size, "modified_ns": status.st_mtime_ns}
 
 
 def test_lines(lines: int) -> int:
@@ -95,7 +90,7 @@ def is_prepared(source: Path, folder: Path) -> bool:
 
 def check_source(source: Path, folder: Path) -> None:
     """Raise `DataFileError` where the log is there, but is not the one that the columns were made of."""
-    if source.is_file() and _read_json(folder / SOURCE) != identity_of(source):
+    if source.is_file() and read_table(folder / SOURCE) != identity_of(source):
         raise DataFileError(f"{source} is not the file that {folder} was made of: {REMEDY}")
 
 
@@ -150,7 +145,7 @@ def check_files(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         raise DataFileError(f"{path} is missing: {REMEDY}")
-    manifest = _read_json(path)
+    manifest = read_table(path)
     if manifest is None or "version" not in manifest:
         raise DataFileError(f"{path} is damaged: {REMEDY}")
     if manifest["version"] != VERSION:
@@ -160,7 +155,7 @@ def check_files(folder: Path) -> dict[str, Any]:
         raise DataFileError(f"{path} is damaged: {REMEDY}")
     for name in FILES:
         _check_size(folder / f"{name}.npy", manifest["bytes"][name])
-    known, marks = _read_json(folder / CHECKED) or {}, _marks(folder)
+    known, marks = read_table(folder / CHECKED) or {}, _marks(folder)
     for name in FILES:
         if known.get(name) != marks[name]:
             verify(folder / f"{name}.npy", manifest["sha256"][name], remedy=REMEDY)
@@ -180,15 +175,6 @@ def mark_checked(folder: Path) -> None:
 def _marks(folder: Path) -> dict[str, list[int]]:
     files = {name: (folder / f"{name}.npy").stat() for name in FILES}
     return {name: [status.st_size, status.st_mtime_ns] for name, status in files.items()}
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """None where it is missing or no table."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
 
 
 def _check_size(path: Path, expected: int) -> None:

@@ -18,9 +18,7 @@ from experiments.data.criteo import (
     FILES,
     INTEGERS,
     MANIFEST,
-    SOURCE,
     VERSION,
-    identity_of,
     is_prepared,
     mark_checked,
     test_lines,
@@ -28,6 +26,7 @@ from experiments.data.criteo import (
 )
 from experiments.data.criteo_pieces import PIECE, Piece, check_log, joined, make_pieces
 from experiments.data.npy import write_bytes, write_npy
+from experiments.data.source_identity import check_unchanged, identity_of, write_identity
 
 BLOCK = 250_000
 """Lines of `categories.npy` that are put together at a time."""
@@ -62,10 +61,9 @@ def _make(source: Path, work: Path, piece_size: int) -> None:
     pieces = make_pieces(source, work, size=piece_size)
     _rank_columns(pieces, work)
     _put_together(pieces, work)
-    write_bytes(work / "whole" / SOURCE, json.dumps(before).encode())
+    write_identity(work / "whole", before)
     mark_checked(work / "whole")
-    if identity_of(source) != before:
-        raise DataFileError(f"{source} was changed while it was read: once it is whole, give the same command again")
+    check_unchanged(source, before, identity_of(source))
 
 
 def _failure(source: Path, work: Path, error: OSError) -> str:

@@ -12,9 +12,10 @@ import numpy as np
 from rich.progress import track
 
 from experiments.data.checksum import DataFileError
-from experiments.data.criteo import CATEGORIES, INTEGERS, SOURCE, VERSION, identity_of
+from experiments.data.criteo import CATEGORIES, INTEGERS, VERSION
 from experiments.data.criteo_lines import LineError, Lines, parse
 from experiments.data.npy import write_bytes, write_npy
+from experiments.data.source_identity import SOURCE, identity_of
 
 PIECE = 64 * 2**20
 WORKERS = 2

@@ -1,13 +1,8 @@
 """From the official archive of IWSLT14 German-English to a folder as ``fairseq-preprocess`` makes it.
 
 ``python -m experiments.data.iwslt14_archive RAW`` leaves ``<data_dir>/iwslt14``. ``RAW`` is ``de-en.tgz`` of the 2014
-evaluation campaign, or the folder it unpacks to:
-
-    de-en/train.tags.de-en.{de,en}                             a sentence a line, between lines of tags
-    de-en/IWSLT14.TED.{dev2010,tst2010,…}.de-en.{de,en}.xml    <seg id="1"> a sentence </seg>
-    de-en/IWSLT14.TEDX.dev2012.de-en.{de,en}.xml
-
-or a folder that ``fairseq-preprocess`` made, which is taken as it is.
+evaluation campaign, or the folder it unpacks to, whose files `iwslt14_files` reads; or a folder that
+``fairseq-preprocess`` made, which is taken as it is.
 
 What is made of the archive is what fairseq's recipe makes: Moses tokens in lower case; training pairs of 1 to 175
 tokens whose lengths differ by a factor of at most 1.5, every 23rd of them for validation; all five dev and test
@@ -15,30 +10,25 @@ sets together for testing; 10,000 joint merges of byte pair encoding.
 """
 
 import argparse
-import re
 import shutil
 import sys
 import tarfile
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from html import unescape
 from pathlib import Path
 
 from experiments.data.bpe import TokenPair, clean, tokenise
 from experiments.data.checksum import DataFileError
 from experiments.data.fairseq_folder import Folder, read_folder
 from experiments.data.iwslt14 import NAME, load, title_of
-from experiments.data.parallel_text import read_lines
+from experiments.data.iwslt14_files import evaluation_pairs, training_pairs
 from experiments.data.text_corpus import subword_folder
 from experiments.errors import UserError
 
 MERGES = 10_000
 EVAL_SETS = ("TED.dev2010", "TEDX.dev2012", "TED.tst2010", "TED.tst2011", "TED.tst2012")
 
-_TAG_LINE = re.compile(r"<(url|talkid|keywords|speaker|reviewer|translator|doc|/doc)\b")
-_TITLE = re.compile(r"</?(title|description)>")
-_SEGMENT = re.compile(r"<seg id=\"\d+\">(.*)</seg>")
 _VALIDATION_EVERY = 23
 
 
@@ -104,49 +94,16 @@ def read_official(folder: Path) -> tuple[dict[str, list[TokenPair]], dict[str, i
     """The tokens of the three splits, and how many training pairs were left out by reason.
 
     Raises:
-        DataFileError: a file is missing or not UTF-8, or the languages have not equally many sentences.
+        DataFileError: a file is missing or not as it should be; see `training_pairs` and `evaluation_pairs`.
     """
-    pairs, dropped = clean(tokenise(_training_pairs(folder), lowercase=True))
+    pairs, dropped = clean(tokenise(training_pairs(folder), lowercase=True))
     numbered = list(enumerate(pairs, 1))
-    test = [pair for name in EVAL_SETS for pair in _eval_pairs(folder, name)]
+    test = [pair for name in EVAL_SETS for pair in evaluation_pairs(folder, name)]
     return {
         "train": [pair for number, pair in numbered if number % _VALIDATION_EVERY],
         "valid": [pair for number, pair in numbered if not number % _VALIDATION_EVERY],
         "test": tokenise(test, lowercase=True),
     }, dict(dropped)
-
-
-def _training_pairs(folder: Path) -> list[tuple[str, str]]:
-    """The training sentences, the lines of tags left out, titles and descriptions taken as sentences."""
-    sides = []
-    for language in ("de", "en"):
-        path = folder / f"train.tags.de-en.{language}"
-        lines = [(number, line) for number, line in enumerate(read_lines(path), 1) if not _TAG_LINE.match(line)]
-        sides.append([(f"{path}, line {number}", _TITLE.sub("", line).strip()) for number, line in lines])
-    return _paired(*sides)
-
-
-def _eval_pairs(folder: Path, name: str) -> list[tuple[str, str]]:
-    """The sentences of a dev or test set."""
-    sides = []
-    for language in ("de", "en"):
-        path = folder / f"IWSLT14.{name}.de-en.{language}.xml"
-        found = [(number, _SEGMENT.search(line)) for number, line in enumerate(read_lines(path), 1)]
-        sides.append(
-            [(f"{path}, line {number}", unescape(hit[1]).strip().replace("’", "'")) for number, hit in found if hit]
-        )
-    return _paired(*sides)
-
-
-def _paired(german: list[tuple[str, str]], english: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Sentences, each with its place, as pairs."""
-    short = min(len(german), len(english))
-    if len(german) != len(english):
-        where, _ = (german if len(german) > short else english)[short]
-        raise DataFileError(
-            f"{where} has no counterpart: there are {len(german):,} German and {len(english):,} English sentences"
-        )
-    return [(de, en) for (_, de), (_, en) in zip(german, english, strict=True)]
 
 
 def main() -> None:

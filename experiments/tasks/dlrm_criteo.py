@@ -38,7 +38,7 @@ class Settings:
         bottom: widths of the bottom perceptron between the numbers and ``embedding``.
         top: widths of the top perceptron before the logit.
         min_count: a category has a row of its own if the training part holds it this often; others share one.
-        hash_rows: instead, the category's row is its value modulo this number.
+        hash_rows: instead, the category's row is its number modulo this, see `Hashed`: no table has more rows.
         sparse: whether tables have sparse gradients; `torch.optim.Adam` takes none.
         epoch_parts: recorded epochs to one pass over the training part.
         validation_size: lines held out at the end of Criteo's six days. The flights have a part of their own.

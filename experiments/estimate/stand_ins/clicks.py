@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from experiments.bench.criteo_log import CLICKED, INTEGERS, VALUES, zipf
-from experiments.data.clicks import Clicks, Vocabulary
+from experiments.data.clicks import Clicks, Hashed, Vocabulary
 from experiments.data.criteo import OFFICIAL_LINES, test_lines
 from experiments.settings import read_settings
 from experiments.tasks.dlrm_criteo import Batch, DLRMCriteo, Settings
@@ -17,15 +17,15 @@ from experiments.tasks.protocol import DatasetInfo
 DIFFERENT_BATCHES = 64
 
 
-class MadeUpRows:
-    """A row for every value, or for each remainder; see `experiments.data.clicks.Rows`."""
+class EveryValue:
+    """A row for every value and one for the rare ones; see `experiments.data.clicks.Rows`."""
 
-    def __init__(self, hash_rows: int | None) -> None:
-        self.sizes = [min(values + 1, hash_rows or values + 1) for values in VALUES]
+    def __init__(self) -> None:
+        self.sizes = [values + 1 for values in VALUES]
 
     def of(self, ranks: np.ndarray) -> np.ndarray:
         """Ranks, (B, columns), to rows, int64."""
-        return ranks % np.array(self.sizes)
+        return ranks.astype(np.int64) + 1
 
 
 class MadeUpClicks(DLRMCriteo):
@@ -33,9 +33,10 @@ class MadeUpClicks(DLRMCriteo):
 
     def __init__(self, settings: Mapping[str, Any], *, scale: str) -> None:
         self.settings = read_settings(Settings, settings, f"{self.name}/{scale}, [task]")
-        self._rows = MadeUpRows(self.settings.hash_rows)
         size = OFFICIAL_LINES - test_lines(OFFICIAL_LINES) - self.settings.validation_size
         self._clicks = _columns_without_lines(size)
+        rows = self.settings.hash_rows
+        self._rows = EveryValue() if rows is None else Hashed(self._clicks.vocabulary, rows)
         self.dataset = DatasetInfo(name="made-up clicks", sha256="", licence="", train_size=size, eval_size=0)
         self.made_up = (
             f"{DIFFERENT_BATCHES} made-up batches, rows by Zipf's law, stand for the {size:,} training lines of Criteo "

@@ -1,5 +1,6 @@
 import json
 import multiprocessing
+import os
 import time
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from experiments.data import array_folder
 from experiments.data.array_folder import folder_sha256, open_folder, prepare_folder
 from experiments.data.checksum import DataFileError
+from experiments.data.source_identity import joint_identity
 
 ARRAYS = {"numbers": np.arange(7, dtype=np.uint8), "positions": np.linspace(0, 1, 6, dtype=np.float32).reshape(2, 3)}
 WHAT = {"data": "made up", "cutoff": 5.0}
@@ -85,6 +87,76 @@ def test_a_folder_of_something_else_is_refused_and_replaced(tmp_path):
         open_folder(folder, other, remedy="")
     prepare(folder, what=other)
     open_folder(folder, other, remedy="")
+
+
+# --- a source that may change
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A file, and a function that puts its content into a folder."""
+    path = tmp_path / "source.txt"
+    path.write_text("12")
+
+    def parse(build=None):
+        def read():
+            return {"digits": np.array([int(digit) for digit in path.read_text()])}
+
+        folder = prepare_folder(
+            tmp_path / "there", WHAT, build or read, remedy="", source=lambda: joint_identity([path])
+        )
+        return open_folder(folder, WHAT, remedy="")["digits"].tolist()
+
+    return path, parse
+
+
+def test_a_source_that_was_corrected_in_place_is_parsed_again(source):
+    path, parse = source
+    assert parse() == [1, 2]
+    assert parse(never) == [1, 2]
+    path.write_text("13")
+    assert parse() == [1, 3]
+
+
+def test_what_the_folder_is_known_by_is_its_content_and_not_when_the_source_was_written(source):
+    path, parse = source
+    parse()
+    digest = folder_sha256(path.parent / "there")
+    os.utime(path, ns=(0, 0))
+    parse()
+    assert folder_sha256(path.parent / "there") == digest
+
+
+@pytest.mark.parametrize("left", [None, "{", "[]", "{}"])
+def test_a_folder_that_does_not_say_what_it_was_made_of_is_made_again(source, left):
+    path, parse = source
+    parse()
+    mark = path.parent / "there" / "source.json"
+    mark.unlink() if left is None else mark.write_text(left)
+    with pytest.raises(AssertionError, match="built again"):
+        parse(never)
+
+
+def test_another_file_of_the_same_size_and_time_is_another_source(tmp_path):
+    identities = []
+    for name in ("one", "two"):
+        (tmp_path / name).write_text("12")
+        os.utime(tmp_path / name, ns=(0, 0))
+        identities.append(joint_identity([tmp_path / name]))
+    assert identities[0] != identities[1]
+
+
+def test_a_source_that_changes_while_it_is_read_leaves_nothing(source):
+    path, parse = source
+
+    def build():
+        path.write_text("134")
+        return ARRAYS
+
+    with pytest.raises(DataFileError, match=r"the source of .*there was changed while it was read"):
+        parse(build)
+    assert not (path.parent / "there").exists()
+    assert parse() == [1, 3, 4]
 
 
 def test_nothing_is_left_of_a_build_that_fails(tmp_path):

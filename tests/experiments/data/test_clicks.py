@@ -3,6 +3,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from experiments.bench.criteo_log import VALUES
 from experiments.data.clicks import Clicks, Frequent, Hashed, Vocabulary, rank_of, ranked
 
 TRAIN = slice(2, 40)
@@ -40,19 +41,40 @@ def test_a_frequent_value_has_a_row_of_its_own_and_the_others_share_row_0(column
         assert sorted(row_of[value] for value in frequent) == list(range(1, len(frequent) + 1))
 
 
-@pytest.mark.parametrize("number", [1, 7, 10**6])
-def test_a_hashed_value_has_the_row_of_its_remainder(columns, number):
+def number_as_the_dlrm(column, max_ind_range):
+    """Rows of a table and of each value: values are numbered as they come, and the numbers taken modulo the range."""
+    numbers = {value: number for number, value in enumerate(dict.fromkeys(column))}
+    return min(len(numbers), max_ind_range), {value: number % max_ind_range for value, number in numbers.items()}
+
+
+@pytest.mark.parametrize("number", [1, 7, 30, 10**6])
+def test_hashed_tables_are_as_long_as_the_dlrms_and_as_many_values_share_a_row(columns, number):
     ranks, vocabulary = ranked(columns, TRAIN)
     hashed = Hashed(vocabulary, number)
     rows = hashed.of(ranks)
-    assert rows.tolist() == (columns.astype(np.int64) % number).tolist()
-    assert hashed.sizes == [min(number, int(largest) + 1) for largest in columns.max(axis=0)]
-    assert (rows.max(axis=0) < hashed.sizes).all()
+    assert rows.dtype == np.int64
+    for j, column in enumerate(columns.T.tolist()):
+        size, expected = number_as_the_dlrm(column, number)
+        assert hashed.sizes[j] == size
+        row_of = dict(zip(column, rows[:, j].tolist(), strict=True))
+        assert set(row_of.values()) == set(range(size))
+        assert Counter(row_of.values()) == Counter(expected.values())
 
 
-def test_hashing_takes_the_largest_hexadecimal_value():
-    ranks, vocabulary = ranked(np.array([[0xFFFFFFFF], [0]], np.uint32), slice(0, 2))
-    assert Hashed(vocabulary, 10**7).of(ranks).tolist() == [[0xFFFFFFFF % 10**7], [0]]
+def test_hashed_tables_of_criteo_have_33_million_rows():
+    empty = np.empty(0, np.uint32)
+    vocabulary = Vocabulary(values=empty, counts=empty, offsets=np.concatenate([[0], np.cumsum(VALUES)]))
+    sizes = Hashed(vocabulary, 10**7).sizes
+    assert sizes == [min(values, 10**7) for values in VALUES]
+    assert sum(sizes) == 33_762_577 - 131_227  # one column has 10,131,227 values
+    assert sum(sizes) * 16 * 4 / 1e9 == pytest.approx(2.152, abs=1e-3)  # GB of float32, 16 a row
+
+
+def test_hashing_is_by_the_number_of_a_value_whatever_the_value():
+    ranks, vocabulary = ranked(np.array([[0xFFFFFFFF], [0], [7], [7]], np.uint32), slice(0, 4))
+    hashed = Hashed(vocabulary, 10**7)
+    assert hashed.sizes == [3]
+    assert hashed.of(ranks).tolist() == [[2], [1], [0], [0]]
 
 
 def test_rank_of_is_the_inverse():

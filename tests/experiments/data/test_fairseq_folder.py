@@ -13,6 +13,7 @@ from experiments.data import fairseq_folder
 from experiments.data.bpe import apply_codes, clean, learn_codes, tokenise
 from experiments.data.checksum import DataFileError
 from experiments.data.fairseq_library import LanguagePairDataset, TranslationConfig, TranslationTask
+from experiments.data.parallel_text import Pair
 from experiments.data.text_corpus import CorpusSettings, corpus_folder, subword_folder
 
 
@@ -157,6 +158,35 @@ def test_tokens_are_those_of_moses():
         ("Ja , z. B. hier !", "It &apos;s Mr. Smith &apos;s &quot; dog &quot; .")
     ]
     assert tokenise([("ÄB", "Ab")], lowercase=True) == [("äb", "ab")]
+
+
+# What Moses' tokenizer.perl prints for these sentences, `-l de` and `-l en`.
+BY_PERL = [
+    ("Es steht auf Seite 3.", "Es steht auf Seite 3 .", "It is on page 3.", "It is on page 3 ."),
+    ("Blumen usw. Und usw.", "Blumen usw. Und usw .", "So am I, vs. Mr. Smith vs.", "So am I , vs. Mr. Smith vs ."),
+    ("Es kostet 5 Mio.", "Es kostet 5 Mio .", "No. 5, No. Five, No.", "No. 5 , No . Five , No ."),
+    ("Sie lebt in den U.S.", "Sie lebt in den U.S .", "She lives in the U.S.", "She lives in the U.S ."),
+    ("Am 3. Mai, und dann ...", "Am 3. Mai , und dann ...", "On May 3. he came ...", "On May 3. he came ..."),
+    ('Er: "Nach Nr. 5."', "Er : &quot; Nach Nr. 5. &quot;", 'He: "No. 5."', "He : &quot; No. 5 . &quot;"),
+    ("Er rief 'usw.'", "Er rief &apos; usw. &apos;", "He cried 'vs.'", "He cried &apos; vs . &apos;"),
+    ("Nun ja..", "Nun ja ..", "Well..", "Well .."),
+    ("Ende.", "Ende .", ".", "."),
+]
+
+
+@pytest.mark.parametrize(("de", "german", "en", "english"), BY_PERL)
+def test_a_sentence_ends_as_in_the_perl_script(de, german, en, english):
+    [(found_de, found_en)] = tokenise([(de, en)])
+    assert (found_de.strip(), found_en.strip()) == (german, english)
+
+
+def test_the_last_full_stop_of_recorded_corpora_stays_as_it_is(tmp_path):
+    """Their checksums stand in the records of runs, which must be made again to the bit."""
+    assert tokenise([("5 Mio.", "The U.S.")], split_last_full_stop=False) == [("5 Mio.", "The U.S.")]
+    pairs = [Pair(f"page {number}", f"Es kostet {number} Mio.", "In the U.S.") for number in range(9)]
+    folder = corpus_folder(pairs, CorpusSettings(merges=1, validation_size=1, test_size=1), tmp_path)
+    text = (folder.path / "text" / "train.en").read_text(encoding="utf-8")
+    assert text.replace("@@ ", "").splitlines() == ["In the U.S."] * 7
 
 
 def test_subwords_are_learned_on_both_languages_and_join_to_the_tokens_again():

@@ -1,5 +1,6 @@
 """A miniature of the official archive, in its layout, through to a folder of fairseq-preprocess."""
 
+import re
 import shutil
 import sys
 import tarfile
@@ -52,6 +53,25 @@ def test_the_archive_becomes_the_three_splits(archive):
     assert len(splits["test"]) == 15
     assert splits["test"][0] == tuple(side.lower() for side in next(sentences.translations(1, seed=1)))
     assert dropped == {}
+
+
+def test_a_set_that_is_written_otherwise_counts_in_full(archive):
+    expected, _ = iwslt14_archive.read_official(archive)
+    for language in ("de", "en"):
+        path = archive / f"IWSLT14.TED.tst2011.de-en.{language}.xml"
+        text = path.read_text(encoding="utf-8").replace('<seg id="', "<seg id='").replace('"> ', "'>\n")
+        path.write_text(text, encoding="utf-8")
+    splits, _ = iwslt14_archive.read_official(archive)
+    assert splits == expected
+
+
+def test_sentences_end_as_in_moses_own_script(archive):
+    for language in ("de", "en"):
+        path = archive / f"IWSLT14.TED.tst2011.de-en.{language}.xml"
+        text = re.sub(r'(<seg id="2">).*(</seg>)', r"\1 U.S. 3. \2", path.read_text(encoding="utf-8"))
+        path.write_text(text, encoding="utf-8")
+    splits, _ = iwslt14_archive.read_official(archive)
+    assert splits["test"][10] == ("u.s. 3 .", "u.s. 3 .")
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -1,3 +1,4 @@
+import ase.db
 import molecules
 import numpy as np
 import pytest
@@ -71,6 +72,21 @@ def test_a_crystal_without_volume_is_refused_and_nothing_is_kept(tmp_path):
     with pytest.raises(DataFileError, match="row 2 has a degenerate cell"):
         materials.load(tmp_path, "database")
     assert not (database.parent / "database").exists()
+
+
+def test_an_update_of_a_database_is_seen(tmp_path):
+    database = tmp_path / "materials-project" / "materials_project.db"
+    molecules.write_database(ENTRIES, database, "formation_energy_per_atom")
+    before = materials.load(tmp_path, "database")
+    size = database.stat().st_size
+    with ase.db.connect(database) as connection:
+        connection.update(2, data={"formation_energy_per_atom": np.array([-1.5])})
+    assert database.stat().st_size == size
+    after = materials.load(tmp_path, "database")
+    expected = before.structures.target.copy()
+    expected[1] = -1.5
+    assert after.structures.target.tolist() == expected.tolist()
+    assert after.sha256 != before.sha256
 
 
 def test_the_embedded_sample_is_whole_and_small(tmp_path):

@@ -1,7 +1,13 @@
+import inspect
+import os
+import sqlite3
+from contextlib import closing
+
 import ase.units
 import molecules
 import numpy as np
 import pytest
+from schnetpack.datasets import QM9
 
 from experiments.data import packages, qm9
 from experiments.data.checksum import DataFileError, sha256_of
@@ -126,12 +132,141 @@ def test_sources_that_are_not_there_are_named(tmp_path):
     assert not (tmp_path / "qm9" / "database").exists()
 
 
-def test_a_database_in_place_of_another_is_read_anew(tmp_path):
+def test_a_database_in_place_of_another_is_read_again(tmp_path):
     put("database", tmp_path)
     qm9.prepare(tmp_path, "database")
     (tmp_path / "qm9" / "qm9.db").unlink()
     put("database", tmp_path, entries=molecules.molecules(40))
     assert len(qm9.load(tmp_path, "database").structures) == 40
+
+
+@pytest.mark.parametrize("mode", ["delete", "wal"])
+def test_an_update_of_a_database_is_seen(mode, tmp_path):
+    """In the mode ``wal`` the change is in a file beside the database, whose own bytes and time stay."""
+    put("database", tmp_path)
+    before = qm9.load(tmp_path, "database")
+    path = tmp_path / "qm9" / "qm9.db"
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute(f"PRAGMA journal_mode={mode}")
+        qm9.load(tmp_path, "database")
+        found, size = path.read_bytes(), path.stat().st_size
+        (data,) = connection.execute("SELECT data FROM systems WHERE id = 3").fetchone()
+        (changed,) = before.structures.target[[2]] + 0.5
+        corrected = data.replace(before.structures.target[2].tobytes(), changed.tobytes())
+        assert corrected != data
+        connection.execute("UPDATE systems SET data = ? WHERE id = 3", (corrected,))
+        connection.commit()
+        assert path.stat().st_size == size
+        assert (path.read_bytes() == found) == (mode == "wal")
+        after = qm9.load(tmp_path, "database")
+    expected = before.structures.target.copy()
+    expected[2] = changed
+    assert after.structures.target.tolist() == expected.tolist()
+    assert after.sha256 != before.sha256
+    assert qm9.load(tmp_path, "database").structures.target.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("place", ["xyz-files/dsgdb9nsd_000003.xyz", "uncharacterized.txt"])
+def test_a_file_corrected_in_place_is_read_again(place, tmp_path):
+    put("xyz", tmp_path)
+    (tmp_path / "qm9" / "uncharacterized.txt").write_text("1")
+    before = qm9.load(tmp_path, "xyz").structures
+    path = tmp_path / "qm9" / place
+    old, new = (
+        ("1", "2") if place == "uncharacterized.txt" else (f"\t{before.target[1] / qm9.HARTREE:.6f}"[:6], "\t-1.23")
+    )
+    text = path.read_text()
+    assert text.count(old) == 1
+    assert len(new) == len(old)
+    path.write_text(text.replace(old, new))
+    after = qm9.load(tmp_path, "xyz").structures
+    assert len(after) == len(before)
+    assert after.target.tolist() != before.target.tolist()
+    expected = molecules.joined(ENTRIES).target
+    if place == "uncharacterized.txt":
+        np.testing.assert_allclose(after.target, np.delete(expected, 1), rtol=1e-12)
+    else:
+        assert -2 < after.target[1] / qm9.HARTREE < -1
+
+
+def test_a_source_that_stays_is_read_once(tmp_path, monkeypatch):
+    put("database", tmp_path)
+    first = qm9.load(tmp_path, "database")
+    monkeypatch.setattr(qm9, "read_ase_database", None)
+    again = qm9.load(tmp_path, "database")
+    assert again.sha256 == first.sha256
+
+
+def test_a_time_alone_makes_no_other_data(tmp_path):
+    put("database", tmp_path)
+    first = qm9.load(tmp_path, "database")
+    os.utime(tmp_path / "qm9" / "qm9.db")
+    assert qm9.load(tmp_path, "database").sha256 == first.sha256
+
+
+def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
+    put("database", tmp_path)
+
+    def read(*args, **options):
+        os.utime(tmp_path / "qm9" / "qm9.db")
+        return iter(ENTRIES)
+
+    monkeypatch.setattr(qm9, "read_ase_database", read)
+    with pytest.raises(DataFileError, match=r"the source of .*database was changed while it was read"):
+        qm9.load(tmp_path, "database")
+    assert not (tmp_path / "qm9" / "database").exists()
+
+
+# --- the molecules that failed the consistency check
+
+
+@pytest.fixture
+def fourteen(monkeypatch):
+    """As if the published set had 14 molecules, two of which failed the check."""
+    monkeypatch.setattr(qm9, "PUBLISHED", 14)
+    monkeypatch.setattr(qm9, "CHARACTERIZED", 12)
+
+
+def test_a_database_of_all_that_was_published_is_refused(fourteen, tmp_path):
+    """schnetpack's `QM9` makes it so by default; of what is left out there is no trace in it."""
+    put("database", tmp_path)
+    with pytest.raises(
+        DataFileError, match=r"qm9\.db holds 14 molecules.* must be the 12 .*remove_uncharacterized=True"
+    ):
+        qm9.load(tmp_path, "database")
+    assert not (tmp_path / "qm9" / "database").exists()
+
+
+@pytest.mark.parametrize(
+    ("listed", "message"),
+    [(None, "is missing or lists none"), ("# none", "is missing or lists none"), ("2", "lists 1 of them")],
+)
+def test_all_published_files_without_the_list_are_refused(listed, message, fourteen, tmp_path):
+    put("xyz", tmp_path)
+    if listed:
+        (tmp_path / "qm9" / "uncharacterized.txt").write_text(listed)
+    with pytest.raises(DataFileError, match=rf"14 molecules of QM9, .*txt {message}; it must list the 2 that failed"):
+        qm9.load(tmp_path, "xyz")
+
+
+def test_what_is_left_of_all_published_files_is_qm9(fourteen, tmp_path):
+    put("xyz", tmp_path)
+    (tmp_path / "qm9" / "uncharacterized.txt").write_text("  2  C\n  14  O\n")
+    assert qm9.load(tmp_path, "xyz").name == "QM9"
+
+
+def test_only_the_whole_set_is_called_qm9(fourteen, tmp_path):
+    put("database", tmp_path, ENTRIES[:12])
+    assert qm9.load(tmp_path, "database").name == "QM9"
+    put("xyz", tmp_path, ENTRIES[:11])
+    assert qm9.load(tmp_path, "xyz").name == "11 molecules in QM9's format"
+
+
+def test_schnetpack_keeps_all_that_was_published_unless_told_otherwise():
+    """What makes the refusal necessary, and the number that it goes by."""
+    assert inspect.signature(QM9).parameters["remove_uncharacterized"].default is False
+    assert str(qm9.PUBLISHED) in inspect.getsource(QM9.prepare_data)
+    assert qm9.PUBLISHED - qm9.CHARACTERIZED == 3054
 
 
 def test_free_atoms_have_an_energy_where_qm9_has_an_element():

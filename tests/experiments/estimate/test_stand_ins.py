@@ -81,6 +81,13 @@ def test_the_tables_have_the_rows_of_criteo_kaggle():
     assert all(table.sparse for table in model.tables)
 
 
+def test_hashed_tables_are_estimated_as_long_as_a_run_has_them():
+    with torch.device("meta"):
+        recipe = load_recipe("dlrm-criteo", "paper", overrides=("task.hash_rows=10000000",))
+        model = STAND_INS["dlrm-criteo", "criteo"](recipe.task_settings, scale="paper").build_model()
+    assert sum(table.num_embeddings for table in model.tables) == 33_631_350
+
+
 def test_a_supercell_has_the_surroundings_of_its_crystal():
     structures = materials.load_embedded().structures.select(np.arange(20))
     larger = supercells(structures, 40)

@@ -376,6 +376,18 @@ def test_a_log_trains_with_every_vocabulary_and_sparse_tables(choice, log_dir):
             assert np.isfinite(made.evaluate(model.eval(), split).loss)
 
 
+def test_a_hashed_table_has_the_rows_and_the_initial_bounds_of_its_values(log_dir):
+    torch.manual_seed(0)
+    model = log_task(log_dir, hash_rows=10**7).build_model()
+    fields = np.array(make_lines(700))[:, 14:]
+    for table, column in zip(model.tables, fields.T, strict=True):
+        values = len({int(field or "0", 16) for field in column})
+        assert table.num_embeddings == values
+        largest = table.weight.abs().max().item()
+        assert 0.8 * values**-0.5 < largest <= values**-0.5
+    assert model.tables[0].num_embeddings == 3  # bounds of .577
+
+
 def test_an_empty_validation_part_is_named(log_dir):
     made = log_task(log_dir)
     with pytest.raises(SettingsError, match="the validation split is empty: set validation_size"):
