@@ -8,9 +8,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
-from ngplus.arguments import Params, check_whole, make_base, model_and_params
+from ngplus import eager
+from ngplus.arguments import Params, check_group, check_whole, make_base, model_and_params
 from ngplus.capture import Capture
 from ngplus.curvature import Curvature as CurvatureOfLayers
 from ngplus.curvature import LayerState, layer_statistic, sampling
@@ -57,7 +59,7 @@ class NGPlus(Optimizer):
     Args:
         model: whose parameters are trained. With ``curvature="mini_batch"`` also parameters or parameter groups.
         base: optimizer class that gets the preconditioned gradients. `torch.optim.SGD` with its defaults is (7).
-        lr: learning rate α of ``base``, > 0.
+        lr: learning rate α of ``base``, ≥ 0.
         damping: λ of (6), > 0. Lives in ``param_groups``, so that schedulers change it; a change takes effect at the
             next curvature step, since the inverse is kept until then (as the paper keeps it).
         update_every: 𝒯, steps between curvature steps, ≥ 1.
@@ -145,10 +147,11 @@ class NGPlus(Optimizer):
             max_samples=max_samples,
             nonfinite=nonfinite,
         )
-        check_positive("lr", float(lr) if isinstance(lr, Tensor) else lr)
-        check_positive("damping", damping)
+        checked_lr, damping = check_positive("lr", lr, or_zero=True), check_positive("damping", damping)
         self._model, chosen = model_and_params(model, params, self._options)
-        self._base = make_base(base, chosen, lr, base_options, type(self).__name__)
+        self._base = make_base(
+            base, chosen, lr if isinstance(lr, Tensor) else checked_lr, base_options, type(self).__name__
+        )
         super().__init__(self._base.param_groups, {**self._base.defaults, "damping": damping})
         check_whole(self._named_parameters())
         self._share_with_base()
@@ -214,15 +217,14 @@ class NGPlus(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, of the model the optimizer was made with (modules it has got since included)."""
-        if "damping" in param_group:
-            check_positive("damping", param_group["damping"])
-        super().add_param_group(param_group)
+        super().add_param_group(check_group(param_group))
         if hasattr(self, "_layers"):
             self._find_layers()
             self._watch()
 
     # The step ---------------------------------------------------------------------------------------------------
 
+    @_disable_dynamo
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Precondition the gradients, let `base` make its step, and get ready for the next one.
 
@@ -235,7 +237,15 @@ class NGPlus(Optimizer):
         Raises:
             FloatingPointError: a gradient that is not finite, with ``nonfinite="raise"``. Nothing has changed then.
             ValueError: a damping ≤ 0 in ``param_groups`` on a curvature step.
+            RuntimeError: inside a function that is compiled with ``fullgraph=True``. Nothing has changed then.
         """
+        eager.refuse_one_graph(type(self).__name__)
+        if torch.is_inference_mode_enabled():  # what it makes could not be changed in place later
+            with torch.inference_mode(mode=False):
+                return self._step(closure)
+        return self._step(closure)
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
         self._fresh = True
         try:
             if closure is None:
@@ -310,8 +320,7 @@ class NGPlus(Optimizer):
 
     def _damping(self, layer: Layer) -> float:
         damping = self._groups[layer]["damping"]
-        check_positive(f"damping of the parameter group of {layer.name}", damping)
-        return float(damping)
+        return check_positive(f"damping of the parameter group of {layer.name}", damping)
 
     def _report_opaque(self, opaque: Mapping[Layer, str]) -> None:
         for layer, reason in opaque.items():
@@ -471,6 +480,7 @@ class NGPlus(Optimizer):
         options = ", ".join(f"{name}={value!r}" for name, value in vars(self._options).items())
         return f"{type(self).__name__}({len(self._layers)} layers, {options})\nbase {self._base!r}"
 
+    @_disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, and what was summed of this step's curvature with them."""
         super().zero_grad(set_to_none)

@@ -1,6 +1,8 @@
 """Loops that call forward, backward, step and zero_grad in the orders that people do."""
 
+import contextlib
 import copy
+import threading
 
 import pytest
 import torch
@@ -149,3 +151,85 @@ def test_step_hooks_of_the_optimizer_run_once_a_step():
     optimizer.register_step_post_hook(lambda *_: calls.append("after") or None)
     train(problem, optimizer, 2)
     assert calls == ["before", "after"] * 2
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
+@pytest.mark.parametrize("inside", [range(4), (0, 2, 3)], ids=["always", "sometimes"])
+def test_a_step_may_be_inside_any_mode_of_autograd(mode, inside):
+    plain, problem = perceptron(), perceptron()
+    train(plain, NGPlus(plain.model, **SETTINGS, momentum=0.9), 4)
+    optimizer = NGPlus(problem.model, **SETTINGS, momentum=0.9)
+    for step in range(4):
+        problem.loss(problem.model).backward()
+        with mode() if step in inside else contextlib.nullcontext():
+            optimizer.step()
+        optimizer.zero_grad()
+    assert torch.equal(flat(problem.model), flat(plain.model))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_closure_has_gradients_inside_any_mode_of_autograd(mode):
+    problem = perceptron()
+    optimizer = NGPlus(problem.model, **SETTINGS)
+    with mode():
+        for _ in range(4):
+            closure(problem, optimizer)
+    assert distance(problem.model, perceptron().plain_run(4)) < 1e-10
+
+
+def test_a_step_from_another_thread_is_the_same_step():
+    problem = perceptron()
+    optimizer = NGPlus(problem.model, **SETTINGS)
+    for _ in range(4):
+        problem.loss(problem.model).backward()
+        thread = threading.Thread(target=optimizer.step)
+        thread.start()
+        thread.join()
+        optimizer.zero_grad()
+    assert distance(problem.model, perceptron().plain_run(4)) < 1e-10
+
+
+def test_steps_inside_the_backward_pass_are_those_after_it():
+    """One optimizer a layer, which steps as soon as its gradients are there."""
+    plain, problem = perceptron(), perceptron()
+    train(plain, NGPlus(plain.model, **SETTINGS, momentum=0.9), 4)
+    for layer in (problem.model[0], problem.model[2]):
+        step_in_backward(layer, NGPlus(layer, **SETTINGS, momentum=0.9))
+    for _ in range(4):
+        problem.loss(problem.model).backward()
+    assert torch.equal(flat(problem.model), flat(plain.model))
+
+
+def step_in_backward(layer, optimizer):
+    def arrived(_parameter):
+        if all(parameter.grad is not None for parameter in layer.parameters()):
+            optimizer.step()
+            optimizer.zero_grad()
+
+    for parameter in layer.parameters():
+        parameter.register_post_accumulate_grad_hook(arrived)
+
+
+def test_after_a_step_the_gradient_is_the_direction():
+    problem = perceptron()
+    optimizer = NGPlus(problem.model, **SETTINGS)
+    start = flat(problem.model)
+    problem.loss(problem.model).backward()
+    optimizer.step()
+    direction = torch.cat([p.grad.flatten() for p in problem.model.parameters()])
+    assert torch.allclose(flat(problem.model) - start, -SETTINGS["lr"] * direction, rtol=1e-12)
+
+
+def test_averaged_weights_and_their_rate_are_those_of_any_optimizer():
+    problem = perceptron()
+    optimizer = NGPlus(problem.model, **SETTINGS)
+    averaged = torch.optim.swa_utils.AveragedModel(problem.model)
+    schedule = torch.optim.swa_utils.SWALR(optimizer, swa_lr=SETTINGS["lr"] / 2, anneal_epochs=1)
+    weights = []
+    for _ in range(4):
+        train(problem, optimizer, 1)
+        averaged.update_parameters(problem.model)
+        weights.append(flat(problem.model))
+        schedule.step()
+    assert optimizer.param_groups[0]["lr"] == SETTINGS["lr"] / 2
+    assert torch.allclose(flat(averaged.module), torch.stack(weights).mean(0), rtol=1e-12)
