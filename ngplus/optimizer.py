@@ -31,6 +31,7 @@ from ngplus.options import (
     Solver,
     check_positive,
 )
+from ngplus.step_hooks import step_within_a_step
 from ngplus.times import StepTimes, Stopwatch
 from ngplus.touched import Loan
 
@@ -250,9 +251,9 @@ class NGPlus(Optimizer):
         try:
             if closure is None:
                 self._precondition()
-                loss = self._base.step()
+                loss = step_within_a_step(self._base)()
             else:
-                loss = self._base.step(self._preconditioning(closure))
+                loss = step_within_a_step(self._base)(self._preconditioning(closure))
         finally:
             self._loan.take_back()
         self._steps += 1
