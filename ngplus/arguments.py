@@ -53,6 +53,8 @@ def check_whole(named: Iterable[tuple[str, Tensor]]) -> None:
     for name, parameter in named:
         if "DTensor" in (type(parameter).__name__, type(parameter.data).__name__):
             raise TypeError(f"{name} is a DTensor: {_WHOLE_WEIGHTS}")
+        if getattr(parameter, "_fsdp_flattened", False):  # by FullyShardedDataParallel(…, use_orig_params=True)
+            raise TypeError(f"{name} is a part of a FullyShardedDataParallel's flat parameter: {_WHOLE_WEIGHTS}")
 
 
 _WHOLE_WEIGHTS = (

@@ -20,6 +20,7 @@ from ngplus.distributed import world_size
 from ngplus.grouping import SampleIndex
 from ngplus.layers import SUPPORTED, Layer, find_layers, parameter_layers, unsupported_modules
 from ngplus.mixed_precision import loss_scale, without_autocast
+from ngplus.model_parameters import ModelParameters
 from ngplus.nonfinite import Watch, nonfinite_names, zero_where
 from ngplus.options import (
     Curvature,
@@ -187,6 +188,7 @@ class NGPlus(Optimizer):
         self._stopwatch = Stopwatch()
         self._sample_index: SampleIndex | None = None
         self._curvature = self._make_curvature()
+        self._model_parameters = None if self._model is None else ModelParameters(self._model)
         self._find_layers()
         self._watch()
 
@@ -238,7 +240,9 @@ class NGPlus(Optimizer):
         Raises:
             FloatingPointError: a gradient that is not finite, with ``nonfinite="raise"``. Nothing has changed then.
             ValueError: a damping ≤ 0 in ``param_groups`` on a curvature step.
-            RuntimeError: inside a function that is compiled with ``fullgraph=True``. Nothing has changed then.
+            TypeError, RuntimeError: where the model's parameters were replaced since the optimizer was made, by sharded
+                ones or all of them; inside a function that is compiled with ``fullgraph=True``. Nothing has changed
+                then.
         """
         eager.refuse_one_graph(type(self).__name__)
         if torch.is_inference_mode_enabled():  # what it makes could not be changed in place later
@@ -247,6 +251,7 @@ class NGPlus(Optimizer):
         return self._step(closure)
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:
+        self._check_model()
         self._fresh = True
         try:
             if closure is None:
@@ -261,6 +266,13 @@ class NGPlus(Optimizer):
         self._rejected = []
         self._watch()
         return loss
+
+    def _check_model(self) -> None:
+        """Raise or warn where the model's parameters are not those of the optimizer any more."""
+        if self._model_parameters is not None and (replaced := self._model_parameters.check(self.param_groups)):
+            warnings.warn(replaced, stacklevel=4)
+        if any(layer.weight.dim() < 2 for layer in self._layers):  # FullyShardedDataParallel has flattened it
+            check_whole(self._named_parameters())
 
     def _preconditioning(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         def evaluate() -> Any:
