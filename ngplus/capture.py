@@ -30,6 +30,7 @@ from ngplus import eager, gfim
 from ngplus.calls import AttentionCall, Call, UnsupportedCall, read_call, weight_argument
 from ngplus.gfim import Part, Shape
 from ngplus.grouping import SampleIndex, rows_by_sample, rows_that_count
+from ngplus.join import is_joinable
 from ngplus.layers import Layer
 from ngplus.mixed_precision import without_autocast
 from ngplus.options import LossReduction, Samples
@@ -165,6 +166,7 @@ class Capture:
         self._inside = _Inside()
         self._handles: list[RemovableHandle] = []
         self.sample_index: SampleIndex | None = None
+        self.joinables: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     @property
     def armed(self) -> bool:
@@ -239,6 +241,8 @@ class Capture:
         return {layer: record.opaque for layer, record in self._records.items() if record.opaque is not None}
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if is_joinable(module):
+            self.joinables.add(module)
         if (flattening := self._flattening.get(id(module))) is not None:
             flattening.input_shape = args[0].shape if args and isinstance(args[0], Tensor) else None
         inside = self._inside

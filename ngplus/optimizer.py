@@ -5,19 +5,22 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
+from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 from torch.optim import Optimizer
 
-from ngplus import eager
+from ngplus import distributed, eager
 from ngplus.arguments import Params, check_group, check_whole, make_base, model_and_params
-from ngplus.capture import Capture
+from ngplus.capture import Capture, Statistic
 from ngplus.curvature import Curvature as CurvatureOfLayers
 from ngplus.curvature import LayerState, layer_statistic, sampling
 from ngplus.distributed import world_size
 from ngplus.grouping import SampleIndex
+from ngplus.join import StepHook, joinables, refuse_without
 from ngplus.layers import SUPPORTED, Layer, find_layers, parameter_layers, unsupported_modules
 from ngplus.mixed_precision import loss_scale, without_autocast
 from ngplus.model_parameters import ModelParameters
@@ -43,7 +46,7 @@ LATE_TRIES = 3
 _PACKED = ("base", "steps", "late", "tries", "skipped", "generator", "layers")
 
 
-class NGPlus(Optimizer):
+class NGPlus(Optimizer, Joinable):
     """NG+: the gradient of every layer, as a matrix, times the inverse of its generalized Fisher information.
 
     On every ``update_every``-th step the optimizer builds, for each weight matrix m × n (the bias is one more
@@ -174,6 +177,9 @@ class NGPlus(Optimizer):
 
     def _start(self) -> None:
         """Everything that is not pickled: counters at zero, the layers, and the watch on them."""
+        Joinable.__init__(self)
+        self._joinables = WeakSet(joinables([] if self._model is None else self._model.modules()))
+        self._compared = False
         self._steps = 0
         self._fresh = True
         self._late: list[Layer] = []
@@ -208,6 +214,7 @@ class NGPlus(Optimizer):
         if self._model is not None and self._options.curvature == "per_sample":
             self._capture = self._make_capture(self._model)
             self._capture.sample_index = self._sample_index
+            self._capture.joinables = self._joinables
 
     def _warn_of_unsupported(self) -> None:
         if self._model is None or not (modules := unsupported_modules(self._model)):
@@ -252,6 +259,7 @@ class NGPlus(Optimizer):
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:
         self._check_model()
+        self._check_join()
         self._fresh = True
         try:
             if closure is None:
@@ -261,11 +269,14 @@ class NGPlus(Optimizer):
                 loss = step_within_a_step(self._base)(self._preconditioning(closure))
         finally:
             self._loan.take_back()
+        self._finish_step()
+        return loss
+
+    def _finish_step(self) -> None:
         self._steps += 1
         self._late = self._plan_late()
         self._rejected = []
         self._watch()
-        return loss
 
     def _check_model(self) -> None:
         """Raise or warn where the model's parameters are not those of the optimizer any more."""
@@ -294,8 +305,8 @@ class NGPlus(Optimizer):
         """The curvature first where it is due."""
         if self._options.nonfinite == "raise":
             self._raise_if(self._bad(Watch()), "gradient")
-        if self._fresh and (wanted := self._wanted()):
-            self._update_curvature(wanted)
+        if self._fresh:
+            self._update_curvature(self._wanted())
         self._fresh = False
         with self._stopwatch.measure("apply"):
             watch = Watch()
@@ -313,16 +324,19 @@ class NGPlus(Optimizer):
         layers = self._layers if self._due else self._late
         return [layer for layer in layers if layer.weight.requires_grad]
 
-    def _update_curvature(self, wanted: list[Layer]) -> None:
+    def _update_curvature(self, wanted: list[Layer], *, with_batch: bool = True) -> None:
+        """Update the curvature of these layers.
+
+        Args:
+            wanted: as `_wanted` says.
+            with_batch: whether this process has a batch. Where others have one, theirs is what counts.
+        """
         damping = {layer: self._damping(layer) for layer in wanted}
-        if self._capture is None:
-            pairs = ((layer, layer_statistic(layer, self._options, self._generator)) for layer in wanted)
-            statistics = {layer: statistic for layer, statistic in pairs if statistic is not None}
-            opaque: dict[Layer, str] = {}
-            scale = 1.0
-        else:
-            statistics, opaque = self._capture.collect(), self._capture.opaque()
-            scale = loss_scale()
+        if world_size() > 1 and (wanted or self._due):
+            damping = self._agree(damping, with_batch)
+        if not wanted:
+            return
+        statistics, opaque, scale = self._collect(wanted) if with_batch else ({}, {}, 1.0)
         with self._stopwatch.measure("inverse"):
             rejected = self._curvature.update(wanted, statistics, damping, scale)
         self._report_opaque(opaque)
@@ -330,6 +344,24 @@ class NGPlus(Optimizer):
         self._rejected = rejected
         for layer in self._without_curvature(wanted):
             self._tries[layer] = self._tries.get(layer, 0) + 1
+
+    def _collect(self, wanted: Sequence[Layer]) -> tuple[Mapping[Layer, Statistic], Mapping[Layer, str], float]:
+        """The sums of this process's batch, the layers whose samples are not known, and the scale of the loss."""
+        if self._capture is not None:
+            return self._capture.collect(), self._capture.opaque(), loss_scale()
+        pairs = ((layer, layer_statistic(layer, self._options, self._generator)) for layer in wanted)
+        return {layer: statistic for layer, statistic in pairs if statistic is not None}, {}, 1.0
+
+    def _agree(self, damping: Mapping[Layer, float], with_batch: bool) -> dict[Layer, float]:
+        """Make sure that all processes update the same layers, and with the same λ: that of those with a batch."""
+        layers = list(damping)
+        state = [f"made {self._steps} steps", "compared its weights" if self._compared else "not compared its weights"]
+        described = [f"{layer.name} {tuple(layer.weight.shape)} {layer.weight.dtype}" for layer in layers]
+        weights = {} if self._compared else {layer.name: layer.weight for layer in layers}
+        distributed.check_processes(type(self).__name__, [*state, *described], weights, self.join_device)
+        self._compared = True
+        values = distributed.largest([damping[layer] if with_batch else 0.0 for layer in layers], self.join_device)
+        return dict(zip(layers, values, strict=True))
 
     def _damping(self, layer: Layer) -> float:
         damping = self._groups[layer]["damping"]
@@ -382,6 +414,34 @@ class NGPlus(Optimizer):
             self._capture.arm(wanted)
         else:
             self._capture.disarm()
+
+    # Uneven numbers of batches ----------------------------------------------------------------------------------
+
+    def join_hook(self, **_kwargs: Any) -> JoinHook:
+        """For ``torch.distributed.algorithms.Join([model, optimizer])``, with the model first."""
+        return StepHook(self._step_without_batch)
+
+    @property
+    def join_device(self) -> torch.device:
+        """Device of the collectives."""
+        device: torch.device = self.param_groups[0]["params"][0].device
+        return device
+
+    @property
+    def join_process_group(self) -> Any:
+        """Process group of the collectives: the default one."""
+        return torch.distributed.group.WORLD
+
+    def _check_join(self) -> None:
+        if world_size() > 1:
+            refuse_without(type(self).__name__, self._join_config, self._joinables, self.param_groups)
+            Join.notify_join_context(self)
+
+    @torch.no_grad()
+    def _step_without_batch(self) -> None:
+        """Take part in what the step of other processes averages, and count it."""
+        self._update_curvature(self._wanted(), with_batch=False)
+        self._finish_step()
 
     # Guards -----------------------------------------------------------------------------------------------------
 

@@ -356,4 +356,6 @@ def test_a_model_that_is_sharded_after_its_optimizer_was_made_is_refused_on_the_
     for first, whole, old in team.run(sharded_later, steps):
         assert first.startswith("0.weight is a DTensor: NG+ needs whole weights")
         assert whole.startswith("0.weight is a DTensor: NG+ needs whole weights")
-        assert old.startswith("0.weight is a part of a FullyShardedDataParallel's flat parameter: NG+ needs whole weights")
+        assert old.startswith(
+            "0.weight is a part of a FullyShardedDataParallel's flat parameter: NG+ needs whole weights"
+        )
