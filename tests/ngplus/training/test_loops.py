@@ -233,3 +233,42 @@ def test_averaged_weights_and_their_rate_are_those_of_any_optimizer():
         schedule.step()
     assert optimizer.param_groups[0]["lr"] == SETTINGS["lr"] / 2
     assert torch.allclose(flat(averaged.module), torch.stack(weights).mean(0), rtol=1e-12)
+
+
+ROWS, COLUMNS = (slice(0, 2),), (slice(None), slice(0, 2))
+
+
+def moved_where_frozen(shape, frozen, zeroed_by):
+    """Whether a part of a weight moves in three steps; its gradient, or its direction, is zeroed in each."""
+    torch.manual_seed(0)
+    model = nn.Linear(shape[1], shape[0], bias=False)
+    optimizer = NGPlus(model, **SETTINGS, momentum=0.9)
+
+    def zero_the_direction(_base, _args, _kwargs):
+        model.weight.grad[frozen] = 0.0
+
+    if zeroed_by == "a hook of the base":
+        optimizer.base.register_step_pre_hook(zero_the_direction)
+    start = model.weight.clone()
+    for _ in range(3):
+        model(torch.randn(8, shape[1])).square().mean(0).sum().backward()
+        if zeroed_by == "the loop":
+            model.weight.grad[frozen].zero_()
+        optimizer.step()
+        optimizer.zero_grad()
+    moved = model.weight != start
+    assert moved.any()
+    return bool(moved[frozen].any())
+
+
+@pytest.mark.parametrize("frozen", [ROWS, COLUMNS], ids=["rows", "columns"])
+@pytest.mark.parametrize("shape", [(4, 6), (6, 4)])
+def test_a_part_whose_gradient_is_zeroed_before_the_step_moves_along_the_side_that_is_preconditioned(shape, frozen):
+    along = ROWS if shape[0] <= shape[1] else COLUMNS
+    assert moved_where_frozen(shape, frozen, "the loop") == (frozen is along)
+
+
+@pytest.mark.parametrize("frozen", [ROWS, COLUMNS], ids=["rows", "columns"])
+@pytest.mark.parametrize("shape", [(4, 6), (6, 4)])
+def test_a_part_whose_direction_is_zeroed_by_a_hook_of_the_base_stays(shape, frozen):
+    assert not moved_where_frozen(shape, frozen, "a hook of the base")
