@@ -64,9 +64,10 @@ class NGPlus(Optimizer, Joinable):
     Args:
         model: whose parameters are trained. With ``curvature="mini_batch"`` also parameters or parameter groups.
         base: optimizer class that gets the preconditioned gradients. `torch.optim.SGD` with its defaults is (7).
-        lr: learning rate α of ``base``, ≥ 0.
-        damping: λ of (6), > 0. Lives in ``param_groups``, so that schedulers change it; a change takes effect at the
-            next curvature step, since the inverse is kept until then (as the paper keeps it).
+        lr: learning rate α of ``base``, ≥ 0; Python's number, NumPy's, or a tensor with one element.
+        damping: λ of (6), > 0, a number of any of these kinds. Lives in ``param_groups``, so that schedulers change
+            it; a change takes effect at the next curvature step, since the inverse is kept until then (as the paper
+            keeps it).
         update_every: 𝒯, steps between curvature steps, ≥ 1.
         curvature: "per_sample" for (4)(5), or "mini_batch" for (12): products of the mini-batch gradient itself.
         ema: β of (11) (and of (12), where γ = 1 − β), in [0, 1).
@@ -258,7 +259,8 @@ class NGPlus(Optimizer, Joinable):
         return self._step(closure)
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:
-        self._check_model()
+        if self._due or self._curvature.replanned:
+            self._check_model()
         self._check_join()
         self._fresh = True
         try:
@@ -269,6 +271,7 @@ class NGPlus(Optimizer, Joinable):
                 loss = step_within_a_step(self._base)(self._preconditioning(closure))
         finally:
             self._loan.take_back()
+        self._curvature.replanned = False
         self._finish_step()
         return loss
 
@@ -279,11 +282,16 @@ class NGPlus(Optimizer, Joinable):
         self._watch()
 
     def _check_model(self) -> None:
-        """Raise or warn where the model's parameters are not those of the optimizer any more."""
+        """Raise or warn where the model's parameters are not those of the optimizer any more.
+
+        Not on every step, since it reads what no other part of a step does: on curvature steps, on the first, and
+        where a layer has lost its gradient or has one again.
+        """
         if self._model_parameters is not None and (replaced := self._model_parameters.check(self.param_groups)):
-            warnings.warn(replaced, stacklevel=4)
+            warnings.warn(replaced, stacklevel=2)
         if any(layer.weight.dim() < 2 for layer in self._layers):  # FullyShardedDataParallel has flattened it
             check_whole(self._named_parameters())
+        self._curvature.replanned = False
 
     def _preconditioning(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         def evaluate() -> Any:
@@ -311,6 +319,8 @@ class NGPlus(Optimizer, Joinable):
         with self._stopwatch.measure("apply"):
             watch = Watch()
             touched = self._curvature.precondition(self._layers, watch)
+            if self._curvature.replanned and not self._due:
+                self._check_model()
             if self._guard(watch):
                 self._loan.give(touched, self.param_groups)
         self._follow_devices()
@@ -521,7 +531,8 @@ class NGPlus(Optimizer, Joinable):
         of one sample, as the atoms of a molecule are; with ``samples="rows"`` each row stays a sample. Rows with a
         negative number count as none, as padding should. It holds until it is set again; None goes back to
         ``batch_dim``. `nn.MultiheadAttention` knows its samples; linear layers whose weights are handed to
-        `F.multi_head_attention_forward`, as fairseq's attention does, take an index of shape (T, B).
+        `F.multi_head_attention_forward`, as fairseq's attention does, take an index of shape (T, B). Where another
+        object wraps the optimizer (accelerate's, Lightning's, fairseq's), it is set on ``wrapper.optimizer``.
 
         Raises:
             TypeError: no integer tensors by module name.

@@ -37,6 +37,7 @@ MADE = {
     "of the wrapper": lambda parallel, model, **settings: NGPlus(parallel, **settings),
     "of the model": lambda parallel, model, **settings: NGPlus(model, **settings),
     "mini_batch": lambda parallel, model, **settings: NGPlus(parallel, curvature="mini_batch", **settings),
+    "sgd": lambda parallel, model, **settings: torch.optim.SGD(model.parameters(), **settings),
     "kfac": lambda parallel, model, **settings: KFAC(model, **settings),
 }
 
@@ -126,7 +127,7 @@ def join_the_model_alone(made, resume, **options):
 
 
 @pytest.mark.parametrize("resume", [False, True])
-@pytest.mark.parametrize("made", MADE)
+@pytest.mark.parametrize("made", ["of the wrapper", "of the model", "mini_batch", "kfac"])
 def test_without_the_optimizer_the_first_step_is_refused_on_all_processes(team, made, resume):
     name = "KFAC" if made == "kfac" else "NGPlus"
     for message, unmoved in team.run(join_the_model_alone, made, resume):
@@ -145,6 +146,26 @@ def test_where_all_end_with_the_first_the_optimizer_may_be_left_out(team):
     for message, unmoved in team.run(end_together):
         assert "exhausted" in message
         assert not unmoved
+
+
+def momentum_after_an_uneven_epoch(kind):
+    problem = perceptron(samples=18)
+    parallel = DistributedDataParallel(problem.model)
+    optimizer = MADE[kind](parallel, problem.model, lr=0.1, momentum=0.9)
+    with Join([parallel, optimizer] if isinstance(optimizer, NGPlus) else [parallel]):
+        for batches in BATCHES:
+            if (batch := batches[dist.get_rank()]) is not None:
+                problem.loss(parallel, batch).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    return problem.model, optimizer.state[problem.model[0].weight]["momentum_buffer"]
+
+
+@pytest.mark.parametrize("kind", ["sgd", "of the model"])
+def test_momentum_of_a_process_that_has_ended_stays_behind_as_with_any_optimizer(team, kind):
+    (first, momentum), (second, other_momentum) = team.run(momentum_after_an_uneven_epoch, kind)
+    assert torch.equal(flat(first), flat(second))  # which `Join` copies
+    assert not torch.allclose(momentum, other_momentum, rtol=0.01)
 
 
 JOIN_AN_UNKNOWN_MODEL = """
