@@ -450,7 +450,8 @@ class NGPlus(Optimizer, Joinable):
     @torch.no_grad()
     def _step_without_batch(self) -> None:
         """Take part in what the step of other processes averages, and count it."""
-        self._update_curvature(self._wanted(), with_batch=False)
+        with without_autocast([self.join_device.type]):
+            self._update_curvature(self._wanted(), with_batch=False)
         self._finish_step()
 
     # Guards -----------------------------------------------------------------------------------------------------
