@@ -94,7 +94,9 @@ def sweep_command(
     partition: Annotated[str | None, typer.Option(metavar="NAME", help="SLURM's partition.")] = None,
     gpus: Annotated[int, typer.Option(metavar="N", help="GPUs of each node, with --slurm.")] = 0,
     nodes: Annotated[int, typer.Option(metavar="N", help="Nodes that train a run together, with --slurm.")] = 1,
-    minutes: Annotated[int, typer.Option(metavar="N", help="Until a job is queued again, with --slurm.")] = 1440,
+    minutes: Annotated[
+        int, typer.Option(metavar="N", help="Until a job is queued again, with --slurm; at least 3.")
+    ] = 1440,
     device: Device = "auto",
     data_dir: DataDir = Path("data"),
     results_dir: ResultsDir = Path("results"),

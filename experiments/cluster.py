@@ -17,6 +17,9 @@ from experiments.pool import cpu_threads
 
 # How often a job that runs out of time is queued again.
 _TIMEOUTS = 1000
+# When a job is asked to stop, before its end; SLURM may be up to a minute early.
+_SIGNAL_S = 90
+_LEAST_MINUTES = 1 + (_SIGNAL_S + 60) // 60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +31,8 @@ class Resources:
         nodes: machines.
         gpus: a machine; as many processes train together there, one without a GPU.
         threads: CPU cores a process.
-        minutes: until SLURM ends the job and it is queued again.
+        minutes: until SLURM ends the job and it is queued again; at least 3, since it is asked to stop 90 to 150
+            seconds before.
         at_once: runs at a time, ``None`` for as many as there is room for.
     """
 
@@ -40,7 +44,7 @@ class Resources:
     at_once: int | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("nodes", 1), ("gpus", 0), ("threads", 1), ("minutes", 1)):
+        for name, least in (("nodes", 1), ("gpus", 0), ("threads", 1), ("minutes", _LEAST_MINUTES)):
             if getattr(self, name) < least:
                 raise UserError(f"{name} = {getattr(self, name)}: must be at least {least}")
 
@@ -73,7 +77,7 @@ def submit(
         jobs: the runs.
         resources: of each.
         folder: where submitit keeps its scripts and logs.
-        cluster: ``"slurm"``, or ``"local"`` for processes on this machine.
+        cluster: ``"slurm"``, or ``"local"`` for processes on this machine, which submitit starts six times at most.
 
     Raises:
         UserError: there is no such cluster here.
@@ -82,7 +86,8 @@ def submit(
     if not waiting:
         return []
     try:
-        executor = submitit.AutoExecutor(folder, cluster=cluster, slurm_max_num_timeout=_TIMEOUTS)
+        limits = {f"{each}_max_num_timeout": _TIMEOUTS for each in ("slurm", "local")}
+        executor = submitit.AutoExecutor(folder, cluster=cluster, **limits)
     except RuntimeError as error:
         raise UserError(f"{cluster}: {error}") from None
     executor.update_parameters(
@@ -92,6 +97,7 @@ def submit(
         tasks_per_node=max(1, resources.gpus),
         cpus_per_task=resources.threads,
         timeout_min=resources.minutes,
+        slurm_signal_delay_s=_SIGNAL_S,
         slurm_partition=resources.partition,
         slurm_array_parallelism=resources.at_once,
     )

@@ -19,6 +19,12 @@ def model_and_params(
     model: nn.Module | Params, params: Params | None, options: Options
 ) -> tuple[nn.Module | None, Params]:
     """The model, if it is one, and what `base` is to train."""
+    for name, given in (("the first argument", model), ("params", params)):
+        if isinstance(given, Tensor):
+            raise TypeError(
+                f"{name} must be an nn.Module or an iterable of tensors or dicts, got a tensor of shape "
+                f"{tuple(given.shape)}: put it into a list"
+            )
     if isinstance(model, nn.Module):
         _check_ready(model)
         return model, list(model.parameters() if params is None else params)
@@ -47,6 +53,8 @@ def check_whole(named: Iterable[tuple[str, Tensor]]) -> None:
     for name, parameter in named:
         if "DTensor" in (type(parameter).__name__, type(parameter.data).__name__):
             raise TypeError(f"{name} is a DTensor: {_WHOLE_WEIGHTS}")
+        if getattr(parameter, "_fsdp_flattened", False):  # by FullyShardedDataParallel(…, use_orig_params=True)
+            raise TypeError(f"{name} is a part of a FullyShardedDataParallel's flat parameter: {_WHOLE_WEIGHTS}")
 
 
 _WHOLE_WEIGHTS = (
@@ -66,8 +74,27 @@ def make_base(base: Any, params: Params, lr: Any, options: dict[str, Any], owner
         raise TypeError(
             f"{', '.join(unknown)} is an option of neither {owner} nor its base {base.__name__}, which takes {allowed}"
         )
-    for group in params:
-        if isinstance(group, dict) and "damping" in group:
-            check_positive("damping of a parameter group", group["damping"])
     make = cast(Callable[..., Optimizer], base)
-    return make(params, lr=lr, **options)
+    made = make([check_group(group) for group in params], lr=lr, **options)
+    for group in made.param_groups:
+        check_group(group)
+    return made
+
+
+def check_group(group: Any) -> Any:
+    """A parameter group with its damping as a float; anything but a group is left to ``base``.
+
+    Raises:
+        TypeError: a damping that is no number.
+        ValueError: a damping ≤ 0, or ``differentiable=True``.
+    """
+    if not isinstance(group, dict):
+        return group
+    if group.get("differentiable"):
+        raise ValueError(
+            "differentiable=True is not supported: the preconditioned gradient is made without a graph, so that "
+            "derivatives through the step would be wrong"
+        )
+    if "damping" not in group:
+        return group
+    return {**group, "damping": check_positive("damping of a parameter group", group["damping"])}

@@ -33,6 +33,7 @@ from ngplus.completeness import Comparison, draw, values_of
 from ngplus.distributed import world_size
 from ngplus.gfim import Part, Shape
 from ngplus.grouping import SampleIndex, rows_by_sample, rows_that_count
+from ngplus.join import is_joinable
 from ngplus.layers import Layer
 from ngplus.loss_reduction import Reduction
 from ngplus.mixed_precision import without_autocast
@@ -266,6 +267,7 @@ class Capture:
         self._random = random.Random(0)
         self._unsupported: dict[Layer, str] = {}
         self.sample_index: SampleIndex | None = None
+        self.joinables: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     @property
     def armed(self) -> bool:
@@ -369,6 +371,8 @@ class Capture:
         return self._unsupported
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if is_joinable(module):
+            self.joinables.add(module)
         if (flattening := self._flattening.get(id(module))) is not None:
             flattening.input_shape = args[0].shape if args and isinstance(args[0], Tensor) else None
         inside = self._inside

@@ -154,6 +154,10 @@ class Curvature:
     Args:
         options: of the optimizer.
         generator: draws the rows of (16).
+
+    Attributes:
+        states: what is kept of each layer.
+        replanned: whether layers have gained or lost a gradient or a curvature since somebody set it to False.
     """
 
     state: ClassVar[type[LayerState]] = LayerState
@@ -163,6 +167,7 @@ class Curvature:
         self._generator = generator
         self.states: dict[Layer, LayerState] = {}
         self._plan: _Plan | None = None
+        self.replanned = True
 
     def update(
         self,
@@ -329,6 +334,7 @@ class Curvature:
             members = [Member(layer, state.preconditioner, state.shape) for layer, state in ready]
             together, alone = batching.batches(members)
             self._plan = _Plan(self._forms(layers), together, alone)
+            self.replanned = True
         return self._plan
 
     def _forms(self, layers: Iterable[Layer]) -> list[Hashable]:

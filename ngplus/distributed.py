@@ -5,19 +5,96 @@ Every process calls these in the same order with the same shapes, whether or not
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ngplus.inverse import Request, invert
+from ngplus.join import JOIN_BOTH
 
 
 def world_size() -> int:
     """Number of processes that train together; 1 where `torch.distributed` is not in use."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def check_processes(name: str, properties: Sequence[str], weights: Mapping[str, Tensor], device: torch.device) -> None:
+    """Make sure that every process is here, and trains the same layers, before anything is averaged.
+
+    Without it processes would wait for each other for ever, or average layers that have nothing to do with one another.
+
+    Args:
+        name: of the optimizer.
+        properties: what must be the same on all processes, each in words that follow "has".
+        weights: to be compared too, by name.
+        device: of the collectives.
+
+    Raises:
+        RuntimeError: on every process that is here.
+    """
+    # A process that has run out of batches under `Join` is in a sum of this shape, to which it gives a zero.
+    present = torch.ones(1, device=device)
+    dist.all_reduce(present)
+    if int(present) != dist.get_world_size():
+        raise RuntimeError(JOIN_BOTH.format(name=name))
+    digest = int.from_bytes(hashlib.sha256("\n".join(properties).encode()).digest()[:7], "big")
+    extremes = torch.tensor([digest, -digest], device=device)
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+    if int(extremes.sum()) != 0:
+        raise RuntimeError(f"{name} {_ONE_MODEL}, but {_difference(properties)}; {_NO_SHARDS}")
+    if weights and (differing := _different(weights, device)):
+        others = f" and of {len(differing) - 1} more" if len(differing) > 1 else ""
+        raise RuntimeError(f"{name} {_ONE_MODEL}, but the values of {differing[0]}{others} differ; {_NO_SHARDS}")
+
+
+def _difference(properties: Sequence[str]) -> str:
+    """What process 0 and the first that differs from it have, each of them alone."""
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, list(properties))
+    rank = next(rank for rank, theirs in enumerate(every) if theirs != every[0])
+    alone = {0: _without(every[0], every[rank]), rank: _without(every[rank], every[0])}
+    parts = [f"process {number} alone has {', '.join(only[:4])}" for number, only in alone.items() if only]
+    return " and ".join(parts) or f"processes 0 and {rank} have its layers in different orders"
+
+
+def _without(these: Sequence[str], those: Sequence[str]) -> list[str]:
+    return [each for each in these if each not in set(those)]
+
+
+def _different(weights: Mapping[str, Tensor], device: torch.device) -> list[str]:
+    """Names of the weights of which some elements differ by more than half of what they are."""
+    values = torch.stack([_elements(weight).to(device) for weight in weights.values()])
+    extremes = torch.stack([values, -values])
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+    largest, smallest = extremes[0], -extremes[1]
+    size = torch.maximum(largest.abs(), smallest.abs()).amax(1)
+    differs: list[bool] = ((largest - smallest).amax(1) > size / 2).tolist()
+    return [name for name, different in zip(weights, differs, strict=True) if different]
+
+
+def _elements(weight: Tensor) -> Tensor:
+    """Sixteen elements of a weight, in float32."""
+    positions = torch.arange(16, device=weight.device) * (weight.numel() - 1) // 15
+    return weight.detach().take(positions).float()
+
+
+_ONE_MODEL = "averages curvature over all processes of the default process group, which must train one model"
+_NO_SHARDS = (
+    "wrap the model in torch.nn.parallel.DistributedDataParallel. Optimizers that give every process parameters of its "
+    "own, as ZeroRedundancyOptimizer does, are not supported"
+)
+
+
+def largest(values: Sequence[float], device: torch.device) -> list[float]:
+    """Each value's largest over all processes."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    every: list[float] = tensor.tolist()
+    return every
 
 
 def pack(matrices: Tensor) -> Tensor:
@@ -46,7 +123,8 @@ def totals(rows: Sequence[Sequence[float]], device: torch.device) -> list[list[f
     """Sums of some numbers over all processes, row by row. Synchronizes."""
     numbers = torch.tensor(rows, dtype=torch.float64, device=device)
     dist.all_reduce(numbers)
-    return cast(list[list[float]], numbers.tolist())
+    sums: list[list[float]] = numbers.tolist()
+    return sums
 
 
 def average(moments: Sequence[list[Tensor]], weights: Sequence[float], sums: Sequence[float]) -> None:

@@ -6,20 +6,26 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
+from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 from torch.optim import Optimizer
 
-from ngplus.arguments import Params, check_whole, make_base, model_and_params
-from ngplus.capture import Capture
+from ngplus import distributed, eager
+from ngplus.arguments import Params, check_group, check_whole, make_base, model_and_params
+from ngplus.capture import Capture, Statistic
 from ngplus.curvature import Curvature as CurvatureOfLayers
 from ngplus.curvature import LayerState, layer_statistic, sampling
 from ngplus.distributed import world_size
 from ngplus.grouping import SampleIndex
+from ngplus.join import StepHook, joinables, refuse_without
 from ngplus.layers import SUPPORTED, Layer, find_layers, parameter_layers, unsupported_modules
 from ngplus.loss_reduction import LossReduction, reduction_of
 from ngplus.mixed_precision import loss_scale, without_autocast
+from ngplus.model_parameters import ModelParameters
 from ngplus.nonfinite import Watch, nonfinite_names, zero_where
 from ngplus.options import (
     Curvature,
@@ -32,6 +38,7 @@ from ngplus.options import (
     Solver,
     check_positive,
 )
+from ngplus.step_hooks import step_within_a_step
 from ngplus.times import StepTimes, Stopwatch
 from ngplus.touched import Loan
 
@@ -42,7 +49,7 @@ LATE_TRIES = 3
 _PACKED = ("base", "steps", "late", "tries", "skipped", "generator", "layers")
 
 
-class NGPlus(Optimizer):
+class NGPlus(Optimizer, Joinable):
     """NG+: the gradient of every layer, as a matrix, times the inverse of its generalized Fisher information.
 
     On every ``update_every``-th step the optimizer builds, for each weight matrix m × n (the bias is one more
@@ -60,9 +67,10 @@ class NGPlus(Optimizer):
     Args:
         model: whose parameters are trained. With ``curvature="mini_batch"`` also parameters or parameter groups.
         base: optimizer class that gets the preconditioned gradients. `torch.optim.SGD` with its defaults is (7).
-        lr: learning rate α of ``base``, > 0.
-        damping: λ of (6), > 0. Lives in ``param_groups``, so that schedulers change it; a change takes effect at the
-            next curvature step, since the inverse is kept until then (as the paper keeps it).
+        lr: learning rate α of ``base``, ≥ 0; Python's number, NumPy's, or a tensor with one element.
+        damping: λ of (6), > 0, a number of any of these kinds. Lives in ``param_groups``, so that schedulers change
+            it; a change takes effect at the next curvature step, since the inverse is kept until then (as the paper
+            keeps it).
         update_every: 𝒯, steps between curvature steps, ≥ 1.
         curvature: "per_sample" for (4)(5), or "mini_batch" for (12): products of the mini-batch gradient itself.
         ema: β of (11) (and of (12), where γ = 1 − β), in [0, 1).
@@ -161,10 +169,11 @@ class NGPlus(Optimizer):
             max_samples=max_samples,
             nonfinite=nonfinite,
         )
-        check_positive("lr", float(lr) if isinstance(lr, Tensor) else lr)
-        check_positive("damping", damping)
+        checked_lr, damping = check_positive("lr", lr, or_zero=True), check_positive("damping", damping)
         self._model, chosen = model_and_params(model, params, self._options)
-        self._base = make_base(base, chosen, lr, base_options, type(self).__name__)
+        self._base = make_base(
+            base, chosen, lr if isinstance(lr, Tensor) else checked_lr, base_options, type(self).__name__
+        )
         super().__init__(self._base.param_groups, {**self._base.defaults, "damping": damping})
         check_whole(self._named_parameters())
         self._share_with_base()
@@ -185,6 +194,9 @@ class NGPlus(Optimizer):
 
     def _start(self) -> None:
         """Everything that is not pickled: counters at zero, the layers, and the watch on them."""
+        Joinable.__init__(self)
+        self._joinables = WeakSet(joinables([] if self._model is None else self._model.modules()))
+        self._compared = False
         self._steps = 0
         self._fresh = True
         self._late: list[Layer] = []
@@ -199,6 +211,7 @@ class NGPlus(Optimizer):
         self._stopwatch = Stopwatch()
         self._sample_index: SampleIndex | None = None
         self._curvature = self._make_curvature()
+        self._model_parameters = None if self._model is None else ModelParameters(self._model)
         self._find_layers()
         self._watch()
 
@@ -218,6 +231,7 @@ class NGPlus(Optimizer):
         if self._model is not None and self._options.curvature == "per_sample":
             self._capture = self._make_capture(self._model)
             self._capture.sample_index = self._sample_index
+            self._capture.joinables = self._joinables
 
     def _warn_of_unsupported(self) -> None:
         if self._model is None or not (modules := unsupported_modules(self._model)):
@@ -230,15 +244,14 @@ class NGPlus(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, of the model the optimizer was made with (modules it has got since included)."""
-        if "damping" in param_group:
-            check_positive("damping", param_group["damping"])
-        super().add_param_group(param_group)
+        super().add_param_group(check_group(param_group))
         if hasattr(self, "_layers"):
             self._find_layers()
             self._watch()
 
     # The step ---------------------------------------------------------------------------------------------------
 
+    @_disable_dynamo
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Precondition the gradients, let `base` make its step, and get ready for the next one.
 
@@ -251,21 +264,50 @@ class NGPlus(Optimizer):
         Raises:
             FloatingPointError: a gradient that is not finite, with ``nonfinite="raise"``. Nothing has changed then.
             ValueError: a damping ≤ 0 in ``param_groups`` on a curvature step.
+            TypeError, RuntimeError: where the model's parameters were replaced since the optimizer was made, by sharded
+                ones or all of them; inside a function that is compiled with ``fullgraph=True``. Nothing has changed
+                then.
         """
+        eager.refuse_one_graph(type(self).__name__)
+        if torch.is_inference_mode_enabled():  # what it makes could not be changed in place later
+            with torch.inference_mode(mode=False):
+                return self._step(closure)
+        return self._step(closure)
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
+        if self._due or self._curvature.replanned:
+            self._check_model()
+        self._check_join()
         self._fresh = True
         try:
             if closure is None:
                 self._precondition()
-                loss = self._base.step()
+                loss = step_within_a_step(self._base)()
             else:
-                loss = self._base.step(self._preconditioning(closure))
+                loss = step_within_a_step(self._base)(self._preconditioning(closure))
         finally:
             self._loan.take_back()
+        self._curvature.replanned = False
+        self._finish_step()
+        return loss
+
+    def _finish_step(self) -> None:
         self._steps += 1
         self._late = self._plan_late()
         self._rejected = []
         self._watch()
-        return loss
+
+    def _check_model(self) -> None:
+        """Raise or warn where the model's parameters are not those of the optimizer any more.
+
+        Not on every step, since it reads what no other part of a step does: on curvature steps, on the first, and
+        where a layer has lost its gradient or has one again.
+        """
+        if self._model_parameters is not None and (replaced := self._model_parameters.check(self.param_groups)):
+            warnings.warn(replaced, stacklevel=2)
+        if any(layer.weight.dim() < 2 for layer in self._layers):  # FullyShardedDataParallel has flattened it
+            check_whole(self._named_parameters())
+        self._curvature.replanned = False
 
     def _preconditioning(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         def evaluate() -> Any:
@@ -287,12 +329,14 @@ class NGPlus(Optimizer):
         """The curvature first where it is due."""
         if self._options.nonfinite == "raise":
             self._raise_if(self._bad(Watch()), "gradient")
-        if self._fresh and (wanted := self._wanted()):
-            self._update_curvature(wanted)
+        if self._fresh:
+            self._update_curvature(self._wanted())
         self._fresh = False
         with self._stopwatch.measure("apply"):
             watch = Watch()
             touched = self._curvature.precondition(self._layers, watch)
+            if self._curvature.replanned and not self._due:
+                self._check_model()
             if self._guard(watch):
                 self._loan.give(touched, self.param_groups)
         self._follow_devices()
@@ -305,20 +349,19 @@ class NGPlus(Optimizer):
         """The layers that get a curvature on this step; which of them are frozen may change before the next."""
         return self._layers if self._due else self._late
 
-    def _update_curvature(self, wanted: list[Layer]) -> None:
+    def _update_curvature(self, wanted: list[Layer], *, with_batch: bool = True) -> None:
+        """Update the curvature of these layers.
+
+        Args:
+            wanted: as `_wanted` says.
+            with_batch: whether this process has a batch. Where others have one, theirs is what counts.
+        """
         damping = {layer: self._damping(layer) for layer in wanted}
-        if self._capture is None:
-            pairs = ((layer, layer_statistic(layer, self._options, self._generator)) for layer in wanted)
-            statistics = {layer: statistic for layer, statistic in pairs if statistic is not None}
-            opaque: dict[Layer, str] = {}
-            scale = 1.0
-        else:
-            statistics, opaque = self._capture.collect(), self._capture.unsupported()
-            for layer, statistic in list(statistics.items()):
-                statistic.reduction = reduction_of(self._options.loss_reduction, layer.module)
-                if statistic.reduction == 0:  # a batch whose targets are all ignored
-                    del statistics[layer]
-            scale = loss_scale()
+        if world_size() > 1 and (wanted or self._due):
+            damping = self._agree(damping, with_batch)
+        if not wanted:
+            return
+        statistics, opaque, scale = self._collect(wanted) if with_batch else ({}, {}, 1.0)
         with self._stopwatch.measure("inverse"):
             rejected, elsewhere = self._curvature.update(wanted, statistics, damping, scale, opaque)
         opaque = {**dict.fromkeys(elsewhere, "is not supported as another process uses it"), **opaque}
@@ -328,10 +371,36 @@ class NGPlus(Optimizer):
         for layer in self._without_curvature(wanted):
             self._tries[layer] = self._tries.get(layer, 0) + 1
 
+    def _collect(self, wanted: Sequence[Layer]) -> tuple[Mapping[Layer, Statistic], Mapping[Layer, str], float]:
+        """The sums of this process's batch, the layers whose samples are not known, and the scale of the loss."""
+        if self._capture is not None:
+            statistics = self._capture.collect()
+            for layer, statistic in list(statistics.items()):
+                statistic.reduction = reduction_of(self._options.loss_reduction, layer.module)
+                if statistic.reduction == 0:  # a batch whose targets are all ignored
+                    del statistics[layer]
+            return statistics, self._capture.unsupported(), loss_scale()
+        pairs = ((layer, layer_statistic(layer, self._options, self._generator)) for layer in wanted)
+        return {layer: statistic for layer, statistic in pairs if statistic is not None}, {}, 1.0
+
+    def _agree(self, damping: Mapping[Layer, float], with_batch: bool) -> dict[Layer, float]:
+        """Make sure that all processes update the same layers, and with the same λ: that of those with a batch."""
+        layers = list(damping)
+        state = [f"made {self._steps} steps", "compared its weights" if self._compared else "not compared its weights"]
+        described = [
+            f"{layer.name} {tuple(layer.weight.shape)} {layer.weight.dtype}"
+            + (" with a trained bias" if layer.trained_bias is not None else "")
+            for layer in layers
+        ]
+        weights = {} if self._compared else {layer.name: layer.weight for layer in layers}
+        distributed.check_processes(type(self).__name__, [*state, *described], weights, self.join_device)
+        self._compared = True
+        values = distributed.largest([damping[layer] if with_batch else 0.0 for layer in layers], self.join_device)
+        return dict(zip(layers, values, strict=True))
+
     def _damping(self, layer: Layer) -> float:
         damping = self._groups[layer]["damping"]
-        check_positive(f"damping of the parameter group of {layer.name}", damping)
-        return float(damping)
+        return check_positive(f"damping of the parameter group of {layer.name}", damping)
 
     def _report_opaque(self, opaque: Mapping[Layer, str]) -> None:
         layers: dict[str, list[Layer]] = {}
@@ -388,6 +457,35 @@ class NGPlus(Optimizer):
             self._capture.arm(wanted)
         else:
             self._capture.disarm()
+
+    # Uneven numbers of batches ----------------------------------------------------------------------------------
+
+    def join_hook(self, **_kwargs: Any) -> JoinHook:
+        """For ``torch.distributed.algorithms.Join([model, optimizer])``, with the model first."""
+        return StepHook(self._step_without_batch)
+
+    @property
+    def join_device(self) -> torch.device:
+        """Device of the collectives."""
+        device: torch.device = self.param_groups[0]["params"][0].device
+        return device
+
+    @property
+    def join_process_group(self) -> Any:
+        """Process group of the collectives: the default one."""
+        return torch.distributed.group.WORLD
+
+    def _check_join(self) -> None:
+        if world_size() > 1:
+            refuse_without(type(self).__name__, self._join_config, self._joinables, self.param_groups)
+            Join.notify_join_context(self)
+
+    @torch.no_grad()
+    def _step_without_batch(self) -> None:
+        """Take part in what the step of other processes averages, and count it."""
+        with without_autocast([self.join_device.type]):
+            self._update_curvature(self._wanted(), with_batch=False)
+        self._finish_step()
 
     # Guards -----------------------------------------------------------------------------------------------------
 
@@ -467,7 +565,8 @@ class NGPlus(Optimizer):
         of one sample, as the atoms of a molecule are; with ``samples="rows"`` each row stays a sample. Rows with a
         negative number count as none, as padding should. It holds until it is set again; None goes back to
         ``batch_dim``. `nn.MultiheadAttention` knows its samples; linear layers whose weights are handed to
-        `F.multi_head_attention_forward`, as fairseq's attention does, take an index of shape (T, B).
+        `F.multi_head_attention_forward`, as fairseq's attention does, take an index of shape (T, B). Where another
+        object wraps the optimizer (accelerate's, Lightning's, fairseq's), it is set on ``wrapper.optimizer``.
 
         Raises:
             TypeError: no integer tensors by module name.
@@ -515,6 +614,7 @@ class NGPlus(Optimizer):
         options = ", ".join(f"{name}={value!r}" for name, value in vars(self._options).items())
         return f"{type(self).__name__}({len(self._layers)} layers, {options})\nbase {self._base!r}"
 
+    @_disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, and what was summed of this step's curvature with them."""
         super().zero_grad(set_to_none)

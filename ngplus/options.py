@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 from ngplus.loss_reduction import LossReduction, check_loss_reduction
@@ -17,27 +18,52 @@ DampingRule = Literal["paper", "released"]
 NonFinite = Literal["skip", "raise"]
 
 
-def check_positive(name: str, value: Any) -> None:
-    """Raise where ``value`` is no number above zero.
+def check_positive(name: str, value: Any, *, or_zero: bool = False) -> float:
+    """A number as a float: Python's, NumPy's, or a tensor with one element, which is read from its device.
+
+    Args:
+        name: of the argument, for the error.
+        value: what was given.
+        or_zero: whether 0 is allowed too.
 
     Raises:
         TypeError: where it is no number.
+        ValueError: where it is not finite, or not above zero.
+    """
+    allowed = "≥ 0" if or_zero else "> 0"
+    number = _as_float(value)
+    if number is None:
+        raise TypeError(f"{name} must be a number {allowed}, got {value!r}")
+    if not (0 < number < float("inf") or (or_zero and number == 0)):
+        raise ValueError(f"{name} must be a finite number {allowed}, got {number!r}")
+    return number
+
+
+def _as_float(value: Any) -> float | None:
+    """A real number as a float, None for anything else."""
+    if hasattr(value, "item"):
+        try:
+            value = value.item()
+        except (RuntimeError, ValueError):  # more than one element, or a tensor without memory
+            return None
+    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else None
+
+
+def check_count(name: str, value: Any, *, optional: bool = True) -> int | None:
+    """An integer above zero (or None, if it is optional), Python's or NumPy's, as Python's.
+
+    Raises:
+        TypeError: where it is no integer.
         ValueError: where it is not above zero.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number > 0, got {value!r}")
-    if not 0 < value < float("inf"):
-        raise ValueError(f"{name} must be a finite number > 0, got {value!r}")
-
-
-def check_count(name: str, value: Any, *, optional: bool = True) -> None:
-    """Raise where ``value`` is no integer above zero (nor None, if it is optional): `TypeError`, `ValueError`."""
     if optional and value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer ≥ 1{' or None' if optional else ''}, got {value!r}")
+        return None
+    allowed = f"an integer ≥ 1{' or None' if optional else ''}"
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be {allowed}, got {value!r}")
     if value < 1:
-        raise ValueError(f"{name} must be an integer ≥ 1{' or None' if optional else ''}, got {value!r}")
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+    return int(value)
 
 
 def check_choice(name: str, value: Any, allowed: Any) -> None:
@@ -67,16 +93,18 @@ class Options:
     nonfinite: NonFinite
 
     def __post_init__(self) -> None:
-        check_count("update_every", self.update_every, optional=False)
-        for name in ("block_size", "sketch_size", "max_samples"):
-            check_count(name, getattr(self, name))
+        for name in ("update_every", "block_size", "sketch_size", "max_samples"):
+            count = check_count(name, getattr(self, name), optional=name != "update_every")
+            object.__setattr__(self, name, count)  # NumPy's as Python's
         for name, allowed in _CHOICES.items():
             check_choice(name, getattr(self, name), allowed)
-        if isinstance(self.ema, bool) or not isinstance(self.ema, int | float):
+        ema = _as_float(self.ema)
+        if ema is None:
             raise TypeError(f"ema must be a number in [0, 1), got {self.ema!r}")
-        if not 0 <= self.ema < 1:
+        if not 0 <= ema < 1:
             raise ValueError(f"ema must be in [0, 1), got {self.ema!r}")
         check_loss_reduction(self.loss_reduction)
+        object.__setattr__(self, "ema", ema)
         self._check_batch_dim()
         self._check_together()
 

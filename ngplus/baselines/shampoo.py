@@ -266,7 +266,9 @@ class Shampoo(Relative):
         is_power_of_two = self._steps & (self._steps - 1) == 0
         return super()._due or (self._steps < self._options.update_every and is_power_of_two)
 
-    def _update_curvature(self, wanted: list[Layer]) -> None:
+    def _update_curvature(self, wanted: list[Layer], *, with_batch: bool = True) -> None:
+        if not with_batch:  # the gradient is that of all processes, so that nothing is averaged
+            return
         due = self._due
         with self._stopwatch.measure("inverse" if due else "curvature"):
             for layer in wanted:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import toy
+from submitit.core.utils import DelayedSubmission
 
 from experiments.cluster import Resources, submit
 from experiments.errors import UserError
@@ -71,8 +72,36 @@ def test_processes_of_a_job_train_together(submitted, load, options, tmp_path, m
     assert [e.eval_loss for e in two.epochs] == pytest.approx([e.eval_loss for e in one.epochs], rel=1e-4)
 
 
-@pytest.mark.parametrize("wrong", [{"nodes": 0}, {"gpus": -1}, {"threads": 0}, {"minutes": 0}])
-def test_resources_that_are_none_are_refused(wrong):
-    ((name, value),) = wrong.items()
-    with pytest.raises(UserError, match=f"{name} = {value}: must be at least"):
-        Resources(**wrong)
+def time_outs_left(job) -> int:
+    return DelayedSubmission.load(job.paths.submitted_pickle)._timeout_countdown
+
+
+@pytest.mark.slow
+def test_a_job_may_run_out_of_time_more_often_than_submitit_would_let_it(submitted, tmp_path):
+    """Four times; submitit's own limit is three."""
+    (job,) = submitted(["sgd"], Resources(minutes=3), "task.pause=0.3", "run.epochs=5")
+    limit, children = time_outs_left(job), Path(f"/proc/{job.job_id}/task/{job.job_id}/children")
+    path, deadline = record(tmp_path, "sgd"), time.monotonic() + 400
+    for stops in range(1, 5):
+        while not (path.exists() and f'"epoch": {stops}' in path.read_text()):
+            assert time.monotonic() < deadline
+            assert not job.done(), job.stderr()
+            time.sleep(0.05)
+        os.kill(int(children.read_text().split()[0]), signal.SIGUSR2)
+        while time_outs_left(job) != limit - stops:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    job.result()
+    resumed = read_run(path)
+    assert len(resumed.resumed) == 4
+    assert [epoch.epoch for epoch in resumed.epochs] == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "least"),
+    [("nodes", 0, 1), ("gpus", -1, 0), ("threads", 0, 1), ("minutes", 0, 3), ("minutes", 2, 3)],
+)
+def test_resources_that_are_none_are_refused(name, value, least):
+    with pytest.raises(UserError, match=f"{name} = {value}: must be at least {least}"):
+        Resources(**{name: value})
+    Resources(**{name: least})

@@ -83,6 +83,18 @@ def test_every_entry_builds_an_optimizer_that_steps(model):
         assert not torch.equal(own.weight, model.weight)
 
 
+def test_soap_loses_its_first_step(model):
+    """As docs/baselines.md says, of the version that is installed."""
+    optimizer = entry_of("soap").build(model, SOAPSettings(lr=0.1))
+    moved = []
+    for _ in range(3):
+        before = model.weight.clone()
+        model(torch.ones(4, 3).double()).square().mean().backward()
+        optimizer.step()
+        moved.append(not torch.equal(model.weight, before))
+    assert moved == [False, True, True]
+
+
 @pytest.mark.parametrize("name", ["adadelta", "", "adamw-x"])
 def test_a_name_that_is_not_there_lists_what_is(name):
     with pytest.raises(

@@ -203,7 +203,7 @@ def test_a_group_that_is_added_later_is_preconditioned_from_the_next_step():
     descend(model, optimizer, x)
     (last,) = (m for m in gradients if m.weight == "2.weight")
     assert oracle.error(model, oracle.directions({last: gradients[last]}, 0.5)) <= 1e-7  # moved by 1e-9 since
-    with pytest.raises(ValueError, match="damping must be"):
+    with pytest.raises(ValueError, match="damping of a parameter group must be"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))], "damping": 0.0})
 
 

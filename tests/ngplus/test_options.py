@@ -1,5 +1,6 @@
 """Every argument that cannot be right is refused by name and value, with what is allowed."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -15,12 +16,20 @@ REFUSED = {
     "block_size": ({"block_size": 0}, ValueError, "block_size must be an integer ≥ 1 or None, got 0"),
     "sketch_size": ({"sketch_size": "8"}, TypeError, "sketch_size must be an integer ≥ 1 or None, got '8'"),
     "max_samples": ({"max_samples": -1}, ValueError, "max_samples must be an integer ≥ 1 or None, got -1"),
-    "lr zero": ({"lr": 0}, ValueError, "lr must be a finite number > 0, got 0"),
-    "lr negative": ({"lr": -0.1}, ValueError, "lr must be a finite number > 0, got -0.1"),
-    "lr nan": ({"lr": float("nan")}, ValueError, "lr must be a finite number > 0, got nan"),
-    "lr a word": ({"lr": "fast"}, TypeError, "lr must be a number > 0, got 'fast'"),
-    "lr a tensor": ({"lr": torch.tensor(-1.0)}, ValueError, "lr must be a finite number > 0, got -1.0"),
+    "lr negative": ({"lr": -0.1}, ValueError, "lr must be a finite number ≥ 0, got -0.1"),
+    "lr nan": ({"lr": float("nan")}, ValueError, "lr must be a finite number ≥ 0, got nan"),
+    "lr a word": ({"lr": "fast"}, TypeError, "lr must be a number ≥ 0, got 'fast'"),
+    "lr a flag": ({"lr": True}, TypeError, "lr must be a number ≥ 0, got True"),
+    "lr a tensor": ({"lr": torch.tensor(-1.0)}, ValueError, "lr must be a finite number ≥ 0, got -1.0"),
+    "lr two numbers": ({"lr": torch.ones(2)}, TypeError, "lr must be a number ≥ 0, got tensor([1., 1.])"),
     "damping zero": ({"damping": 0.0}, ValueError, "damping must be a finite number > 0, got 0.0"),
+    "damping zero in a tensor": (
+        {"damping": torch.tensor(0.0)},
+        ValueError,
+        "damping must be a finite number > 0, got 0.0",
+    ),
+    "damping complex": ({"damping": 1j}, TypeError, "damping must be a number > 0, got 1j"),
+    "damping two numbers": ({"damping": np.ones(2)}, TypeError, "damping must be a number > 0, got array([1., 1.])"),
     "damping infinite": ({"damping": float("inf")}, ValueError, "damping must be a finite number > 0, got inf"),
     "damping none": ({"damping": None}, TypeError, "damping must be a number > 0, got None"),
     "ema one": ({"ema": 1.0}, ValueError, "ema must be in [0, 1), got 1.0"),
@@ -96,6 +105,11 @@ REFUSED = {
         TypeError,
         "momentum is an option of neither NGPlus nor its base Adam, which takes betas",
     ),
+    "differentiable": (
+        {"differentiable": True},
+        ValueError,
+        "differentiable=True is not supported: the preconditioned gradient is made without a graph",
+    ),
     "value that the base refuses": ({"momentum": -1.0}, ValueError, "Invalid momentum value: -1.0"),
 }
 
@@ -125,6 +139,82 @@ def test_a_damping_that_turns_wrong_is_refused_on_the_next_curvature_step(dampin
     with pytest.raises((TypeError, ValueError), match="damping of the parameter group of weight must be"):
         optimizer.step()
     assert torch.equal(model.weight, before)
+
+
+ONE_STEP = {"lr": 0.25, "damping": 0.5, "ema": 0.5, "update_every": 2}
+
+
+def moved(**options) -> torch.Tensor:
+    """The weight after two steps with ``ONE_STEP``, some of it given in another form."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    optimizer = NGPlus(model, **{**ONE_STEP, **options})
+    for _ in range(2):
+        model(torch.randn(4, 3)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    saved = optimizer.state_dict()
+    assert type(saved["param_groups"][0]["damping"]) is float
+    return model.weight.detach()
+
+
+@pytest.mark.parametrize(
+    "kind", [np.float64, np.float32, np.float16, np.array, torch.tensor, lambda x: torch.tensor([x])]
+)
+@pytest.mark.parametrize("name", ["lr", "damping", "ema"])
+def test_a_number_may_be_numpys_or_a_tensor(name, kind):
+    assert torch.equal(moved(**{name: kind(ONE_STEP[name])}), moved())
+
+
+@pytest.mark.parametrize("name", ["update_every", "block_size", "max_samples"])
+def test_a_count_may_be_numpys(name):
+    assert torch.equal(moved(**{name: np.int64(2)}), moved(**{name: 2}))
+
+
+def test_a_rate_of_zero_moves_nothing_but_what_the_base_keeps():
+    model = nn.Linear(3, 2)
+    before = model.weight.clone()
+    optimizer = NGPlus(model, lr=0.0, momentum=0.9)
+    model(torch.randn(4, 3)).sum().backward()
+    optimizer.step()
+    assert torch.equal(model.weight, before)
+    assert optimizer.state[model.weight]["momentum_buffer"].any()
+    assert set(optimizer.curvature) == {"weight"}
+
+
+@pytest.mark.parametrize("kind", [np.float32, torch.tensor])
+def test_a_group_and_a_scheduler_may_set_the_damping_to_a_number_of_any_kind(kind):
+    model = nn.Linear(3, 2)
+    optimizer = NGPlus(model, params=[{"params": model.parameters(), "damping": kind(0.25)}], update_every=1)
+    model(torch.randn(4, 3)).sum().backward()
+    optimizer.step()
+    assert optimizer.curvature["weight"].damping == 0.25
+    optimizer.param_groups[0]["damping"] = kind(0.75)
+    model(torch.randn(4, 3)).sum().backward()
+    optimizer.step()
+    assert optimizer.curvature["weight"].damping == 0.75
+
+
+def test_a_group_of_its_own_may_not_be_differentiable():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
+    with pytest.raises(ValueError, match="differentiable=True is not supported"):
+        NGPlus(model, params=[{"params": model.parameters(), "differentiable": True}])
+    optimizer = NGPlus(model, params=model[0].parameters())
+    with pytest.raises(ValueError, match="differentiable=True is not supported"):
+        optimizer.add_param_group({"params": model[1].parameters(), "differentiable": True})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"curvature": "mini_batch"}])
+def test_a_bare_tensor_is_no_list_of_its_rows(options):
+    weight = nn.Parameter(torch.ones(4, 3, 2))
+    with pytest.raises(
+        TypeError, match=r"the first argument must be .* got a tensor of shape \(4, 3, 2\): put it into"
+    ):
+        NGPlus(weight, **options)
+    model = nn.Linear(3, 2)
+    with pytest.raises(TypeError, match=r"params must be .* got a tensor of shape \(2, 3\): put it into a list"):
+        NGPlus(model, params=model.weight)
 
 
 def test_parameters_without_a_model_need_the_mini_batch_form():

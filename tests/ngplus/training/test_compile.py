@@ -5,7 +5,7 @@ import gc
 
 import pytest
 import torch
-from problems import SETTINGS, attentive, collect_optimizers, convolutional, distance, perceptron, train
+from problems import SETTINGS, attentive, collect_optimizers, convolutional, distance, flat, perceptron, train
 from torch._dynamo import eval_frame
 
 from ngplus import NGPlus
@@ -89,6 +89,102 @@ def test_a_compiled_layer_within_a_model_is_seen():
     problem.model[0] = torch.compile(problem.model[0], backend="aot_eager")
     optimizer = NGPlus(problem.model, **SETTINGS)
     train(problem, optimizer, 4)
+    assert distance(problem.model, perceptron().plain_run(4)) < 1e-10
+
+
+def compiled_step(problem, optimizer, **options):
+    """Only the optimizer's step is compiled."""
+    step = torch.compile(optimizer.step, **options)
+
+    def train_step():
+        problem.loss(problem.model).backward()
+        step()
+        optimizer.zero_grad()
+
+    return train_step
+
+
+def compiled_train_step(problem, optimizer, **options):
+    """Forward, backward, step and zero_grad in one function."""
+
+    def train_step():
+        problem.loss(problem.model).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return torch.compile(train_step, **options)
+
+
+def compiled_train_step_with_a_closure(problem, optimizer, **options):
+    """The step evaluates the model itself."""
+
+    def train_step():
+        def closure():
+            optimizer.zero_grad()
+            loss = problem.loss(problem.model)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+
+    return torch.compile(train_step, **options)
+
+
+STEPS = [compiled_step, compiled_train_step, compiled_train_step_with_a_closure]
+
+
+@pytest.mark.parametrize("curvature", ["per_sample", "mini_batch"])
+@pytest.mark.parametrize("way", STEPS)
+def test_a_compiled_train_step_trains_like_the_plain_one(way, curvature):
+    settings = {**SETTINGS, "update_every": 3, "momentum": 0.9, "curvature": curvature}
+    plain, problem = perceptron(), perceptron()
+    train(plain, NGPlus(plain.model, **settings), 8)
+    train_step = way(problem, NGPlus(problem.model, **settings), backend="aot_eager")
+    for _ in range(8):
+        train_step()
+    assert distance(problem.model, plain.model) < 1e-10
+
+
+def test_what_of_a_compiled_train_step_is_not_the_optimizers_is_compiled():
+    problem, backend = perceptron(), Backend()
+    optimizer = NGPlus(problem.model, **{**SETTINGS, "update_every": 4})
+    train_step, graphs = compiled_train_step(problem, optimizer, backend=backend), []
+    for _ in range(5):
+        train_step()
+        graphs.append(backend.graphs)
+    assert graphs[0] == 0  # the curvature step
+    assert graphs[1] == graphs[-1] > 0
+    assert stance() == "default"
+
+
+@pytest.mark.parametrize("curvature", ["per_sample", "mini_batch"])
+@pytest.mark.parametrize("way", STEPS)
+def test_a_step_inside_one_graph_is_refused_before_anything_moves(way, curvature):
+    problem = perceptron()
+    train_step = way(problem, NGPlus(problem.model, **SETTINGS, curvature=curvature), backend="eager", fullgraph=True)
+    before = flat(problem.model)
+    with pytest.raises(RuntimeError, match=r"NGPlus\.step|backward"):
+        train_step()
+    assert torch.equal(flat(problem.model), before)
+
+
+def test_a_step_inside_one_graph_is_refused_by_the_compiler_where_no_curvature_is_due():
+    problem = perceptron()
+    optimizer = NGPlus(problem.model, **SETTINGS)
+    train(problem, optimizer, 1)
+    before = flat(problem.model)
+    with pytest.raises(RuntimeError, match=r"NGPlus\.step"):
+        compiled_step(problem, optimizer, backend="eager", fullgraph=True)()
+    assert torch.equal(flat(problem.model), before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", STEPS)
+def test_inductor_runs_a_compiled_train_step_like_the_plain_one(way):
+    problem = perceptron()
+    train_step = way(problem, NGPlus(problem.model, **SETTINGS))
+    for _ in range(4):
+        train_step()
     assert distance(problem.model, perceptron().plain_run(4)) < 1e-10
 
 

@@ -308,9 +308,54 @@ def fully_sharded():
         old = FullyShardedDataParallel(perceptron().model, use_orig_params=True, device_id=torch.device("cpu"))
     with pytest.raises(TypeError) as caught:
         NGPlus(old)
+    errors.append(str(caught.value))
+    with pytest.raises(TypeError) as caught:
+        NGPlus(old.module)
     return [*errors, str(caught.value)]
 
 
 def test_fully_sharded_weights_are_refused_with_the_wrapping_that_works(team):
     for errors in team.run(fully_sharded):
         assert all("DistributedDataParallel" in error and "FSDP" in error for error in errors), errors
+
+
+def sharded_later(steps):
+    """Errors of the step after the model of an optimizer was sharded, by either generation of FSDP."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+    def first(model):
+        fully_shard(model[0], mesh=init_device_mesh("cpu", (2,)))
+        return model
+
+    def whole(model):
+        return fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+
+    def old(model):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+
+    errors = []
+    for shard in (first, whole, old):
+        problem = perceptron()
+        optimizer = NGPlus(problem.model, **{**SETTINGS, "update_every": 3})
+        for _ in range(steps):
+            problem.loss(problem.model).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        problem.loss(shard(problem.model)).backward()
+        with pytest.raises((TypeError, RuntimeError)) as caught:
+            optimizer.step()
+        errors.append(str(caught.value))
+    return errors
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_model_that_is_sharded_after_its_optimizer_was_made_is_refused_on_the_next_step(team, steps):
+    for first, whole, old in team.run(sharded_later, steps):
+        assert first.startswith("0.weight is a DTensor: NG+ needs whole weights")
+        assert whole.startswith("0.weight is a DTensor: NG+ needs whole weights")
+        assert old.startswith(
+            "0.weight is a part of a FullyShardedDataParallel's flat parameter: NG+ needs whole weights"
+        )

@@ -1,6 +1,8 @@
 """Loops that call forward, backward, step and zero_grad in the orders that people do."""
 
+import contextlib
 import copy
+import threading
 import warnings
 
 import oracle
@@ -211,3 +213,125 @@ def test_a_bias_frozen_after_backward_is_still_a_column_of_its_layer():
     optimizer.step()
     problem.model.requires_grad_(True)
     assert oracle.error(problem.model, expected) <= 1e-10
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
+@pytest.mark.parametrize("inside", [range(4), (0, 2, 3)], ids=["always", "sometimes"])
+def test_a_step_may_be_inside_any_mode_of_autograd(mode, inside):
+    plain, problem = perceptron(), perceptron()
+    train(plain, NGPlus(plain.model, **SETTINGS, momentum=0.9), 4)
+    optimizer = NGPlus(problem.model, **SETTINGS, momentum=0.9)
+    for step in range(4):
+        problem.loss(problem.model).backward()
+        with mode() if step in inside else contextlib.nullcontext():
+            optimizer.step()
+        optimizer.zero_grad()
+    assert torch.equal(flat(problem.model), flat(plain.model))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_closure_has_gradients_inside_any_mode_of_autograd(mode):
+    problem = perceptron()
+    optimizer = NGPlus(problem.model, **SETTINGS)
+    with mode():
+        for _ in range(4):
+            closure(problem, optimizer)
+    assert distance(problem.model, perceptron().plain_run(4)) < 1e-10
+
+
+def test_a_step_from_another_thread_is_the_same_step():
+    problem = perceptron()
+    optimizer = NGPlus(problem.model, **SETTINGS)
+    for _ in range(4):
+        problem.loss(problem.model).backward()
+        thread = threading.Thread(target=optimizer.step)
+        thread.start()
+        thread.join()
+        optimizer.zero_grad()
+    assert distance(problem.model, perceptron().plain_run(4)) < 1e-10
+
+
+def test_steps_inside_the_backward_pass_are_those_after_it():
+    """One optimizer a layer, which steps as soon as its gradients are there."""
+    plain, problem = perceptron(), perceptron()
+    train(plain, NGPlus(plain.model, **SETTINGS, momentum=0.9), 4)
+    layers = [problem.model[0], problem.model[2]]
+    handles = [each for layer in layers for each in step_in_backward(layer, NGPlus(layer, **SETTINGS, momentum=0.9))]
+    for _ in range(4):
+        problem.loss(problem.model).backward()
+    for handle in handles:  # a cycle through C++ otherwise, which keeps the optimizers
+        handle.remove()
+    assert torch.equal(flat(problem.model), flat(plain.model))
+
+
+def step_in_backward(layer, optimizer):
+    def arrived(_parameter):
+        if all(parameter.grad is not None for parameter in layer.parameters()):
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return [parameter.register_post_accumulate_grad_hook(arrived) for parameter in layer.parameters()]
+
+
+def test_after_a_step_the_gradient_is_the_direction():
+    problem = perceptron()
+    optimizer = NGPlus(problem.model, **SETTINGS)
+    start = flat(problem.model)
+    problem.loss(problem.model).backward()
+    optimizer.step()
+    direction = torch.cat([p.grad.flatten() for p in problem.model.parameters()])
+    assert torch.allclose(flat(problem.model) - start, -SETTINGS["lr"] * direction, rtol=1e-12)
+
+
+def test_averaged_weights_and_their_rate_are_those_of_any_optimizer():
+    problem = perceptron()
+    optimizer = NGPlus(problem.model, **SETTINGS)
+    averaged = torch.optim.swa_utils.AveragedModel(problem.model)
+    schedule = torch.optim.swa_utils.SWALR(optimizer, swa_lr=SETTINGS["lr"] / 2, anneal_epochs=1)
+    weights = []
+    for _ in range(4):
+        train(problem, optimizer, 1)
+        averaged.update_parameters(problem.model)
+        weights.append(flat(problem.model))
+        schedule.step()
+    assert optimizer.param_groups[0]["lr"] == SETTINGS["lr"] / 2
+    assert torch.allclose(flat(averaged.module), torch.stack(weights).mean(0), rtol=1e-12)
+
+
+ROWS, COLUMNS = (slice(0, 2),), (slice(None), slice(0, 2))
+
+
+def moved_where_frozen(shape, frozen, zeroed_by):
+    """Whether a part of a weight moves in three steps; its gradient, or its direction, is zeroed in each."""
+    torch.manual_seed(0)
+    model = nn.Linear(shape[1], shape[0], bias=False)
+    optimizer = NGPlus(model, **SETTINGS, momentum=0.9)
+
+    def zero_the_direction(_base, _args, _kwargs):
+        model.weight.grad[frozen] = 0.0
+
+    if zeroed_by == "a hook of the base":
+        optimizer.base.register_step_pre_hook(zero_the_direction)
+    start = model.weight.clone()
+    for _ in range(3):
+        model(torch.randn(8, shape[1])).square().mean(0).sum().backward()
+        if zeroed_by == "the loop":
+            model.weight.grad[frozen].zero_()
+        optimizer.step()
+        optimizer.zero_grad()
+    moved = model.weight != start
+    assert moved.any()
+    return bool(moved[frozen].any())
+
+
+@pytest.mark.parametrize("frozen", [ROWS, COLUMNS], ids=["rows", "columns"])
+@pytest.mark.parametrize("shape", [(4, 6), (6, 4)])
+def test_a_part_whose_gradient_is_zeroed_before_the_step_moves_along_the_side_that_is_preconditioned(shape, frozen):
+    along = ROWS if shape[0] <= shape[1] else COLUMNS
+    assert moved_where_frozen(shape, frozen, "the loop") == (frozen is along)
+
+
+@pytest.mark.parametrize("frozen", [ROWS, COLUMNS], ids=["rows", "columns"])
+@pytest.mark.parametrize("shape", [(4, 6), (6, 4)])
+def test_a_part_whose_direction_is_zeroed_by_a_hook_of_the_base_stays(shape, frozen):
+    assert not moved_where_frozen(shape, frozen, "a hook of the base")

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from problems import SETTINGS, Problem, distance, flat, perceptron
+from problems import SETTINGS, Problem, distance, flat, perceptron, train
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -15,11 +15,74 @@ from ngplus import NGPlus
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 lightning = pytest.importorskip("pytorch_lightning")
 transformers = pytest.importorskip("transformers")
-pytest.importorskip("accelerate")
+accelerate = pytest.importorskip("accelerate")
 
 logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
 BATCH = 3
 STEADY = {**SETTINGS, "update_every": 3, "ema": 0.5, "momentum": 0.9}
+
+
+# Wrappers around the optimizer ----------------------------------------------------------------------------------------
+
+OWNERS = torch.tensor([0, 0, 1, 2, 2, 2])
+"""The sample that each row of a batch belongs to."""
+
+
+def curvature_of_grouped_rows() -> Tensor:
+    """(λI + R)⁻¹ of the first layer, from the mean gradient of each of three samples."""
+    problem = perceptron(samples=6)
+    optimizer = NGPlus(problem.model, **SETTINGS)
+    optimizer.sample_index = OWNERS
+    problem.loss(problem.model).backward()
+    optimizer.step()
+    return optimizer.curvature["0.weight"].tensors()[0]
+
+
+def test_under_accelerate_a_sample_index_is_set_on_the_optimizer_inside():
+    problem = perceptron(samples=6)
+    accelerator = accelerate.Accelerator(cpu=True)
+    model, prepared = accelerator.prepare(problem.model, NGPlus(problem.model, **SETTINGS))
+    assert prepared.optimizer.curvature_is_due
+    prepared.optimizer.sample_index = OWNERS
+    accelerator.backward(problem.loss(model))
+    prepared.step()
+    [kept] = prepared.optimizer.curvature["0.weight"].tensors()
+    assert torch.equal(kept, curvature_of_grouped_rows())
+    plain = perceptron(samples=6)
+    train(plain, optimizer := NGPlus(plain.model, **SETTINGS), 1)
+    assert not torch.allclose(kept, optimizer.curvature["0.weight"].tensors()[0], rtol=0.01)
+
+
+class GroupedRows(lightning.LightningModule):
+    """Says of each row of a batch which sample it belongs to."""
+
+    def __init__(self, inside: bool) -> None:
+        super().__init__()
+        self.problem = perceptron(samples=6)
+        self.model = self.problem.model
+        self.inside = inside
+        self.automatic_optimization = False
+
+    def training_step(self, _batch: Tensor, _index: int) -> None:
+        wrapper = self.optimizers()
+        assert wrapper.curvature_is_due
+        (wrapper.optimizer if self.inside else wrapper).sample_index = OWNERS
+        self.manual_backward(self.problem.loss(self.model))
+        wrapper.step()
+
+    def configure_optimizers(self) -> NGPlus:
+        self.made = NGPlus(self.model, **SETTINGS)
+        return self.made
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(torch.zeros(1))
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_under_lightning_a_sample_index_may_be_set_on_either(inside, tmp_path):
+    module = GroupedRows(inside)
+    fit(module, tmp_path, max_epochs=1)
+    assert torch.equal(module.made.curvature["0.weight"].tensors()[0], curvature_of_grouped_rows())
 
 
 # Lightning ------------------------------------------------------------------------------------------------------------
