@@ -246,7 +246,9 @@ def test_a_sketch_is_not_loaded_where_its_core_has_no_place(tmp_path):
     optimizer, dense = optimizer_for(model, "sketched"), optimizer_for(other, "adam")
     train(model, optimizer, range(2))
     assert isinstance(optimizer.curvature["0.weight"].preconditioner, SketchedInverse)
-    with pytest.raises(ValueError, match=r"0\.weight has no (core|drawn): it was cut short, or saved with other options"):
+    with pytest.raises(
+        ValueError, match=r"0\.weight has no (core|drawn): it was cut short, or saved with other options"
+    ):
         through_files(App(model, optimizer, FORMS["plain"]), App(other, dense, FORMS["plain"]), tmp_path)
 
 
