@@ -277,3 +277,15 @@ def test_a_partial_load_names_the_layers_it_leaves_without_curvature():
     with pytest.warns(UserWarning, match=r"the state says nothing of 3\.weight"):
         set_optimizer_state_dict(other, loaded, state, options=StateDictOptions(strict=False))
     assert list(loaded.curvature) == ["0.weight"]
+
+
+def test_layers_that_are_frozen_when_loaded_are_named():
+    """torch leaves the state of frozen parameters out, the base's too."""
+    model, other = network(), network()
+    optimizer, loaded = optimizer_for(model, "momentum"), optimizer_for(other, "momentum")
+    train(model, optimizer, range(2))
+    other[3].requires_grad_(False)
+    with pytest.warns(UserWarning, match=r"the state says nothing of 3\.weight"):
+        set_optimizer_state_dict(other, loaded, get_optimizer_state_dict(model, optimizer))
+    assert list(loaded.curvature) == ["0.weight"]
+    assert not loaded.base.state[other[3].weight]
