@@ -81,7 +81,7 @@ class LayerState:
         """What is saved: tensors and numbers by name."""
         averages = self.average or []
         return {
-            "matrix": _numbers(self.shape),
+            "matrix": _pack_shape(self.shape),
             "updates": self.updates,
             "damping": self.damping,
             "averaged": int(bool(averages)),
@@ -97,10 +97,10 @@ class LayerState:
             KeyError: an entry is missing.
             ValueError: the layer's matrix has another shape.
         """
-        shape = _checked_shape(layer, *entries["matrix"].tolist())
+        shape = _check_shape(layer, *entries["matrix"].tolist())
         made = cls._from_entries(entries, shape, entries["damping"])
-        average = _averages(entries) if entries["averaged"] else None
-        return cls._on_its_device(layer, cls(shape, made, average, entries["damping"], entries["updates"]))
+        average = _collect_averages(entries) if entries["averaged"] else None
+        return cls._move_to_weight(layer, cls(shape, made, average, entries["damping"], entries["updates"]))
 
     @classmethod
     def from_first_layout(cls, layer: Layer, packed: Mapping[str, Any]) -> LayerState:
@@ -110,12 +110,12 @@ class LayerState:
             ValueError: the layer's matrix has another shape.
         """
         groups, rows, columns = packed["matrix"]
-        shape = _checked_shape(layer, groups, rows, columns, packed["block_size"] or 0)
+        shape = _check_shape(layer, groups, rows, columns, packed["block_size"] or 0)
         made = cls._preconditioner(packed["preconditioner"], shape)
-        return cls._on_its_device(layer, cls(shape, made, packed["average"], packed["damping"], packed["updates"]))
+        return cls._move_to_weight(layer, cls(shape, made, packed["average"], packed["damping"], packed["updates"]))
 
     @staticmethod
-    def _on_its_device(layer: Layer, state: LayerState) -> LayerState:
+    def _move_to_weight(layer: Layer, state: LayerState) -> LayerState:
         state.to(layer.weight.device)
         return state
 
@@ -134,12 +134,12 @@ class LayerState:
         self.average = None if self.average is None else [stack.to(device) for stack in self.average]
 
 
-def _numbers(shape: Shape) -> Tensor:
+def _pack_shape(shape: Shape) -> Tensor:
     """Groups, rows, columns and block size (0 for whole matrices) of a matrix."""
     return torch.tensor([shape.groups, shape.rows, shape.columns, shape.block_size or 0])
 
 
-def _checked_shape(layer: Layer, groups: int, rows: int, columns: int, block_size: int) -> Shape:
+def _check_shape(layer: Layer, groups: int, rows: int, columns: int, block_size: int) -> Shape:
     """The shape of a saved matrix, which is to be the layer's."""
     shape = Shape(groups=groups, rows=rows, columns=columns, block_size=block_size or None)
     ours = layer.shape(shape.block_size)
@@ -151,7 +151,7 @@ def _checked_shape(layer: Layer, groups: int, rows: int, columns: int, block_siz
     return shape
 
 
-def _averages(entries: Mapping[str, Any]) -> list[Tensor]:
+def _collect_averages(entries: Mapping[str, Any]) -> list[Tensor]:
     """The stacks ``average0``, ``average1`` and so on, as many as there are."""
     names = itertools.takewhile(entries.__contains__, (f"average{i}" for i in itertools.count()))
     return [entries[name] for name in names]
@@ -378,11 +378,11 @@ class Curvature:
         """
         state, device = self.states.get(layer), layer.weight.device
         if state is None or not state.fits(layer):
-            entries = _no_curvature(layer.shape(self._options.block_size))
+            entries = _make_empty(layer.shape(self._options.block_size))
         else:
             entries = state.entries()
         blank = self._blank(layer)
-        filled = {name: _filled(entries.get(name), like, device) for name, like in blank.items()}
+        filled = {name: _pad(entries.get(name), like, device) for name, like in blank.items()}
         others = {name: each.to(device) if isinstance(each, Tensor) else each for name, each in entries.items()}
         return {**others, **filled}
 
@@ -412,12 +412,9 @@ class Curvature:
 
     def _blank(self, layer: Layer) -> Entries:
         """Entries that every layer has, its tensors without memory."""
-        options, shape, dtype = (
-            self._options,
-            layer.shape(self._options.block_size),
-            statistics_dtype(layer.weight.dtype),
-        )
-        entries = preconditioner.blank(shape, options.sketch_size if options.solver == "sketched" else None, dtype)
+        shape, dtype = layer.shape(self._options.block_size), statistics_dtype(layer.weight.dtype)
+        sketch_size = self._options.sketch_size if self._options.solver == "sketched" else None
+        entries = preconditioner.make_blank(shape, sketch_size, dtype)
         if self._keeps_average:
             stacks = [torch.empty(size, dtype=dtype, device="meta") for size in shape.stack_shapes]
             entries |= {f"average{i}": stack for i, stack in enumerate(stacks)}
@@ -428,12 +425,12 @@ class Curvature:
         return direction.precondition(member)
 
 
-def _no_curvature(shape: Shape) -> Entries:
+def _make_empty(shape: Shape) -> Entries:
     """`LayerState.entries` where there is none."""
-    return {"matrix": _numbers(shape), "updates": 0, "damping": 0.0, "averaged": 0}
+    return {"matrix": _pack_shape(shape), "updates": 0, "damping": 0.0, "averaged": 0}
 
 
-def _filled(entry: Tensor | float | None, like: Tensor | float, device: torch.device) -> Tensor | float:
+def _pad(entry: Tensor | float | None, like: Tensor | float, device: torch.device) -> Tensor | float:
     """A tensor in the leading corner of zeros of the size and dtype of ``like``; as it is where it does not fit."""
     if not isinstance(like, Tensor):
         return like if entry is None else entry

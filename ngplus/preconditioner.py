@@ -103,7 +103,7 @@ class DenseInverse:
 
     def entries(self) -> Entries:
         """The same, which form it is, and which stacks are column-major."""
-        form = {"form": _FORMS.index("dense"), "rank": 0, "column_major": column_major(self.inverses)}
+        form = {"form": _FORMS.index("dense"), "rank": 0, "column_major": find_column_major(self.inverses)}
         return {**form, **self.tensors()}
 
 
@@ -293,7 +293,7 @@ def from_tensors(tensors: dict[str, Tensor], shape: Shape) -> Preconditioner:
     return DenseInverse([tensors[f"inverse{i}"] for i in range(len(tensors))], shape)
 
 
-def blank(shape: Shape, sketch_size: int | None, dtype: torch.dtype) -> Entries:
+def make_blank(shape: Shape, sketch_size: int | None, dtype: torch.dtype) -> Entries:
     """`Preconditioner.entries` of nothing: tensors without memory, as large as in any form, since a rank is at most p.
 
     Args:
@@ -310,7 +310,7 @@ def blank(shape: Shape, sketch_size: int | None, dtype: torch.dtype) -> Entries:
     return {"form": 0, "rank": 0, "column_major": 0, **tensors, **drawn}
 
 
-def column_major(stacks: Sequence[Tensor]) -> int:
+def find_column_major(stacks: Sequence[Tensor]) -> int:
     """Which stacks of matrices are column-major in memory: bit i for the i-th.
 
     A product with them rounds otherwise than one with their row-major copies, which is what loading may make.
@@ -318,8 +318,8 @@ def column_major(stacks: Sequence[Tensor]) -> int:
     return sum(1 << i for i, stack in enumerate(stacks) if not stack.is_contiguous())
 
 
-def in_memory_order(stacks: Sequence[Tensor], column_major: int) -> list[Tensor]:
-    """The same matrices, each stack in the order that `column_major` found."""
+def restore_memory_order(stacks: Sequence[Tensor], column_major: int) -> list[Tensor]:
+    """The same matrices, each stack in the order that `find_column_major` found."""
     return [stack.mT.contiguous().mT if column_major >> i & 1 else stack.contiguous() for i, stack in enumerate(stacks)]
 
 
@@ -333,7 +333,7 @@ def from_entries(entries: Mapping[str, Any], shape: Shape, damping: float) -> Pr
     form, rank = _FORMS[entries["form"]], entries["rank"]
     if form == "dense":
         stacks = [entries[f"inverse{i}"] for i in range(len(shape.stack_shapes))]
-        inverses = in_memory_order(stacks, entries["column_major"])
+        inverses = restore_memory_order(stacks, entries["column_major"])
         sizes = [tuple(inverse.shape) for inverse in inverses]
         if sizes != shape.stack_shapes:
             raise ValueError(f"the inverses are of sizes {sizes} where the layer has {shape.stack_shapes}")

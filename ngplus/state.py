@@ -67,26 +67,42 @@ class Layout:
     curvature: Curvature
 
     def pack(self, progress: Progress, base_state: Mapping[str, Any]) -> dict[str, Any]:
-        """What the base saved with the entries added; nothing that is part of ``base_state`` is changed."""
-        groups = [dict(group) for group in base_state.get("param_groups", self._numbered_groups())]
+        """The state dict of an optimizer.
+
+        Args:
+            progress: what to add.
+            base_state: the state dict of the base, which is not changed.
+
+        Returns:
+            ``base_state`` with the counters in its first group and the entries of each parameter in its ``state``.
+        """
+        groups = [dict(group) for group in base_state.get("param_groups", self._number_groups())]
         groups[0][self.key] = self._counters(progress)
         state = dict(base_state.get("state", {}))
         entries = self.entries(progress)
-        for parameter, index in self._indices(groups):
-            # An entry for every parameter: torch.distributed.checkpoint asks for all of them where there is any.
-            state[index] = {**state.get(index, {}), **entries.get(parameter, {})}
+        for parameter, index in self._match_keys(groups):
+            state[index] = {**state.get(index, {}), **entries[parameter]}
         return {**base_state, "state": state, "param_groups": groups}
 
     def entries(self, progress: Progress) -> dict[nn.Parameter, Entries]:
-        """What is saved of each layer, by its weight."""
-        return {layer.weight: self._prefixed(self._layer_entries(layer, progress)) for layer in self.layers}
+        """What is saved of each parameter; a layer's stands under its weight.
+
+        There is an entry of every parameter: torch's ``set_state_dict`` asks for all of them where there is one of any.
+        """
+        layers = {id(layer.weight): layer for layer in self.layers}
+        parameters = [parameter for group in self.groups for parameter in group["params"]]
+        found = [(parameter, layers.get(id(parameter))) for parameter in parameters]
+        return {
+            parameter: self._add_prefix({"updates": 0} if layer is None else self._layer_entries(layer, progress))
+            for parameter, layer in found
+        }
 
     def _layer_entries(self, layer: Layer, progress: Progress) -> Entries:
         place = progress.pending.index(layer) + 1 if layer in progress.pending else 0
         tries, unsupported = progress.tries.get(layer, 0), int(layer in progress.unsupported)
         return {**self.curvature.pack(layer), "pending": place, "tries": tries, "unsupported": unsupported}
 
-    def _prefixed(self, entries: Entries) -> Entries:
+    def _add_prefix(self, entries: Entries) -> Entries:
         return {f"{self.key}_{name}": each for name, each in entries.items()}
 
     def _counters(self, progress: Progress) -> dict[str, Any]:
@@ -94,20 +110,26 @@ class Layout:
         generator = progress.generator.to(self.layers[0].weight.device)
         return {"base": self.base, "steps": progress.steps, "skipped": int(progress.skipped), "generator": generator}
 
-    def _numbered_groups(self) -> Iterator[dict[str, Any]]:
+    def _number_groups(self) -> Iterator[dict[str, Any]]:
         """Groups that hold the numbers of their parameters alone, for a base whose state dict has no groups."""
         start = 0
         for group in self.groups:
             yield {"params": list(range(start, start + len(group["params"])))}
             start += len(group["params"])
 
-    def _indices(self, saved_groups: Sequence[Mapping[str, Any]]) -> Iterator[tuple[nn.Parameter, Any]]:
+    def _match_keys(self, saved_groups: Sequence[Mapping[str, Any]]) -> Iterator[tuple[nn.Parameter, Any]]:
         """Each parameter and the key that it has in a state dict."""
         for group, saved in zip(self.groups, saved_groups, strict=True):
             yield from zip(group["params"], saved["params"], strict=True)
 
     def unpack(self, state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], Progress]:
-        """What is the base's of a state dict, and the progress.
+        """The two parts of a state dict, of this layout or of the first.
+
+        Args:
+            state_dict: what `pack` gave, with other keys for the parameters perhaps.
+
+        Returns:
+            The state dict of the base, and the progress.
 
         Raises:
             ValueError: a state of another optimizer, base or model, or one that was cut short.
@@ -127,7 +149,7 @@ class Layout:
         state, entries = self._split(state_dict.get("state", {}))
         base_groups = [{name: each for name, each in group.items() if name != self.key} for group in groups]
         base_state = {**state_dict, "state": state, "param_groups": base_groups}
-        keys = {id(parameter): key for parameter, key in self._indices(groups)}
+        keys = {id(parameter): key for parameter, key in self._match_keys(groups)}
         of_layers = {layer: entries.pop(keys[id(layer.weight)], {}) for layer in self.layers}
         self._check_no_curvature(entries)
         if lost := [layer.name for layer, each in of_layers.items() if not each]:
@@ -135,7 +157,7 @@ class Layout:
                 f"the state says nothing of {', '.join(lost)}: without curvature until the next curvature step",
                 stacklevel=3,
             )
-        return base_state, self._progress(counters, of_layers)
+        return base_state, self._read_progress(counters, of_layers)
 
     def _split(self, state: Mapping[Any, Any]) -> tuple[dict[Any, Any], dict[Any, Entries]]:
         """The base's part of ``state``, and the entries by the key of their parameter, without their prefix."""
@@ -152,18 +174,18 @@ class Layout:
                 theirs[key] = rest
         return theirs, ours
 
-    def _progress(self, counters: Mapping[str, Any], entries: Mapping[Layer, Entries]) -> Progress:
+    def _read_progress(self, counters: Mapping[str, Any], entries: Mapping[Layer, Entries]) -> Progress:
         found = {layer: each for layer, each in entries.items() if each}
         for layer, each in found.items():
             self._check_whole(each, ("pending", "tries", "unsupported"), f"the state of {layer.name}")
         states = {layer: self.curvature.unpack(layer, each) for layer, each in found.items()}
-        pending = sorted((each["pending"], layer.name, layer) for layer, each in found.items() if each["pending"])
+        pending = [layer for layer, each in found.items() if each["pending"]]
         return Progress(
-            steps=counters["steps"],
-            skipped=counters["skipped"],
+            steps=int(counters["steps"]),
+            skipped=int(counters["skipped"]),
             generator=counters["generator"],
             states={layer: state for layer, state in states.items() if state is not None},
-            pending=[layer for _, _, layer in pending],
+            pending=sorted(pending, key=lambda layer: found[layer]["pending"]),
             tries={layer: int(each["tries"]) for layer, each in found.items() if each["tries"]},
             unsupported={layer for layer, each in found.items() if each["unsupported"]},
         )
@@ -213,8 +235,11 @@ class Layout:
 def initializes_state(groups: Sequence[Mapping[str, Any]]) -> bool:
     """Whether a step is one that `torch.distributed.checkpoint` makes to have a base initialize its state.
 
-    It gives every trained parameter a gradient of zeros and sets every lr to 0. Only where all lrs are 0 are the
-    gradients asked, which waits for the device.
+    It gives every trained parameter a gradient of zeros and sets every lr to 0. A warm-up's first step, whose lr may be
+    0 too, has other gradients; only there are they looked through, which synchronizes with the device.
+
+    Args:
+        groups: parameter groups.
     """
     if any(float(group.get("lr", 0.0)) != 0 for group in groups):
         return False

@@ -24,7 +24,7 @@ from ngplus.grouping import SampleIndex, rows_that_count
 from ngplus.inverse import Request
 from ngplus.layers import Layer
 from ngplus.options import Options
-from ngplus.preconditioner import Entries, Preconditioner, column_major, in_memory_order
+from ngplus.preconditioner import Entries, Preconditioner, find_column_major, restore_memory_order
 from ngplus.times import Stopwatch
 from ngplus.touched import TouchedRows
 
@@ -69,7 +69,7 @@ class KroneckerInverse:
 
     def entries(self) -> Entries:
         """The same, and which of them is column-major."""
-        return {"column_major": column_major([self.rows, self.columns]), **self.tensors()}
+        return {"column_major": find_column_major([self.rows, self.columns]), **self.tensors()}
 
 
 class KroneckerState(LayerState):
@@ -92,7 +92,7 @@ class KroneckerState(LayerState):
 
     @staticmethod
     def _from_entries(entries: Mapping[str, Any], shape: Shape, damping: float) -> Preconditioner:
-        return KroneckerInverse(*in_memory_order([entries["rows"], entries["columns"]], entries["column_major"]))
+        return KroneckerInverse(*restore_memory_order([entries["rows"], entries["columns"]], entries["column_major"]))
 
 
 def is_table(model: nn.Module, layer: Layer) -> bool:

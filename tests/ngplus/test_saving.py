@@ -291,7 +291,7 @@ def test_a_layer_has_its_entries_under_its_weight_and_every_parameter_has_some()
     after = optimizer.state_dict()
     assert set(after) == {"state", "param_groups"}
     assert list(after["state"]) == [0, 1, 2, 3]
-    assert after["state"][1] == {}
+    assert after["state"][1] == {"ngplus_updates": 0}
     assert before["state"][0].keys() == after["state"][0].keys()
     for name, entry in after["state"][0].items():
         assert type(entry) is type(before["state"][0][name])
