@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from ngplus.inverse import Request, invert
 from ngplus.layers import Layer, as_matrix, sparse_in_rows
 from ngplus.nonfinite import Watch
 from ngplus.options import Options
-from ngplus.preconditioner import DenseInverse, Preconditioner
+from ngplus.preconditioner import DenseInverse, Entries, Preconditioner
 from ngplus.touched import TouchedRows
 
 LOW_RANK_BELOW = 1 / 2
@@ -76,36 +77,51 @@ class LayerState:
         """Whether this is of the layer's matrix as it is now: its bias may have been frozen, freed or added since."""
         return layer.shape(self.shape.block_size) == self.shape
 
-    def state_dict(self) -> dict[str, Any]:
-        """Plain numbers, lists and tensors."""
+    def entries(self) -> Entries:
+        """What is saved: tensors and numbers by name."""
+        averages = self.average or []
         return {
-            "matrix": [self.shape.groups, self.shape.rows, self.shape.columns],
-            "block_size": self.shape.block_size,
-            "preconditioner": self.preconditioner.tensors(),
-            "average": self.average,
-            "damping": self.damping,
+            "matrix": _pack_shape(self.shape),
             "updates": self.updates,
+            "damping": self.damping,
+            "averaged": int(bool(averages)),
+            **{f"average{i}": stack for i, stack in enumerate(averages)},
+            **self.preconditioner.entries(),
         }
 
     @classmethod
-    def from_state_dict(cls, layer: Layer, packed: Mapping[str, Any]) -> LayerState:
-        """What `state_dict` gave, on the device of the layer's weight.
+    def from_entries(cls, layer: Layer, entries: Mapping[str, Any]) -> LayerState:
+        """What `entries` gave, on the device of the layer's weight.
 
         Raises:
-            ValueError: where the layer's matrix has another shape.
+            KeyError: an entry is missing.
+            ValueError: the layer's matrix has another shape.
+        """
+        shape = _check_shape(layer, *entries["matrix"].tolist())
+        made = cls._from_entries(entries, shape, entries["damping"])
+        average = _collect_averages(entries) if entries["averaged"] else None
+        return cls._move_to_weight(layer, cls(shape, made, average, entries["damping"], entries["updates"]))
+
+    @classmethod
+    def from_first_layout(cls, layer: Layer, packed: Mapping[str, Any]) -> LayerState:
+        """The same from a file of the first layout, which had a nested dictionary for each layer.
+
+        Raises:
+            ValueError: the layer's matrix has another shape.
         """
         groups, rows, columns = packed["matrix"]
-        shape = Shape(groups=groups, rows=rows, columns=columns, block_size=packed["block_size"])
-        if layer.shape(shape.block_size) != shape:
-            ours = layer.shape(shape.block_size)
-            raise ValueError(
-                f"the state of {layer.name} is for a matrix {groups}×{rows}×{columns} (groups × rows × columns), "
-                f"but the model's is {ours.groups}×{ours.rows}×{ours.columns}"
-            )
+        shape = _check_shape(layer, groups, rows, columns, packed["block_size"] or 0)
         made = cls._preconditioner(packed["preconditioner"], shape)
-        state = cls(shape, made, packed["average"], packed["damping"], packed["updates"])
+        return cls._move_to_weight(layer, cls(shape, made, packed["average"], packed["damping"], packed["updates"]))
+
+    @staticmethod
+    def _move_to_weight(layer: Layer, state: LayerState) -> LayerState:
         state.to(layer.weight.device)
         return state
+
+    @staticmethod
+    def _from_entries(entries: Mapping[str, Any], shape: Shape, damping: float) -> Preconditioner:
+        return preconditioner.from_entries(entries, shape, damping)
 
     @staticmethod
     def _preconditioner(tensors: dict[str, Tensor], shape: Shape) -> Preconditioner:
@@ -116,6 +132,29 @@ class LayerState:
         moved = {name: tensor.to(device) for name, tensor in self.preconditioner.tensors().items()}
         self.preconditioner = self._preconditioner(moved, self.shape)
         self.average = None if self.average is None else [stack.to(device) for stack in self.average]
+
+
+def _pack_shape(shape: Shape) -> Tensor:
+    """Groups, rows, columns and block size (0 for whole matrices) of a matrix."""
+    return torch.tensor([shape.groups, shape.rows, shape.columns, shape.block_size or 0])
+
+
+def _check_shape(layer: Layer, groups: int, rows: int, columns: int, block_size: int) -> Shape:
+    """The shape of a saved matrix, which is to be the layer's."""
+    shape = Shape(groups=groups, rows=rows, columns=columns, block_size=block_size or None)
+    ours = layer.shape(shape.block_size)
+    if ours != shape:
+        raise ValueError(
+            f"the state of {layer.name} is for a matrix {groups}×{rows}×{columns} (groups × rows × columns), "
+            f"but the model's is {ours.groups}×{ours.rows}×{ours.columns}"
+        )
+    return shape
+
+
+def _collect_averages(entries: Mapping[str, Any]) -> list[Tensor]:
+    """The stacks ``average0``, ``average1`` and so on, as many as there are."""
+    names = itertools.takewhile(entries.__contains__, (f"average{i}" for i in itertools.count()))
+    return [entries[name] for name in names]
 
 
 def sampling(options: Options) -> Sampling:
@@ -356,9 +395,81 @@ class Curvature:
             state.to(gradient.device)
         return state
 
+    def pack(self, layer: Layer) -> Entries:
+        """What is saved of a layer, with or without curvature, by names and in sizes that follow from the options.
+
+        `torch.distributed.checkpoint` fills tensors that it is given, and knows no others: an optimizer that has no
+        curvature yet has to offer tensors of the right sizes. A rank depends on the batch; its columns are filled up
+        with zeros to p×p, which is no more than the weight.
+        """
+        state, device = self.states.get(layer), layer.weight.device
+        if state is None or not state.fits(layer):
+            entries = _make_empty(layer.shape(self._options.block_size))
+        else:
+            entries = state.entries()
+        blank = self._blank(layer)
+        filled = {name: _pad(entries.get(name), like, device) for name, like in blank.items()}
+        others = {name: each.to(device) if isinstance(each, Tensor) else each for name, each in entries.items()}
+        return {**others, **filled}
+
+    def unpack(self, layer: Layer, entries: Mapping[str, Any]) -> LayerState | None:
+        """What `pack` gave; None where there was no curvature yet.
+
+        Raises:
+            ValueError: an entry is missing, or is of another matrix.
+        """
+        # torch's unflattening gives an empty dictionary for an entry that it does not find.
+        there = {name: each for name, each in entries.items() if not isinstance(each, dict)}
+        try:
+            if not there["updates"]:
+                return None
+            state = self.state.from_entries(layer, there)
+            if there["averaged"] and not state.average and self._keeps_average:
+                raise KeyError("average0")
+        except KeyError as error:
+            raise ValueError(
+                f"the state of {layer.name} has no {error.args[0]}: it was cut short, or saved with other options"
+            ) from None
+        return state
+
+    @property
+    def _keeps_average(self) -> bool:
+        return self._options.ema > 0
+
+    def _blank(self, layer: Layer) -> Entries:
+        """Entries that every layer has, its tensors without memory."""
+        shape, dtype = layer.shape(self._options.block_size), statistics_dtype(layer.weight.dtype)
+        sketch_size = self._options.sketch_size if self._options.solver == "sketched" else None
+        entries = preconditioner.make_blank(shape, sketch_size, dtype)
+        if self._keeps_average:
+            stacks = [torch.empty(size, dtype=dtype, device="meta") for size in shape.stack_shapes]
+            entries |= {f"average{i}": stack for i, stack in enumerate(stacks)}
+        return entries
+
     def _replace(self, member: Member) -> TouchedRows | None:
         """Put the direction in place of a layer's gradients; returns its rows that are not zeros, where it is known."""
         return direction.precondition(member)
+
+
+def _make_empty(shape: Shape) -> Entries:
+    """`LayerState.entries` where there is none."""
+    return {"matrix": _pack_shape(shape), "updates": 0, "damping": 0.0, "averaged": 0}
+
+
+def _pad(entry: Tensor | float | None, like: Tensor | float, device: torch.device) -> Tensor | float:
+    """A tensor in the leading corner of zeros of the size and dtype of ``like``; as it is where it does not fit."""
+    if not isinstance(like, Tensor):
+        return like if entry is None else entry
+    if not isinstance(entry, Tensor):
+        return torch.zeros_like(like, device=device)
+    entry = entry.to(device)
+    if entry.dim() != like.dim() or any(ours > theirs for ours, theirs in zip(entry.shape, like.shape, strict=True)):
+        return entry  # kept from a state that was saved with other options
+    if entry.shape == like.shape:
+        return entry
+    whole = torch.zeros_like(like, device=device)
+    whole[tuple(slice(size) for size in entry.shape)] = entry
+    return whole
 
 
 def _finite(sums: Mapping[Layer, Statistic]) -> tuple[list[Layer], list[Layer]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -38,15 +39,13 @@ from ngplus.options import (
     Solver,
     check_positive,
 )
+from ngplus.state import Layout, Progress, initializes_state
 from ngplus.step_hooks import step_within_a_step
 from ngplus.times import StepTimes, Stopwatch
 from ngplus.touched import Loan
 
 LATE_TRIES = 3
 """How many steps in a row a layer that has a gradient but no curvature is watched for, between curvature steps."""
-
-
-_PACKED = ("base", "steps", "late", "tries", "skipped", "generator", "layers")
 
 
 class NGPlus(Optimizer, Joinable):
@@ -171,12 +170,11 @@ class NGPlus(Optimizer, Joinable):
         )
         checked_lr, damping = check_positive("lr", lr, or_zero=True), check_positive("damping", damping)
         self._model, chosen = model_and_params(model, params, self._options)
-        self._base = make_base(
-            base, chosen, lr if isinstance(lr, Tensor) else checked_lr, base_options, type(self).__name__
-        )
-        super().__init__(self._base.param_groups, {**self._base.defaults, "damping": damping})
+        made = make_base(base, chosen, lr if isinstance(lr, Tensor) else checked_lr, base_options, type(self).__name__)
+        super().__init__(made.param_groups, {**made.defaults, "damping": damping})
+        self._base = made
         check_whole(self._named_parameters())
-        self._share_with_base()
+        self._share_groups()
         self._start()
         if not self._layers:
             raise ValueError(
@@ -187,17 +185,18 @@ class NGPlus(Optimizer, Joinable):
 
     # Set-up -----------------------------------------------------------------------------------------------------
 
-    def _share_with_base(self) -> None:
-        """One list of groups and one state for both, so that schedulers and inspection see what `base` uses."""
-        self._base.param_groups = self.param_groups
-        self._base.state = self.state = self._base.state
+    def _share_groups(self) -> None:
+        """One list of groups for both, which is `base`'s, so that schedulers and inspection see what it uses."""
+        self.param_groups = self._base.param_groups
 
     def _start(self) -> None:
         """Everything that is not pickled: counters at zero, the layers, and the watch on them."""
         Joinable.__init__(self)
         self._joinables = WeakSet(joinables([] if self._model is None else self._model.modules()))
         self._compared = False
-        self._steps = 0
+        self._base_has_stepped = False
+        self._state_is_complete = False
+        self._set_counters(0)
         self._fresh = True
         self._late: list[Layer] = []
         self._rejected: list[Layer] = []
@@ -205,7 +204,7 @@ class NGPlus(Optimizer, Joinable):
         self._opaque: set[Layer] = set()
         self._warned: set[tuple[Layer, str]] = set()
         self._skipped: Tensor | None = None
-        self._devices: set[torch.device] = set()
+        self._devices = self._parameter_devices()
         self._loan = Loan(self._base)
         self._generator = torch.Generator().manual_seed(0)
         self._stopwatch = Stopwatch()
@@ -244,10 +243,16 @@ class NGPlus(Optimizer, Joinable):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, of the model the optimizer was made with (modules it has got since included)."""
-        super().add_param_group(check_group(param_group))
-        if hasattr(self, "_layers"):
-            self._find_layers()
-            self._watch()
+        param_group = check_group(param_group)
+        if "_base" not in self.__dict__:  # `Optimizer.__init__` goes through the groups of `base`
+            super().add_param_group(param_group)
+            return
+        self._hide_curvature()
+        self._base.add_param_group(param_group)
+        self._share_groups()
+        self.param_groups[-1].setdefault("damping", self.defaults["damping"])
+        self._find_layers()
+        self._watch()
 
     # The step ---------------------------------------------------------------------------------------------------
 
@@ -275,6 +280,10 @@ class NGPlus(Optimizer, Joinable):
         return self._step(closure)
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:
+        self._hide_curvature()
+        if closure is None and not self._base_has_stepped and initializes_state(self.param_groups):
+            self._base_has_stepped = True
+            return step_within_a_step(self._base)()
         if self._due or self._curvature.replanned:
             self._check_model()
         self._check_join()
@@ -287,6 +296,7 @@ class NGPlus(Optimizer, Joinable):
                 loss = step_within_a_step(self._base)(self._preconditioning(closure))
         finally:
             self._loan.take_back()
+        self._base_has_stepped = True
         self._curvature.replanned = False
         self._finish_step()
         return loss
@@ -314,6 +324,7 @@ class NGPlus(Optimizer, Joinable):
             self._loan.take_back()
             with torch.enable_grad():
                 loss = closure()
+            self._hide_curvature()
             self._precondition()
             return loss
 
@@ -528,11 +539,16 @@ class NGPlus(Optimizer, Joinable):
         parameters = [p for group in self.param_groups for p in group["params"]]
         return [(names.get(id(p), f"parameter {i}"), p) for i, p in enumerate(parameters)]
 
+    def _parameter_devices(self) -> set[torch.device]:
+        return {p.device for group in self.param_groups for p in group["params"]}
+
     def _follow_devices(self) -> None:
         """Move `base`'s state after parameters that were moved since the last step."""
-        devices = {p.device for group in self.param_groups for p in group["params"]}
+        devices = self._parameter_devices()
         if devices != self._devices:
-            for parameter, state in self.state.items():
+            for parameter, state in self._base.state.items():
+                if not isinstance(parameter, Tensor):
+                    continue
                 for name, value in state.items():
                     if isinstance(value, Tensor) and value.dim() > 0 and value.device != parameter.device:
                         state[name] = value.to(parameter.device)
@@ -543,7 +559,38 @@ class NGPlus(Optimizer, Joinable):
     @property
     def base(self) -> Optimizer:
         """The optimizer that makes the steps."""
+        self._hide_curvature()
         return self._base
+
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:
+        """The state of `base`, with what is kept of each layer beside it, under its weight, as `state_dict` names it.
+
+        From the first step on: an optimizer that has not stepped has no state, in torch.
+        """
+        if not self._state_is_complete and (self._base_has_stepped or self._base.state):
+            for parameter, entries in self._layout().entries(self._progress()).items():
+                self._base.state[parameter].update(entries)
+            self._state_is_complete = True
+        return self._base.state
+
+    @state.setter
+    def state(self, state: defaultdict[Tensor, Any]) -> None:
+        if "_base" in self.__dict__:  # else it is `Optimizer.__init__`, and `base` has a state already
+            self._base.state = state
+
+    def _hide_curvature(self) -> None:
+        """Leave `base`'s state to `base`, which may tell by its being empty that a parameter is new."""
+        if not self._state_is_complete:
+            return
+        self._state_is_complete = False
+        prefix = f"{self._key}_"
+        for parameter, entries in list(self._base.state.items()):
+            if isinstance(parameter, Tensor):
+                for name in [name for name in entries if isinstance(name, str) and name.startswith(prefix)]:
+                    del entries[name]
+                if not entries:
+                    del self._base.state[parameter]
 
     @property
     def curvature(self) -> dict[str, LayerState]:
@@ -624,81 +671,98 @@ class NGPlus(Optimizer, Joinable):
     # Saving, loading, copying -----------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of `base` as `torch.optim` has it, and under ``"ngplus"`` the curvature of each layer by name.
+        """The state of `base` as `base` saves it, and the curvature.
+
+        What is kept of a layer are entries of its weight in ``state``, tensors and numbers whose names start with
+        ``ngplus_``; the counters are the entry ``"ngplus"`` of the first of ``param_groups``. Names and sizes follow
+        from the model and the options alone, whatever was built so far (``ngplus_updates`` tells).
 
         Loads with ``torch.load(weights_only=True)``. Sums of a curvature step whose ``step`` has not come yet are not
         part of it, as gradients are not.
         """
-        return {**super().state_dict(), self._key: self._pack()}
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        self._hide_curvature()
+        state_dict = self._layout().pack(self._progress(), self._base.state_dict())
+        for after in self._optimizer_state_dict_post_hooks.values():
+            changed = after(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from what `state_dict` gave.
+        """Go on from what `state_dict` gave, `base` by its own ``load_state_dict``.
 
         Raises:
             ValueError: a state of another optimizer or another model. Nothing has changed then.
         """
-        if self._key not in state_dict:
-            raise ValueError(
-                f"this is no state of {type(self).__name__}: its keys are {sorted(state_dict)}, "
-                f"and {self._key!r} is not among them"
-            )
-        states = self._unpack(state_dict[self._key])
-        super().load_state_dict({key: value for key, value in state_dict.items() if key != self._key})
-        self._restore(state_dict[self._key], states)
+        state_dict = state_dict.copy()
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = before(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        base_state, progress = self._layout().unpack(state_dict)
+        self._hide_curvature()
+        self._base.load_state_dict(base_state)
+        self._share_groups()
+        self._find_layers()
+        self._restore(progress)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
-    def _pack(self) -> dict[str, Any]:
-        states = self._curvature.states
-        return {
-            "base": type(self._base).__name__,
-            "steps": self._steps,
-            "late": [layer.name for layer in self._late],
-            "tries": {layer.name: count for layer, count in self._tries.items()},
-            "skipped": self.skipped_steps,
-            "generator": self._generator.get_state(),
-            "layers": {layer.name: state.state_dict() for layer, state in states.items() if state.fits(layer)},
-        }
+    def _layout(self) -> Layout:
+        return Layout(
+            owner=type(self).__name__,
+            key=self._key,
+            base=type(self._base).__name__,
+            groups=self.param_groups,
+            layers=self._layers,
+            curvature=self._curvature,
+        )
 
-    def _unpack(self, packed: Mapping[str, Any]) -> dict[Layer, LayerState]:
-        """The layers' states, checked against the model."""
-        if missing := [name for name in _PACKED if name not in packed]:
-            raise ValueError(
-                f"the state of {type(self).__name__} has no {', '.join(missing)}: it was cut short or made otherwise"
-            )
-        if packed["base"] != (base := type(self._base).__name__):
-            raise ValueError(
-                f"the state is of {type(self).__name__} around {packed['base']}, but this one is around {base}"
-            )
-        layers = {layer.name: layer for layer in self._layers}
-        if unknown := sorted(set(packed["layers"]) - set(layers)):
-            raise ValueError(
-                f"the state has layers that this model does not: {', '.join(unknown)}; it has {', '.join(layers)}"
-            )
-        unpack = self._curvature.state.from_state_dict
-        return {layers[name]: unpack(layers[name], state) for name, state in packed["layers"].items()}
+    def _progress(self) -> Progress:
+        return Progress(
+            steps=self._steps,
+            skipped=0 if self._skipped is None else self._skipped,
+            generator=self._generator.get_state(),
+            states=self._curvature.states,
+            pending=self._late,
+            tries=self._tries,
+            unsupported=self._opaque,
+        )
 
-    def _restore(self, packed: Mapping[str, Any], states: dict[Layer, LayerState]) -> None:
-        layers = {layer.name: layer for layer in self._layers}
-        self._curvature.states = states
-        self._steps = packed["steps"]
-        self._late = [layers[name] for name in packed["late"] if name in layers]
-        self._tries = {layers[name]: count for name, count in packed["tries"].items() if name in layers}
-        self._skipped = torch.tensor(packed["skipped"])
-        self._generator.set_state(packed["generator"].cpu())
+    def _restore(self, progress: Progress) -> None:
+        self._set_counters(progress.steps)
+        self._base_has_stepped = progress.steps > 0
+        self._skipped = torch.tensor(progress.skipped)
+        self._generator.set_state(progress.generator.cpu())
+        self._curvature.states = progress.states
+        self._late, self._tries, self._opaque = progress.pending, progress.tries, progress.unsupported
         self._watch()
 
+    def _set_counters(self, steps: int) -> None:
+        """Put the counters where `state_dict` has them, so that torch's tools know of their place."""
+        for group in self.param_groups:
+            group.pop(self._key, None)
+        self._counters: dict[str, Any] = {"base": type(self._base).__name__, "steps": steps}
+        self.param_groups[0][self._key] = self._counters
+
+    @property
+    def _steps(self) -> int:
+        steps: int = self._counters["steps"]
+        return steps
+
+    @_steps.setter
+    def _steps(self, steps: int) -> None:
+        self._counters["steps"] = steps
+
     def __getstate__(self) -> dict[str, Any]:
-        own = {name: getattr(self, name) for name in ("_model", "_base", "_options")}
-        return {**super().__getstate__(), **own, "_packed": self._pack()}
+        self._hide_curvature()
+        names = ("defaults", "_model", "_base", "_options")
+        return {name: getattr(self, name) for name in names} | {"_packed": self._layout().pack(self._progress(), {})}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """For pickle and copy; and for `Optimizer.load_state_dict`, which brings new groups and state only."""
-        packed = state.get("_packed")
+        """For pickle and copy."""
         super().__setstate__({name: value for name, value in state.items() if name != "_packed"})
-        if packed is None:
-            self._base.__setstate__({"state": self.state, "param_groups": self.param_groups})
-            self._share_with_base()
-            self._find_layers()
-        else:
-            self._share_with_base()
-            self._start()
-            self._restore(packed, self._unpack(packed))
+        self._share_groups()
+        self._start()
+        _, progress = self._layout().unpack(state["_packed"])
+        self._restore(progress)

@@ -5,8 +5,9 @@ Each takes G with the short side first, (groups, p, q), and gives (λI + L)⁻¹
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +15,11 @@ from torch import Tensor
 from ngplus.devices import factor_dtype
 from ngplus.gfim import Shape
 from ngplus.inverse import invert_one
+
+Entries = dict[str, Tensor | int | float]
+"""What is saved of a layer, by name."""
+
+_FORMS = ("dense", "low_rank", "sketched")
 
 
 class Preconditioner(Protocol):
@@ -34,6 +40,10 @@ class Preconditioner(Protocol):
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that is kept, by name."""
+        ...
+
+    def entries(self) -> Entries:
+        """Everything that is kept, under the names it is saved by."""
         ...
 
 
@@ -90,6 +100,11 @@ class DenseInverse:
     def tensors(self) -> dict[str, Tensor]:
         """The stacks, numbered."""
         return {f"inverse{i}": inverse for i, inverse in enumerate(self.inverses)}
+
+    def entries(self) -> Entries:
+        """The same, which form it is, and which stacks are column-major."""
+        form = {"form": _FORMS.index("dense"), "rank": 0, "column_major": find_column_major(self.inverses)}
+        return {**form, **self.tensors()}
 
 
 def _times_rows(inverse: Tensor, gradient: Tensor) -> Tensor:
@@ -149,6 +164,11 @@ class LowRankInverse:
         """W and λ."""
         return {"columns": self.columns, "damping": torch.tensor(self.damping, dtype=torch.float64)}
 
+    def entries(self) -> Entries:
+        """W as the first columns of what is p×p in the dense form; λ is an entry of the layer."""
+        form = {"form": _FORMS.index("low_rank"), "rank": self.columns.shape[1], "column_major": 0}
+        return {**form, "inverse0": self.columns.unsqueeze(0)}
+
 
 @dataclass(eq=False)
 class SketchedInverse:
@@ -185,6 +205,11 @@ class SketchedInverse:
         """U, the rows drawn, the core and λ."""
         damping = torch.tensor(self.damping, dtype=torch.float64)
         return {"columns": self.columns, "drawn": self.drawn, "core": self.core, "damping": damping}
+
+    def entries(self) -> Entries:
+        """U as the first columns of what is p×p in the dense form; the core, and the rows drawn."""
+        form = {"form": _FORMS.index("sketched"), "rank": self.columns.shape[1], "column_major": 0}
+        return {**form, "inverse0": self.columns.unsqueeze(0), "core": self.core, "drawn": self.drawn}
 
 
 def _minus_product(gradient: Tensor, left: Tensor, right: Tensor, damping: float) -> Tensor:
@@ -266,3 +291,54 @@ def from_tensors(tensors: dict[str, Tensor], shape: Shape) -> Preconditioner:
     if "columns" in tensors:
         return LowRankInverse(tensors["columns"], float(tensors["damping"]))
     return DenseInverse([tensors[f"inverse{i}"] for i in range(len(tensors))], shape)
+
+
+def make_blank(shape: Shape, sketch_size: int | None, dtype: torch.dtype) -> Entries:
+    """`Preconditioner.entries` of nothing: tensors without memory, as large as in any form, since a rank is at most p.
+
+    Args:
+        shape: of the layer's matrix.
+        sketch_size: q of (16), where the solver is the sketched one.
+        dtype: of what is kept.
+    """
+    sizes: dict[str, tuple[int, ...]] = {f"inverse{i}": stack for i, stack in enumerate(shape.stack_shapes)}
+    drawn = {}
+    if sketch_size is not None and sketch_size < shape.short:
+        sizes["core"] = (shape.short, sketch_size)
+        drawn["drawn"] = torch.empty(sketch_size, dtype=torch.long, device="meta")
+    tensors = {name: torch.empty(size, dtype=dtype, device="meta") for name, size in sizes.items()}
+    return {"form": 0, "rank": 0, "column_major": 0, **tensors, **drawn}
+
+
+def find_column_major(stacks: Sequence[Tensor]) -> int:
+    """Which stacks of matrices are column-major in memory: bit i for the i-th.
+
+    A product with them rounds otherwise than one with their row-major copies, which is what loading may make.
+    """
+    return sum(1 << i for i, stack in enumerate(stacks) if not stack.is_contiguous())
+
+
+def restore_memory_order(stacks: Sequence[Tensor], column_major: int) -> list[Tensor]:
+    """The same matrices, each stack in the order that `find_column_major` found."""
+    return [stack.mT.contiguous().mT if column_major >> i & 1 else stack.contiguous() for i, stack in enumerate(stacks)]
+
+
+def from_entries(entries: Mapping[str, Any], shape: Shape, damping: float) -> Preconditioner:
+    """A preconditioner from what `Preconditioner.entries` gave, whose tensors may have been filled up with zeros.
+
+    Raises:
+        KeyError: an entry is missing.
+        ValueError: a tensor has another size than the layer's.
+    """
+    form, rank = _FORMS[entries["form"]], entries["rank"]
+    if form == "dense":
+        stacks = [entries[f"inverse{i}"] for i in range(len(shape.stack_shapes))]
+        inverses = restore_memory_order(stacks, entries["column_major"])
+        sizes = [tuple(inverse.shape) for inverse in inverses]
+        if sizes != shape.stack_shapes:
+            raise ValueError(f"the inverses are of sizes {sizes} where the layer has {shape.stack_shapes}")
+        return DenseInverse(inverses, shape)
+    columns = entries["inverse0"][0, :, :rank].contiguous()
+    if form == "low_rank":
+        return LowRankInverse(columns, damping)
+    return SketchedInverse(columns, entries["drawn"], entries["core"][:rank].contiguous(), damping)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from experiments.clock import peak_memory_mb
+from ngplus import NGPlus
 
 _PROCESS = Path("/proc/self")
 
@@ -65,7 +66,14 @@ def kept_bytes(model: nn.Module, optimizer: Optimizer) -> int:
               for parameter in module.parameters(recurse=False)}  # fmt: skip
     gradients = sum(each.nbytes for each in model.parameters() if id(each) not in sparse)
     own = sum(each.nbytes for each in (*model.parameters(), *model.buffers()))
-    return own + gradients + sum(each.nbytes for each in tensors_in(optimizer.state_dict()))
+    return own + gradients + sum(each.nbytes for each in tensors_in(_kept_by(optimizer)))
+
+
+def _kept_by(optimizer: Optimizer) -> Any:
+    """The optimizer's state; what NG+ saves is padded to sizes that do not depend on the batch."""
+    if isinstance(optimizer, NGPlus):
+        return [optimizer.base.state_dict(), [each.tensors() for each in optimizer.curvature.values()]]
+    return optimizer.state_dict()
 
 
 def tensors_in(state: Any) -> Iterator[Tensor]:

@@ -7,9 +7,9 @@ of them were looked up) and B to the columns.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from ngplus.grouping import SampleIndex, rows_that_count
 from ngplus.inverse import Request
 from ngplus.layers import Layer
 from ngplus.options import Options
-from ngplus.preconditioner import Preconditioner
+from ngplus.preconditioner import Entries, Preconditioner, find_column_major, restore_memory_order
 from ngplus.times import Stopwatch
 from ngplus.touched import TouchedRows
 
@@ -67,6 +67,10 @@ class KroneckerInverse:
         """Both factors."""
         return {"rows": self.rows, "columns": self.columns}
 
+    def entries(self) -> Entries:
+        """The same, and which of them is column-major."""
+        return {"column_major": find_column_major([self.rows, self.columns]), **self.tensors()}
+
 
 class KroneckerState(LayerState):
     """What K-FAC keeps of a layer.
@@ -85,6 +89,10 @@ class KroneckerState(LayerState):
     @staticmethod
     def _preconditioner(tensors: dict[str, Tensor], shape: Shape) -> Preconditioner:
         return KroneckerInverse(**tensors)
+
+    @staticmethod
+    def _from_entries(entries: Mapping[str, Any], shape: Shape, damping: float) -> Preconditioner:
+        return KroneckerInverse(*restore_memory_order([entries["rows"], entries["columns"]], entries["column_major"]))
 
 
 def is_table(model: nn.Module, layer: Layer) -> bool:
@@ -228,15 +236,24 @@ class KroneckerCurvature(Curvature):
         return statistic
 
     def _empty(self, layer: Layer) -> Statistic:
-        shape = layer.shape(None)
-        table = is_table(self._model, layer)
+        zeros = [torch.zeros_like(factor, device=layer.weight.device) for factor in self._blank_factors(layer)]
+        return Statistic(layer.shape(None), moments=zeros)
 
-        def zeros(size: int, diagonal: bool) -> Tensor:
+    def _blank(self, layer: Layer) -> Entries:
+        rows, columns = self._blank_factors(layer)
+        averages = {"average0": rows, "average1": columns} if self._keeps_average else {}
+        return {"column_major": 0, "rows": rows, "columns": columns, **averages}
+
+    def _blank_factors(self, layer: Layer) -> list[Tensor]:
+        """The factors of rows and columns, without memory."""
+        shape, dtype = layer.shape(None), statistics_dtype(layer.weight.dtype)
+
+        def blank(size: int, diagonal: bool) -> Tensor:
             dims = (shape.groups * size, 1, 1) if diagonal else (shape.groups, size, size)
-            return torch.zeros(dims, dtype=statistics_dtype(layer.weight.dtype), device=layer.weight.device)
+            return torch.empty(dims, dtype=dtype, device="meta")
 
-        rows = zeros(shape.rows, table or shape.rows > self._max_side)
-        return Statistic(shape, moments=[rows, zeros(shape.columns, shape.columns > self._max_side)])
+        rows = blank(shape.rows, is_table(self._model, layer) or shape.rows > self._max_side)
+        return [rows, blank(shape.columns, shape.columns > self._max_side)]
 
     def _prepare(self, layer: Layer, statistic: Statistic, damping: float) -> list[Request]:
         rows, columns = self._moving_average(layer, statistic)

@@ -11,7 +11,7 @@ form                    numbers a sample       when
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -317,7 +317,7 @@ def _filled(tensor: Tensor, dim: int, length: int) -> Tensor:
     return F.pad(tensor, [0, 0] * (tensor.dim() - 1 - dim) + [0, length - tensor.shape[dim]])
 
 
-def from_tensors(tensors: dict[str, Tensor]) -> SampleGradients:
+def from_tensors(tensors: Mapping[str, Tensor]) -> SampleGradients:
     """The gradients from what `SampleGradients.tensors` gave."""
     if "gradients" in tensors:
         return Written(tensors["gradients"])

@@ -22,7 +22,7 @@ from ngplus.inverse import Request, invert_one
 from ngplus.layers import Layer
 from ngplus.loss_reduction import LossReduction
 from ngplus.options import NonFinite, Options, Samples, check_count
-from ngplus.preconditioner import Preconditioner
+from ngplus.preconditioner import Entries, Preconditioner
 from ngplus.touched import TouchedRows
 
 
@@ -110,6 +110,10 @@ class GramInverse:
         kept = {"core": self.core, "damping": torch.tensor(self.damping, dtype=torch.float64)}
         return {**self.gradients.tensors(), **kept, **({} if self.drawn is None else {"drawn": self.drawn})}
 
+    def entries(self) -> Entries:
+        """The same; λ is an entry of the layer."""
+        return {name: tensor for name, tensor in self.tensors().items() if name != "damping"}
+
 
 class SENGState(LayerState):
     """What SENG keeps of a layer."""
@@ -118,6 +122,10 @@ class SENGState(LayerState):
     def _preconditioner(tensors: dict[str, Tensor], shape: Shape) -> Preconditioner:
         damping = float(tensors["damping"])
         return GramInverse(from_tensors(tensors), tensors["core"], damping, tensors.get("drawn"))
+
+    @staticmethod
+    def _from_entries(entries: Mapping[str, Any], shape: Shape, damping: float) -> Preconditioner:
+        return GramInverse(from_tensors(entries), entries["core"], damping, entries.get("drawn"))
 
     def __repr__(self) -> str:
         size = f"{self.shape.groups}×" if self.shape.groups > 1 else ""
@@ -162,6 +170,10 @@ class SENGCurvature(Curvature):
 
     def _prepare(self, layer: Layer, statistic: Statistic, damping: float) -> list[Request]:
         return []
+
+    def _blank(self, layer: Layer) -> Entries:
+        """None: samples are as many as the batch has, so that their sizes are not known before."""
+        return {}
 
     def _made(self, statistic: Statistic, requests: Sequence[Request], damping: float) -> Preconditioner | None:
         assert isinstance(statistic, SampleStatistic)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -19,7 +19,7 @@ from ngplus.factors import statistics_dtype
 from ngplus.gfim import Shape
 from ngplus.layers import Layer
 from ngplus.options import NonFinite, Options, check_choice, check_count
-from ngplus.preconditioner import Preconditioner
+from ngplus.preconditioner import Entries, Preconditioner
 from ngplus.touched import TouchedRows
 
 Grafting = Literal["none", "sgd"]
@@ -71,6 +71,10 @@ class Roots:
         """The sides, by their number."""
         return {str(dim): root for dim, root in self.sides.items()}
 
+    def entries(self) -> Entries:
+        """The same, and which sides are kept."""
+        return {f"side{dim}": root for dim, root in self.sides.items()}
+
 
 class ShampooState(LayerState):
     """What Shampoo keeps of a tensor; ``average`` holds the Lᵢ of the sides that are kept."""
@@ -78,6 +82,13 @@ class ShampooState(LayerState):
     @staticmethod
     def _preconditioner(tensors: dict[str, Tensor], shape: Shape) -> Preconditioner:
         return Roots({int(dim): root for dim, root in tensors.items()})
+
+    @staticmethod
+    def _from_entries(entries: Mapping[str, Any], shape: Shape, damping: float) -> Preconditioner:
+        dims = sorted(int(name.removeprefix("side")) for name in entries if name.startswith("side"))
+        if not dims:
+            raise KeyError("side0")
+        return Roots({dim: entries[f"side{dim}"].contiguous() for dim in dims})
 
     @property
     def roots(self) -> Roots:
@@ -142,6 +153,17 @@ class ShampooCurvature(Curvature):
             self._add(matrix, product, finite)
         if renew:
             self.states[layer] = self._renewed(layer, before.average, dims, damping, before.updates + 1)
+
+    @property
+    def _keeps_average(self) -> bool:
+        return True
+
+    def _blank(self, layer: Layer) -> Entries:
+        sizes = {dim: size for dim, size in enumerate(layer.weight.shape) if size <= self._sides.max_side}
+        dtype = statistics_dtype(layer.weight.dtype)
+        sides = {dim: torch.empty(size, size, dtype=dtype, device="meta") for dim, size in sizes.items()}
+        averages = {f"average{i}": side for i, side in enumerate(sides.values())}
+        return {**averages, **{f"side{dim}": side for dim, side in sides.items()}}
 
     def _add(self, matrix: Tensor, product: Tensor, finite: Tensor) -> None:
         if self._sides.ema is None:

@@ -143,8 +143,8 @@ def test_new_curvature_and_a_loaded_state_are_taken_at_once(monkeypatch):
         directions.append(model.bare[0].weight.grad.clone())
         if step == 1:
             state = optimizer.state_dict()
-            for kept in state["ngplus"]["layers"].values():
-                kept["preconditioner"] = {name: 2 * inverse for name, inverse in kept["preconditioner"].items()}
+            for entries in state["state"].values():
+                entries.update({name: 2 * each for name, each in entries.items() if name.startswith("ngplus_inverse")})
             optimizer.load_state_dict(state)
     torch.testing.assert_close(directions[2], 2 * directions[1])
 

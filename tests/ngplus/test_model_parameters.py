@@ -161,7 +161,7 @@ def test_a_step_that_would_train_nothing_is_refused_every_time(replace, steps, o
     for _ in range(2):
         with pytest.raises(RuntimeError, match=r"none of .* is the model's any more: 0\.weight, .* and 4 more were"):
             step(model, optimizer)
-    assert optimizer.state_dict()["ngplus"]["steps"] == kept["ngplus"]["steps"]
+    assert optimizer.state_dict()["param_groups"][0]["ngplus"]["steps"] == kept["param_groups"][0]["ngplus"]["steps"]
     fresh = NGPlus(model, lr=0.1, update_every=10, **options)
     assert step(model, fresh) == []
 

@@ -1,11 +1,13 @@
 """Saving, loading and copying: at any step, in another process, and of what does not fit."""
 
+import collections
 import copy
 import io
 import itertools
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import oracle
 import pytest
@@ -14,7 +16,7 @@ from torch import nn
 from torch.optim import SGD, Adam
 
 from ngplus import NGPlus
-from ngplus.baselines import KFAC, SENG
+from ngplus.baselines import KFAC, SENG, Shampoo
 
 SETTINGS = {
     "sgd": {"base": SGD, "momentum": 0.9, "weight_decay": 0.01},
@@ -32,8 +34,8 @@ def mlp(*sizes, seed=0):
     return nn.Sequential(*[part for layer in layers for part in (layer, nn.Tanh())]).double()
 
 
-def optimizer_for(model, settings):
-    return NGPlus(model, lr=0.01, damping=0.3, update_every=3, **SETTINGS[settings])
+def optimizer_for(model, settings, **options):
+    return NGPlus(model, lr=0.01, damping=0.3, update_every=3, **SETTINGS[settings], **options)
 
 
 def train(model, optimizer, steps):
@@ -169,22 +171,27 @@ def test_a_state_does_not_change_with_what_goes_on():
     model = mlp(4, 6, 3)
     optimizer = optimizer_for(model, "ema")
     train(model, optimizer, range(4))
-    kept = optimizer.state_dict()["ngplus"]["layers"]
+    kept = optimizer.state_dict()
     copied = copy.deepcopy(kept)
     train(model, optimizer, range(4, 8))
-    for name, layer in copied.items():
-        for a, b in zip(layer["average"], kept[name]["average"], strict=True):
-            assert torch.equal(a, b)
+    torch.testing.assert_close(groups_apart(kept), groups_apart(copied), rtol=0, atol=0)
+    assert kept["param_groups"][0]["ngplus"]["steps"] == 4
 
 
-def other_model_of_no_layer_more():
-    return nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3)).double()
+def groups_apart(state):
+    """The tensors of a state and its steps, without the name of the base, which is no number."""
+    return [*state["state"].values(), state["param_groups"][0]["ngplus"]["steps"]]
+
+
+def matrices_alone():
+    """As many parameters as in `mlp(4, 6, 3)`, all of them weights."""
+    return nn.Sequential(*[nn.Linear(4, 4, bias=False) for _ in range(4)]).double()
 
 
 FOREIGN = {
     "another shape": (lambda: mlp(4, 6, 5), "2.weight is for a matrix 1×5×7 .* but the model's is 1×3×7"),
-    "more layers": (lambda: mlp(4, 6, 3, 2), "layers that this model does not: 4.weight; it has 0.weight, 2.weight"),
-    "other names": (other_model_of_no_layer_more, "layers that this model does not: 1.weight"),
+    "more layers": (lambda: mlp(4, 6, 3, 2), r"parameter groups of \[6\] parameters, but this optimizer's have \[4\]"),
+    "other places": (matrices_alone, "curvature of parameters that are no layers here: 1, 3"),
 }
 
 
@@ -211,7 +218,10 @@ def test_a_state_of_another_model_is_refused_and_nothing_changes(other):
 
 
 def test_a_state_of_another_optimizer_is_refused_and_nothing_changes():
-    refused(SGD(mlp(4, 6, 3).parameters(), lr=0.1).state_dict(), r"no state of NGPlus: its keys are \['param_groups'")
+    refused(
+        SGD(mlp(4, 6, 3).parameters(), lr=0.1).state_dict(),
+        r"no state of NGPlus: its keys are \['param_groups', 'state'\], and 'ngplus' is in none of",
+    )
 
 
 def test_a_state_around_another_base_is_refused_and_nothing_changes():
@@ -225,11 +235,245 @@ def test_a_state_of_other_groups_is_refused_and_nothing_changes():
     refused(NGPlus(model, update_every=1, params=groups).state_dict(), "parameter group")
 
 
-@pytest.mark.parametrize("lost", ["steps", "layers", "generator"])
-def test_a_state_with_a_part_missing_is_refused_and_nothing_changes(lost):
+@pytest.mark.parametrize("lost", ["steps", "skipped", "generator", "base"])
+def test_a_state_without_a_counter_is_refused_and_nothing_changes(lost):
     model = mlp(4, 6, 3)
     optimizer = optimizer_for(model, "sgd")
     train(model, optimizer, range(2))
     state = optimizer.state_dict()
-    del state["ngplus"][lost]
-    refused(state, f"no {lost}")
+    del state["param_groups"][0]["ngplus"][lost]
+    refused(state, f"the state of NGPlus has no {lost}")
+
+
+@pytest.mark.parametrize("lost", ["matrix", "updates", "damping", "form", "rank", "inverse0", "tries", "pending"])
+def test_a_state_without_an_entry_of_a_layer_is_refused_and_nothing_changes(lost):
+    model = mlp(4, 6, 3)
+    optimizer = optimizer_for(model, "sgd")
+    train(model, optimizer, range(2))
+    state = optimizer.state_dict()
+    del state["state"][2][f"ngplus_{lost}"]
+    refused(state, f"the state of 2.weight has no {lost}")
+
+
+def test_a_state_without_an_average_is_refused_where_averages_are_kept():
+    model = mlp(4, 6, 3)
+    optimizer = optimizer_for(model, "ema")
+    train(model, optimizer, range(2))
+    state = optimizer.state_dict()
+    for name in [name for name in state["state"][2] if name.startswith("ngplus_average")]:
+        if name != "ngplus_averaged":
+            del state["state"][2][name]
+    with pytest.raises(ValueError, match=r"2\.weight has no average0"):
+        optimizer_for(mlp(4, 6, 3), "ema").load_state_dict(state)
+
+
+def test_a_layer_of_which_a_state_says_nothing_is_named_and_starts_without_curvature():
+    model = mlp(4, 6, 3)
+    optimizer = optimizer_for(model, "sgd")
+    train(model, optimizer, range(2))
+    state = optimizer.state_dict()
+    state["state"][2] = {"momentum_buffer": state["state"][2]["momentum_buffer"]}
+    loaded = optimizer_for(mlp(4, 6, 3), "sgd")
+    with pytest.warns(UserWarning, match="^the state says nothing of 2.weight: without curvature until"):
+        loaded.load_state_dict(state)
+    assert list(loaded.curvature) == ["0.weight"]
+
+
+# The layout ------------------------------------------------------------------------------------------------------
+
+
+def test_a_layer_has_its_entries_under_its_weight_and_every_parameter_has_some():
+    """As `torch.distributed.checkpoint` wants it, with sizes that are known before there is curvature."""
+    model = mlp(4, 6, 3)
+    optimizer = optimizer_for(model, "low rank")
+    before = optimizer.state_dict()
+    train(model, optimizer, range(2))
+    after = optimizer.state_dict()
+    assert set(after) == {"state", "param_groups"}
+    assert list(after["state"]) == [0, 1, 2, 3]
+    assert after["state"][1] == {"ngplus_updates": 0}
+    assert before["state"][0].keys() == after["state"][0].keys()
+    for name, entry in after["state"][0].items():
+        assert type(entry) is type(before["state"][0][name])
+        if isinstance(entry, torch.Tensor):
+            assert (entry.shape, entry.dtype) == (before["state"][0][name].shape, before["state"][0][name].dtype)
+    assert after["state"][0]["ngplus_updates"] == 1
+    W = optimizer.curvature["0.weight"].preconditioner.columns
+    assert after["state"][0]["ngplus_rank"] == W.shape[1] == 2
+    assert torch.equal(after["state"][0]["ngplus_inverse0"][0, :, :2], W)
+
+
+def test_the_state_of_a_running_optimizer_shows_what_is_kept():
+    model = mlp(4, 6, 3)
+    optimizer = optimizer_for(model, "adam")
+    assert not optimizer.state
+    train(model, optimizer, range(2))
+    entries = optimizer.state[model[0].weight]
+    assert torch.equal(entries["ngplus_inverse0"], optimizer.curvature["0.weight"].tensors()[0])
+    assert int(entries["step"]) == 2
+    assert not any(name.startswith("ngplus") for name in optimizer.base.state[model[0].weight])
+
+
+def test_reading_the_state_at_any_time_changes_nothing():
+    """Adam tells by an empty state that a parameter is new: here the second layer is first used later."""
+
+    def run(asked):
+        model = mlp(4, 6, 3)
+        optimizer = optimizer_for(model, "adam")
+        for step in range(6):
+            model[2].requires_grad_(step > 2)
+            train(model, optimizer, [step])
+            if asked:
+                assert len(optimizer.state) >= 2
+        return model
+
+    assert same(run(asked=True), run(asked=False))
+
+
+def test_a_state_that_is_put_in_place_of_the_old_is_the_bases():
+    """Assigning an empty one is how some loops start an optimizer over."""
+    model = mlp(4, 6, 3)
+    optimizer = optimizer_for(model, "adam")
+    train(model, optimizer, range(2))
+    optimizer.state = collections.defaultdict(dict)
+    assert not optimizer.base.state
+    train(model, optimizer, [2])
+    assert int(optimizer.state[model[0].weight]["step"]) == 1
+
+
+@pytest.mark.parametrize("settings", ["sgd", "ema"])
+def test_what_has_names_loads_what_has_none_and_the_other_way_round(settings):
+    whole = mlp(4, 6, 3)
+    train(whole, optimizer_for(whole, settings), range(8))
+    for named in (False, True):
+        model, other = mlp(4, 6, 3), mlp(4, 6, 3, seed=3)
+        given = {one: list(one.named_parameters()) if is_named else None for one, is_named in
+                 ((model, named), (other, not named))}  # fmt: skip
+        optimizer, loaded = (optimizer_for(one, settings, params=params) for one, params in given.items())
+        train(model, optimizer, range(5))
+        other.load_state_dict(model.state_dict())
+        loaded.load_state_dict(through_a_file(optimizer.state_dict()))
+        train(other, loaded, range(5, 8))
+        assert same(other, whole)
+
+
+def test_plain_parameters_with_names_load_what_has_none_and_the_other_way_round():
+    def make(model, named):
+        return NGPlus(
+            model.named_parameters() if named else model.parameters(), lr=0.1, curvature="mini_batch", ema=0.5
+        )
+
+    for named in (False, True):
+        model, other = mlp(4, 6, 3), mlp(4, 6, 3)
+        optimizer, loaded = make(model, named), make(other, not named)
+        train(model, optimizer, range(3))
+        other.load_state_dict(model.state_dict())
+        loaded.load_state_dict(through_a_file(optimizer.state_dict()))
+        train(model, optimizer, range(3, 6))
+        train(other, loaded, range(3, 6))
+        assert same(model, other)
+
+
+def test_what_no_step_has_counted_yet_survives():
+    """A layer that is pending, one that is given up as unsupported, and skipped steps."""
+    model = mlp(4, 6, 3)
+    optimizer = NGPlus(model, lr=0.01, update_every=100)
+    optimizer._late, optimizer._tries = optimizer._layers[::-1], {optimizer._layers[0]: 2}
+    optimizer._opaque, optimizer._skipped = {optimizer._layers[1]}, torch.tensor(3)
+    loaded = NGPlus(mlp(4, 6, 3), lr=0.01, update_every=100)
+    loaded.load_state_dict(through_a_file(optimizer.state_dict()))
+    for other in (loaded, pickle.loads(pickle.dumps(optimizer))):
+        assert [layer.name for layer in other._late] == ["2.weight", "0.weight"]
+        assert {layer.name: count for layer, count in other._tries.items()} == {"0.weight": 2}
+        assert {layer.name for layer in other._opaque} == {"2.weight"}
+        assert other.skipped_steps == 3
+
+
+# Hooks -----------------------------------------------------------------------------------------------------------
+
+
+def test_hooks_of_saving_see_the_curvature_and_can_change_it():
+    model = mlp(4, 6, 3)
+    optimizer = optimizer_for(model, "sgd")
+    train(model, optimizer, range(2))
+    order = []
+
+    def halve(optimizer, state):
+        order.append("in place")
+        state["state"][0]["ngplus_inverse0"] = state["state"][0]["ngplus_inverse0"] / 2
+
+    optimizer.register_state_dict_pre_hook(lambda optimizer: order.append(len(optimizer.curvature)))
+    optimizer.register_state_dict_post_hook(halve)
+    optimizer.register_state_dict_post_hook(lambda optimizer, state: {**state, "note": "of a hook"})
+    state = optimizer.state_dict()
+    assert order == [2, "in place"]
+    assert state["note"] == "of a hook"
+    assert torch.equal(2 * state["state"][0]["ngplus_inverse0"], optimizer.curvature["0.weight"].tensors()[0])
+
+
+def test_hooks_of_loading_see_the_curvature_and_can_change_it():
+    model = mlp(4, 6, 3)
+    optimizer, loaded = optimizer_for(model, "sgd"), optimizer_for(mlp(4, 6, 3), "sgd")
+    train(model, optimizer, range(2))
+    after = []
+
+    def double(optimizer, state):
+        first = {**state["state"][0], "ngplus_inverse0": 2 * state["state"][0]["ngplus_inverse0"]}
+        return {**state, "state": {**state["state"], 0: first}}
+
+    loaded.register_load_state_dict_pre_hook(double)
+    loaded.register_load_state_dict_post_hook(lambda optimizer: after.append(list(optimizer.curvature)))
+    loaded.load_state_dict(optimizer.state_dict())
+    assert after == [["0.weight", "2.weight"]]
+    [ours], [theirs] = (each.curvature["0.weight"].tensors() for each in (loaded, optimizer))
+    assert torch.equal(ours, 2 * theirs)
+
+
+# Files of the first layout ---------------------------------------------------------------------------------------
+
+FIRST_LAYOUT = Path(__file__).with_name("first_layout.pt")
+"""For each way: weights and a state after 4 steps, and the weights after 8, all by commit 90141de."""
+
+BASELINES = {"kfac": KFAC, "seng": SENG, "shampoo": Shampoo}
+
+
+def first_made(model, way):
+    if way in BASELINES:
+        return BASELINES[way](model, base=SGD, lr=0.01, damping=0.3, update_every=3, momentum=0.9)
+    return optimizer_for(model, way)
+
+
+@pytest.mark.parametrize("way", ["ema", "adam", "low rank", "sketched", "sketched columns", *BASELINES])
+def test_a_file_of_the_first_layout_goes_on_where_it_was_saved(way):
+    """To the bit, where products round as they did where the file was written."""
+    saved = torch.load(FIRST_LAYOUT, weights_only=True)[way]
+    whole = mlp(4, 6, 3)
+    train(whole, first_made(whole, way), range(4))
+    rounds_alike = all(torch.equal(value, saved["model"][name]) for name, value in whole.state_dict().items())
+    for again in (False, True):
+        model = mlp(4, 6, 3, seed=5)
+        optimizer = first_made(model, way)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))  # which torch's bases go on in
+        if again:  # through a file of today's
+            state = through_a_file(optimizer.state_dict())
+            optimizer = first_made(model, way)
+            optimizer.load_state_dict(state)
+        train(model, optimizer, range(4, 8))
+        assert optimizer.state_dict()["param_groups"][0][optimizer._key]["steps"] == 8
+        rtol, atol = (0, 0) if rounds_alike else (1e-12, 1e-14)
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(value, saved["end"][name], rtol=rtol, atol=atol)
+
+
+def test_a_file_of_the_first_layout_with_a_part_missing_is_refused_and_nothing_changes():
+    state = torch.load(FIRST_LAYOUT, weights_only=True)["ema"]["optimizer"]
+    del state["ngplus"]["generator"]
+    refused(state, "no generator")
+
+
+def test_a_file_of_the_first_layout_with_other_layers_is_refused_and_nothing_changes():
+    state = torch.load(FIRST_LAYOUT, weights_only=True)["ema"]["optimizer"]
+    state["ngplus"]["base"] = "SGD"
+    state["ngplus"]["layers"]["4.weight"] = state["ngplus"]["layers"]["0.weight"]
+    refused(state, "layers that this model does not: 4.weight; it has 0.weight, 2.weight")

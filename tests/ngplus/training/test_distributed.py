@@ -6,9 +6,17 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from problems import SETTINGS, Problem, attentive, convolutional, distance, flat, perceptron
 from processes import Team
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 from ngplus import NGPlus
@@ -270,6 +278,81 @@ def resume_together():
 
 def test_saved_and_loaded_processes_go_on_to_the_bit(team):
     agree(team.run(resume_together))
+
+
+STATE_DICTS = {
+    "plain": {},
+    "flattened": {"flatten_optimizer_state_dict": True},
+    "full": {"full_state_dict": True},
+    "broadcast": {"full_state_dict": True, "broadcast_from_rank0": True},
+}
+
+
+def resume_by_distributed_checkpoint(form, settings, folder):
+    """Save and load by torch's tools, into an optimizer that has made no step; without ``folder`` from memory."""
+    options = StateDictOptions(**STATE_DICTS[form])
+
+    def start():
+        problem = convolutional()
+        parallel = DistributedDataParallel(problem.model)
+        return problem, parallel, NGPlus(parallel, **{**SETTINGS, "update_every": 3, **settings})
+
+    def steps(problem, parallel, optimizer, count):
+        for _ in range(count):
+            problem.loss(parallel, share(problem)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    problem, parallel, optimizer = start()
+    steps(problem, parallel, optimizer, 5)
+    model, state = get_state_dict(parallel, optimizer, options=options)
+    if folder is None:
+        model, state = copy.deepcopy((model, state))
+    else:
+        dcp.save({"model": model, "optimizer": state}, checkpoint_id=folder)
+    steps(problem, parallel, optimizer, 4)
+    expected = flat(problem.model)
+
+    problem, parallel, optimizer = start()
+    if folder is not None:
+        model, state = get_state_dict(parallel, optimizer, options=options)
+        filled = {"model": model, "optimizer": state}
+        dcp.load(filled, checkpoint_id=folder)
+        model, state = filled["model"], filled["optimizer"]
+    if form == "broadcast" and dist.get_rank() > 0:
+        model, state = {}, {}
+    set_model_state_dict(parallel, model, options=options)
+    set_optimizer_state_dict(parallel, optimizer, state, options=options)
+    steps(problem, parallel, optimizer, 4)
+    assert torch.equal(flat(problem.model), expected)
+    return outcome(problem.model, optimizer)
+
+
+@pytest.mark.parametrize("kept", ["in files", "in memory"])
+@pytest.mark.parametrize("settings", [{"momentum": 0.9}, {"base": torch.optim.Adam, "ema": 0.5}], ids=str)
+@pytest.mark.parametrize("form", STATE_DICTS)
+def test_processes_that_are_saved_by_torchs_own_tools_go_on_to_the_bit(team, form, settings, kept, tmp_path):
+    folder = str(tmp_path) if kept == "in files" else None
+    agree(team.run(resume_by_distributed_checkpoint, form, settings, folder))
+
+
+def ask_before_the_first_step(asked):
+    problem = perceptron()
+    parallel = DistributedDataParallel(problem.model)
+    optimizer = NGPlus(parallel, **{**SETTINGS, "update_every": 3})
+    if asked:
+        get_optimizer_state_dict(parallel, optimizer)
+    for _ in range(4):
+        problem.loss(parallel, share(problem)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return outcome(problem.model, optimizer)
+
+
+def test_processes_whose_state_is_asked_before_the_first_step_train_as_if_it_were_not(team):
+    asked, plain = (agree(team.run(ask_before_the_first_step, each)) for each in (True, False))
+    assert torch.equal(flat(asked["model"]), flat(plain["model"]))
+    assert len(asked["curvature"]) == 2
 
 
 def train_unfactorisable():

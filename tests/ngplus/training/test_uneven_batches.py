@@ -278,7 +278,7 @@ def one_step_ahead(rank):
     model = alike(5, 4, 3)
     optimizer = NGPlus(model, lr=0.1, update_every=2)
     state = optimizer.state_dict()
-    state["ngplus"]["steps"] = 2 * rank
+    state["param_groups"][0]["ngplus"]["steps"] = 2 * rank
     optimizer.load_state_dict(state)
     return model, optimizer
 

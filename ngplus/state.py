@@ -1,0 +1,251 @@
+"""The state dict of an optimizer around a base: what the base saves, and what is kept of each layer beside it.
+
+The entries of a layer stand under ``state`` with the base's own of its weight, and the counters in the first of
+``param_groups``, so that all of it goes through whatever carries an optimizer's state: `torch.save`,
+`torch.distributed.checkpoint`, hooks.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ngplus.curvature import Curvature, LayerState
+from ngplus.layers import Layer
+from ngplus.preconditioner import Entries
+
+_COUNTERS = ("base", "steps", "skipped", "generator")
+_FIRST_LAYOUT = ("base", "steps", "late", "tries", "skipped", "generator", "layers")
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """What an optimizer knows beyond its base and its options.
+
+    Attributes:
+        steps: taken so far.
+        skipped: of these, steps whose gradients counted as zero because they were not finite.
+        generator: the state of the generator that sketches are drawn with.
+        states: the curvature of the layers that have one.
+        pending: layers that are tried again on the next step.
+        tries: how often a layer with a gradient was left without curvature.
+        unsupported: layers whose last curvature step found a use that has no curvature.
+    """
+
+    steps: int
+    skipped: int | Tensor
+    generator: Tensor
+    states: dict[Layer, LayerState]
+    pending: list[Layer] = field(default_factory=list)
+    tries: dict[Layer, int] = field(default_factory=dict)
+    unsupported: set[Layer] = field(default_factory=set)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Where the entries of an optimizer stand in its state dict.
+
+    Attributes:
+        owner: the optimizer's class, for messages.
+        key: what the names of its entries start with.
+        base: the class of its base.
+        groups: its parameter groups.
+        layers: its layers.
+        curvature: packs and unpacks what is kept of a layer.
+    """
+
+    owner: str
+    key: str
+    base: str
+    groups: Sequence[dict[str, Any]]
+    layers: Sequence[Layer]
+    curvature: Curvature
+
+    def pack(self, progress: Progress, base_state: Mapping[str, Any]) -> dict[str, Any]:
+        """The state dict of an optimizer.
+
+        Args:
+            progress: what to add.
+            base_state: the state dict of the base, which is not changed.
+
+        Returns:
+            ``base_state`` with the counters in its first group and the entries of each parameter in its ``state``.
+        """
+        groups = [dict(group) for group in base_state.get("param_groups", self._number_groups())]
+        groups[0][self.key] = self._counters(progress)
+        state = dict(base_state.get("state", {}))
+        entries = self.entries(progress)
+        for parameter, index in self._match_keys(groups):
+            state[index] = {**state.get(index, {}), **entries[parameter]}
+        return {**base_state, "state": state, "param_groups": groups}
+
+    def entries(self, progress: Progress) -> dict[nn.Parameter, Entries]:
+        """What is saved of each parameter; a layer's stands under its weight.
+
+        There is an entry of every parameter: torch's ``set_state_dict`` asks for all of them where there is one of any.
+        """
+        layers = {id(layer.weight): layer for layer in self.layers}
+        parameters = [parameter for group in self.groups for parameter in group["params"]]
+        found = [(parameter, layers.get(id(parameter))) for parameter in parameters]
+        return {
+            parameter: self._add_prefix({"updates": 0} if layer is None else self._layer_entries(layer, progress))
+            for parameter, layer in found
+        }
+
+    def _layer_entries(self, layer: Layer, progress: Progress) -> Entries:
+        place = progress.pending.index(layer) + 1 if layer in progress.pending else 0
+        tries, unsupported = progress.tries.get(layer, 0), int(layer in progress.unsupported)
+        return {**self.curvature.pack(layer), "pending": place, "tries": tries, "unsupported": unsupported}
+
+    def _add_prefix(self, entries: Entries) -> Entries:
+        return {f"{self.key}_{name}": each for name, each in entries.items()}
+
+    def _counters(self, progress: Progress) -> dict[str, Any]:
+        # On the weights' device: of all that is saved, torch's set_state_dict wants the tensors on one.
+        generator = progress.generator.to(self.layers[0].weight.device)
+        return {"base": self.base, "steps": progress.steps, "skipped": int(progress.skipped), "generator": generator}
+
+    def _number_groups(self) -> Iterator[dict[str, Any]]:
+        """Groups that hold the numbers of their parameters alone, for a base whose state dict has no groups."""
+        start = 0
+        for group in self.groups:
+            yield {"params": list(range(start, start + len(group["params"])))}
+            start += len(group["params"])
+
+    def _match_keys(self, saved_groups: Sequence[Mapping[str, Any]]) -> Iterator[tuple[nn.Parameter, Any]]:
+        """Each parameter and the key that it has in a state dict."""
+        for group, saved in zip(self.groups, saved_groups, strict=True):
+            yield from zip(group["params"], saved["params"], strict=True)
+
+    def unpack(self, state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], Progress]:
+        """The two parts of a state dict, of this layout or of the first.
+
+        Args:
+            state_dict: what `pack` gave, with other keys for the parameters perhaps.
+
+        Returns:
+            The state dict of the base, and the progress.
+
+        Raises:
+            ValueError: a state of another optimizer, base or model, or one that was cut short.
+        """
+        if self.key in state_dict:
+            return self._unpack_first_layout(state_dict)
+        groups = state_dict.get("param_groups", [])
+        counters = next((group[self.key] for group in groups if self.key in group), None)
+        if counters is None:
+            raise ValueError(
+                f"this is no state of {self.owner}: its keys are {sorted(state_dict)}, and {self.key!r} is in none of "
+                "its parameter groups"
+            )
+        self._check_whole(counters, _COUNTERS)
+        self._check_base(counters["base"])
+        self._check_groups(groups)
+        state, entries = self._split(state_dict.get("state", {}))
+        base_groups = [{name: each for name, each in group.items() if name != self.key} for group in groups]
+        base_state = {**state_dict, "state": state, "param_groups": base_groups}
+        keys = {id(parameter): key for parameter, key in self._match_keys(groups)}
+        of_layers = {layer: entries.pop(keys[id(layer.weight)], {}) for layer in self.layers}
+        self._check_no_curvature(entries)
+        if lost := [layer.name for layer, each in of_layers.items() if not each]:
+            warnings.warn(
+                f"the state says nothing of {', '.join(lost)}: without curvature until the next curvature step",
+                stacklevel=3,
+            )
+        return base_state, self._read_progress(counters, of_layers)
+
+    def _split(self, state: Mapping[Any, Any]) -> tuple[dict[Any, Any], dict[Any, Entries]]:
+        """The base's part of ``state``, and the entries by the key of their parameter, without their prefix."""
+        prefix = f"{self.key}_"
+        ours: dict[Any, Entries] = {}
+        theirs: dict[Any, Any] = {}
+        for key, each in state.items():
+            if not isinstance(each, Mapping):
+                theirs[key] = each
+                continue
+            mine = [name for name in each if isinstance(name, str) and name.startswith(prefix)]
+            ours[key] = {name.removeprefix(prefix): each[name] for name in mine}
+            if rest := {name: value for name, value in each.items() if name not in mine}:
+                theirs[key] = rest
+        return theirs, ours
+
+    def _read_progress(self, counters: Mapping[str, Any], entries: Mapping[Layer, Entries]) -> Progress:
+        found = {layer: each for layer, each in entries.items() if each}
+        for layer, each in found.items():
+            self._check_whole(each, ("pending", "tries", "unsupported"), f"the state of {layer.name}")
+        states = {layer: self.curvature.unpack(layer, each) for layer, each in found.items()}
+        pending = [layer for layer, each in found.items() if each["pending"]]
+        return Progress(
+            steps=int(counters["steps"]),
+            skipped=int(counters["skipped"]),
+            generator=counters["generator"],
+            states={layer: state for layer, state in states.items() if state is not None},
+            pending=sorted(pending, key=lambda layer: found[layer]["pending"]),
+            tries={layer: int(each["tries"]) for layer, each in found.items() if each["tries"]},
+            unsupported={layer for layer, each in found.items() if each["unsupported"]},
+        )
+
+    def _check_whole(self, found: Mapping[str, Any], names: Sequence[str], what: str | None = None) -> None:
+        if missing := [name for name in names if name not in found]:
+            what = what or f"the state of {self.owner}"
+            raise ValueError(f"{what} has no {', '.join(missing)}: it was cut short or made otherwise")
+
+    def _check_base(self, base: str) -> None:
+        if base != self.base:
+            raise ValueError(f"the state is of {self.owner} around {base}, but this one is around {self.base}")
+
+    def _check_groups(self, saved: Sequence[Mapping[str, Any]]) -> None:
+        theirs, ours = ([len(group["params"]) for group in groups] for groups in (saved, self.groups))
+        if theirs != ours:
+            raise ValueError(f"the state has parameter groups of {theirs} parameters, but this optimizer's have {ours}")
+
+    def _check_no_curvature(self, others: Mapping[Any, Entries]) -> None:
+        if unknown := [str(key) for key, entries in others.items() if entries.get("updates")]:
+            raise ValueError(f"the state has the curvature of parameters that are no layers here: {', '.join(unknown)}")
+
+    # The first layout: everything but the base's state under one key, the layers by name ------------------------------
+
+    def _unpack_first_layout(self, state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], Progress]:
+        packed = state_dict[self.key]
+        self._check_whole(packed, _FIRST_LAYOUT)
+        self._check_base(packed["base"])
+        self._check_groups(state_dict["param_groups"])
+        layers = {layer.name: layer for layer in self.layers}
+        if unknown := sorted(set(packed["layers"]) - set(layers)):
+            raise ValueError(
+                f"the state has layers that this model does not: {', '.join(unknown)}; it has {', '.join(layers)}"
+            )
+        unpack = self.curvature.state.from_first_layout
+        progress = Progress(
+            steps=packed["steps"],
+            skipped=packed["skipped"],
+            generator=packed["generator"],
+            states={layers[name]: unpack(layers[name], each) for name, each in packed["layers"].items()},
+            pending=[layers[name] for name in packed["late"] if name in layers],
+            tries={layers[name]: count for name, count in packed["tries"].items() if name in layers},
+        )
+        return {name: each for name, each in state_dict.items() if name != self.key}, progress
+
+
+def initializes_state(groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a step is one that `torch.distributed.checkpoint` makes to have a base initialize its state.
+
+    It gives every trained parameter a gradient of zeros and sets every lr to 0. A warm-up's first step, whose lr may be
+    0 too, has other gradients; only there are they looked through, which synchronizes with the device.
+
+    Args:
+        groups: parameter groups.
+    """
+    if any(float(group.get("lr", 0.0)) != 0 for group in groups):
+        return False
+    gradients = [parameter.grad for group in groups for parameter in group["params"] if parameter.requires_grad]
+    dense = [gradient for gradient in gradients if gradient is not None and not gradient.is_sparse]
+    return len(dense) == len(gradients) and not any(bool(torch.count_nonzero(gradient)) for gradient in dense)
+
+
+__all__ = ["Layout", "Progress", "initializes_state"]

@@ -1,0 +1,247 @@
+"""Every optimizer of torch and of pytorch-optimizer as the base: it trains and resumes as it does by itself."""
+
+import importlib
+import io
+import random
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.optim import Optimizer
+
+from ngplus import NGPlus
+
+pytest.importorskip("pytorch_optimizer")
+numpy = pytest.importorskip("numpy")
+
+
+def classes(package: str) -> dict[str, type[Optimizer]]:
+    """The optimizers that a package exports."""
+    module = importlib.import_module(package)
+    return {
+        name: each
+        for name, each in sorted(vars(module).items())
+        if isinstance(each, type) and issubclass(each, Optimizer) and each is not Optimizer
+        if each.__module__.startswith(package)
+    }
+
+
+BASES = {
+    **{f"torch.optim.{name}": each for name, each in classes("torch.optim").items()},
+    **classes("pytorch_optimizer"),
+}
+
+
+def perceptron() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def matrices() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 8, bias=False), nn.Tanh(), nn.Linear(8, 3, bias=False))
+
+
+def table() -> nn.Module:
+    return nn.Sequential(nn.Embedding(11, 4, sparse=True))
+
+
+def all_at_once(model: nn.Module) -> list[Any]:
+    return list(model.parameters())
+
+
+def muon_groups(model: nn.Module) -> list[Any]:
+    parameters = list(model.parameters())
+    return [
+        {"params": [p for p in parameters if p.dim() > 1], "use_muon": True},
+        {"params": [p for p in parameters if p.dim() < 2], "use_muon": False},
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What a base needs beyond a learning rate.
+
+    Attributes:
+        network: makes a model that it can train.
+        params: its parameter groups.
+        options: its other arguments.
+        closure: whether its step wants one.
+        create_graph: whether it differentiates the gradient.
+    """
+
+    network: Callable[[], nn.Module] = perceptron
+    params: Callable[[nn.Module], list[Any]] = all_at_once
+    options: dict[str, Any] = field(default_factory=dict)
+    closure: bool = False
+    create_graph: bool = False
+
+
+MUON = Setup(params=muon_groups)
+SETUPS = {
+    "torch.optim.LBFGS": Setup(closure=True),
+    "torch.optim.Muon": Setup(network=matrices),
+    "torch.optim.SparseAdam": Setup(network=table),
+    "AdaGO": MUON,
+    "AdaHessian": Setup(create_graph=True),
+    "AdaMuon": MUON,
+    "AliG": Setup(closure=True),
+    "BSAM": Setup(closure=True, options={"num_data": 100}),
+    "DistributedMuon": MUON,
+    "Muon": MUON,
+    "MuonClip": MUON,
+    "NorMuon": MUON,
+    "Ranger21": Setup(options={"num_iterations": 20}),
+    "SophiaH": Setup(create_graph=True),
+    "SpectralSphere": Setup(network=matrices),
+}
+IT_WRAPS = "takes an optimizer, not parameters"
+IT_IS_GIVEN_MODELS = "takes a model, not parameters"
+NO_BASE = {
+    **dict.fromkeys(["Lookahead", "OrthoGrad", "PCGrad", "SafeFP16Optimizer", "ScheduleFreeWrapper", "TRAC"], IT_WRAPS),
+    **dict.fromkeys(["FriendlySAM", "GSAM", "LookSAM", "SAM", "WSAM"], IT_WRAPS),
+    **dict.fromkeys(["AdaLOMO", "AdamMini", "LOMO"], IT_IS_GIVEN_MODELS),
+}
+"""Optimizers that are no base, and why; the reasons stand in docs/supported.md."""
+NOT_IN_BFLOAT16 = {"torch.optim.NAdam", "Adai", "Kron", "LoRARite", "QHAdam"}
+"""Optimizers that by themselves do not step, or do not resume to the bit, with weights in bfloat16."""
+NEEDS = {"DeMo": "einops"}
+"""Packages without which an optimizer does not run."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_process():
+    """A group of one process, for what asks for a group."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def network(setup: Setup, dtype: torch.dtype, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return setup.network().to(dtype)
+
+
+def train(setup: Setup, model: nn.Module, optimizer: Optimizer, steps: range) -> None:
+    for step in steps:
+        for seed in (torch.manual_seed, random.seed, numpy.random.seed):
+            seed(step)
+        x = torch.randint(11, (8,)) if setup.network is table else torch.randn(8, 6)
+        x = x if x.dtype == torch.long else x.to(next(model.parameters()).dtype)
+
+        @torch.enable_grad()
+        def closure(x=x):
+            optimizer.zero_grad()
+            loss = model(x).square().mean()
+            loss.backward(create_graph=setup.create_graph)
+            return loss
+
+        closure()
+        optimizer.step(*([closure] if setup.closure else []))
+
+
+def resumes(setup: Setup, make: Callable[[nn.Module], Optimizer], dtype: torch.dtype) -> bool:
+    """Whether what is saved at any of some steps goes on to the bit, into an optimizer that has steps behind it too."""
+    whole = network(setup, dtype)
+    train(setup, whole, make(whole), range(7))
+    for stop, made in ((1, 0), (4, 2)):
+        model = network(setup, dtype)
+        optimizer = make(model)
+        train(setup, model, optimizer, range(stop))
+        file = io.BytesIO()
+        torch.save((model.state_dict(), optimizer.state_dict()), file)
+        file.seek(0)
+        weights, state = torch.load(file, weights_only=False)  # some save objects
+        other = network(setup, dtype, seed=3)
+        resumed = make(other)
+        train(setup, other, resumed, range(20, 20 + made))
+        other.load_state_dict(weights)
+        resumed.load_state_dict(state)
+        train(setup, other, resumed, range(stop, 7))
+        if not all(torch.equal(a, b) for a, b in zip(whole.parameters(), other.parameters(), strict=True)):
+            return False
+    return True
+
+
+def around(name: str, **options: Any) -> Callable[[nn.Module], NGPlus]:
+    setup = SETUPS.get(name, Setup())
+
+    def make(model: nn.Module) -> NGPlus:
+        return NGPlus(
+            model,
+            BASES[name],
+            lr=0.01,
+            damping=0.1,
+            update_every=3,
+            params=setup.params(model),
+            **setup.options,
+            **options,
+        )
+
+    return make
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", [name for name in BASES if name not in NO_BASE])
+def test_a_base_resumes_to_the_bit_as_it_does_by_itself(name, dtype):
+    setup = SETUPS.get(name, Setup())
+    if needed := NEEDS.get(name):
+        pytest.importorskip(needed)
+    try:
+        alone = resumes(setup, lambda model: BASES[name](setup.params(model), lr=0.01, **setup.options), dtype)
+    except Exception as error:
+        alone = type(error)
+    if alone is not True:
+        assert dtype == torch.bfloat16, f"{name} by itself: {alone}"
+        assert name in NOT_IN_BFLOAT16, f"{name} by itself: {alone}"
+        return
+    assert resumes(setup, around(name), dtype)
+
+
+@pytest.mark.parametrize("name", NO_BASE)
+def test_what_is_no_base_still_is_none(name):
+    model = perceptron()
+    with pytest.raises((TypeError, ValueError, AttributeError)):
+        NGPlus(model, BASES[name], lr=0.01)
+
+
+def test_the_document_names_what_is_no_base_and_why():
+    text = (Path(__file__).parents[2] / "docs" / "supported.md").read_text()
+    rows = dict(re.findall(r"^\| (`.+`) \| no: (.+?) \|", text, flags=re.MULTILINE))
+    named = {name: reason for names, reason in rows.items() for name in re.findall(r"`(\w+)`", names)}
+    assert named == NO_BASE
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["SPAM", "MADGRAD", "StableSPAM", "Magma", "FlashAdamW", "Ranger21", "AdaFactor"])
+def test_groups_and_state_are_those_of_a_base_that_keeps_more_than_entries_of_parameters(name):
+    setup = SETUPS.get(name, Setup())
+    model = perceptron()
+    optimizer = around(name)(model)
+    train(setup, model, optimizer, range(2))
+    assert optimizer.param_groups is optimizer.base.param_groups
+    assert optimizer.state is optimizer.base.state
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.param_groups is optimizer.base.param_groups
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 0.5)
+    assert optimizer.base.param_groups[0]["lr"] == scheduler.get_last_lr()[0]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["torch.optim.Adam", "SaRA", "Magma", "ScheduleFreeAdamW"])
+def test_a_group_that_is_added_is_added_as_the_base_does(name):
+    """SaRA gives each parameter a mask then, and Magma has the groups of an optimizer inside it."""
+    model = perceptron()
+    optimizer = NGPlus(model, BASES[name], lr=0.01, update_every=2, damping=0.3, params=list(model[0].parameters()))
+    added = list(model[3].parameters())
+    optimizer.add_param_group({"params": added, "lr": 0.02})
+    assert optimizer.param_groups is optimizer.base.param_groups
+    assert optimizer.param_groups[1]["damping"] == 0.3
+    train(Setup(), model, optimizer, range(3))
+    assert set(optimizer.curvature) == {"0.weight", "3.weight"}
+    assert all(optimizer.base.state[parameter] for parameter in added)

@@ -1,0 +1,306 @@
+"""Saving and loading by `torch.distributed.checkpoint`: what is asked, what is filled in, and what goes on from it."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
+from torch.optim import SGD, Adagrad, Adam
+
+from ngplus import NGPlus
+from ngplus.baselines import KFAC, SENG, Shampoo
+from ngplus.preconditioner import SketchedInverse
+
+SETTINGS = {
+    "sgd": {"base": SGD},
+    "momentum": {"base": SGD, "momentum": 0.9},
+    "adam": {"base": Adam},
+    "adagrad": {"base": Adagrad},  # which has a state before its first step
+    "ema": {"base": Adam, "ema": 0.7, "block_size": 4},
+    "low rank": {"base": SGD, "solver": "low_rank", "max_samples": 2},
+    "sketched": {"base": Adam, "solver": "sketched", "sketch_size": 2},
+    "sketched gradients": {"base": Adam, "solver": "sketched", "sketch_size": 2, "curvature": "mini_batch"},
+    "mini-batch": {"base": SGD, "curvature": "mini_batch", "ema": 0.5},
+    "K-FAC": {"kind": KFAC, "base": SGD},
+    "Shampoo": {"kind": Shampoo, "base": SGD},
+}
+FORMS = {"plain": StateDictOptions(), "flattened": StateDictOptions(flatten_optimizer_state_dict=True)}
+
+
+def network(dtype=torch.float64, seed=0):
+    """Two matrices, and a norm that goes to the base."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 3)).to(dtype)
+
+
+def optimizer_for(model, settings):
+    options = dict(SETTINGS[settings])
+    return options.pop("kind", NGPlus)(model, lr=0.01, damping=0.3, update_every=3, **options)
+
+
+def train(model, optimizer, steps):
+    weight = next(model.parameters())
+    for step in steps:
+        x = torch.randn((5, 4), dtype=weight.dtype, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    optimizer.zero_grad()
+
+
+def same(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+class App(dcp.stateful.Stateful):
+    """What torch's tutorial saves: an object that asks the state dicts of a model and its optimizer."""
+
+    def __init__(self, model, optimizer, options):
+        self.model, self.optimizer, self.options = model, optimizer, options
+
+    def state_dict(self):
+        model, optimizer = get_state_dict(self.model, self.optimizer, options=self.options)
+        return {"model": model, "optimizer": optimizer}
+
+    def load_state_dict(self, state):
+        set_state_dict(
+            self.model,
+            self.optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+            options=self.options,
+        )
+
+
+def handed_over(app, fresh, folder):
+    fresh.load_state_dict(copy.deepcopy(app.state_dict()))
+
+
+def through_files(app, fresh, folder):
+    save(app.state_dict(), folder)
+    filled = fresh.state_dict()  # asked of an optimizer that may have nothing yet
+    load(filled, folder)
+    fresh.load_state_dict(filled)
+
+
+def as_an_application(app, fresh, folder):
+    save({"app": app}, folder)
+    load({"app": fresh}, folder)
+
+
+def save(state, folder):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning, module="torch")  # that there is one process
+        dcp.save(state, checkpoint_id=folder)
+
+
+def load(state, folder):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+        dcp.load(state, checkpoint_id=folder)
+
+
+WAYS = [handed_over, through_files, as_an_application]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_it_resumes_to_the_bit_from_any_step(settings, way, form, tmp_path):
+    """Into an optimizer that has made no step, and into one that has."""
+    whole = network()
+    train(whole, optimizer_for(whole, settings), range(8))
+    for stop in (1, 2, 3, 4):
+        model = network()
+        optimizer = optimizer_for(model, settings)
+        train(model, optimizer, range(stop))
+        for made in (0, 2):
+            other = network(seed=5)
+            resumed = optimizer_for(other, settings)
+            train(other, resumed, range(20, 20 + made))
+            apps = App(model, optimizer, FORMS[form]), App(other, resumed, FORMS[form])
+            way(*apps, tmp_path / f"{stop}-{made}")
+            train(other, resumed, range(stop, 8))
+            assert same(other, whole), (stop, made)
+        train(model, optimizer, range(stop, 8))
+        assert same(model, whole), stop  # saving has changed nothing
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("settings", ["adam", "low rank", "sketched", "K-FAC"])
+def test_it_resumes_to_the_bit_in_other_precisions(settings, dtype, tmp_path):
+    model, other = network(dtype), network(dtype, seed=5)
+    optimizer, resumed = optimizer_for(model, settings), optimizer_for(other, settings)
+    train(model, optimizer, range(4))
+    through_files(*(App(*pair, FORMS["plain"]) for pair in ((model, optimizer), (other, resumed))), tmp_path)
+    train(model, optimizer, range(4, 8))
+    train(other, resumed, range(4, 8))
+    assert same(model, other)
+
+
+@pytest.mark.parametrize("settings", ["sgd", "adam", "low rank"])
+def test_files_that_were_converted_to_one_of_torch_save_resume_to_the_bit(settings, tmp_path):
+    """Converting drops dictionaries that are empty, as SGD's state of a bias is."""
+    model, other = network(), network(seed=5)
+    optimizer, resumed = optimizer_for(model, settings), optimizer_for(other, settings)
+    train(model, optimizer, range(4))
+    save(App(model, optimizer, FORMS["plain"]).state_dict(), tmp_path / "files")
+    dcp_to_torch_save(tmp_path / "files", tmp_path / "file.pt")
+    App(other, resumed, FORMS["plain"]).load_state_dict(torch.load(tmp_path / "file.pt", weights_only=True))
+    train(model, optimizer, range(4, 8))
+    train(other, resumed, range(4, 8))
+    assert same(model, other)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_state_is_saved_under_the_names_of_the_parameters(form):
+    model = network()
+    optimizer = optimizer_for(model, "adam")
+    train(model, optimizer, range(2))
+    state = get_optimizer_state_dict(model, optimizer, options=FORMS[form])
+    inverse = optimizer.curvature["3.weight"].tensors()[0]
+    if form == "plain":
+        assert torch.equal(state["state"]["3.weight"]["ngplus_inverse0"], inverse)
+        assert state["param_groups"][0]["ngplus"]["steps"] == 2
+    else:
+        assert torch.equal(state["state.3.weight.ngplus_inverse0"], inverse)
+        assert state["param_groups.3.weight.ngplus"]["steps"] == 2
+
+
+# Asking an optimizer that has made no step -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", ["sgd", "momentum", "low rank", "mini-batch", "Shampoo"])
+def test_asking_for_a_state_before_the_first_step_is_no_step(settings):
+    """torch has an optimizer initialize its state by a step of zeros with lr 0, which SGD does not mind."""
+    asked, plain = network(), network()
+    optimizer, reference = optimizer_for(asked, settings), optimizer_for(plain, settings)
+    before = copy.deepcopy(asked)
+    get_optimizer_state_dict(asked, optimizer)
+    assert same(asked, before)
+    assert not optimizer.curvature
+    assert optimizer.state_dict()["param_groups"][0][optimizer._key]["steps"] == 0
+    train(asked, optimizer, range(7))
+    train(plain, reference, range(7))
+    assert same(asked, plain)
+    assert {name: state.updates for name, state in optimizer.curvature.items()} == {
+        name: state.updates for name, state in reference.curvature.items()
+    }
+
+
+def test_asking_for_a_state_before_the_first_step_counts_for_adam_as_it_does_without_ngplus():
+    """Its bias correction starts one step later, so that both runs are compared with Adam's count set."""
+    asked, counted = network(), network()
+    optimizer, reference = optimizer_for(asked, "adam"), optimizer_for(counted, "adam")
+    get_optimizer_state_dict(asked, optimizer)
+    for parameter in counted.parameters():
+        zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+        reference.base.state[parameter].update(step=torch.tensor(1.0), **zeros)
+    train(asked, optimizer, range(7))
+    train(counted, reference, range(7))
+    assert same(asked, counted)
+
+
+def test_a_first_step_with_lr_zero_counts():
+    """As a warm-up makes it: there are gradients."""
+    model = network()
+    optimizer = NGPlus(model, lr=0.1, update_every=2)
+    optimizer.param_groups[0]["lr"] = 0.0
+    train(model, optimizer, [0])
+    assert optimizer.state_dict()["param_groups"][0]["ngplus"]["steps"] == 1
+    assert set(optimizer.curvature) == {"0.weight", "3.weight"}
+
+
+def test_a_step_of_zeros_counts_where_there_were_others():
+    model = network()
+    optimizer = NGPlus(model, lr=0.1, update_every=2)
+    train(model, optimizer, [0])
+    optimizer.param_groups[0]["lr"] = 0.0
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert optimizer.state_dict()["param_groups"][0]["ngplus"]["steps"] == 2
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("settings", ["sgd", "adam", "adagrad"])
+def test_what_was_saved_before_the_first_step_starts_a_run(settings, form, tmp_path):
+    model, other = network(), network(seed=5)
+    optimizer, started = optimizer_for(model, settings), optimizer_for(other, settings)
+    through_files(App(model, optimizer, FORMS[form]), App(other, started, FORMS[form]), tmp_path)
+    train(model, optimizer, range(5))
+    train(other, started, range(5))
+    assert same(model, other)
+
+
+def test_a_state_that_went_through_a_fresh_optimizer_is_still_asked_whole(tmp_path):
+    """Loading what no step has touched leaves the base's state to be initialized, which torch does by a step."""
+    model = network()
+    optimizer = optimizer_for(model, "adam")
+    optimizer.load_state_dict(optimizer.state_dict())
+    state = get_optimizer_state_dict(model, optimizer, options=FORMS["flattened"])
+    assert {"state.0.weight.exp_avg", "state.0.weight.ngplus_inverse0", "state.1.bias.exp_avg"} <= set(state)
+
+
+# What does not fit -----------------------------------------------------------------------------------------------
+
+
+def test_a_sketch_is_not_loaded_where_its_core_has_no_place(tmp_path):
+    """Loading fills the tensors that there are: an optimizer of another solver offers none for it."""
+    model, other = network(), network()
+    optimizer, dense = optimizer_for(model, "sketched"), optimizer_for(other, "adam")
+    train(model, optimizer, range(2))
+    assert isinstance(optimizer.curvature["0.weight"].preconditioner, SketchedInverse)
+    with pytest.raises(
+        ValueError, match=r"0\.weight has no (core|drawn): it was cut short, or saved with other options"
+    ):
+        through_files(App(model, optimizer, FORMS["plain"]), App(other, dense, FORMS["plain"]), tmp_path)
+
+
+def test_seng_whose_samples_have_no_size_beforehand_is_handed_over_whole_or_refused(tmp_path):
+    def app(seed, steps=0):
+        model = network(seed=seed)
+        optimizer = SENG(model, lr=0.01, damping=0.3, update_every=3, momentum=0.9)
+        train(model, optimizer, range(steps))
+        return App(model, optimizer, FORMS["plain"])
+
+    saved, resumed = app(0, steps=4), app(5)
+    handed_over(saved, resumed, tmp_path)
+    with pytest.raises(ValueError, match=r"0\.weight has no rows: it was cut short, or saved with other options"):
+        through_files(saved, app(5), tmp_path)
+    for each in (saved, resumed):
+        train(each.model, each.optimizer, range(4, 8))
+    assert same(saved.model, resumed.model)
+
+
+def test_a_partial_load_names_the_layers_it_leaves_without_curvature():
+    model, other = network(), network()
+    optimizer, loaded = optimizer_for(model, "adam"), optimizer_for(other, "adam")
+    train(model, optimizer, range(2))
+    state = get_optimizer_state_dict(model, optimizer)
+    del state["state"]["3.weight"]
+    with pytest.warns(UserWarning, match=r"the state says nothing of 3\.weight"):
+        set_optimizer_state_dict(other, loaded, state, options=StateDictOptions(strict=False))
+    assert list(loaded.curvature) == ["0.weight"]
+
+
+def test_layers_that_are_frozen_when_loaded_are_named():
+    """torch leaves the state of frozen parameters out, the base's too."""
+    model, other = network(), network()
+    optimizer, loaded = optimizer_for(model, "momentum"), optimizer_for(other, "momentum")
+    train(model, optimizer, range(2))
+    other[3].requires_grad_(False)
+    with pytest.warns(UserWarning, match=r"the state says nothing of 3\.weight"):
+        set_optimizer_state_dict(other, loaded, get_optimizer_state_dict(model, optimizer))
+    assert list(loaded.curvature) == ["0.weight"]
+    assert "momentum_buffer" not in loaded.base.state[other[3].weight]
