@@ -357,7 +357,7 @@ class Capture:
             if record.comparison is not None and layer not in self._unsupported
         ]
         now = [_gradient_in_doubt(record) for record, _ in compared]
-        values = values_of(each.tensors(gradient) for (_, each), gradient in zip(compared, now, strict=True))
+        values = values_of([each.vectors(gradient) for (_, each), gradient in zip(compared, now, strict=True)])
         incomplete: dict[Layer, str] = {}
         for (record, comparison), gradient, known in zip(compared, now, values, strict=True):
             if gradient is not None and not comparison.is_multiple(known):

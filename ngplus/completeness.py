@@ -14,10 +14,11 @@ The gradient is taken from a hook on the weight, before accumulation, clipping, 
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ngplus.devices import can_ask, factor_dtype
 from ngplus.factors import Bags, Dense, Factor, OneHot, statistics_dtype
 from ngplus.gfim import Part, Shape
 from ngplus.layers import Layer
@@ -34,8 +36,11 @@ from ngplus.patches import Patches
 ENTRIES = 8
 """Most entries of a layer's gradient that are compared."""
 
-SUMMANDS = 2**15
+SUMMANDS = 2**12
 """Products of a use beyond which fewer entries are compared, two at the least."""
+
+KEPT = 64
+"""Uses of a layer whose products are kept until they are compared; of more of them it is their norms."""
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 1.5e-2, torch.float16: 3e-3}
 """Difference, relative to the sums that are compared, from which on a gradient has another source.
@@ -60,7 +65,7 @@ class Entries(Protocol):
         ...
 
     def of_gradient(self, gradient: Tensor) -> Tensor:
-        """The entries of a weight's gradient, (count,), in the statistics' dtype and in memory of their own."""
+        """The entries of a weight's gradient, (count,), perhaps in its memory."""
         ...
 
 
@@ -135,7 +140,10 @@ class MatrixEntries:
     def products(self, part: Part) -> tuple[Tensor, int]:
         """Gᵢ[r, κ] Aᵢ[c, κ]."""
         rows, place = self._row_entries(part.rows)
-        return rows * self._column_entries(part.columns)[:, place : place + rows.shape[1]], place
+        columns = self._column_entries(part.columns)
+        if rows.shape[1] < self.count:
+            columns = columns[:, place : place + rows.shape[1]]
+        return rows * columns, place
 
     def _row_entries(self, factor: Factor) -> tuple[Tensor, int]:
         if isinstance(factor, OneHot):  # a table that is a linear layer's weight too
@@ -182,8 +190,7 @@ class MatrixEntries:
             first, step = first * self.shape.rows + self.row, step * self.shape.rows
         start = first * to_row + self.column * to_column + sum(map(operator.mul, self.offset, to_offset))
         stride = step * to_row + (0 if grouped else to_column)
-        entries = dense.as_strided((self.count,), (stride,), dense.storage_offset() + start)
-        return entries.to(statistics_dtype(entries.dtype), copy=True)
+        return dense.as_strided((self.count,), (stride,), dense.storage_offset() + start)
 
 
 BLOCK = 16
@@ -289,11 +296,11 @@ class Comparison:
 
     def __init__(self, entries: Entries) -> None:
         self._entries = entries
-        self._captured: list[Tensor] = []
-        self._lengths: list[Tensor] = []
-        self._gradient: list[Tensor] = []
-        self._tolerance = 0.0
-        self._tiny = 0.0
+        self._captured: list[Tensor | list[float]] = []
+        self._products: list[Tensor] = []
+        self._gradient: list[Tensor | list[float]] = []
+        self._device = torch.device("cpu")
+        self._dtypes: set[torch.dtype] = set()
 
     def empty(self) -> Comparison:
         """One of the same entries that knows nothing yet."""
@@ -312,47 +319,55 @@ class Comparison:
             dtype: that it was computed in.
         """
         products, place = self._entries.products(part)
-        captured, lengths = products.sum(dim=(0, 2)), torch.linalg.vector_norm(products, dim=(0, 2))
-        if len(captured) < self._entries.count:
-            around = (place, self._entries.count - place - len(captured))
-            captured, lengths = F.pad(captured, around), F.pad(lengths, around)
-        self._captured.append(captured)
-        self._lengths.append(lengths)
-        self._allow(dtype, captured.device)
+        captured = products.sum(dim=(0, 2))
+        if (count := self._entries.count) > len(captured):
+            captured = F.pad(captured, (place, count - place - len(captured)))
+        self._captured.append(_read(captured))
+        self._products.append(products if len(self._products) < KEPT else torch.linalg.vector_norm(products))
+        self._dtypes.add(dtype)
 
     def add_gradient(self, gradient: Tensor) -> None:
         """Add what a backward pass brought to the weight's gradient."""
-        self._gradient.append(self._entries.of_gradient(gradient))
-        self._allow(gradient.dtype, gradient.device)
+        self._gradient.append(_read(self._entries.of_gradient(gradient)))
+        self._dtypes.add(gradient.dtype)
+        self._device = gradient.device
 
-    def _allow(self, dtype: torch.dtype, device: torch.device) -> None:
-        tolerance = _TOLERANCE.get(dtype, _REDUCED)
-        if dtype == torch.float32 and _reduced_precision(device):
-            tolerance = _REDUCED
-        self._tolerance = max(self._tolerance, tolerance)
-        self._tiny = max(self._tiny, torch.finfo(dtype).tiny)
-
-    def tensors(self, now: Tensor | None) -> list[Tensor]:
+    def vectors(self, now: Tensor | None) -> list[Tensor | list[float]]:
         """What `is_complete` and `is_multiple` need to know the values of; ``now`` is the weight's ``.grad``."""
-        found = [] if now is None else [self._entries.of_gradient(now)]
-        return [*self._captured, *self._lengths, *self._gradient, *found]
+        found = [] if now is None else [_read(self._entries.of_gradient(now))]
+        return [*self._captured, *self._gradient, *found]
 
-    def is_complete(self, values: Sequence[list[float]]) -> bool:
-        """Whether the captured uses make up the gradient but for rounding; also where anything is not finite."""
+    def is_complete(self, values: Sequence[Sequence[float]]) -> bool:
+        """Whether the captured uses make up the gradient but for rounding; also where anything is not finite.
+
+        Where sums cancel, the products that they are of tell how large rounding is. Only there they are read, which
+        synchronizes with the device.
+        """
         uses = len(self._captured)
-        captured, lengths = _total(values[:uses]), _total(values[uses : 2 * uses])
-        gradient = _total(values[2 * uses : 2 * uses + len(self._gradient)])
+        captured, gradient = _total(values[:uses]), _total(values[uses : uses + len(self._gradient)])
         difference = math.hypot(*(g - (captured[i] if captured else 0.0) for i, g in enumerate(gradient)))
-        size = math.hypot(*gradient) + math.hypot(*captured) + math.hypot(*lengths)
-        allowed = self._tolerance * max(1, uses) ** 0.5 * size
-        return not difference > allowed + len(gradient) * self._tiny
+        tolerance = self._tolerance * max(1, uses) ** 0.5
+        tiny = len(gradient) * max(torch.finfo(dtype).tiny for dtype in self._dtypes)
+        allowed = tolerance * (math.hypot(*gradient) + math.hypot(*captured)) + tiny
+        if not difference > allowed:
+            return True
+        products = math.hypot(*(float(torch.linalg.vector_norm(each)) for each in self._products))
+        return not difference > allowed + tolerance * products
 
-    def is_multiple(self, values: Sequence[list[float]]) -> bool:
+    @property
+    def _tolerance(self) -> float:
+        reduced = _reduced_precision(self._device)
+        return max(
+            _REDUCED if reduced and dtype == torch.float32 else _TOLERANCE.get(dtype, _REDUCED)
+            for dtype in self._dtypes
+        )
+
+    def is_multiple(self, values: Sequence[Sequence[float]]) -> bool:
         """Whether the weight's ``.grad``, the last of ``values``, is a multiple of what the backward passes brought.
 
         Clipping by norm and unscaling multiply a gradient; putting one together from several does not.
         """
-        brought, now = _total(values[2 * len(self._captured) : -1]), values[-1]
+        brought, now = _total(values[len(self._captured) : -1]), values[-1]
         sizes = math.hypot(*brought), math.hypot(*now)
         if not all(0 < size < math.inf for size in sizes):
             return sizes[1] == 0 or not math.isfinite(sum(sizes))
@@ -362,20 +377,28 @@ class Comparison:
         return away <= max(self._tolerance, 1e-2)
 
 
-def _total(vectors: Sequence[list[float]]) -> list[float]:
+def _total(vectors: Sequence[Sequence[float]]) -> list[float]:
     """Their sum, entry by entry."""
-    return [sum(each) for each in zip(*vectors, strict=True)]
+    return list(vectors[0]) if len(vectors) == 1 else [sum(each) for each in zip(*vectors, strict=True)]
 
 
-def values_of(tensors: Iterable[Sequence[Tensor]]) -> list[list[list[float]]]:
-    """The entries of short vectors, list by list. Synchronizes with the device once."""
-    lists = [list(vectors) for vectors in tensors]
-    flat = [vector for vectors in lists for vector in vectors]
-    if not flat:
-        return [[] for _ in lists]
-    dtype = torch.float64 if any(vector.dtype == torch.float64 for vector in flat) else flat[0].dtype
-    joined = iter(torch.cat([vector.to(flat[0].device, dtype) for vector in flat]).tolist())
-    return [[[next(joined) for _ in range(len(vector))] for vector in vectors] for vectors in lists]
+def _read(vector: Tensor) -> Tensor | list[float]:
+    """The entries of a short vector where they are there at once, else a copy of it in the statistics' dtype."""
+    if can_ask(vector):
+        entries: list[float] = vector.tolist()
+        return entries
+    return vector.to(statistics_dtype(vector.dtype), copy=True)
+
+
+def values_of(lists: Sequence[Sequence[Tensor | list[float]]]) -> list[list[list[float]]]:
+    """The entries of short vectors, list by list. Synchronizes with the device once, where there are tensors."""
+    tensors = [each for vectors in lists for each in vectors if isinstance(each, Tensor)]
+    if not tensors:
+        return [list(vectors) for vectors in lists]  # type: ignore[arg-type]
+    joined = torch.cat([each.to(tensors[0].device, factor_dtype(each)) for each in tensors]).tolist()
+    ends = list(itertools.accumulate(map(len, tensors), initial=0))
+    values = iter(joined[start:end] for start, end in itertools.pairwise(ends))
+    return [[next(values) if isinstance(each, Tensor) else each for each in vectors] for vectors in lists]
 
 
 def _reduced_precision(device: torch.device) -> bool:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.func import functional_call
 
 from ngplus import NGPlus
-from ngplus.completeness import Comparison, MatrixEntries, Spread, TableEntries, draw
+from ngplus.completeness import Comparison, MatrixEntries, Spread, TableEntries, draw, values_of
 from ngplus.factors import Bags, Dense, OneHot
 from ngplus.gfim import Part
 from ngplus.layers import find_layers
@@ -292,7 +292,7 @@ def test_what_is_added_to_a_gradient_is_found(name, seed):
         comparison = Comparison(entries)
         comparison.add_use(part, torch.float64)
         comparison.add_gradient(gradient * (1 + extra))
-        values = [vector.tolist() for vector in comparison.tensors(None)]
+        values = values_of([comparison.vectors(None)])[0]
         assert comparison.is_complete(values) == (complete or not entries.of_gradient(gradient).any())
 
 
