@@ -1,7 +1,10 @@
 """Building the generalized Fisher information matrix L or R, equations (4) and (5), from factors.
 
 With p = min(m, n) the short side, q the long side and κ positions, one sample's 𝒢ᵢ𝒢ᵢᵀ is made in the cheapest of
-three ways, none of which keeps more than `CHUNK` numbers at a time:
+three ways, in chunks of samples and, where 𝒢ᵢ is formed of many positions, in chunks of those. No temporary has more
+than about `CHUNK` elements, or than 𝒢ᵢ where that has more.
+
+A table of the ways:
 
 =============  =====================================  =======================  ==================
 way            formula (short side S, long side A)    operations a sample      when
@@ -15,7 +18,7 @@ direct         (S Aᵀ)(S Aᵀ)ᵀ                          2κpq + 2p²q       
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -114,18 +117,17 @@ def second_moment(shape: Shape, parts: Sequence[Part]) -> list[Tensor]:
         return added([second_moment(shape, together) for together in apart])
     short, long = map(list, zip(*(oriented(shape, part) for part in parts), strict=True))
     way = cheapest_way(shape, short, long)
-    build = _WAYS[way]
-    cost = _numbers_a_sample(shape, way, short)
     samples = short[0].samples
-    chunk_size = CHUNK.get(short[0].device.type, CHUNK["cuda"])
-    step = max(1, chunk_size // cost) if way != "scaled" else samples
+    step = _limit(shape, way, short[0].device) // _elements_a_sample(shape, way, short, long)
     if samples <= step:
-        return build(short, long, shape)
-    sums: list[Tensor] = []
+        return _outer(*_WAYS[way](short, long, shape), shape)
+    step = _even(samples, step)
+    sums: list[Tensor] | None = None
     for start in range(0, samples, step):
         stop = min(start + step, samples)
-        chunk = build([f.slice(start, stop) for f in short], [f.slice(start, stop) for f in long], shape)
-        sums = added([sums, chunk]) if sums else chunk
+        chunk = [f.slice(start, stop) for f in short], [f.slice(start, stop) for f in long]
+        sums = _outer(*_WAYS[way](*chunk, shape), shape, sums)
+    assert sums is not None
     return sums
 
 
@@ -160,11 +162,33 @@ def sample_long_side(shape: Shape, part: Part, drawn: Tensor) -> Part:
     return part._replace(rows=Sampled(part.rows, drawn, scale))
 
 
-def _numbers_a_sample(shape: Shape, way: Way, short: Sequence[Factor]) -> int:
+def chunk_elements(device: torch.device) -> int:
+    """Most elements of the temporaries of the construction on a device, see `CHUNK`."""
+    return CHUNK.get(device.type, CHUNK["cuda"])
+
+
+def _elements_a_sample(shape: Shape, way: Way, short: Sequence[Factor], long: Sequence[Factor]) -> int:
+    """Elements of the temporaries of a way for one sample."""
     kappa = sum(f.positions for f in short)
+    if way == "scaled":
+        return shape.groups * (shape.short + long[0].norm_elements)
     if way == "gram":
-        return shape.groups * kappa * (2 * kappa + shape.short)
+        return shape.groups * kappa * (2 * kappa + shape.short + shape.long)
     return shape.groups * (shape.short * shape.long + kappa * (shape.short + shape.long))
+
+
+def _even(count: int, step: int) -> int:
+    """At most ``step``, for as many chunks of ``count``, the last of which is about as long as the others."""
+    return -(-count // -(-count // max(1, step)))
+
+
+def _limit(shape: Shape, way: Way, device: torch.device) -> int:
+    """Elements of temporaries that are made at a time.
+
+    Twice as many for the scaled way, and no fewer than the weight has: smaller products take longer in all.
+    """
+    chunk = chunk_elements(device)
+    return max(2 * chunk, shape.groups * shape.short * shape.long) if way == "scaled" else chunk
 
 
 def _disjoint_rows(parts: Sequence[Part]) -> list[list[Part]]:
@@ -184,9 +208,9 @@ def _disjoint_rows(parts: Sequence[Part]) -> list[list[Part]]:
     return [] if overlap else [slices[edge] for edge in edges]
 
 
-def _scaled(short: Sequence[Factor], long: Sequence[Factor], shape: Shape) -> list[Tensor]:
+def _scaled(short: Sequence[Factor], long: Sequence[Factor], shape: Shape) -> tuple[Tensor, Tensor]:
     columns = without_tiny(_scaled_by_norms(short[0], long[0]))
-    return _outer(columns, columns, shape)
+    return columns, columns
 
 
 def _scaled_by_norms(short: Factor, long: Factor) -> Tensor:
@@ -209,42 +233,94 @@ def without_tiny(columns: Tensor) -> Tensor:
     return F.hardshrink(columns, least) if found else columns
 
 
-def _through_gram(short: Sequence[Factor], long: Sequence[Factor], shape: Shape) -> list[Tensor]:
+def _through_gram(short: Sequence[Factor], long: Sequence[Factor], shape: Shape) -> tuple[Tensor, Tensor]:
     columns = concatenated(short)  # (b, groups, p, κ)
-    return _outer(columns @ gram(long), columns, shape)
+    return columns @ gram(long), columns
 
 
-def _direct(short: Sequence[Factor], long: Sequence[Factor], shape: Shape) -> list[Tensor]:
-    gradients = concatenated(short) @ concatenated(long).mT  # (b, groups, p, q)
-    return _outer(gradients, gradients, shape)
+def _direct(short: Sequence[Factor], long: Sequence[Factor], shape: Shape) -> tuple[Tensor, Tensor]:
+    gradients = per_sample_gradients(short, long, shape.groups)  # (b, groups, p, q)
+    return gradients, gradients
 
 
-_WAYS: dict[Way, Callable[[Sequence[Factor], Sequence[Factor], Shape], list[Tensor]]] = {
+_WAYS: dict[Way, Callable[[Sequence[Factor], Sequence[Factor], Shape], tuple[Tensor, Tensor]]] = {
     "scaled": _scaled,
     "gram": _through_gram,
     "direct": _direct,
 }
 
 
-def _outer(left: Tensor, right: Tensor, shape: Shape) -> list[Tensor]:
-    """Diagonal blocks of Σᵢ left_i right_iᵀ, for ``left`` and ``right`` of shape (b, groups, p, c)."""
+def per_sample_gradients(left: Sequence[Factor], right: Sequence[Factor], groups: int) -> Tensor:
+    """𝒢ᵢ = Σ left · rightᵀ of some samples, over their uses and positions, (b, groups, left's size, right's size).
+
+    Uses are written out for at most `chunk_elements` elements at a time, or for one position of each sample.
+    """
+    size = left[0].samples * groups * (left[0].size + right[0].size)
+    step = _even(sum(f.positions for f in left), chunk_elements(left[0].device) // max(1, size))
+    gradients: Tensor | None = None
+    for together in _position_chunks(left, right, step):
+        outputs, inputs = (concatenated(factors) for factors in zip(*together, strict=True))
+        if gradients is None:
+            gradients = outputs @ inputs.mT
+        else:
+            gradients.flatten(0, 1).baddbmm_(outputs.flatten(0, 1), inputs.flatten(0, 1).mT)
+    assert gradients is not None
+    return gradients
+
+
+def _position_chunks(
+    left: Sequence[Factor], right: Sequence[Factor], step: int
+) -> Iterator[list[tuple[Factor, Factor]]]:
+    """Both factors of all uses in order, at most ``step`` positions at a time."""
+    together: list[tuple[Factor, Factor]] = []
+    room = step
+    for one, other in zip(left, right, strict=True):
+        start = 0
+        while start < one.positions:
+            stop = min(start + room, one.positions)
+            together.append((one.slice_positions(start, stop), other.slice_positions(start, stop)))
+            room -= stop - start
+            start = stop
+            if not room:
+                yield together
+                together, room = [], step
+    if together:
+        yield together
+
+
+def _outer(left: Tensor, right: Tensor, shape: Shape, sums: list[Tensor] | None = None) -> list[Tensor]:
+    """Diagonal blocks of Σᵢ left_i right_iᵀ, for ``left`` and ``right`` of shape (b, groups, p, c).
+
+    Returns:
+        ``sums``, to which they are added in place; new ones where there are none.
+    """
     if shape.groups == 1 and shape.blocks == (1, 0) and not left.is_cuda:
-        return [_summed_products(left[:, 0], right[:, 0]).unsqueeze(0)]
+        total = _summed_products(left[:, 0], right[:, 0], sums[0][0] if sums else None)
+        return sums or [total.unsqueeze(0)]
     first = _samples_last(left)
     second = first if right is left else _samples_last(right)
     whole = shape.short - shape.blocks[1]
     rows = [rows for rows in (slice(0, whole), slice(whole, shape.short)) if rows.stop > rows.start]
-    return [
-        torch.bmm(first[:, at].reshape(count, size, -1), second[:, at].reshape(count, size, -1).mT)
+    pairs = [
+        (first[:, at].reshape(count, size, -1), second[:, at].reshape(count, size, -1).mT)
         for at, (count, size, _) in zip(rows, shape.stack_shapes, strict=True)
     ]
+    if sums is None:
+        return [torch.bmm(*pair) for pair in pairs]
+    return [total.baddbmm_(*pair) for total, pair in zip(sums, pairs, strict=True)]
 
 
-def _summed_products(left: Tensor, right: Tensor) -> Tensor:
-    """Σᵢ left_i right_iᵀ for (b, p, c): without a copy where products are long, as one product where they are short."""
+def _summed_products(left: Tensor, right: Tensor, total: Tensor | None) -> Tensor:
+    """Σᵢ left_i right_iᵀ for (b, p, c): without a copy where products are long, as one product where they are short.
+
+    It is added to ``total`` in place where there is one.
+    """
     if left.shape[2] == 1:
-        return left[:, :, 0].T @ right[:, :, 0]
-    return torch.addbmm(left.new_zeros(()), left, right.mT, beta=0)
+        pair = left[:, :, 0].T, right[:, :, 0]
+        return torch.mm(*pair) if total is None else total.addmm_(*pair)
+    if total is None:
+        return torch.addbmm(left.new_zeros(()), left, right.mT, beta=0)
+    return total.addbmm_(left, right.mT)
 
 
 def _samples_last(factor: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ngplus import gfim
 from ngplus.baselines import SENG, Shampoo
 from ngplus.baselines import sample_gradients as forms
 from ngplus.gfim import Shape
@@ -246,7 +247,7 @@ def test_the_gram_matrix_is_the_same_by_either_way():
 
 
 def test_the_gram_matrix_in_chunks(monkeypatch):
-    monkeypatch.setitem(forms.CHUNK, "cpu", 64)
+    monkeypatch.setitem(gfim.CHUNK, "cpu", 64)
     check(convolutional(), torch.randn(5, 2, 6, 6))
     check(Sequence(), torch.randint(7, (5, 2)))
 
