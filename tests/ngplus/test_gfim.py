@@ -105,7 +105,11 @@ def statistics(model, x, **options):
 
 
 @pytest.mark.parametrize("limit", [1, 97, 1000])
-@pytest.mark.parametrize("options", [{}, {"samples": "rows"}, {"block_size": 2}, {"max_samples": 1}, {"samples": "rows", "max_samples": 43}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"samples": "rows"}, {"block_size": 2}, {"max_samples": 1}, {"samples": "rows", "max_samples": 43}],
+    ids=str,
+)
 @pytest.mark.parametrize("case", LARGE)
 def test_chunks_of_positions_add_up_to_the_whole(case, options, limit, monkeypatch):
     torch.manual_seed(0)
