@@ -27,6 +27,11 @@ class Factor(Protocol):
         ...
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the entries as `dense` gives them: float32 or float64."""
+        ...
+
+    @property
     def samples(self) -> int:
         """Number of samples b."""
         ...
@@ -112,6 +117,11 @@ class Dense:
         return self.entries.device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """At least float32."""
+        return statistics_dtype(self.entries.dtype)
+
+    @property
     def samples(self) -> int:
         """Number of samples b."""
         return self.entries.shape[0]
@@ -129,7 +139,7 @@ class Dense:
     @property
     def norm_elements(self) -> int:
         """All rows, unless they are contiguous and in the statistics' dtype."""
-        is_read_in_place = self.entries.dtype == statistics_dtype(self.entries.dtype) and self.entries.stride(2) == 1
+        is_read_in_place = self.entries.dtype == self.dtype and self.entries.stride(2) == 1
         return 1 if is_read_in_place else self.entries.shape[2]
 
     def gram_cost(self) -> int:
@@ -137,7 +147,7 @@ class Dense:
         return 2 * self.positions**2 * self.entries.shape[2]
 
     def _entries(self) -> Tensor:
-        return self.entries.to(statistics_dtype(self.entries.dtype))
+        return self.entries.to(self.dtype)
 
     def dense(self) -> Tensor:
         """The entries, zero rows and the constant row put in."""
@@ -277,6 +287,11 @@ class Bags:
         return self.index.device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The weights'."""
+        return self.weight.dtype
+
+    @property
     def samples(self) -> int:
         """Number of bags b."""
         return self.bags
@@ -376,6 +391,11 @@ class Sampled:
         return self.factor.device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The factor's."""
+        return self.factor.dtype
+
+    @property
     def samples(self) -> int:
         """Number of samples b."""
         return self.factor.samples
@@ -449,6 +469,11 @@ class Flat:
     def device(self) -> torch.device:
         """Where it lies."""
         return self.factor.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The factor's."""
+        return self.factor.dtype
 
     @property
     def samples(self) -> int:
@@ -548,6 +573,11 @@ class Gathered:
     def device(self) -> torch.device:
         """Where it lies."""
         return self.factor.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The factor's."""
+        return self.factor.dtype
 
     @property
     def samples(self) -> int:

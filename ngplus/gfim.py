@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ngplus.devices import can_ask
 from ngplus.factors import Dense, Factor, Sampled, concatenated, gram
+from ngplus.patches import whole_rows
 
 Side = Literal["left", "right"]
 Way = Literal["scaled", "gram", "direct"]
@@ -117,18 +118,21 @@ def second_moment(shape: Shape, parts: Sequence[Part]) -> list[Tensor]:
         return added([second_moment(shape, together) for together in apart])
     short, long = map(list, zip(*(oriented(shape, part) for part in parts), strict=True))
     way = cheapest_way(shape, short, long)
+    sums = _room_for(shape, short[0].dtype, short[0].device)
     samples = short[0].samples
-    step = _limit(shape, way, short[0].device) // _elements_a_sample(shape, way, short, long)
+    step = max(1, _limit(shape, way, short[0].device) // _elements_a_sample(shape, way, short, long))
     if samples <= step:
-        return _outer(*_WAYS[way](short, long, shape), shape)
-    step = _even(samples, step)
-    sums: list[Tensor] | None = None
+        return _add_outer(sums, *_WAYS[way](short, long, shape), shape, beta=0)
     for start in range(0, samples, step):
         stop = min(start + step, samples)
         chunk = [f.slice(start, stop) for f in short], [f.slice(start, stop) for f in long]
-        sums = _outer(*_WAYS[way](*chunk, shape), shape, sums)
-    assert sums is not None
+        _add_outer(sums, *_WAYS[way](*chunk, shape), shape, beta=min(start, 1))
     return sums
+
+
+def _room_for(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Sums not yet begun, made before what is needed for a while only: behind that they would keep a hole in memory."""
+    return [torch.empty(size, dtype=dtype, device=device) for size in shape.stack_shapes]
 
 
 def positions_as_samples(part: Part) -> Part:
@@ -145,7 +149,7 @@ def scaled_columns(shape: Shape, part: Part) -> Tensor:
 def product_of_columns(shape: Shape, columns: Tensor) -> list[Tensor]:
     """UUᵀ of (groups, p, rank) columns, block by block."""
     columns = columns.unsqueeze(0)
-    return _outer(columns, columns, shape)
+    return _add_outer(_room_for(shape, columns.dtype, columns.device), columns, columns, shape, beta=0)
 
 
 def sample_long_side(shape: Shape, part: Part, drawn: Tensor) -> Part:
@@ -175,11 +179,6 @@ def _elements_a_sample(shape: Shape, way: Way, short: Sequence[Factor], long: Se
     if way == "gram":
         return shape.groups * kappa * (2 * kappa + shape.short + shape.long)
     return shape.groups * (shape.short * shape.long + kappa * (shape.short + shape.long))
-
-
-def _even(count: int, step: int) -> int:
-    """At most ``step``, for as many chunks of ``count``, the last of which is about as long as the others."""
-    return -(-count // -(-count // max(1, step)))
 
 
 def _limit(shape: Shape, way: Way, device: torch.device) -> int:
@@ -253,74 +252,75 @@ _WAYS: dict[Way, Callable[[Sequence[Factor], Sequence[Factor], Shape], tuple[Ten
 def per_sample_gradients(left: Sequence[Factor], right: Sequence[Factor], groups: int) -> Tensor:
     """𝒢ᵢ = Σ left · rightᵀ of some samples, over their uses and positions, (b, groups, left's size, right's size).
 
-    Uses are written out for at most `chunk_elements` elements at a time, or for one position of each sample.
+    Uses of so many positions that they would have more than `chunk_elements` elements are written out in parts.
     """
-    size = left[0].samples * groups * (left[0].size + right[0].size)
-    step = _even(sum(f.positions for f in left), chunk_elements(left[0].device) // max(1, size))
-    gradients: Tensor | None = None
-    for together in _position_chunks(left, right, step):
-        outputs, inputs = (concatenated(factors) for factors in zip(*together, strict=True))
-        if gradients is None:
-            gradients = outputs @ inputs.mT
-        else:
-            gradients.flatten(0, 1).baddbmm_(outputs.flatten(0, 1), inputs.flatten(0, 1).mT)
-    assert gradients is not None
-    return gradients
+    samples, rows, columns = left[0].samples, left[0].size, right[0].size
+    elements = max(1, samples * groups * (rows + columns))
+    gradients = torch.empty(samples * groups, rows, columns, dtype=left[0].dtype, device=left[0].device)
+    chunks = _position_chunks(left, right, chunk_elements(left[0].device) // elements)
+    for number, together in enumerate(chunks):
+        outputs, inputs = (concatenated(factors).flatten(0, 1) for factors in zip(*together, strict=True))
+        gradients.baddbmm_(outputs, inputs.mT, beta=min(number, 1))
+    return gradients.view(samples, groups, rows, columns)
 
 
 def _position_chunks(
-    left: Sequence[Factor], right: Sequence[Factor], step: int
+    left: Sequence[Factor], right: Sequence[Factor], limit: int
 ) -> Iterator[list[tuple[Factor, Factor]]]:
-    """Both factors of all uses in order, at most ``step`` positions at a time."""
+    """Both factors of all uses: several together up to ``limit`` positions, parts of those that have more.
+
+    Parts are of a quarter of it: more than that is no faster, and leaves holes in memory that nothing else fits into.
+    """
     together: list[tuple[Factor, Factor]] = []
-    room = step
+    room = limit
     for one, other in zip(left, right, strict=True):
-        start = 0
-        while start < one.positions:
-            stop = min(start + room, one.positions)
-            together.append((one.slice_positions(start, stop), other.slice_positions(start, stop)))
-            room -= stop - start
-            start = stop
-            if not room:
-                yield together
-                together, room = [], step
+        if together and one.positions > room:
+            yield together
+            together, room = [], limit
+        if one.positions <= room:
+            together.append((one, other))
+            room -= one.positions
+            continue
+        step = whole_rows(one, whole_rows(other, max(1, limit // 4)))
+        for start in range(0, one.positions, step):
+            stop = min(start + step, one.positions)
+            yield [(one.slice_positions(start, stop), other.slice_positions(start, stop))]
     if together:
         yield together
 
 
-def _outer(left: Tensor, right: Tensor, shape: Shape, sums: list[Tensor] | None = None) -> list[Tensor]:
-    """Diagonal blocks of Σᵢ left_i right_iᵀ, for ``left`` and ``right`` of shape (b, groups, p, c).
+def _add_outer(sums: list[Tensor], left: Tensor, right: Tensor, shape: Shape, *, beta: int) -> list[Tensor]:
+    """Add to ``sums`` the diagonal blocks of Σᵢ left_i right_iᵀ, for ``left`` and ``right`` of shape (b, groups, p, c).
+
+    Args:
+        sums: one tensor for each entry of ``shape.stack_shapes``, changed in place.
+        left: as said.
+        right: as said.
+        shape: of the layer's matrix.
+        beta: 1, or 0 where ``sums`` are not yet begun.
 
     Returns:
-        ``sums``, to which they are added in place; new ones where there are none.
+        ``sums``.
     """
     if shape.groups == 1 and shape.blocks == (1, 0) and not left.is_cuda:
-        total = _summed_products(left[:, 0], right[:, 0], sums[0][0] if sums else None)
-        return sums or [total.unsqueeze(0)]
+        _add_products(sums[0][0], left[:, 0], right[:, 0], beta)
+        return sums
     first = _samples_last(left)
     second = first if right is left else _samples_last(right)
     whole = shape.short - shape.blocks[1]
     rows = [rows for rows in (slice(0, whole), slice(whole, shape.short)) if rows.stop > rows.start]
-    pairs = [
-        (first[:, at].reshape(count, size, -1), second[:, at].reshape(count, size, -1).mT)
-        for at, (count, size, _) in zip(rows, shape.stack_shapes, strict=True)
-    ]
-    if sums is None:
-        return [torch.bmm(*pair) for pair in pairs]
-    return [total.baddbmm_(*pair) for total, pair in zip(sums, pairs, strict=True)]
+    for total, at in zip(sums, rows, strict=True):
+        count, size, _ = total.shape
+        total.baddbmm_(first[:, at].reshape(count, size, -1), second[:, at].reshape(count, size, -1).mT, beta=beta)
+    return sums
 
 
-def _summed_products(left: Tensor, right: Tensor, total: Tensor | None) -> Tensor:
-    """Σᵢ left_i right_iᵀ for (b, p, c): without a copy where products are long, as one product where they are short.
-
-    It is added to ``total`` in place where there is one.
-    """
+def _add_products(total: Tensor, left: Tensor, right: Tensor, beta: int) -> None:
+    """Add Σᵢ left_i right_iᵀ for (b, p, c): without a copy where products are long, as one where they are short."""
     if left.shape[2] == 1:
-        pair = left[:, :, 0].T, right[:, :, 0]
-        return torch.mm(*pair) if total is None else total.addmm_(*pair)
-    if total is None:
-        return torch.addbmm(left.new_zeros(()), left, right.mT, beta=0)
-    return total.addbmm_(left, right.mT)
+        total.addmm_(left[:, :, 0].T, right[:, :, 0], beta=beta)
+    else:
+        total.addbmm_(left, right.mT, beta=beta)
 
 
 def _samples_last(factor: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ngplus.factors import Dense, Flat, boxes, statistics_dtype
+from ngplus.factors import Dense, Factor, Flat, Sampled, boxes, statistics_dtype
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,11 @@ class Patches:
     def device(self) -> torch.device:
         """Where it lies."""
         return self.images.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """At least float32."""
+        return statistics_dtype(self.images.dtype)
 
     @property
     def samples(self) -> int:
@@ -156,15 +161,14 @@ class Patches:
 
     def dense(self) -> Tensor:
         """The unfolded patches, (b, groups, channels·kernel, κ)."""
-        dtype = statistics_dtype(self.images.dtype)
-        entries = self.images.new_empty(self.samples, self.groups, self.size, self.positions, dtype=dtype)
+        entries = self.images.new_empty(self.samples, self.groups, self.size, self.positions, dtype=self.dtype)
         if self.tail is not None:
             entries[:, :, -1] = self.tail
         unfolded = torch.unflatten(entries[:, :, : self._area], 2, (self.channels, *self.kernel))
         directions = len(self.kernel)
         output, kernel = range(3, 3 + directions), range(3 + directions, 3 + 2 * directions)
         for place, box in self._boxes():
-            windows = box._windows(box._padded(box._by_group().to(dtype)))
+            windows = box._windows(box._padded(box._by_group().to(self.dtype)))
             columns = windows.permute(0, 1, 2, *kernel, *output)
             torch.unflatten(unfolded[..., place], -1, box.output_size).copy_(columns)
         return entries
@@ -184,9 +188,7 @@ class Patches:
         The sum is made one direction after the other, k + k instead of k·k terms for a square kernel.
         """
         spatial = self.images.shape[2:]
-        pixels = self.images.to(statistics_dtype(self.images.dtype)).reshape(
-            self.samples, self.groups, self.channels, -1
-        )
+        pixels = self.images.to(self.dtype).reshape(self.samples, self.groups, self.channels, -1)
         products = (pixels.mT @ pixels).view(self.samples, self.groups, *spatial, *spatial)
         for direction in range(len(spatial)):
             products = self._summed_over_offsets(products, direction)
@@ -211,14 +213,13 @@ class Patches:
 
     def squared_norms(self) -> Tensor:
         """Squared norms of patches: windows summed over the pixels' own."""
-        dtype = statistics_dtype(self.images.dtype)
-        norms = self.images.new_empty(self.samples, self.groups, self.positions, dtype=dtype)
+        norms = self.images.new_empty(self.samples, self.groups, self.positions, dtype=self.dtype)
         for place, box in self._boxes():
             norms[..., place] = box._norms()
         return norms + 1.0 if self.tail else norms
 
     def _norms(self) -> Tensor:
-        images = self._by_group().to(statistics_dtype(self.images.dtype))
+        images = self._by_group().to(self.dtype)
         energy = self._padded(images.square().sum(dim=2))  # (b, groups, *spatial)
         return self._windows(energy).sum(dim=tuple(range(-len(self.kernel), 0))).flatten(2)
 
@@ -270,6 +271,18 @@ def patches(
     if not plain:
         return Patches(images, kernel, stride, dilation, padding, groups, tail)
     return Dense(torch.unflatten(images.flatten(2), 1, (groups, -1)), tail)
+
+
+def whole_rows(factor: Factor, step: int) -> int:
+    """Up to ``step`` positions that are whole rows, or planes, of a convolution's output: fewer boxes to unfold."""
+    patches = factor.factor if isinstance(factor, Sampled) else factor
+    unit = 1
+    if isinstance(patches, Patches):
+        for length in reversed(patches.output_size):
+            if unit * length > step:
+                break
+            unit *= length
+    return step // unit * unit
 
 
 def _square(products: Tensor, axes: tuple[int, int], part: slice) -> Tensor:

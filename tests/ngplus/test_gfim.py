@@ -124,6 +124,23 @@ def test_chunks_of_positions_add_up_to_the_whole(case, options, limit, monkeypat
         torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12 * expected.abs().max().item())
 
 
+@pytest.mark.parametrize("limit", [1, 300, 2**30])
+@pytest.mark.parametrize("samples", ["batch", "rows"])
+@pytest.mark.parametrize("case", LARGE)
+def test_what_memory_held_before_counts_for_nothing(case, samples, limit, monkeypatch):
+    monkeypatch.setattr(gfim, "CHUNK", dict.fromkeys(gfim.CHUNK, limit))
+    model, shape = LARGE[case]
+    model, x = model.double(), torch.randn(shape, dtype=torch.float64)
+    expected = statistics(model, x, samples=samples)
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    try:
+        assert torch.empty(1, dtype=torch.float64).isnan()
+        found = statistics(model, x, samples=samples)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("limit", [1, 100])
 def test_chunks_of_positions_of_sampled_columns_and_of_several_uses(limit, monkeypatch):
     torch.manual_seed(0)
