@@ -562,8 +562,8 @@ class Gathered:
 
     Attributes:
         factor: a `Dense` or `Patches`.
-        index: (samples, κ), numbers of the factor's positions, counted over all of its samples; −1 for zeros, of which
-            only the constant row is none.
+        index: (samples, κ), numbers of the factor's positions, counted over all of its samples; −1 for entries of zero
+            above the constant row.
     """
 
     factor: Gatherable

@@ -1,11 +1,10 @@
 """Every way to L or R gives the same matrix, in chunks too, and the cheapest way is taken."""
 
-import itertools
-
 import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from allocations import peak_elements
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -200,17 +199,6 @@ def test_temporaries_have_no_more_elements_than_a_few_chunks_and_weights(case, r
         gfim.second_moment(shape, [gfim.positions_as_samples(part) if rows else part])
 
     assert peak_elements(build) <= 6 * limit + 4 * shape.groups * shape.short * shape.long
-
-
-def peak_elements(function):
-    """Most float32 elements that were allocated at a time while ``function`` ran, inside of torch's kernels too."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
-    ) as profile:
-        function()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    return max(itertools.accumulate(event.nbytes() for event in events)) / 4
 
 
 @pytest.mark.parametrize("way", ["gram", "direct"])
