@@ -132,6 +132,7 @@ bench: $(STAMP)  ## what a step costs under each optimizer, on the four models
 	$(PYTHON) -m experiments.bench.steps --model resnet50-32 --optimizer ngplus
 	$(PYTHON) -m experiments.bench.steps --model dlrm-sparse --optimizer adagrad ngplus-adagrad ngplus-adagrad-32-samples --rounds 60
 	$(PYTHON) -m experiments.bench.rows
+	$(PYTHON) -m experiments.bench.convolution_memory
 	$(PYTHON) -m experiments.bench.own_work
 	$(PYTHON) -m experiments.bench.chart
 

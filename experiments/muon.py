@@ -35,31 +35,21 @@ class _MuonOfTensors(torch.optim.Muon):
         state = self.state[parameter]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
-        order = _order(parameter)
-        matrix, gradient, momentum = (
-            tensor.permute(order).flatten(1) for tensor in (parameter, parameter.grad, state["momentum_buffer"])
-        )
+        gradient, momentum = parameter.grad, state["momentum_buffer"]
         momentum.lerp_(gradient, 1 - group["momentum"])
         update = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
+        matrix = update.flatten(1)  # may be a copy, where the memory is in another order: only read
         direction = zero_power_via_newton_schulz_5(
-            update, group["ns_steps"], group["eps"], weights=group["ns_coefficients"], dtype=fast_dtype(update.device)
+            matrix, group["ns_steps"], group["eps"], weights=group["ns_coefficients"], dtype=fast_dtype(update.device)
         )
         rate = _adjust_lr(group["lr"], group["adjust_lr_fn"], matrix.shape)
-        matrix.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-rate)
+        parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction.view(parameter.shape), alpha=-rate)
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
     """What matrices are multiplied in the fastest: bfloat16, but float32 by a CPU without instructions for it."""
     lacks = device.type == "cpu" and not any(torch.cpu.get_capabilities().get(name) for name in _BFLOAT16)
     return torch.float32 if lacks else torch.bfloat16
-
-
-def _order(parameter: Tensor) -> list[int]:
-    """Dimensions as they lie in memory, so that what follows the first can be flattened without a copy.
-
-    The order of a matrix's columns does not matter to Muon.
-    """
-    return [0, *sorted(range(1, parameter.dim()), key=lambda dim: (-parameter.stride(dim), dim))]
 
 
 class MuonAndAdamW(Optimizer):

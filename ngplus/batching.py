@@ -183,8 +183,12 @@ def form(layer: Layer) -> Hashable:
     gradient, bias = layer.weight.grad, layer.trained_bias
     if gradient is None:
         return None
-    rows = (gradient._nnz(), gradient.dense_dim()) if gradient.is_sparse else None
-    return gradient.shape, rows, gradient.dtype, gradient.device, bias is not None and (id(bias), bias.grad is not None)
+    size: Hashable
+    if gradient.is_sparse:
+        size = gradient.shape, gradient._nnz(), gradient.dense_dim()
+    else:
+        size = gradient.shape, gradient.is_contiguous()  # which a weight that changes its memory format changes
+    return size, gradient.dtype, gradient.device, bias is not None and (id(bias), bias.grad is not None)
 
 
 def _joined(members: Sequence[Member]) -> Batch:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ngplus.factors import Bags, Dense, OneHot, statistics_dtype
 from ngplus.gfim import Part
 from ngplus.layers import Layer
-from ngplus.patches import Patches
+from ngplus.patches import patches
 
 
 class UnsupportedCall(Exception):  # noqa: N818 (control flow, never seen by users)
@@ -221,7 +221,7 @@ def _convolution(
     def factors(source: Tensor, gradient: Tensor) -> Part:
         outputs = batched(gradient).flatten(2)  # (b, out, κ)
         rows = Dense(outputs.reshape(outputs.shape[0], groups, -1, outputs.shape[2]))
-        columns = Patches(batched(source).contiguous(), kernel, stride, dilation, zeros, groups, tail)
+        columns = patches(batched(source), kernel, stride, dilation, zeros, groups, tail)
         return Part(rows=rows, columns=columns)
 
     return Call(layer, input, factors)

@@ -323,7 +323,8 @@ class Comparison:
         if (count := self._entries.count) > len(captured):
             captured = F.pad(captured, (place, count - place - len(captured)))
         self._captured.append(_read(captured))
-        self._products.append(products if len(self._products) < KEPT else torch.linalg.vector_norm(products))
+        few = len(self._products) < KEPT and products.numel() <= KEPT * SUMMANDS
+        self._products.append(products if few else torch.linalg.vector_norm(products))
         self._dtypes.add(dtype)
 
     def add_gradient(self, gradient: Tensor) -> None:

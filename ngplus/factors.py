@@ -8,7 +8,8 @@ the cheapest way that their structure allows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -26,6 +27,11 @@ class Factor(Protocol):
         ...
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the entries as `dense` gives them: float32 or float64."""
+        ...
+
+    @property
     def samples(self) -> int:
         """Number of samples b."""
         ...
@@ -38,6 +44,11 @@ class Factor(Protocol):
     @property
     def positions(self) -> int:
         """Columns κ of the factor."""
+        ...
+
+    @property
+    def norm_elements(self) -> int:
+        """Elements of the temporaries of `squared_norms` for one position and group."""
         ...
 
     def gram_cost(self) -> int:
@@ -58,6 +69,10 @@ class Factor(Protocol):
 
     def slice(self, start: int, stop: int) -> Factor:
         """The samples ``start`` to ``stop``."""
+        ...
+
+    def slice_positions(self, start: int, stop: int) -> Factor:
+        """The positions ``start`` to ``stop`` of every sample."""
         ...
 
     def flat(self) -> Factor:
@@ -102,6 +117,11 @@ class Dense:
         return self.entries.device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """At least float32."""
+        return statistics_dtype(self.entries.dtype)
+
+    @property
     def samples(self) -> int:
         """Number of samples b."""
         return self.entries.shape[0]
@@ -116,12 +136,18 @@ class Dense:
         """Columns κ."""
         return self.entries.shape[3]
 
+    @property
+    def norm_elements(self) -> int:
+        """All rows, unless they are contiguous and in the statistics' dtype."""
+        is_read_in_place = self.entries.dtype == self.dtype and self.entries.stride(2) == 1
+        return 1 if is_read_in_place else self.entries.shape[2]
+
     def gram_cost(self) -> int:
         """2κ²d for a sample and group."""
         return 2 * self.positions**2 * self.entries.shape[2]
 
     def _entries(self) -> Tensor:
-        return self.entries.to(statistics_dtype(self.entries.dtype))
+        return self.entries.to(self.dtype)
 
     def dense(self) -> Tensor:
         """The entries, zero rows and the constant row put in."""
@@ -139,16 +165,32 @@ class Dense:
 
     def squared_norms(self) -> Tensor:
         """Sum of squares over the rows."""
-        norms: Tensor = torch.linalg.vector_norm(self._entries(), dim=2).square_()
+        entries = self._entries()
+        if entries.stride(2) == 1:
+            norms: Tensor = torch.linalg.vector_norm(entries, dim=2).square_()
+        else:  # for which a norm takes three to ten times as long
+            norms = entries.square().sum(dim=2)
         return norms + 1.0 if self.tail else norms
 
     def slice(self, start: int, stop: int) -> Dense:
         """The samples ``start`` to ``stop``."""
         return replace(self, entries=self.entries[start:stop])
 
-    def flat(self) -> Dense:
-        """Every position a sample."""
-        return replace(self, entries=self.entries.permute(0, 3, 1, 2).flatten(0, 1).unsqueeze(-1))
+    def slice_positions(self, start: int, stop: int) -> Dense:
+        """The positions ``start`` to ``stop``."""
+        return replace(self, entries=self.entries[..., start:stop])
+
+    def flat(self) -> Factor:
+        """Every position a sample: a view where there is one."""
+        columns = self.entries.permute(0, 3, 1, 2)
+        if self.positions == 1 or columns.stride(0) == self.positions * columns.stride(1):
+            return replace(self, entries=columns.flatten(0, 1).unsqueeze(-1))
+        return Flat.of(self)
+
+    def gather(self, index: Tensor) -> Dense:
+        """Columns by their numbers, see `Gathered`."""
+        columns = self.entries.permute(0, 3, 1, 2)[index // self.positions, index % self.positions]
+        return replace(self, entries=columns.permute(0, 2, 3, 1))
 
 
 @dataclass(frozen=True)
@@ -185,6 +227,11 @@ class OneHot:
         """Columns κ."""
         return self.index.shape[1]
 
+    @property
+    def norm_elements(self) -> int:
+        """The norm."""
+        return 1
+
     def gram_cost(self) -> int:
         """One comparison for every two positions."""
         return self.positions**2
@@ -206,6 +253,10 @@ class OneHot:
     def slice(self, start: int, stop: int) -> OneHot:
         """The samples ``start`` to ``stop``."""
         return replace(self, index=self.index[start:stop])
+
+    def slice_positions(self, start: int, stop: int) -> OneHot:
+        """The positions ``start`` to ``stop``."""
+        return replace(self, index=self.index[:, start:stop])
 
     def flat(self) -> OneHot:
         """Every position a sample."""
@@ -236,6 +287,11 @@ class Bags:
         return self.index.device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The weights'."""
+        return self.weight.dtype
+
+    @property
     def samples(self) -> int:
         """Number of bags b."""
         return self.bags
@@ -249,6 +305,11 @@ class Bags:
     def positions(self) -> int:
         """A bag is one position."""
         return 1
+
+    @property
+    def norm_elements(self) -> int:
+        """About one a member."""
+        return self.gram_cost()
 
     def gram_cost(self) -> int:
         """About one operation a member."""
@@ -301,6 +362,10 @@ class Bags:
             bags=stop - start,
         )
 
+    def slice_positions(self, start: int, stop: int) -> Bags:
+        """A bag is one position: all of it."""
+        return self
+
     def flat(self) -> Bags:
         """A bag is one position already."""
         return self
@@ -326,6 +391,11 @@ class Sampled:
         return self.factor.device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The factor's."""
+        return self.factor.dtype
+
+    @property
     def samples(self) -> int:
         """Number of samples b."""
         return self.factor.samples
@@ -339,6 +409,11 @@ class Sampled:
     def positions(self) -> int:
         """Columns κ."""
         return self.factor.positions
+
+    @property
+    def norm_elements(self) -> int:
+        """The rows drawn, and those they are drawn from."""
+        return self.factor.size + self.size
 
     def gram_cost(self) -> int:
         """2κ²q."""
@@ -362,9 +437,208 @@ class Sampled:
         """The samples ``start`` to ``stop``."""
         return replace(self, factor=self.factor.slice(start, stop))
 
+    def slice_positions(self, start: int, stop: int) -> Sampled:
+        """The positions ``start`` to ``stop``."""
+        return replace(self, factor=self.factor.slice_positions(start, stop))
+
     def flat(self) -> Sampled:
         """Every position a sample."""
         return replace(self, factor=self.factor.flat())
+
+
+@dataclass(frozen=True)
+class Flat:
+    """Every position of a factor a sample of its own (κ = 1), which are written out for as many as are asked for.
+
+    Attributes:
+        factor: of b samples with κ positions each.
+        start: number of the first position, counted over all samples.
+        stop: number of the position after the last.
+    """
+
+    factor: Factor
+    start: int
+    stop: int
+
+    @classmethod
+    def of(cls, factor: Factor) -> Flat:
+        """All positions of a factor."""
+        return cls(factor, 0, factor.samples * factor.positions)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.factor.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The factor's."""
+        return self.factor.dtype
+
+    @property
+    def samples(self) -> int:
+        """Number of positions."""
+        return self.stop - self.start
+
+    @property
+    def size(self) -> int:
+        """Rows of the factor."""
+        return self.factor.size
+
+    @property
+    def positions(self) -> int:
+        """One a sample."""
+        return 1
+
+    @property
+    def norm_elements(self) -> int:
+        """The factor's."""
+        return self.factor.norm_elements
+
+    def gram_cost(self) -> int:
+        """Of the squared norm."""
+        return 2 * self.size
+
+    def _boxes(self) -> Iterator[Factor]:
+        """The positions in order, as parts of the factor: rests of samples, and whole samples between them."""
+        if not self.samples:
+            yield self.factor.slice(0, 0)
+            return
+        for samples, positions in boxes((self.factor.samples, self.factor.positions), self.start, self.stop):
+            yield self.factor.slice(samples.start, samples.stop).slice_positions(positions.start, positions.stop)
+
+    def dense(self) -> Tensor:
+        """The entries, (samples, groups, d, 1)."""
+        return _joined([box.dense().permute(0, 3, 1, 2).flatten(0, 1) for box in self._boxes()]).unsqueeze(-1)
+
+    def gram(self) -> Tensor:
+        """The squared norm as a 1×1 matrix."""
+        return self.squared_norms().unsqueeze(-1)
+
+    def squared_norms(self) -> Tensor:
+        """Squared norm of every position, (samples, groups, 1)."""
+        return _joined([box.squared_norms().transpose(1, 2).flatten(0, 1) for box in self._boxes()]).unsqueeze(-1)
+
+    def slice(self, start: int, stop: int) -> Flat:
+        """The positions ``start`` to ``stop``."""
+        return replace(self, start=self.start + start, stop=self.start + stop)
+
+    def slice_positions(self, start: int, stop: int) -> Flat:
+        """A sample is one position: all of it."""
+        return self
+
+    def flat(self) -> Flat:
+        """Positions are samples already."""
+        return self
+
+
+def boxes(grid: Sequence[int], start: int, stop: int) -> Iterator[tuple[slice, ...]]:
+    """The cells ``start`` to ``stop`` of a grid, numbered row by row, as boxes in that order, at most 2·dims − 1."""
+    if len(grid) == 1:
+        yield (slice(start, stop),)
+        return
+    inner = math.prod(grid[1:])
+    first, last = -(-start // inner), stop // inner  # the whole rows
+    if first > last:  # inside of one row
+        yield from _in_row(grid, last, start, stop)
+        return
+    if start < first * inner:
+        yield from _in_row(grid, first - 1, start, first * inner)
+    if first < last:
+        yield slice(first, last), *(slice(0, size) for size in grid[1:])
+    if last * inner < stop:
+        yield from _in_row(grid, last, last * inner, stop)
+
+
+def _in_row(grid: Sequence[int], row: int, start: int, stop: int) -> Iterator[tuple[slice, ...]]:
+    before = row * math.prod(grid[1:])
+    for box in boxes(grid[1:], start - before, stop - before):
+        yield slice(row, row + 1), *box
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Positions of a factor, wherever they are, as those of other samples; written out for those that are asked for.
+
+    Attributes:
+        factor: a `Dense` or `Patches`.
+        index: (samples, κ), numbers of the factor's positions, counted over all of its samples; −1 for entries of zero
+            above the constant row.
+    """
+
+    factor: Gatherable
+    index: Tensor
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.factor.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The factor's."""
+        return self.factor.dtype
+
+    @property
+    def samples(self) -> int:
+        """Number of samples."""
+        return self.index.shape[0]
+
+    @property
+    def size(self) -> int:
+        """Rows of the factor."""
+        return self.factor.size
+
+    @property
+    def positions(self) -> int:
+        """Columns κ."""
+        return self.index.shape[1]
+
+    @property
+    def norm_elements(self) -> int:
+        """Of a position written out."""
+        return self.size
+
+    def gram_cost(self) -> int:
+        """2κ²d."""
+        return 2 * self.positions**2 * self.size
+
+    def _written(self) -> Dense:
+        written = self.factor.gather(self.index.clamp_min(0))
+        written.entries.masked_fill_((self.index < 0)[:, None, None], 0.0)
+        return written
+
+    def dense(self) -> Tensor:
+        """The entries, (samples, groups, d, κ)."""
+        return self._written().dense()
+
+    def gram(self) -> Tensor:
+        """Inner products of the entries."""
+        return self._written().gram()
+
+    def squared_norms(self) -> Tensor:
+        """Squared norms of the entries."""
+        return self._written().squared_norms()
+
+    def slice(self, start: int, stop: int) -> Gathered:
+        """The samples ``start`` to ``stop``."""
+        return replace(self, index=self.index[start:stop])
+
+    def slice_positions(self, start: int, stop: int) -> Gathered:
+        """The positions ``start`` to ``stop``."""
+        return replace(self, index=self.index[:, start:stop])
+
+    def flat(self) -> Gathered:
+        """Every position a sample."""
+        return replace(self, index=self.index.reshape(-1, 1))
+
+
+class Gatherable(Factor, Protocol):
+    """A factor whose positions can be written out one by one."""
+
+    def gather(self, index: Tensor) -> Dense:
+        """The positions of the numbers ``index`` (samples, κ), in memory of their own."""
+        ...
 
 
 def gram(factors: Sequence[Factor]) -> Tensor:
@@ -396,4 +670,9 @@ def _inner(left: Factor, right: Factor) -> Tensor:
 
 def concatenated(factors: Sequence[Factor]) -> Tensor:
     """The entries of several factors side by side, (b, groups, d, Σκ)."""
-    return factors[0].dense() if len(factors) == 1 else torch.cat([f.dense() for f in factors], dim=-1)
+    return _joined([f.dense() for f in factors], dim=-1)
+
+
+def _joined(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """Tensors side by side; a single one as it is."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)

@@ -1,7 +1,10 @@
 """Building the generalized Fisher information matrix L or R, equations (4) and (5), from factors.
 
 With p = min(m, n) the short side, q the long side and κ positions, one sample's 𝒢ᵢ𝒢ᵢᵀ is made in the cheapest of
-three ways, none of which keeps more than `CHUNK` numbers at a time:
+three ways, in chunks of samples and, where 𝒢ᵢ is formed of many positions, in chunks of those. No temporary has more
+than about `CHUNK` elements, or than 𝒢ᵢ where that has more.
+
+A table of the ways:
 
 =============  =====================================  =======================  ==================
 way            formula (short side S, long side A)    operations a sample      when
@@ -15,7 +18,7 @@ direct         (S Aᵀ)(S Aᵀ)ᵀ                          2κpq + 2p²q       
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -25,6 +28,7 @@ from torch import Tensor
 
 from ngplus.devices import can_ask
 from ngplus.factors import Dense, Factor, Sampled, concatenated, gram
+from ngplus.patches import whole_rows
 
 Side = Literal["left", "right"]
 Way = Literal["scaled", "gram", "direct"]
@@ -114,19 +118,21 @@ def second_moment(shape: Shape, parts: Sequence[Part]) -> list[Tensor]:
         return added([second_moment(shape, together) for together in apart])
     short, long = map(list, zip(*(oriented(shape, part) for part in parts), strict=True))
     way = cheapest_way(shape, short, long)
-    build = _WAYS[way]
-    cost = _numbers_a_sample(shape, way, short)
+    sums = _room_for(shape, short[0].dtype, short[0].device)
     samples = short[0].samples
-    chunk_size = CHUNK.get(short[0].device.type, CHUNK["cuda"])
-    step = max(1, chunk_size // cost) if way != "scaled" else samples
+    step = max(1, _limit(shape, way, short[0].device) // _elements_a_sample(shape, way, short, long))
     if samples <= step:
-        return build(short, long, shape)
-    sums: list[Tensor] = []
+        return _add_outer(sums, *_WAYS[way](short, long, shape), shape, beta=0)
     for start in range(0, samples, step):
         stop = min(start + step, samples)
-        chunk = build([f.slice(start, stop) for f in short], [f.slice(start, stop) for f in long], shape)
-        sums = added([sums, chunk]) if sums else chunk
+        chunk = [f.slice(start, stop) for f in short], [f.slice(start, stop) for f in long]
+        _add_outer(sums, *_WAYS[way](*chunk, shape), shape, beta=min(start, 1))
     return sums
+
+
+def _room_for(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Sums not yet begun, made before what is needed for a while only: behind that they would keep a hole in memory."""
+    return [torch.empty(size, dtype=dtype, device=device) for size in shape.stack_shapes]
 
 
 def positions_as_samples(part: Part) -> Part:
@@ -143,7 +149,7 @@ def scaled_columns(shape: Shape, part: Part) -> Tensor:
 def product_of_columns(shape: Shape, columns: Tensor) -> list[Tensor]:
     """UUᵀ of (groups, p, rank) columns, block by block."""
     columns = columns.unsqueeze(0)
-    return _outer(columns, columns, shape)
+    return _add_outer(_room_for(shape, columns.dtype, columns.device), columns, columns, shape, beta=0)
 
 
 def sample_long_side(shape: Shape, part: Part, drawn: Tensor) -> Part:
@@ -160,11 +166,28 @@ def sample_long_side(shape: Shape, part: Part, drawn: Tensor) -> Part:
     return part._replace(rows=Sampled(part.rows, drawn, scale))
 
 
-def _numbers_a_sample(shape: Shape, way: Way, short: Sequence[Factor]) -> int:
+def chunk_elements(device: torch.device) -> int:
+    """Most elements of the temporaries of the construction on a device, see `CHUNK`."""
+    return CHUNK.get(device.type, CHUNK["cuda"])
+
+
+def _elements_a_sample(shape: Shape, way: Way, short: Sequence[Factor], long: Sequence[Factor]) -> int:
+    """Elements of the temporaries of a way for one sample."""
     kappa = sum(f.positions for f in short)
+    if way == "scaled":
+        return shape.groups * (shape.short + long[0].norm_elements)
     if way == "gram":
-        return shape.groups * kappa * (2 * kappa + shape.short)
+        return shape.groups * kappa * (2 * kappa + shape.short + shape.long)
     return shape.groups * (shape.short * shape.long + kappa * (shape.short + shape.long))
+
+
+def _limit(shape: Shape, way: Way, device: torch.device) -> int:
+    """Elements of temporaries that are made at a time.
+
+    Twice as many for the scaled way, and no fewer than the weight has: smaller products take longer in all.
+    """
+    chunk = chunk_elements(device)
+    return max(2 * chunk, shape.groups * shape.short * shape.long) if way == "scaled" else chunk
 
 
 def _disjoint_rows(parts: Sequence[Part]) -> list[list[Part]]:
@@ -184,9 +207,9 @@ def _disjoint_rows(parts: Sequence[Part]) -> list[list[Part]]:
     return [] if overlap else [slices[edge] for edge in edges]
 
 
-def _scaled(short: Sequence[Factor], long: Sequence[Factor], shape: Shape) -> list[Tensor]:
+def _scaled(short: Sequence[Factor], long: Sequence[Factor], shape: Shape) -> tuple[Tensor, Tensor]:
     columns = without_tiny(_scaled_by_norms(short[0], long[0]))
-    return _outer(columns, columns, shape)
+    return columns, columns
 
 
 def _scaled_by_norms(short: Factor, long: Factor) -> Tensor:
@@ -209,42 +232,95 @@ def without_tiny(columns: Tensor) -> Tensor:
     return F.hardshrink(columns, least) if found else columns
 
 
-def _through_gram(short: Sequence[Factor], long: Sequence[Factor], shape: Shape) -> list[Tensor]:
+def _through_gram(short: Sequence[Factor], long: Sequence[Factor], shape: Shape) -> tuple[Tensor, Tensor]:
     columns = concatenated(short)  # (b, groups, p, κ)
-    return _outer(columns @ gram(long), columns, shape)
+    return columns @ gram(long), columns
 
 
-def _direct(short: Sequence[Factor], long: Sequence[Factor], shape: Shape) -> list[Tensor]:
-    gradients = concatenated(short) @ concatenated(long).mT  # (b, groups, p, q)
-    return _outer(gradients, gradients, shape)
+def _direct(short: Sequence[Factor], long: Sequence[Factor], shape: Shape) -> tuple[Tensor, Tensor]:
+    gradients = per_sample_gradients(short, long, shape.groups)  # (b, groups, p, q)
+    return gradients, gradients
 
 
-_WAYS: dict[Way, Callable[[Sequence[Factor], Sequence[Factor], Shape], list[Tensor]]] = {
+_WAYS: dict[Way, Callable[[Sequence[Factor], Sequence[Factor], Shape], tuple[Tensor, Tensor]]] = {
     "scaled": _scaled,
     "gram": _through_gram,
     "direct": _direct,
 }
 
 
-def _outer(left: Tensor, right: Tensor, shape: Shape) -> list[Tensor]:
-    """Diagonal blocks of Σᵢ left_i right_iᵀ, for ``left`` and ``right`` of shape (b, groups, p, c)."""
+def per_sample_gradients(left: Sequence[Factor], right: Sequence[Factor], groups: int) -> Tensor:
+    """𝒢ᵢ = Σ left · rightᵀ of some samples, over their uses and positions, (b, groups, left's size, right's size).
+
+    Uses of so many positions that they would have more than `chunk_elements` elements are written out in parts.
+    """
+    samples, rows, columns = left[0].samples, left[0].size, right[0].size
+    elements = max(1, samples * groups * (rows + columns))
+    gradients = torch.empty(samples * groups, rows, columns, dtype=left[0].dtype, device=left[0].device)
+    chunks = _position_chunks(left, right, chunk_elements(left[0].device) // elements)
+    for number, together in enumerate(chunks):
+        outputs, inputs = (concatenated(factors).flatten(0, 1) for factors in zip(*together, strict=True))
+        gradients.baddbmm_(outputs, inputs.mT, beta=min(number, 1))
+    return gradients.view(samples, groups, rows, columns)
+
+
+def _position_chunks(
+    left: Sequence[Factor], right: Sequence[Factor], limit: int
+) -> Iterator[list[tuple[Factor, Factor]]]:
+    """Both factors of all uses: several together up to ``limit`` positions, parts of those that have more.
+
+    Parts are of a quarter of it: more than that is no faster, and leaves holes in memory that nothing else fits into.
+    """
+    together: list[tuple[Factor, Factor]] = []
+    room = limit
+    for one, other in zip(left, right, strict=True):
+        if together and one.positions > room:
+            yield together
+            together, room = [], limit
+        if one.positions <= room:
+            together.append((one, other))
+            room -= one.positions
+            continue
+        step = whole_rows(one, whole_rows(other, max(1, limit // 4)))
+        for start in range(0, one.positions, step):
+            stop = min(start + step, one.positions)
+            yield [(one.slice_positions(start, stop), other.slice_positions(start, stop))]
+    if together:
+        yield together
+
+
+def _add_outer(sums: list[Tensor], left: Tensor, right: Tensor, shape: Shape, *, beta: int) -> list[Tensor]:
+    """Add to ``sums`` the diagonal blocks of Σᵢ left_i right_iᵀ, for ``left`` and ``right`` of shape (b, groups, p, c).
+
+    Args:
+        sums: one tensor for each entry of ``shape.stack_shapes``, changed in place.
+        left: as said.
+        right: as said.
+        shape: of the layer's matrix.
+        beta: 1, or 0 where ``sums`` are not yet begun.
+
+    Returns:
+        ``sums``.
+    """
     if shape.groups == 1 and shape.blocks == (1, 0) and not left.is_cuda:
-        return [_summed_products(left[:, 0], right[:, 0]).unsqueeze(0)]
+        _add_products(sums[0][0], left[:, 0], right[:, 0], beta)
+        return sums
     first = _samples_last(left)
     second = first if right is left else _samples_last(right)
     whole = shape.short - shape.blocks[1]
     rows = [rows for rows in (slice(0, whole), slice(whole, shape.short)) if rows.stop > rows.start]
-    return [
-        torch.bmm(first[:, at].reshape(count, size, -1), second[:, at].reshape(count, size, -1).mT)
-        for at, (count, size, _) in zip(rows, shape.stack_shapes, strict=True)
-    ]
+    for total, at in zip(sums, rows, strict=True):
+        count, size, _ = total.shape
+        total.baddbmm_(first[:, at].reshape(count, size, -1), second[:, at].reshape(count, size, -1).mT, beta=beta)
+    return sums
 
 
-def _summed_products(left: Tensor, right: Tensor) -> Tensor:
-    """Σᵢ left_i right_iᵀ for (b, p, c): without a copy where products are long, as one product where they are short."""
+def _add_products(total: Tensor, left: Tensor, right: Tensor, beta: int) -> None:
+    """Add Σᵢ left_i right_iᵀ for (b, p, c): without a copy where products are long, as one where they are short."""
     if left.shape[2] == 1:
-        return left[:, :, 0].T @ right[:, :, 0]
-    return torch.addbmm(left.new_zeros(()), left, right.mT, beta=0)
+        total.addmm_(left[:, :, 0].T, right[:, :, 0], beta=beta)
+    else:
+        total.addbmm_(left, right.mT, beta=beta)
 
 
 def _samples_last(factor: Tensor) -> Tensor:

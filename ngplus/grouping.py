@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from ngplus import gfim
-from ngplus.factors import Bags, Dense, Factor, OneHot
+from ngplus.factors import Bags, Dense, Factor, Gathered, OneHot
 from ngplus.gfim import Part
+from ngplus.patches import Patches
 
 
 @dataclass(frozen=True)
@@ -73,68 +74,48 @@ def rows_by_sample(part: Part, index: Tensor, batch_dim: int, samples: int, name
         samples: number of samples.
         name: the layer's, for errors.
     """
-    part, index = _numbered(part, index, batch_dim, name)
+    index, rows = _numbered(part, index, batch_dim, name)
     order = index.argsort(stable=True)
     counts = index.bincount(minlength=samples)
     place = torch.arange(index.numel(), device=index.device) - (counts.cumsum(0) - counts)[index[order]]
-    shape = (samples, int(counts.max()) if index.numel() else 1)
-    where = index[order], place
-    return Part(_placed(part.rows, order, where, shape, name), _placed(part.columns, order, where, shape, name))
+    numbers = order.new_full((samples, int(counts.max()) if index.numel() else 1), -1)
+    numbers[index[order], place] = order if rows is None else rows[order]
+    return Part(_gathered(part.rows, numbers, name), _gathered(part.columns, numbers, name))
 
 
 def rows_that_count(part: Part, index: Tensor, batch_dim: int, name: str) -> Part:
     """Every row a sample, but those with a negative index."""
-    return _numbered(part, index, batch_dim, name)[0]
+    _, rows = _numbered(part, index, batch_dim, name)
+    if rows is None:
+        return gfim.positions_as_samples(part)
+    return Part(*(_gathered(factor, rows.unsqueeze(1), name) for factor in part))
 
 
-def _numbered(part: Part, index: Tensor, batch_dim: int, name: str) -> tuple[Part, Tensor]:
-    """Every row a sample, and its number; rows with a negative one left out."""
+def _numbered(part: Part, index: Tensor, batch_dim: int, name: str) -> tuple[Tensor, Tensor | None]:
+    """The sample of every row that belongs to one, and the numbers of these rows; None for all rows."""
     batch, positions = part.rows.samples, part.rows.positions
-    flat = gfim.positions_as_samples(part)
     if index.dim() > 1 and index.numel() == batch * positions:
         index = index.movedim(min(batch_dim, index.dim() - 1), 0).flatten()
     elif index.shape == (batch,):
         index = index.repeat_interleave(positions)
-    if index.numel() != flat.rows.samples or index.dim() > 1:
+    if index.numel() != batch * positions or index.dim() > 1:
         raise ValueError(
             f"sample_index for {name} has shape {tuple(index.shape)}, but the layer's input has {batch:,} elements of "
             f"{positions:,} positions; give its module name a pattern with an index of its own"
         )
-    index = index.to(flat.rows.device).long()
-    kept = (index >= 0).nonzero().squeeze(1)
-    if kept.numel() == index.numel():
-        return flat, index
-    return Part(_selected(flat.rows, kept, name), _selected(flat.columns, kept, name)), index[kept]
+    index = index.to(part.rows.device).long()
+    rows = (index >= 0).nonzero().squeeze(1)
+    return (index, None) if rows.numel() == index.numel() else (index[rows], rows)
 
 
-def _selected(factor: Factor, rows: Tensor, name: str) -> Factor:
-    """Some of a factor's samples."""
-    if isinstance(factor, OneHot):
-        return replace(factor, index=factor.index[rows])
-    factor = _entries(factor, name)
-    return replace(factor, entries=factor.entries[rows])
-
-
-def _placed(factor: Factor, order: Tensor, where: tuple[Tensor, Tensor], shape: tuple[int, int], name: str) -> Factor:
-    """The factor's rows, in ``order``, at their places (sample, position); zeros elsewhere."""
-    if isinstance(factor, OneHot):
-        placed = factor.index.new_zeros(shape)
-        placed[where] = factor.index[order, 0]
-        return replace(factor, index=placed)
-    factor = _entries(factor, name)
-    entries = factor.entries[order].squeeze(-1)  # (rows, groups, d)
-    placed = entries.new_zeros(*shape, *entries.shape[1:])
-    placed[where] = entries
-    return replace(factor, entries=placed.permute(0, 2, 3, 1))  # (samples, groups, d, κ)
-
-
-def _entries(factor: Factor, name: str) -> Dense:
-    """The factor by its entries."""
-    if isinstance(factor, Dense):
-        return factor
+def _gathered(factor: Factor, numbers: Tensor, name: str) -> Factor:
+    """The factor's rows of these numbers (samples, κ), −1 for rows whose gradient is zero."""
     if isinstance(factor, Bags):
         raise ValueError(f"{name} is an embedding bag, whose bags are samples already: leave it out of sample_index")
-    return Dense(factor.dense())
+    if isinstance(factor, OneHot):  # any row of the table will do for a gradient of zero
+        return replace(factor, index=factor.index.flatten()[numbers.clamp_min(0)])
+    assert isinstance(factor, Dense | Patches)
+    return Gathered(factor, numbers)
 
 
 __all__ = ["SampleIndex", "rows_by_sample", "rows_that_count"]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ngplus.factors import statistics_dtype, with_tail
+from ngplus.factors import Dense, Factor, Flat, Sampled, boxes, statistics_dtype
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Patches:
         padding: zeros (before, after) in each spatial direction.
         groups: of the convolution; channels are cut into so many equal parts.
         tail: as in `Dense`.
+        start: first output position that counts, output positions being numbered row by row.
+        stop: the output position after the last that counts; None for all.
     """
 
     images: Tensor
@@ -34,11 +37,18 @@ class Patches:
     padding: tuple[tuple[int, int], ...]
     groups: int
     tail: float | None = None
+    start: int = 0
+    stop: int | None = None
 
     @property
     def device(self) -> torch.device:
         """Where it lies."""
         return self.images.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """At least float32."""
+        return statistics_dtype(self.images.dtype)
 
     @property
     def samples(self) -> int:
@@ -53,11 +63,15 @@ class Patches:
     @property
     def size(self) -> int:
         """Channels of a group times kernel area, and the constant row."""
-        return self.channels * math.prod(self.kernel) + (self.tail is not None)
+        return self._area + (self.tail is not None)
+
+    @property
+    def _area(self) -> int:
+        return self.channels * math.prod(self.kernel)
 
     @property
     def output_size(self) -> tuple[int, ...]:
-        """Output positions in each spatial direction."""
+        """Output positions in each spatial direction, whether they count or not."""
         return tuple(
             (length + before + after - dilation * (kernel - 1) - 1) // stride + 1
             for length, (before, after), kernel, stride, dilation in zip(
@@ -66,23 +80,42 @@ class Patches:
         )
 
     @property
+    def _range(self) -> tuple[int, int]:
+        return self.start, math.prod(self.output_size) if self.stop is None else self.stop
+
+    @property
     def positions(self) -> int:
-        """Output positions κ."""
-        return math.prod(self.output_size)
+        """Output positions κ that count."""
+        start, stop = self._range
+        return stop - start
+
+    @property
+    def norm_elements(self) -> int:
+        """Squares of pixels, over channels."""
+        return self.channels
 
     def _shifted_cost(self) -> int:
         pixels = math.prod(self.images.shape[2:])
         return 2 * pixels**2 * self.channels + sum(self.kernel) * pixels**2
 
     def _unfolded_cost(self) -> int:
-        return 2 * self.positions**2 * self.channels * math.prod(self.kernel)
+        return 2 * self.positions**2 * self._area
+
+    def _is_whole(self) -> bool:
+        """Whether all positions count."""
+        return (self.start, self.stop) == (0, None)
+
+    def _is_shifted(self) -> bool:
+        """Whether the Gram matrix is made of shifted products, which give that of all positions only."""
+        return self._is_whole() and self._shifted_cost() < self._unfolded_cost()
 
     def gram_cost(self) -> int:
         """Of the cheaper of the two ways to the Gram matrix."""
-        return min(self._shifted_cost(), self._unfolded_cost())
+        return self._shifted_cost() if self._is_shifted() else self._unfolded_cost()
 
-    def _images(self) -> Tensor:
-        return self.images.to(statistics_dtype(self.images.dtype))
+    def _by_group(self) -> Tensor:
+        """The images, (b, groups, channels, *spatial)."""
+        return torch.unflatten(self.images, 1, (self.groups, self.channels))
 
     def _padded(self, images: Tensor) -> Tensor:
         """``images`` with zeros around their spatial directions."""
@@ -101,18 +134,48 @@ class Patches:
             images.storage_offset(),
         )
 
+    def _boxes(self) -> Iterator[tuple[slice, Patches]]:
+        """The positions that count in as few boxes of the output as there are, with their places among them."""
+        if self._is_whole():
+            yield slice(0, self.positions), self
+            return
+        place = 0
+        for box in boxes(self.output_size, *self._range):
+            part = self._box(box)
+            yield slice(place, place + part.positions), part
+            place += part.positions
+
+    def _box(self, outputs: tuple[slice, ...]) -> Patches:
+        """A box of output positions: those pixels alone that it is made from, with the zeros around them."""
+        images, padding = self.images, []
+        for direction, (output, (before, _)) in enumerate(zip(outputs, self.padding, strict=True)):
+            length, stride = self.images.shape[2 + direction], self.stride[direction]
+            first = output.start * stride - before
+            last = (output.stop - 1) * stride - before + self.dilation[direction] * (self.kernel[direction] - 1)
+            low = min(max(first, 0), length)
+            count = max(min(last + 1, length) - low, 0)
+            zeros = min(max(low - first, 0), last + 1 - first)
+            images = images.narrow(2 + direction, low, count)
+            padding.append((zeros, last + 1 - first - zeros - count))
+        return replace(self, images=images, padding=tuple(padding), start=0, stop=None)
+
     def dense(self) -> Tensor:
         """The unfolded patches, (b, groups, channels·kernel, κ)."""
+        entries = self.images.new_empty(self.samples, self.groups, self.size, self.positions, dtype=self.dtype)
+        if self.tail is not None:
+            entries[:, :, -1] = self.tail
+        unfolded = torch.unflatten(entries[:, :, : self._area], 2, (self.channels, *self.kernel))
         directions = len(self.kernel)
-        windows = self._windows(self._padded(self._images()))  # (b, C, *output, *kernel)
-        output, kernel = range(2, 2 + directions), range(2 + directions, 2 + 2 * directions)
-        columns = windows.permute(0, 1, *kernel, *output)
-        shape = (self.samples, self.groups, self.channels * math.prod(self.kernel), self.positions)
-        return with_tail(columns.reshape(shape), self.tail)
+        output, kernel = range(3, 3 + directions), range(3 + directions, 3 + 2 * directions)
+        for place, box in self._boxes():
+            windows = box._windows(box._padded(box._by_group().to(self.dtype)))
+            columns = windows.permute(0, 1, 2, *kernel, *output)
+            torch.unflatten(unfolded[..., place], -1, box.output_size).copy_(columns)
+        return entries
 
     def gram(self) -> Tensor:
         """Inner products of patches, by shifted products of pixels where that is cheaper."""
-        if self._shifted_cost() < self._unfolded_cost():
+        if self._is_shifted():
             gram = self._shifted_gram()
         else:
             columns = replace(self, tail=None).dense()
@@ -125,7 +188,7 @@ class Patches:
         The sum is made one direction after the other, k + k instead of k·k terms for a square kernel.
         """
         spatial = self.images.shape[2:]
-        pixels = self._images().reshape(self.samples, self.groups, self.channels, -1)
+        pixels = self.images.to(self.dtype).reshape(self.samples, self.groups, self.channels, -1)
         products = (pixels.mT @ pixels).view(self.samples, self.groups, *spatial, *spatial)
         for direction in range(len(spatial)):
             products = self._summed_over_offsets(products, direction)
@@ -150,11 +213,9 @@ class Patches:
 
     def squared_norms(self) -> Tensor:
         """Squared norms of patches: windows summed over the pixels' own."""
-        images = self._images()
-        images = images.view(self.samples, self.groups, self.channels, *images.shape[2:])
-        energy = self._padded(images.square().sum(dim=2))  # (b, groups, *spatial)
-        windows = self._windows(energy)
-        norms = windows.sum(dim=tuple(range(-len(self.kernel), 0))).flatten(2)
+        norms = self.images.new_empty(self.samples, self.groups, self.positions, dtype=self.dtype)
+        for place, box in self._boxes():
+            norms[..., place] = box._norms()
         return norms + 1.0 if self.tail else norms
 
     def at_offset(self, images: Tensor, offset: tuple[int, ...]) -> Tensor:
@@ -174,73 +235,71 @@ class Patches:
         ]
         return padded[(slice(None), slice(None), *slices)].flatten(2)
 
+    def _norms(self) -> Tensor:
+        images = self._by_group().to(self.dtype)
+        energy = self._padded(images.square().sum(dim=2))  # (b, groups, *spatial)
+        return self._windows(energy).sum(dim=tuple(range(-len(self.kernel), 0))).flatten(2)
+
     def slice(self, start: int, stop: int) -> Patches:
         """The samples ``start`` to ``stop``."""
         return replace(self, images=self.images[start:stop])
 
-    def flat(self) -> Normed:
-        """Every position a sample, of which only the norm is known."""
-        return Normed(self.squared_norms().transpose(1, 2).flatten(0, 1).unsqueeze(-1), self)
-
-
-@dataclass(frozen=True)
-class Normed:
-    """Positions of patches as samples: their squared norms, and the entries only where they are asked for.
-
-    Attributes:
-        norms: (b·κ, groups, 1).
-        patches: which they are the norms of.
-        start: first of the patches' positions, counted over all samples.
-    """
-
-    norms: Tensor
-    patches: Patches
-    start: int = 0
-
-    @property
-    def device(self) -> torch.device:
-        """Where it lies."""
-        return self.norms.device
-
-    @property
-    def samples(self) -> int:
-        """Number of positions."""
-        return self.norms.shape[0]
-
-    @property
-    def size(self) -> int:
-        """Entries of a patch."""
-        return self.patches.size
-
-    @property
-    def positions(self) -> int:
-        """One a sample."""
-        return 1
-
-    def gram_cost(self) -> int:
-        """The norms are there."""
-        return 1
-
-    def dense(self) -> Tensor:
-        """The patches written out, (samples, groups, d, 1)."""
-        entries = self.patches.dense().permute(0, 3, 1, 2).flatten(0, 1)
-        return entries[self.start : self.start + self.samples].unsqueeze(-1)
-
-    def gram(self) -> Tensor:
-        """The squared norm as a 1×1 matrix."""
-        return self.norms.unsqueeze(-1)
-
-    def squared_norms(self) -> Tensor:
-        """The norms."""
-        return self.norms
-
-    def slice(self, start: int, stop: int) -> Normed:
+    def slice_positions(self, start: int, stop: int) -> Patches:
         """The positions ``start`` to ``stop``."""
-        return replace(self, norms=self.norms[start:stop], start=self.start + start)
+        if (start, stop) == (0, self.positions):
+            return self
+        return replace(self, start=self.start + start, stop=self.start + stop)
 
-    def flat(self) -> Normed:
-        """Positions are samples already."""
-        return self
+    def flat(self) -> Flat:
+        """Every position a sample, unfolded only where it is asked for."""
+        return Flat.of(self)
+
+    def gather(self, index: Tensor) -> Dense:
+        """Patches by their numbers, as in `Gathered`: no other is unfolded."""
+        inside, pixel = self._pixels(torch.unravel_index(index % self.positions + self.start, self.output_size))
+        images = self.images.flatten(2)
+        entries = images[(index // self.positions).unsqueeze(-1), :, pixel]  # (samples, κ, kernel, channels)
+        entries = entries.masked_fill_(~inside.unsqueeze(-1), 0.0).permute(0, 3, 2, 1)
+        return Dense(entries.reshape(len(index), self.groups, self._area, -1), self.tail)
+
+    def _pixels(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Whether each entry of some positions' patches is inside the image, and which pixel of it, (*lead, kernel)."""
+        inside, pixel = torch.ones_like(outputs[0]).unsqueeze(-1).bool(), torch.zeros_like(outputs[0]).unsqueeze(-1)
+        for direction, output in enumerate(outputs):
+            offsets = torch.arange(self.kernel[direction], device=self.device) * self.dilation[direction]
+            place = output.unsqueeze(-1) * self.stride[direction] - self.padding[direction][0] + offsets
+            length = self.images.shape[2 + direction]
+            inside = (inside.unsqueeze(-1) & ((place >= 0) & (place < length)).unsqueeze(-2)).flatten(-2)
+            pixel = (pixel.unsqueeze(-1) * length + place.clamp(0, length - 1).unsqueeze(-2)).flatten(-2)
+        return inside, pixel
+
+
+def patches(
+    images: Tensor,
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    dilation: tuple[int, ...],
+    padding: tuple[tuple[int, int], ...],
+    groups: int,
+    tail: float | None,
+) -> Dense | Patches:
+    """`Patches`; where each is a pixel and each pixel one, they are the images' own entries: `Dense`."""
+    plain = set(kernel) == set(stride) == {1} and not any(itertools.chain.from_iterable(padding))
+    if not plain:
+        return Patches(images, kernel, stride, dilation, padding, groups, tail)
+    return Dense(torch.unflatten(images.flatten(2), 1, (groups, -1)), tail)
+
+
+def whole_rows(factor: Factor, step: int) -> int:
+    """Up to ``step`` positions that are whole rows, or planes, of a convolution's output: fewer boxes to unfold."""
+    patches = factor.factor if isinstance(factor, Sampled) else factor
+    unit = 1
+    if isinstance(patches, Patches):
+        for length in reversed(patches.output_size):
+            if unit * length > step:
+                break
+            unit *= length
+    return step // unit * unit
 
 
 def _square(products: Tensor, axes: tuple[int, int], part: slice) -> Tensor:

@@ -13,7 +13,7 @@ def peak_memory_mb(model: str, optimizer: str, device: str) -> float:
     """Peak memory of four steps, two of them renewing, in MiB.
 
     On a GPU what was allocated there; on a CPU the process's peak resident memory above what it had before the model
-    was made.
+    was made, and after a first optimizer was: torch imports 160 MB with that.
     """
     command = [sys.executable, "-m", "experiments.bench.memory", model, optimizer, device]
     result = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -29,6 +29,7 @@ def _measure(model: str, optimizer: str, device: str) -> float:
     from experiments.bench.peers import PEERS
     from experiments.bench.workloads import WORKLOADS
 
+    torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     before = _resident_mb()
     peer = PEERS[optimizer](WORKLOADS[model](device), 2)
     for _ in range(4):

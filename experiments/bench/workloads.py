@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -164,6 +165,46 @@ def dlrm(device: str, *, batch: int = 128, largest: int = 100_000, sparse: bool 
     )
 
 
+def convolutions(
+    device: str,
+    *,
+    size: tuple[int, ...],
+    channels: int,
+    kernel: int = 3,
+    batch: int = 1,
+    depthwise: bool = False,
+    samples: str = "batch",
+) -> Workload:
+    """Three convolutions that keep the size of a signal, an image or a volume, the second of them the largest."""
+    Conv = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[len(size)]
+    groups = channels if depthwise else 1
+    model = nn.Sequential(
+        Conv(1, channels, kernel, padding="same"),
+        nn.ReLU(),
+        Conv(channels, channels, kernel, padding="same", groups=groups),
+        nn.ReLU(),
+        Conv(channels, 2, 1),
+    )
+    shape = " × ".join(map(str, size))
+    return Workload(
+        name=f"{'depthwise ' if depthwise else ''}{Conv.__name__} {shape}, {channels} channels, batch {batch}",
+        model=model.to(device),
+        inputs=(torch.randn(batch, 1, *size, device=device),),
+        loss=lambda output: output.square().mean(),
+        interval=500,
+        samples=samples,
+    )
+
+
+_CONVOLUTIONS: dict[str, dict[str, Any]] = {
+    "conv1d": {"size": (2**18,), "channels": 16, "kernel": 9},
+    "conv2d": {"size": (512, 512), "channels": 32},
+    "conv2d-depthwise": {"size": (512, 512), "channels": 32, "depthwise": True},
+    "conv3d": {"size": (64, 64, 64), "channels": 16},
+    "conv3d-batch-4": {"size": (48, 48, 48), "channels": 16, "batch": 4},
+}
+
+
 WORKLOADS: dict[str, Callable[[str], Workload]] = {
     "resnet50": lambda device: resnet50(device, batch=8 if device == "cpu" else 256),
     "resnet50-32": resnet50,
@@ -172,4 +213,6 @@ WORKLOADS: dict[str, Callable[[str], Workload]] = {
     "fairseq": fairseq,
     "dlrm": dlrm,
     "dlrm-sparse": lambda device: dlrm(device, sparse=True),
+    **{name: partial(convolutions, **shape) for name, shape in _CONVOLUTIONS.items()},
+    **{f"{name}-rows": partial(convolutions, **shape, samples="rows") for name, shape in _CONVOLUTIONS.items()},
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, Literal
 
 import torch
@@ -19,7 +20,7 @@ from ngplus.calls import Call, UnsupportedCall
 from ngplus.capture import Capture, Sampling, Statistic, _Record, _Returned, _Use, is_zero
 from ngplus.curvature import Curvature, LayerState
 from ngplus.factors import Bags, Factor, OneHot, statistics_dtype
-from ngplus.gfim import CHUNK, Part, Shape, without_tiny
+from ngplus.gfim import Part, Shape, chunk_elements, without_tiny
 from ngplus.grouping import SampleIndex, rows_that_count
 from ngplus.inverse import Request
 from ngplus.layers import Layer
@@ -100,8 +101,8 @@ def is_table(model: nn.Module, layer: Layer) -> bool:
     return isinstance(model.get_submodule(layer.module), (nn.Embedding, nn.EmbeddingBag))
 
 
-def moment(factor: Factor, max_side: int) -> Tensor:
-    """Σ over samples and positions of v vᵀ, v the columns of a factor.
+def moment(factor: Factor, max_side: int, groups: int) -> Tensor:
+    """Σ over samples and positions of v vᵀ, v the columns of a factor of so many groups.
 
     Returns:
         (groups, d, d), or the diagonal as (groups·d, 1, 1): of one-hot factors, where there is nothing else, of bags,
@@ -112,15 +113,10 @@ def moment(factor: Factor, max_side: int) -> Tensor:
         return counts.to(factor.dtype).view(-1, 1, 1)
     if isinstance(factor, Bags):
         return _squares_of_bags(factor).view(-1, 1, 1)
-    step = max(1, CHUNK.get(factor.device.type, CHUNK["cuda"]) // (factor.size * factor.positions))
-    sums = [
-        _moment_of_entries(factor.slice(start, start + step).dense(), factor.size > max_side)
-        for start in range(0, factor.samples, step)
-    ]
-    total = sums[0]
-    for other in sums[1:]:
-        total += other
-    return total
+    columns = factor.flat()
+    step = max(1, chunk_elements(factor.device) // (groups * factor.size))
+    chunks = (columns.slice(start, min(start + step, columns.samples)) for start in range(0, columns.samples, step))
+    return reduce(Tensor.add_, (_moment_of_entries(chunk.dense(), factor.size > max_side) for chunk in chunks))
 
 
 def _moment_of_entries(entries: Tensor, diagonal: bool) -> Tensor:
@@ -201,7 +197,7 @@ class KroneckerCapture(Capture):
         statistic.seen += samples
         statistic.used += samples
         for part in parts:
-            rows, columns = moment(part.rows, self._max_side), moment(part.columns, self._max_side)
+            rows, columns = (moment(factor, self._max_side, statistic.shape.groups) for factor in part)
             gradient = columns if isinstance(part.rows, (OneHot, Bags)) else rows
             gradient /= positions
             statistic.add([rows, columns])

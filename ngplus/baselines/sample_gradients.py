@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ngplus.factors import Bags, OneHot, concatenated
-from ngplus.gfim import CHUNK, Part, Shape
+from ngplus.gfim import Part, Shape, chunk_elements, per_sample_gradients
 
 
 class SampleGradients(Protocol):
@@ -140,7 +140,7 @@ class Factored:
         n = self.columns.shape[3]
         if N * kappa**2 * (m + n) <= (N + kappa) * m * n:
             return _gram_of_positions(self.rows, self.columns)
-        step = max(1, CHUNK.get(self.rows.device.type, CHUNK["cuda"]) // (groups * N * n))
+        step = max(1, chunk_elements(self.device) // (groups * N * n))
         total = self.rows.new_zeros(N, N)
         for start in range(0, m, step):
             tile = (self.rows[..., start : start + step].mT @ self.columns).flatten(2)  # (groups, N, step·n)
@@ -227,19 +227,17 @@ class LookedUp:
 def _gram_of_positions(rows: Tensor, columns: Tensor) -> Tensor:
     """Σ over positions of (rᵢᵀrⱼ)(cᵢᵀcⱼ); ``rows`` holds r, or the numbers of the table's rows that r names."""
     groups, N, kappa, _n = columns.shape
-    flat = columns.flatten(1, 2)
-    step = max(1, CHUNK.get(columns.device.type, CHUNK["cuda"]) // (groups * N * kappa**2))
-    blocks = []
-    for start in range(0, N, step):
-        part = slice(start, start + step)
-        ours, everyones = rows[:, part].flatten(1, 2), rows.flatten(1, 2)
+    everyones, flat = rows.flatten(1, 2), columns.flatten(1, 2)
+    step = max(1, chunk_elements(columns.device) // (groups * N * kappa))
+    sums = []
+    for ours, part in zip(torch.split(everyones, step, 1), torch.split(flat, step, 1), strict=True):
         same = ours.unsqueeze(2) == everyones.unsqueeze(1) if rows.dim() == 3 else ours @ everyones.mT
-        products = same * (columns[:, part].flatten(1, 2) @ flat.mT)  # (groups, step·κ, N·κ)
-        blocks.append(products.view(groups, -1, kappa, N, kappa).sum(dim=(0, 2, 4)))
-    return torch.cat(blocks)
+        products = same * (part @ flat.mT)  # (groups, step, N·κ)
+        sums.append(torch.unflatten(products, 2, (N, kappa)).sum(dim=(0, 3)))
+    return torch.cat(sums).view(N, kappa, N).sum(dim=1)
 
 
-def gather(parts: Sequence[Part]) -> SampleGradients:
+def gather(parts: Sequence[Part], groups: int) -> SampleGradients:
     """The gradients of samples that ``parts`` are all uses of; nothing is shared with what they were made of."""
     rows = [part.rows for part in parts]
     if all(isinstance(factor, OneHot | Bags) for factor in rows):
@@ -248,13 +246,13 @@ def gather(parts: Sequence[Part]) -> SampleGradients:
     kappa, m, n = sum(factor.positions for factor in rows), rows[0].size, parts[0].columns.size
     if kappa * (m + n) <= m * n or kappa == 1:
         return _factored(parts)
-    samples = rows[0].samples
-    step = max(1, CHUNK.get(rows[0].device.type, CHUNK["cuda"]) // (kappa * (m + n)))
-    pieces = [
-        _factored([Part(p.rows.slice(at, at + step), p.columns.slice(at, at + step)) for p in parts]).written(m)
-        for at in range(0, samples, step)
-    ]
-    return Written(torch.cat([piece.gradients for piece in pieces]))
+    step = max(1, chunk_elements(rows[0].device) // (groups * kappa * (m + n)))
+    pieces = []
+    for start in range(0, rows[0].samples, step):
+        stop = min(start + step, rows[0].samples)
+        left, right = ([factor.slice(start, stop) for factor in side] for side in zip(*parts, strict=True))
+        pieces.append(per_sample_gradients(left, right, groups).flatten(1))
+    return Written(torch.cat(pieces))
 
 
 def _factored(parts: Sequence[Part]) -> Factored:

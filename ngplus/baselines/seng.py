@@ -69,7 +69,7 @@ class SampleCapture(Capture):
         statistic.used += room
         if room:
             parts = [Part(part.rows.slice(0, room), part.columns.slice(0, room)) for part in parts]
-            statistic.gathered.append(gather(parts))
+            statistic.gathered.append(gather(parts, statistic.shape.groups))
 
     def _add_rows(self, statistic: Statistic, part: Part) -> None:
         self._add_samples(statistic, [gfim.positions_as_samples(part)])

@@ -115,6 +115,50 @@ def test_kernels_in_channels_last_move_like_those_that_are_not(net):
     torch.testing.assert_close(other.conv.weight, net.conv.weight, rtol=0.02, atol=0.02)  # Muon computes in bf16
 
 
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("first", [torch.contiguous_format, torch.channels_last])
+def test_momentum_goes_on_where_weights_change_their_memory_format_in_the_middle_of_training(
+    net, monkeypatch, first, nesterov
+):
+    monkeypatch.setattr(muon_module, "fast_dtype", lambda device: torch.float64)
+    net.double()
+    other = copy.deepcopy(net).to(memory_format=first)
+    steppers = [(one, MuonAndAdamW(one, lr=0.1, nesterov=nesterov)) for one in (net, other)]
+    formats = {2: torch.channels_last, 4: torch.contiguous_format}
+    for step in range(6):
+        if step in formats:
+            other.to(memory_format=formats[step])
+        for one, optimizer in steppers:
+            optimizer.zero_grad()
+            loss(one, step).backward()
+            optimizer.step()
+        for ours, expected in zip(other.parameters(), net.parameters(), strict=True):
+            torch.testing.assert_close(ours, expected)
+        pairs = zip(*(optimizer.param_groups[0]["params"] for _, optimizer in steppers), strict=True)
+        for expected, ours in pairs:
+            buffers = (
+                optimizer.state[p]["momentum_buffer"]
+                for p, (_, optimizer) in zip((expected, ours), steppers, strict=True)
+            )
+            torch.testing.assert_close(*buffers)
+
+
+def test_a_weight_with_gaps_in_its_memory_is_moved(net, monkeypatch):
+    monkeypatch.setattr(muon_module, "fast_dtype", lambda device: torch.float64)
+    net.double()
+    other = copy.deepcopy(net)
+    wide = torch.zeros(3, 2, 3, 6, dtype=torch.float64)
+    wide[..., :3] = other.conv.weight.detach()
+    other.conv.weight = nn.Parameter(wide[..., :3])
+    for one in (net, other):
+        optimizer = MuonAndAdamW(one, lr=0.1)
+        for step in range(2):
+            optimizer.zero_grad()
+            loss(one, step).backward()
+            optimizer.step()
+    torch.testing.assert_close(other.conv.weight, net.conv.weight)
+
+
 def test_a_saved_state_goes_on_to_the_bit(net):
     optimizer = MuonAndAdamW(net, lr=0.1)
     loss(net, 0).backward()

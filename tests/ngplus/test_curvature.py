@@ -10,7 +10,15 @@ from torch import nn
 
 from ngplus import NGPlus
 from ngplus.baselines import SENG
-from ngplus.preconditioner import DenseInverse, LowRankInverse, SketchedInverse, low_rank, same_batch_direction
+from ngplus.gfim import Shape
+from ngplus.preconditioner import (
+    DenseInverse,
+    LowRankInverse,
+    SketchedInverse,
+    from_tensors,
+    low_rank,
+    same_batch_direction,
+)
 
 DAMPING = 0.3
 
@@ -199,7 +207,7 @@ def test_low_rank_counts_micro_batches_together():
     assert oracle.error(model, oracle.directions(gradients, DAMPING)) <= 1e-10
 
 
-@pytest.mark.parametrize("scale", [1.0, 1e3, 1e8, 1e12])
+@pytest.mark.parametrize("scale", [1.0, 1e3, 1e8, 1e12, 1e20])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_low_rank_of_samples_that_repeat_is_exact_however_large_they_are(scale, dtype):
     """Three directions in twenty samples, up to ‖L‖/λ = 1e28: 17 eigenvalues of UᵀU are rounding of either sign."""
@@ -211,6 +219,59 @@ def test_low_rank_of_samples_that_repeat_is_exact_however_large_they_are(scale, 
     made = low_rank(U, DAMPING)
     direction = made.apply(G.to(dtype).clone())[0].double() * DAMPING
     assert float((direction - expected).norm() / expected.norm()) < (1e-10 if dtype == torch.float64 else 1e-5)
+
+
+def graded(p, q, rank, seed):
+    """U and the gradient of the batch that it is made of, float32; entries of the short side span four decades."""
+    generator = torch.Generator().manual_seed(seed)
+    a, g = torch.randn(rank, q, generator=generator), torch.randn(rank, p, generator=generator)
+    g *= 10 ** (-4 * torch.rand(p, generator=generator))
+    return (g * a.norm(dim=1, keepdim=True)).T / rank**0.5, g.T @ a / rank
+
+
+@pytest.mark.parametrize("ratio", [1.0, 9.0, 11.0, 1e2, 1e3, 1e4, 1e5])
+@pytest.mark.parametrize("rank", [7, 32, 64])
+@pytest.mark.parametrize("same", [True, False])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_low_rank_is_as_exact_as_the_explicit_inverse(side, bias, same, rank, ratio):
+    """In float32, for the batch that it was built from and for others, against float64."""
+    errors = {"low rank": 0.0, "explicit inverse": 0.0}
+    for seed in range(3):
+        U, G = graded(64, 96, rank, seed)
+        if not same:
+            G = graded(64, 96, rank, seed + 10)[1]
+        L = U.double() @ U.double().T
+        damping = float(torch.linalg.matrix_norm(L, 2)) / ratio
+        damped = L + damping * torch.eye(64, dtype=torch.float64)
+        exact = torch.cholesky_solve(G.double(), torch.linalg.cholesky(damped))
+        made, whole = low_rank(U, damping), (G if side == "left" else G.T).contiguous()
+        assert (made.refinement is None) == (ratio < 10)
+        if bias:
+            direction, column = whole[:, :-1].contiguous(), whole[:, -1].contiguous()
+            made.turn(direction, column, left=side == "left")
+            direction = torch.cat([direction, column.unsqueeze(1)], dim=1)
+        else:
+            direction = made.apply(whole[None])[0] if side == "left" else made.apply_right(whole[None])[0]
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped)).float()
+        for name, found in (
+            ("low rank", direction if side == "left" else direction.T),
+            ("explicit inverse", inverse @ G),
+        ):
+            errors[name] += float((found.double() - exact).norm() / exact.norm()) / 3
+    assert errors["low rank"] <= max(1.5 * errors["explicit inverse"], 1e-6)
+
+
+def test_what_refines_a_low_rank_direction_is_saved_and_older_states_go_without():
+    U, G = graded(20, 30, 8, seed=0)
+    made = low_rank(U, 1e-4 * float(torch.linalg.matrix_norm(U, 2)) ** 2)
+    kept = made.tensors()
+    shape = Shape(groups=1, rows=20, columns=30)
+    loaded = from_tensors(kept, shape)
+    assert torch.equal(loaded.apply(G[None].clone()), made.apply(G[None].clone()))
+    older = from_tensors({name: tensor for name, tensor in kept.items() if name != "refinement"}, shape)
+    plain = LowRankInverse(made.columns, made.damping).apply(G[None].clone())
+    assert torch.equal(older.apply(G[None].clone()), plain)
 
 
 def test_low_rank_of_no_samples_is_the_damping_alone():
@@ -437,7 +498,7 @@ def test_a_layers_state_reads_well_and_counts_its_numbers():
     optimizer = stepped(images(), points(4, 2, 6, 6))
     assert str(optimizer.curvature["0.weight"]).startswith("LayerState(matrix 2×3×10, DenseInverse of λI + L")
     optimizer = stepped(mlp(39, 30), points(4, 39))
-    assert optimizer.curvature["0.weight"].numel() == 30 * 4 + 1
+    assert optimizer.curvature["0.weight"].numel() == 30 * 4 + 1 + 2 * 4  # W, λ and what refines
 
 
 @pytest.mark.parametrize("options", [{"solver": "dense"}, {"solver": "low_rank"}, {"damping_rule": "released"}])

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ngplus.factors import Bags, Dense, OneHot, Sampled, concatenated, gram, statistics_dtype
+from ngplus.factors import Bags, Dense, Gathered, OneHot, Sampled, boxes, concatenated, gram, statistics_dtype
 from ngplus.patches import Patches
+from ngplus.patches import patches as patches_or_pixels
 
 TAILS = st.sampled_from([None, 0.0, 1.0])
 
@@ -79,6 +80,67 @@ def test_slices_and_flat_forms_are_those_of_the_entries(factor, start, more):
     torch.testing.assert_close(factor.flat().dense(), flat)
     torch.testing.assert_close(factor.flat().squared_norms(), flat.square().sum(dim=2))
     torch.testing.assert_close(factor.flat().slice(start, stop).dense(), flat[start:stop])
+
+
+@settings(max_examples=120, deadline=None)
+@given(factors(), st.integers(0, 30), st.integers(1, 30), st.integers(0, 2), st.integers(1, 5))
+def test_slices_of_positions_are_those_of_the_entries(factor, start, more, again, fewer):
+    start %= factor.positions
+    stop = min(start + more, factor.positions)
+    entries, part = factor.dense()[..., start:stop], factor.slice_positions(start, stop)
+    assert part.positions == stop - start
+    for _ in range(2):
+        torch.testing.assert_close(part.dense(), entries, rtol=0, atol=0)
+        torch.testing.assert_close(part.gram(), entries.mT @ entries)
+        torch.testing.assert_close(part.squared_norms(), entries.square().sum(dim=2))
+        flat = entries.permute(0, 3, 1, 2).flatten(0, 1).unsqueeze(-1)
+        torch.testing.assert_close(part.flat().dense(), flat, rtol=0, atol=0)
+        again, end = again % part.positions, min(again % part.positions + fewer, part.positions)
+        part, entries = part.slice_positions(again, end), entries[..., again:end]
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=4), st.data())
+def test_boxes_are_the_cells_of_a_range_in_order(grid, data):
+    cells = torch.arange(torch.tensor(grid).prod().item()).view(grid)
+    start = data.draw(st.integers(0, cells.numel()))
+    stop = data.draw(st.integers(start, cells.numel()))
+    found = [cells[box].flatten() for box in boxes(grid, start, stop)]
+    assert torch.cat([torch.empty(0), *found]).tolist() == list(range(start, stop))
+    assert len(found) <= 2 * len(grid) - 1
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.one_of(patches(), st.builds(dense, groups=st.integers(1, 2), tail=TAILS)),
+    st.lists(st.lists(st.integers(-1, 200), min_size=3, max_size=3), min_size=1, max_size=4),
+)
+def test_gathered_positions_are_the_entries_and_zeros(factor, numbers):
+    entries = factor.dense().permute(0, 3, 1, 2).flatten(0, 1)  # (b·κ, groups, d)
+    index = torch.tensor(numbers).clamp_max(len(entries) - 1)
+    expected = entries[index]  # −1 is the last, to be zero
+    expected[index < 0] = 0.0
+    if factor.tail is not None:
+        expected[..., -1] = factor.tail
+    expected = expected.permute(0, 2, 3, 1)
+    gathered = Gathered(factor, index)
+    torch.testing.assert_close(gathered.dense(), expected, rtol=0, atol=0)
+    torch.testing.assert_close(gathered.gram(), expected.mT @ expected)
+    torch.testing.assert_close(gathered.squared_norms(), expected.square().sum(dim=2))
+    torch.testing.assert_close(gathered.slice(0, 1).slice_positions(1, 3).dense(), expected[:1, ..., 1:])
+    flat = expected.permute(0, 3, 1, 2).flatten(0, 1).unsqueeze(-1)
+    torch.testing.assert_close(gathered.flat().dense(), flat, rtol=0, atol=0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(patches())
+def test_a_kernel_of_one_pixel_is_the_image_itself(factor):
+    again = patches_or_pixels(
+        factor.images, factor.kernel, factor.stride, factor.dilation, factor.padding, factor.groups, factor.tail
+    )
+    torch.testing.assert_close(again.dense(), factor.dense(), rtol=0, atol=0)
+    is_plain = set(factor.kernel) == set(factor.stride) == {1} and factor.output_size == factor.images.shape[2:]
+    assert isinstance(again, Dense) == (is_plain and not any(map(sum, factor.padding)))
 
 
 @settings(max_examples=80, deadline=None)

@@ -3,11 +3,15 @@
 import oracle
 import pytest
 import torch
+import torch.nn.functional as F
+from allocations import peak_elements
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ngplus import gfim
+from ngplus import NGPlus, gfim
+from ngplus.calls import read_call
+from ngplus.layers import find_layers
 from ngplus.patches import Patches
 
 
@@ -69,6 +73,132 @@ def test_gram_matrix_of_patches_is_summed_from_shifted_products_where_that_is_ch
     model, x = CASES[case]()
     oracle.check(model, x)
     assert calls
+
+
+LARGE = {
+    "conv1d": (nn.Conv1d(3, 7, 5, stride=2, padding=3), (3, 3, 57)),
+    "conv1d, one long signal": (nn.Conv1d(2, 3, 4, dilation=3), (1, 2, 211)),
+    "conv2d": (nn.Conv2d(3, 4, (3, 2), padding=(1, 0)), (2, 3, 11, 13)),
+    "conv2d, right": (nn.Conv2d(1, 12, 3, stride=(2, 1), padding="valid", bias=False), (2, 1, 15, 9)),
+    "conv2d, reflected": (nn.Conv2d(2, 3, 3, padding=2, padding_mode="reflect"), (2, 2, 9, 7)),
+    "conv2d, one pixel": (nn.Conv2d(5, 4, 1), (2, 5, 9, 7)),
+    "conv3d": (nn.Conv3d(2, 3, 3, padding=1), (1, 2, 5, 7, 6)),
+    "conv3d, same": (nn.Conv3d(2, 3, (2, 3, 1), padding="same", dilation=(1, 2, 1)), (2, 2, 5, 4, 6)),
+    "conv3d, more zeros than pixels": (nn.Conv3d(1, 2, 2, stride=2, padding=3), (2, 1, 2, 3, 1)),
+    "grouped": (nn.Conv2d(6, 9, 3, groups=3, padding=1), (2, 6, 7, 5)),
+    "depthwise": (nn.Conv2d(5, 5, 3, groups=5, padding=1), (3, 5, 7, 9)),
+    "linear": (nn.Linear(4, 3), (2, 61, 4)),
+    "linear of two dimensions of positions": (nn.Linear(3, 5, bias=False), (2, 7, 9, 3)),
+}
+
+
+def statistics(model, x, **options):
+    """L or R of every layer, by one curvature step."""
+    for parameter in model.parameters():
+        parameter.grad = None
+    optimizer = NGPlus(model, lr=0.0001, damping=1.0, solver="dense", ema=0.5, **options)
+    model(x).tanh().sum(dim=-1).square().mean().backward()
+    sums = optimizer._capture.collect()
+    optimizer._capture.disarm()
+    return [stack for statistic in sums.values() for stack in statistic.moments]
+
+
+@pytest.mark.parametrize("limit", [1, 97, 1000])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"samples": "rows"}, {"block_size": 2}, {"max_samples": 1}, {"samples": "rows", "max_samples": 43}],
+    ids=str,
+)
+@pytest.mark.parametrize("case", LARGE)
+def test_chunks_of_positions_add_up_to_the_whole(case, options, limit, monkeypatch):
+    torch.manual_seed(0)
+    model, shape = LARGE[case]
+    model, x = model.double(), torch.randn(shape, dtype=torch.float64)
+    monkeypatch.setattr(gfim, "CHUNK", dict.fromkeys(gfim.CHUNK, 2**30))
+    whole = statistics(model, x, **options)
+    monkeypatch.setattr(gfim, "CHUNK", dict.fromkeys(gfim.CHUNK, limit))
+    chunked = statistics(model, x, **options)
+    assert whole
+    for ours, expected in zip(chunked, whole, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("limit", [1, 300, 2**30])
+@pytest.mark.parametrize("samples", ["batch", "rows"])
+@pytest.mark.parametrize("case", LARGE)
+def test_what_memory_held_before_counts_for_nothing(case, samples, limit, monkeypatch):
+    monkeypatch.setattr(gfim, "CHUNK", dict.fromkeys(gfim.CHUNK, limit))
+    model, shape = LARGE[case]
+    model, x = model.double(), torch.randn(shape, dtype=torch.float64)
+    expected = statistics(model, x, samples=samples)
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    try:
+        assert torch.empty(1, dtype=torch.float64).isnan()
+        found = statistics(model, x, samples=samples)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("limit", [1, 100])
+def test_chunks_of_positions_of_sampled_columns_and_of_several_uses(limit, monkeypatch):
+    torch.manual_seed(0)
+    shape = gfim.Shape(groups=2, rows=4, columns=19)
+    images = torch.randn(3, 4, 9, 7, dtype=torch.float64)
+    uses = [
+        gfim.Part(
+            gfim.Dense(torch.randn(3, 2, 4, patches.positions, dtype=torch.float64)),
+            gfim.Sampled(patches, torch.randint(19, (11,)), 1.5),
+        )
+        for patches in (
+            Patches(images, (3, 3), (1, 1), (1, 1), ((1, 1), (0, 0)), 2, 1.0),
+            Patches(images[..., :5], (3, 3), (2, 1), (1, 1), ((0, 2), (1, 1)), 2, 0.0),
+        )
+    ]
+    sampled = gfim.Shape(groups=2, rows=4, columns=11)
+    whole = sum(use.rows.dense() @ use.columns.dense().mT for use in uses)
+    monkeypatch.setattr(gfim, "CHUNK", dict.fromkeys(gfim.CHUNK, limit))
+    monkeypatch.setattr(gfim, "cheapest_way", lambda *_: "direct")
+    for each in (shape, sampled):
+        (ours,) = gfim.second_moment(each, uses)
+        torch.testing.assert_close(ours, (whole @ whole.mT).sum(dim=0), rtol=1e-12, atol=1e-10)
+
+
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("case", ["conv1d", "conv2d", "conv3d", "depthwise", "right", "linear", "head", "embedding"])
+def test_temporaries_have_no_more_elements_than_a_few_chunks_and_weights(case, rows, monkeypatch):
+    """However large a sample is: the largest of these, unfolded, is 60 times as large as what is allowed."""
+    limit = 2**13
+    monkeypatch.setattr(gfim, "CHUNK", dict.fromkeys(gfim.CHUNK, limit))
+    layer, x = {
+        "conv1d": lambda: (nn.Conv1d(8, 8, 9, padding=4), torch.randn(2, 8, 6001)),
+        "conv2d": lambda: (nn.Conv2d(8, 8, 3, padding=1), torch.randn(2, 8, 81, 79)),
+        "conv3d": lambda: (nn.Conv3d(8, 8, 3, padding=1), torch.randn(1, 8, 19, 23, 21)),
+        "depthwise": lambda: (nn.Conv2d(16, 16, 3, padding=1, groups=16), torch.randn(2, 16, 63, 65)),
+        "right": lambda: (nn.Conv2d(1, 32, 3, padding=1), torch.randn(3, 1, 61, 67)),
+        "linear": lambda: (nn.Linear(24, 16), torch.randn(2, 5000, 24)),
+        "head": lambda: (nn.Linear(24, 2), torch.randn(9000, 24)),
+        "embedding": lambda: (nn.Embedding(200, 6), torch.randint(200, (3, 5000))),
+    }[case]()
+    output = layer(x)
+    gradient = torch.randn_like(output)
+    found = find_layers(layer)[0]
+    function = {nn.Linear: F.linear, nn.Embedding: F.embedding}.get(type(layer))
+    arguments = (x, layer.weight)
+    if function is None:
+        function = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[x.dim()]
+        arguments = (*arguments, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+    elif function is F.linear:
+        arguments = (*arguments, layer.bias)
+    call = read_call(found, function, arguments, {}, layer.weight, None)
+    shape = found.shape(None)
+
+    @torch.no_grad()
+    def build():
+        part = call.factors(call.source, gradient)
+        gfim.second_moment(shape, [gfim.positions_as_samples(part) if rows else part])
+
+    assert peak_elements(build) <= 6 * limit + 4 * shape.groups * shape.short * shape.long
 
 
 @pytest.mark.parametrize("way", ["gram", "direct"])

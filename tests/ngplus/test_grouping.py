@@ -3,9 +3,12 @@
 import oracle
 import pytest
 import torch
+from allocations import peak_elements
 from torch import nn
 
-from ngplus import NGPlus
+from ngplus import NGPlus, gfim
+from ngplus.grouping import rows_by_sample, rows_that_count
+from ngplus.patches import Patches
 
 ATOMS = [3, 1, 4, 2]
 MOLECULE = torch.arange(len(ATOMS)).repeat_interleave(torch.tensor(ATOMS))
@@ -110,6 +113,44 @@ def test_sequences_of_several_rows_of_the_batch_form_one_sample():
     (oracle.energy(model(x)) / 3).backward()
     optimizer.step()
     assert oracle.error(model, oracle.directions(gradients, 0.3)) <= 1e-10
+
+
+@pytest.mark.parametrize("limit", [1, 500, 2**30])
+@pytest.mark.parametrize("per", ["element", "position"])
+@pytest.mark.parametrize("rows", [4, 60])
+def test_convolutions_are_grouped_without_their_patches_being_kept(rows, per, limit, monkeypatch):
+    monkeypatch.setattr(gfim, "CHUNK", dict.fromkeys(gfim.CHUNK, limit))
+    torch.manual_seed(0)
+    patches = Patches(torch.randn(5, 4, 9, 7, dtype=torch.float64), (3, 3), (2, 1), (1, 1), ((1, 1), (1, 0)), 2, 1.0)
+    shape = gfim.Shape(groups=2, rows=rows // 2, columns=19)
+    kappa = patches.positions
+    part = gfim.Part(gfim.Dense(torch.randn(5, 2, rows // 2, kappa, dtype=torch.float64)), patches)
+    index = torch.tensor([2, 0, -1, 2, 1]) if per == "element" else torch.randint(-1, 3, (5, kappa))
+    numbers = index.repeat_interleave(kappa) if per == "element" else index.flatten()
+    left, right = (factor.dense().permute(0, 3, 1, 2).flatten(0, 1) for factor in part)  # (b·κ, groups, ·)
+    each = torch.einsum("igm,ign->igmn", left, right)
+    short_first = each if shape.side == "left" else each.mT
+    grouped = torch.stack([short_first[numbers == sample].sum(dim=0) for sample in range(3)])
+    (by_sample,) = gfim.second_moment(shape, [rows_by_sample(part, index, 0, 3, "layer")])
+    torch.testing.assert_close(by_sample, (grouped @ grouped.mT).sum(dim=0), rtol=1e-12, atol=1e-10)
+    counted = rows_that_count(part, index, 0, "layer")
+    assert counted.rows.samples == int((numbers >= 0).sum())
+    (alone,) = gfim.second_moment(shape, [counted])
+    kept = short_first[numbers >= 0]
+    torch.testing.assert_close(alone, (kept @ kept.mT).sum(dim=0), rtol=1e-12, atol=1e-10)
+
+
+@pytest.mark.parametrize("group", [lambda *args: rows_by_sample(*args[:3], 3, args[3]), rows_that_count])
+def test_grouping_a_convolution_takes_a_few_chunks_and_indices(group, monkeypatch):
+    """Unfolded whole it would be 70 elements for each index."""
+    limit = 2**13
+    monkeypatch.setattr(gfim, "CHUNK", dict.fromkeys(gfim.CHUNK, limit))
+    patches = Patches(torch.randn(2, 8, 81, 79), (3, 3), (1, 1), (1, 1), ((1, 1), (1, 1)), 1, 1.0)
+    part = gfim.Part(gfim.Dense(torch.randn(2, 1, 8, patches.positions)), patches)
+    index = torch.randint(-1, 3, (2, patches.positions))
+    shape = gfim.Shape(groups=1, rows=8, columns=73)
+    peak = peak_elements(lambda: gfim.second_moment(shape, [group(part, index, 0, "layer")]))
+    assert peak <= 6 * limit + 20 * index.numel()
 
 
 def test_layers_that_no_pattern_fits_keep_their_batch_dimension():

@@ -6,10 +6,13 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from allocations import peak_elements
 from torch import Tensor, nn
 
-from ngplus import NGPlus
+from ngplus import NGPlus, gfim
 from ngplus.baselines import KFAC
+from ngplus.baselines.kronecker import moment
+from ngplus.patches import Patches
 
 
 def sample_losses(model: nn.Module, *inputs: Tensor) -> list[Tensor]:
@@ -177,6 +180,25 @@ def test_a_longer_side_than_allowed_keeps_the_diagonal_of_its_factor():
     expected = dense_direction(A, B, matrix(model), 0.3, trace_norm(A, B))
     train(model, KFAC(model, lr=1e-9, damping=0.3, max_side=6), x)
     torch.testing.assert_close(matrix(model), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("limit", [1, 100, 2**30])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_factors_of_large_images_are_summed_in_parts(groups, limit, monkeypatch):
+    monkeypatch.setattr(gfim, "CHUNK", dict.fromkeys(gfim.CHUNK, limit))
+    torch.manual_seed(0)
+    patches = Patches(torch.randn(2, 6, 9, 7, dtype=torch.float64), (3, 2), (2, 1), (1, 1), ((1, 1), (0, 1)), groups)
+    columns = patches.dense().permute(1, 2, 0, 3).flatten(2)
+    torch.testing.assert_close(moment(patches, 100, groups), columns @ columns.mT)
+    torch.testing.assert_close(moment(patches, 1, groups), columns.square().sum(dim=2).view(-1, 1, 1))
+
+
+def test_a_factor_takes_a_few_chunks_besides_itself(monkeypatch):
+    """Unfolded whole it would be 112 chunks."""
+    limit = 2**13
+    monkeypatch.setattr(gfim, "CHUNK", dict.fromkeys(gfim.CHUNK, limit))
+    patches = Patches(torch.randn(2, 8, 81, 79), (3, 3), (1, 1), (1, 1), ((1, 1), (1, 1)), 1)
+    assert peak_elements(lambda: moment(patches, 100, 1)) <= 4 * limit + 4 * patches.size**2
 
 
 def test_factors_are_averaged_from_the_first_on_and_kept_between_curvature_steps():

@@ -6,11 +6,14 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from allocations import peak_elements
 from torch import Tensor, nn
 
+from ngplus import gfim
 from ngplus.baselines import SENG, Shampoo
 from ngplus.baselines import sample_gradients as forms
 from ngplus.gfim import Shape
+from ngplus.patches import Patches
 
 
 @pytest.fixture(autouse=True)
@@ -246,9 +249,22 @@ def test_the_gram_matrix_is_the_same_by_either_way():
 
 
 def test_the_gram_matrix_in_chunks(monkeypatch):
-    monkeypatch.setitem(forms.CHUNK, "cpu", 64)
+    monkeypatch.setitem(gfim.CHUNK, "cpu", 64)
     check(convolutional(), torch.randn(5, 2, 6, 6))
     check(Sequence(), torch.randint(7, (5, 2)))
+
+
+def test_gradients_that_are_written_out_take_a_few_chunks_besides_themselves(monkeypatch):
+    """Unfolded whole, an image would be 56 chunks."""
+    limit = 2**13
+    monkeypatch.setattr(gfim, "CHUNK", dict.fromkeys(gfim.CHUNK, limit))
+    patches = Patches(torch.randn(3, 8, 81, 79), (3, 3), (1, 1), (1, 1), ((1, 1), (1, 1)), 1)
+    outputs = gfim.Dense(torch.randn(3, 1, 8, patches.positions))
+    made = []
+    peak = peak_elements(lambda: made.append(forms.gather([gfim.Part(outputs, patches)], 1)))
+    expected = (outputs.dense() @ patches.dense().mT).flatten(1)
+    torch.testing.assert_close(made[0].gradients, expected, rtol=1e-4, atol=1e-3)
+    assert peak <= 4 * limit + 4 * expected.numel()
 
 
 def test_a_saved_state_and_a_pickled_copy_go_on_to_the_bit():

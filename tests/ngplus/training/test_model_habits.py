@@ -14,6 +14,7 @@ from torch.overrides import _len_torch_function_stack
 from torch.utils.checkpoint import checkpoint
 
 from ngplus import NGPlus
+from ngplus.baselines import KFAC, SENG, Shampoo
 
 
 @pytest.fixture(autouse=True)
@@ -349,6 +350,42 @@ def test_channels_last_changes_nothing():
     problem.inputs = problem.inputs.to(memory_format=torch.channels_last)
     assert_follows_the_oracle(problem)
     assert problem.model[3].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+OPTIMIZERS = {
+    "per sample": lambda model: NGPlus(model, lr=0.05, damping=0.5, update_every=4, momentum=0.9),
+    "rows": lambda model: NGPlus(model, lr=0.05, damping=0.5, update_every=4, samples="rows"),
+    "moving average": lambda model: NGPlus(model, lr=0.05, damping=0.5, update_every=2, ema=0.5),
+    "blocks": lambda model: NGPlus(model, lr=0.05, damping=0.5, update_every=4, block_size=3),
+    "mini-batch": lambda model: NGPlus(model, lr=0.05, damping=0.5, update_every=4, curvature="mini_batch"),
+    "sketched": lambda model: NGPlus(model, lr=0.05, damping=0.5, update_every=4, solver="sketched", sketch_size=5),
+    "on Adam": lambda model: NGPlus(model, torch.optim.Adam, lr=0.005, damping=0.5, update_every=4),
+    "K-FAC": lambda model: KFAC(model, lr=0.01, damping=0.5, update_every=4, momentum=0.9),
+    "SENG": lambda model: SENG(model, lr=0.01, damping=0.5, update_every=4, momentum=0.9),
+    "Shampoo": lambda model: Shampoo(model, lr=0.01, damping=0.5, update_every=4, momentum=0.9),
+}
+
+
+@pytest.mark.parametrize("changes", [(2, 7), (4, 5)])
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_weights_that_change_their_memory_format_in_the_middle_of_training_change_nothing(make, changes):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 3, padding=1), *(nn.Conv2d(4, 4, 3, padding=1) for _ in range(2))]
+    layers += [nn.Conv2d(4, 6, 3, groups=2, bias=False), nn.Conv2d(6, 40, 2, padding=1)]
+    model = nn.Sequential(*(part for layer in layers for part in (layer, nn.Tanh()))).double()
+    other = copy.deepcopy(model)
+    optimizers = [(each, make(each)) for each in (model, other)]
+    for step in range(9):
+        if step in changes:
+            other.to(memory_format=torch.channels_last if step == changes[0] else torch.contiguous_format)
+            assert other[2].weight.is_contiguous() == (step == changes[1])
+        images = torch.randn(5, 3, 4, 4, dtype=torch.float64)
+        for each, optimizer in optimizers:
+            optimizer.zero_grad()
+            each(images).square().mean().backward()
+            optimizer.step()
+    for ours, expected in zip(other.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-13)
 
 
 def test_attention_with_the_batch_second():
