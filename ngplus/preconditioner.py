@@ -198,7 +198,8 @@ class LowRankInverse:
     def entries(self) -> Entries:
         """W as the first columns of what is p×p in the dense form; λ is an entry of the layer."""
         form = {"form": _FORMS.index("low_rank"), "rank": self.columns.shape[1], "column_major": 0}
-        return {**form, "inverse0": self.columns.unsqueeze(0)}
+        kept = {**form, "inverse0": self.columns.unsqueeze(0)}
+        return kept if self.refinement is None else {**kept, "refined": 1, "refinement": self.refinement}
 
 
 @dataclass(eq=False)
@@ -337,12 +338,13 @@ def make_blank(shape: Shape, sketch_size: int | None, dtype: torch.dtype) -> Ent
         dtype: of what is kept.
     """
     sizes: dict[str, tuple[int, ...]] = {f"inverse{i}": stack for i, stack in enumerate(shape.stack_shapes)}
+    sizes["refinement"] = (2, shape.short)
     drawn = {}
     if sketch_size is not None and sketch_size < shape.short:
         sizes["core"] = (shape.short, sketch_size)
         drawn["drawn"] = torch.empty(sketch_size, dtype=torch.long, device="meta")
     tensors = {name: torch.empty(size, dtype=dtype, device="meta") for name, size in sizes.items()}
-    return {"form": 0, "rank": 0, "column_major": 0, **tensors, **drawn}
+    return {"form": 0, "rank": 0, "column_major": 0, "refined": 0, **tensors, **drawn}
 
 
 def find_column_major(stacks: Sequence[Tensor]) -> int:
@@ -375,5 +377,7 @@ def from_entries(entries: Mapping[str, Any], shape: Shape, damping: float) -> Pr
         return DenseInverse(inverses, shape)
     columns = entries["inverse0"][0, :, :rank].contiguous()
     if form == "low_rank":
-        return LowRankInverse(columns, damping)
+        return LowRankInverse(
+            columns, damping, entries["refinement"][:, :rank].contiguous() if entries["refined"] else None
+        )
     return SketchedInverse(columns, entries["drawn"], entries["core"][:rank].contiguous(), damping)
