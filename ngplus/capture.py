@@ -131,7 +131,7 @@ class Statistic:
             self.columns = []
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class _Use:
     """A call on its way: seen in forward, its gradient not back yet.
 
@@ -166,7 +166,7 @@ class _Use:
         return any(tensor._version != version for tensor, version in self.versions)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class _Returned:
     """The factors of a use whose gradient is back.
 
@@ -179,7 +179,7 @@ class _Returned:
     part: Part
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Record:
     """What is known of a layer since the optimizer's last step.
 
@@ -730,6 +730,8 @@ class _WeightHook:
         weight: a leaf that requires a gradient.
         hook: takes the gradient.
     """
+
+    __slots__ = ("_handle", "_weight")
 
     def __init__(self, weight: Tensor, hook: Callable[[Tensor], None]) -> None:
         self._weight = weight

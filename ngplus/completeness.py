@@ -14,6 +14,7 @@ The gradient is taken from a hook on the weight, before accumulation, clipping, 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import operator
@@ -193,8 +194,25 @@ class MatrixEntries:
         return dense.as_strided((self.count,), (stride,), dense.storage_offset() + start)
 
 
+PERIOD = 2**16
+"""Rows of a table after which their signs are the same again."""
+
 BLOCK = 16
-"""Rows of a table that are chosen together: their gradients are neighbours in memory."""
+"""Rows of a long table that count or do not together: their gradients are neighbours in memory."""
+
+LONG = 2**13
+"""Rows from which on a table is long, so that one block in sixteen counts."""
+
+
+@functools.cache
+def _signs(long: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """±1 at random for each row of a table, (PERIOD,); for a long one 0 where the row does not count."""
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(0, 2, (PERIOD,), generator=generator) * 2 - 1
+    if long:
+        counts = torch.randint(0, 16, (PERIOD // BLOCK,), generator=generator) == 0
+        signs *= counts.repeat_interleave(BLOCK)
+    return signs.to(device, dtype)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -204,25 +222,22 @@ class TableEntries:
     Attributes:
         count: of the columns.
         column: the first.
-        key: an odd number that decides the signs.
-        block: the first of the blocks of rows that count.
-        stride: from one such block to the next.
+        shift: of the rows' signs.
+        long: whether a sixteenth of the rows counts, in place of all.
     """
 
     count: int
     column: int
-    key: int
-    block: int
-    stride: int
+    shift: int
+    long: bool
 
     @classmethod
     def drawn(cls, layer: Layer, most: int, generator: random.Random) -> TableEntries:
-        """Up to ``most`` columns; all rows of a short table, a sixteenth of a long one's."""
+        """Up to ``most`` columns."""
         height, width = layer.weight.shape
-        count, stride = min(most, width), min(16, max(1, height // 512))
-        column = generator.randrange(width - count + 1)
-        key, block = generator.getrandbits(62) | 1, generator.randrange(stride)
-        return cls(count=count, column=column, key=key, block=block, stride=stride)
+        count = min(most, width)
+        column, shift = generator.randrange(width - count + 1), generator.randrange(PERIOD)
+        return cls(count=count, column=column, shift=shift, long=height >= LONG)
 
     def products(self, part: Part) -> tuple[Tensor, int]:
         """(sᵀGᵢ)[κ] Aᵢ[c, κ]."""
@@ -238,37 +253,35 @@ class TableEntries:
             signs = self._signs(factor.index, factor.weight.dtype) * factor.weight
             return signs.new_zeros(factor.bags).index_add_(0, factor.bag, signs).unsqueeze(1)
         assert isinstance(factor, Dense)
-        rows = self._rows(factor.size, factor.device)
-        rows = rows[(rows >= factor.first_row) & (rows < factor.first_row + factor.entries.shape[2])]
-        entries = factor.entries[:, 0].mT.index_select(2, rows - factor.first_row)  # (samples, κ, rows)
-        entries = entries.to(statistics_dtype(entries.dtype))
-        return entries @ self._signs(rows, entries.dtype)
+        dtype, first, count = statistics_dtype(factor.entries.dtype), factor.first_row, factor.entries.shape[2]
+        rows, signs = self._counting(first, count, dtype, factor.device)
+        entries = factor.entries[:, 0].mT.index_select(2, rows - first).to(dtype)  # (samples, κ, rows)
+        return entries @ signs
 
     def of_gradient(self, gradient: Tensor) -> Tensor:
         """(sᵀG)[c]."""
+        dtype = statistics_dtype(gradient.dtype)
         if gradient.layout == torch.sparse_coo and gradient.sparse_dim() == 1:
-            rows, values = gradient._indices()[0], gradient._values()
+            signs, values = self._signs(gradient._indices()[0], dtype), gradient._values()
         else:
-            dense = gradient if gradient.layout == torch.strided else gradient.to_dense()
-            rows = self._rows(len(dense), dense.device)
-            values = dense.index_select(0, rows)
-        values = values[:, self.column : self.column + self.count]
-        values = values.to(statistics_dtype(values.dtype))
+            values = gradient if gradient.layout == torch.strided else gradient.to_dense()
+            rows, signs = self._counting(0, len(values), dtype, values.device)
+            values = values if len(rows) == len(values) else values.index_select(0, rows)
+        values = values[:, self.column : self.column + self.count].to(dtype)
         with without_autocast([values.device.type]):
-            return self._signs(rows, values.dtype) @ values
+            return signs @ values
 
-    def _rows(self, height: int, device: torch.device) -> Tensor:
-        """The rows that count, ascending."""
-        blocks = torch.arange(self.block, -(-height // BLOCK), self.stride, device=device)
-        rows = (blocks.unsqueeze(1) * BLOCK + torch.arange(BLOCK, device=device)).flatten()
-        return rows[rows < height]
+    def _counting(self, first: int, count: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Those of the ``count`` rows from ``first`` on that count, and their signs."""
+        rows = torch.arange(first, first + count, device=device)
+        signs = self._signs(rows, dtype)
+        if self.long:
+            rows = rows[signs != 0]
+            signs = self._signs(rows, dtype)
+        return rows, signs
 
     def _signs(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
-        """±1 for each row by multiplicative hashing of its number, 0 for those that do not count."""
-        signs = (rows * self.key >> 40 & 1) * 2 - 1
-        if self.stride > 1:
-            signs = signs * (rows // BLOCK % self.stride == self.block)
-        return signs.to(dtype)
+        return _signs(self.long, dtype, rows.device)[(rows + self.shift) & (PERIOD - 1)]
 
 
 def draw(layer: Layer, shape: Shape, output_size: int, generator: random.Random) -> Entries:
@@ -293,6 +306,8 @@ class Comparison:
     Args:
         entries: which they are.
     """
+
+    __slots__ = ("_captured", "_device", "_dtypes", "_entries", "_gradient", "_products")
 
     def __init__(self, entries: Entries) -> None:
         self._entries = entries

@@ -198,7 +198,7 @@ class LowRankInverse:
     def entries(self) -> Entries:
         """W as the first columns of what is p×p in the dense form; λ is an entry of the layer."""
         form = {"form": _FORMS.index("low_rank"), "rank": self.columns.shape[1], "column_major": 0}
-        kept = {**form, "inverse0": self.columns.unsqueeze(0)}
+        kept: Entries = {**form, "inverse0": self.columns.unsqueeze(0)}
         return kept if self.refinement is None else {**kept, "refined": 1, "refinement": self.refinement}
 
 
