@@ -119,13 +119,13 @@ data-criteo: $(STAMP)  ## make data/criteo/train.txt of Criteo Kaggle ready: onc
 	$(EXPERIMENTS) data criteo
 
 data-iwslt14: $(STAMP)  ## make IWSLT14 ready: RAW=de-en.tgz, the folder in it, or one of fairseq-preprocess
-	$(PYTHON) -m experiments.data.iwslt14_archive $(RAW)
+	$(PYTHON) -m experiments.tasks.transformer.iwslt14_archive $(RAW)
 
 bench-curvature: $(STAMP)  ## what building the curvature of resnet50 costs beside a forward and backward
-	$(PYTHON) -m experiments.bench.curvature
+	$(PYTHON) -m experiments.bench.curvature_step
 
 bench-schnet-loading: $(STAMP)  ## what loading adds to a training step of SchNet
-	$(PYTHON) -m experiments.bench.schnet_loading
+	$(PYTHON) -m experiments.bench.loading.schnet_loading
 
 bench: $(STAMP)  ## what a step costs under each optimizer, on the four models
 	$(PYTHON) -m experiments.bench.steps
@@ -134,13 +134,13 @@ bench: $(STAMP)  ## what a step costs under each optimizer, on the four models
 	$(PYTHON) -m experiments.bench.rows
 	$(PYTHON) -m experiments.bench.convolution_memory
 	$(PYTHON) -m experiments.bench.own_work
-	$(PYTHON) -m experiments.bench.chart
+	$(PYTHON) -m experiments.bench.cost_chart
 
 bench-estimate: $(STAMP)  ## whether `python -m experiments estimate` predicts what a run takes; OPTIONS=--cpu-time on a busy machine
 	$(PYTHON) -m experiments.estimate.check $(OPTIONS)
 
 bench-criteo: $(STAMP)  ## how fast Criteo's log is read, on a made file of 5 million lines, and in how much memory
-	$(PYTHON) -m experiments.bench.criteo_reader
+	$(PYTHON) -m experiments.bench.loading.criteo_reader
 
 report: $(STAMP)  ## build results/report/index.html from the records: REPORT=results is the folder it reads
 	$(EXPERIMENTS) verdicts --short --results-dir $(REPORT)

@@ -1,5 +1,5 @@
 """``python -m experiments``."""
 
-from experiments.cli import main
+from experiments.cli.app import main
 
 main()

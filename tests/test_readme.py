@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from experiments import listing
 from experiments.analysis.overview import overview
 from experiments.analysis.verdict_table import render
 from experiments.analysis.verdicts import verdicts_of
-from experiments.provenance import REPOSITORY
+from experiments.cli import listing
+from experiments.records.provenance import REPOSITORY
 
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from experiments.dataclass_io import read_settings
 from experiments.errors import UserError
-from experiments.provenance import REPOSITORY
-from experiments.settings import read_settings
+from experiments.records.provenance import REPOSITORY
 
 PAPER = REPOSITORY / "results" / "paper.toml"
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from experiments.analysis.comparable_runs import Comparable, load_comparable
 from experiments.analysis.outcomes import Outcome, outcome, timed_alike
-from experiments.analysis.runs import Comparable, load_comparable
 from experiments.analysis.statistics import (
     MedianInterval,
     PairedTest,
@@ -20,7 +20,7 @@ from experiments.analysis.statistics import (
     paired_test,
 )
 from experiments.analysis.survival import TimesToTarget
-from experiments.records import Run
+from experiments.records.run_record import Run
 
 # Between the devices of a row.
 DEVICES = "; "

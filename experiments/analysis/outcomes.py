@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from experiments.records import Epoch, Run
+from experiments.records.run_record import Epoch, Run
 
 STANDARD_ERROR = "standard error"
 """What a task's further figure is called, behind the metric's name."""

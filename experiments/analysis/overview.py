@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from experiments.analysis.comparable_runs import load_comparable
 from experiments.analysis.comparison import summarise
 from experiments.analysis.profiles import entrants, ratios, score
-from experiments.analysis.runs import load_comparable
 from experiments.analysis.verdict_table import markdown
 
 NOT_RUN = "–"

@@ -8,12 +8,12 @@ from functools import cached_property
 import numpy as np
 
 from experiments.analysis.claims import Comparison
+from experiments.analysis.comparable_runs import Comparable
 from experiments.analysis.outcomes import outcome, timed_alike
-from experiments.analysis.runs import Comparable
 from experiments.analysis.statistics import PairedDifference, paired_difference, paired_test
 from experiments.analysis.survival import TimesToTarget
-from experiments.records import Run
-from experiments.theory.findings import Outcome as Word
+from experiments.records.claim_checks import Outcome as Word
+from experiments.records.run_record import Run
 
 # A difference counts from this many seeds on, and below this p value.
 MIN_SEEDS = 5

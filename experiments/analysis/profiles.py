@@ -19,10 +19,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy import stats
 
+from experiments.analysis.comparable_runs import load_comparable
 from experiments.analysis.comparison import DEVICES, summarise, write_csv
-from experiments.analysis.curves import STYLE, legend_below, save
-from experiments.analysis.palette import colour_of
-from experiments.analysis.runs import load_comparable
+from experiments.analysis.figures.curves import STYLE, legend_below, save
+from experiments.analysis.figures.palette import colour_of
 from experiments.analysis.statistics import LEVEL, RESAMPLING_SEED
 
 # The column of comparison.csv with the time to the target, by what it is counted in.

@@ -21,12 +21,12 @@ from experiments.analysis.claims import (
     Theory,
     load_claims,
 )
+from experiments.analysis.comparable_runs import Comparable, load_comparable
 from experiments.analysis.comparison import write_csv
 from experiments.analysis.pairs import MIN_SEEDS, Pair, compared, number, too_few, values_of
-from experiments.analysis.runs import Comparable, load_comparable
 from experiments.errors import UserError
-from experiments.records import Run
-from experiments.theory.findings import Outcome as Word
+from experiments.records.claim_checks import Outcome as Word
+from experiments.records.run_record import Run
 
 COLUMNS = ("id", "place", "claim", "paper", "ours", "scale", "dataset", "seeds", "verdict", "why")
 WORDS: tuple[Word, ...] = ("reproduced", "not reproduced", "inconclusive", "not run")

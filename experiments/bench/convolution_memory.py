@@ -11,9 +11,9 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from experiments.bench.memory import peak_memory_mb
+from experiments.bench.peak_memory import peak_memory_mb
 from experiments.bench.workloads import WORKLOADS
-from experiments.provenance import device_name
+from experiments.records.provenance import device_name
 
 MODELS = ("conv1d", "conv2d", "conv2d-depthwise", "conv3d", "conv3d-batch-4")
 

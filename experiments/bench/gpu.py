@@ -39,7 +39,7 @@ class Part:
 def parts(out: Path, device: str) -> list[Part]:
     """What is run before the training."""
     bench = (*PYTHON, "experiments.bench.steps", "--device", device, "--out", str(out / "bench"))
-    curvature = (*PYTHON, "experiments.bench.curvature", "--device", device, "--batch", "32", "256")
+    curvature = (*PYTHON, "experiments.bench.curvature_step", "--device", device, "--batch", "32", "256")
     models = {"resnet50": ("torchvision",), "transformer": (), "dlrm": (), "schnet": ("schnetpack",)}
     return [
         Part(name="tests", command=(*PYTHON, "pytest", "-q", "-m", "gpu", "tests/ngplus"), needs=("pytest",)),

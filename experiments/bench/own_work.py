@@ -14,10 +14,10 @@ from typing import Any
 import pandas as pd
 import torch
 
-from experiments.bench.peers import PEERS, Peer, Unsupported
+from experiments.bench.compared_optimizers import PEERS, Peer, Unsupported
 from experiments.bench.steps import EQUAL_INTERVAL, synchronize
 from experiments.bench.workloads import WORKLOADS
-from experiments.provenance import device_name
+from experiments.records.provenance import device_name
 
 MEASURABLE = [name for name in PEERS if name != "kfac (asdfghjkl)"]  # which works outside of any step
 SHOWN = [

@@ -11,10 +11,10 @@ import pandas as pd
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from experiments.bench.peers import PEERS
+from experiments.bench.compared_optimizers import PEERS
 from experiments.bench.workloads import WORKLOADS, Workload
 from experiments.errors import UserError
-from experiments.provenance import device_name
+from experiments.records.provenance import device_name
 
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "Memcpy DtoH")
 STEPS = 5

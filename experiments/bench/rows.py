@@ -13,9 +13,9 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from experiments.bench.peers import PEERS, Peer
+from experiments.bench.compared_optimizers import PEERS, Peer
 from experiments.bench.workloads import dlrm
-from experiments.provenance import device_name
+from experiments.records.provenance import device_name
 
 ROWS = (100_000, 10_000_000)
 OPTIMIZERS = ("adagrad", "ngplus-adagrad")

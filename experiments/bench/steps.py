@@ -19,10 +19,10 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from experiments.bench.memory import peak_memory_mb
-from experiments.bench.peers import PEERS, Peer, Unsupported
+from experiments.bench.compared_optimizers import PEERS, Peer, Unsupported
+from experiments.bench.peak_memory import peak_memory_mb
 from experiments.bench.workloads import WORKLOADS, Workload
-from experiments.provenance import device_name
+from experiments.records.provenance import device_name
 
 EQUAL_INTERVAL = 10
 REFERENCES = ("sgd", "adam", "adagrad")

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from experiments.tasks._dlrm import DLRM
+from experiments.tasks.dlrm.dlrm_model import DLRM
 from experiments.tasks.protocol import Task
 
 
@@ -135,8 +135,8 @@ class _Loss(nn.Module):
 
 def fairseq(device: str) -> Workload:
     """The Transformer of the paper's recipe for IWSLT14, fairseq's own, on one full batch of random tokens."""
-    from experiments.estimate.stand_ins.sentences import MadeUpSentences
-    from experiments.recipe import load_recipe
+    from experiments.config.recipe import load_recipe
+    from experiments.estimate.stand_ins.made_up_sentences import MadeUpSentences
 
     task = MadeUpSentences(load_recipe("transformer-iwslt14", "paper").task_settings, scale="paper")
     batch = task.to_device(next(task.train_batches(0, 0)), device)

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import torch
 
-from experiments.data.checksum import DataFileError
+from experiments.config.recipe import Recipe
+from experiments.data_io.checksum import DataFileError
 from experiments.errors import UserError
 from experiments.estimate.measuring import Clock, quick_look
-from experiments.estimate.memory import MemoryUse
 from experiments.estimate.stand_ins import STAND_INS
-from experiments.estimate.steps import Parts
-from experiments.recipe import Recipe
+from experiments.estimate.timed_steps import Parts
+from experiments.estimate.training_memory import MemoryUse
 from experiments.tasks import TASKS
 from experiments.tasks.protocol import Task
 

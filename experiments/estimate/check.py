@@ -17,13 +17,12 @@ from typing import Annotated, Any
 import pandas as pd
 import typer
 
-from experiments.cli_options import DataDir, Device
+from experiments.config.recipe import Recipe, load_recipe
 from experiments.estimate.estimating import Options, estimate
-from experiments.jobs import in_one_line
-from experiments.parallel import choose_device
-from experiments.provenance import device_name
-from experiments.recipe import Recipe, load_recipe
-from experiments.runner import RunOptions, run
+from experiments.launch.jobs import in_one_line
+from experiments.records.provenance import device_name
+from experiments.training.distributed import choose_device
+from experiments.training.run import RunOptions, run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,8 +120,8 @@ def main(
     scale: Annotated[list[str] | None, typer.Option(help="only these scales")] = None,
     steps: Annotated[int | None, typer.Option(help="to measure for an estimate; by default ten seconds")] = None,
     cpu_time: Annotated[bool, typer.Option("--cpu-time", help="seconds on a processor, if others need it too")] = False,
-    device: Device = "cpu",
-    data_dir: DataDir = Path("data"),
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu or cuda")] = "cpu",
+    data_dir: Annotated[Path, typer.Option(metavar="DIR", help="where the datasets are kept")] = Path("data"),
     out: Annotated[Path, typer.Option(help="the table")] = Path("results/bench/estimate-cpu.csv"),
 ) -> None:
     """Estimate and run, print both, and write them down."""

@@ -7,16 +7,16 @@ from statistics import fmean
 
 import torch
 
+from experiments.config.recipe import Recipe
 from experiments.errors import UserError
 from experiments.estimate import paper_machine
 from experiments.estimate.batches import Bench, choose
 from experiments.estimate.measuring import Costs, Measured, clock_of, measure, round_length
 from experiments.estimate.prediction import Prediction, Shape, predict
-from experiments.estimate.steps import renews
-from experiments.parallel import choose_device
-from experiments.provenance import device_name
-from experiments.recipe import Recipe
-from experiments.runner import check_optimizer
+from experiments.estimate.timed_steps import renews
+from experiments.records.provenance import device_name
+from experiments.training.distributed import choose_device
+from experiments.training.run import check_optimizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +213,7 @@ def _batch(bench: Bench) -> list[str]:
     return [
         f"measured at a batch of {bench.size} instead of {bench.whole_size}: forward, backward and building the "
         f"curvature are taken {bench.factor:.4g} times, inverses, directions and the update once, as their operations "
-        "grow (experiments.theory.operations)"
+        "grow (experiments.theory.costs.operations)"
     ]
 
 

@@ -2,7 +2,7 @@
 
 A step is cut in two: what comes before the optimizer's ``step`` (loading, forward, backward and, on a renewing
 step, building the curvature), whose operations are proportional to the batch; and the optimizer's ``step`` (inverse,
-direction, the base's update), whose operations do not depend on it: `experiments.theory.operations`.
+direction, the base's update), whose operations do not depend on it: `experiments.theory.costs.operations`.
 """
 
 import math
@@ -16,9 +16,9 @@ import torch
 from scipy.stats import trim_mean
 from torch.utils.flop_counter import FlopCounterMode
 
-from experiments.estimate.memory import MemoryUse, memory_use, start_of_peak
-from experiments.estimate.steps import SEED, Parts, renews, take_steps, training_of
-from experiments.recipe import Recipe
+from experiments.config.recipe import Recipe
+from experiments.estimate.timed_steps import SEED, Parts, renews, take_steps, training_of
+from experiments.estimate.training_memory import MemoryUse, memory_use, start_of_peak
 from experiments.tasks.protocol import Task
 
 Clock = Callable[[], float]

@@ -2,16 +2,16 @@
 
     rate = operations of an epoch of SGD / 517 s,        epoch of another method = its operations / rate
 
-Operations are those of `experiments.theory.operations` for ResNet50 at 224², batch 256: forward, backward, direction on
-every step, building and inverting once in 𝒯 = 500 steps. The paper names no GPU, and neither does this.
+Operations are those of `experiments.theory.costs.operations` for ResNet50 at 224², batch 256: forward, backward,
+direction on every step, building and inverting once in 𝒯 = 500 steps. The paper names no GPU, and neither does this.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from experiments.estimate.stand_ins.images import IMAGES
-from experiments.theory.model_shapes import paper_layers
-from experiments.theory.operations import (
+from experiments.estimate.stand_ins.made_up_images import IMAGES
+from experiments.theory.costs.model_shapes import paper_layers
+from experiments.theory.costs.operations import (
     Cost,
     LayerShape,
     kfac_cost,

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from experiments.estimate.measuring import Costs, Measured
-from experiments.estimate.steps import Parts
+from experiments.estimate.timed_steps import Parts
 
 
 @dataclass(frozen=True, kw_only=True)

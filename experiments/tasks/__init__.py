@@ -1,4 +1,4 @@
-"""The tasks, by name. A new task is one module here, one line in `TASKS` and one TOML a scale."""
+"""The tasks, by name. A new task is one folder here, one line in `TASKS` and one TOML a scale."""
 
 from collections.abc import Callable, Mapping
 from importlib import import_module
@@ -26,9 +26,9 @@ def _task(module: str, name: str, extra: str) -> Callable[..., Task]:
 
 
 TASKS: dict[str, Callable[..., Task]] = {
-    "dlrm-criteo": _task("dlrm_criteo", "DLRMCriteo", "recsys"),
-    "resnet50-imagenet": _task("resnet50_imagenet", "ResNet50ImageNet", "vision"),
-    "schnet-matproj": _task("schnet_matproj", "SchNetMatProj", "quantum"),
-    "schnet-qm9": _task("schnet_qm9", "SchNetQM9", "quantum"),
-    "transformer-iwslt14": _task("transformer_iwslt14", "TransformerIWSLT14", "translation"),
+    "dlrm-criteo": _task("dlrm.dlrm_criteo", "DLRMCriteo", "recsys"),
+    "resnet50-imagenet": _task("resnet50.resnet50_imagenet", "ResNet50ImageNet", "vision"),
+    "schnet-matproj": _task("schnet.schnet_matproj", "SchNetMatProj", "quantum"),
+    "schnet-qm9": _task("schnet.schnet_qm9", "SchNetQM9", "quantum"),
+    "transformer-iwslt14": _task("transformer.transformer_iwslt14", "TransformerIWSLT14", "translation"),
 }

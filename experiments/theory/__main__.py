@@ -11,9 +11,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from experiments.theory import convergence, costs, regret
+from experiments.records.claim_checks import Erratum, write_rows
+from experiments.theory import convergence, regret
+from experiments.theory.costs import method_costs
 from experiments.theory.errata import FORMULAS
-from experiments.theory.findings import Erratum, write_rows
 
 
 def show(errata: list[Erratum]) -> None:
@@ -35,7 +36,7 @@ def main(
     errata = [check(np.random.default_rng([seed, index])) for index, check in enumerate(FORMULAS)]
     errata += convergence.run(seed, out / "convergence", 500 if quick else 5_000)
     errata += regret.run(seed, out / "regret", 300 if quick else 10_000)
-    costs.run(out / "costs", quick=quick, seed=seed)
+    method_costs.run(out / "costs", quick=quick, seed=seed)
     write_rows(out / "errata.csv", [erratum.row() for erratum in errata])
     show(errata)
     if not all(erratum.printed_is_wrong and erratum.corrected_is_right for erratum in errata):

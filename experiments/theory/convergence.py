@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from scipy.optimize import brentq
 from scipy.special import zeta
 
-from experiments.theory.drawing import figure
-from experiments.theory.findings import Erratum, Verdict, write_rows, write_verdicts
+from experiments.analysis.figures.drawing import figure
+from experiments.records.claim_checks import Erratum, Verdict, write_rows, write_verdicts
 
 Array = NDArray[np.float64]
 BETAS = (0.55, 0.65, 0.75, 0.9)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from experiments.theory.findings import Erratum
+from experiments.records.claim_checks import Erratum
 
 Array = NDArray[np.float64]
 Check = Callable[[np.random.Generator], Erratum]

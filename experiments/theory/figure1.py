@@ -19,9 +19,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from experiments.theory.drawing import figure
-from experiments.theory.findings import Verdict, write_rows, write_verdicts
-from experiments.theory.kronecker import DAMPINGS, LEFT, PLAIN, PRINTED, RIGHT, compare
+from experiments.analysis.figures.drawing import figure
+from experiments.records.claim_checks import Verdict, write_rows, write_verdicts
+from experiments.theory.kronecker_forms import DAMPINGS, LEFT, PLAIN, PRINTED, RIGHT, compare
 from experiments.theory.layer_samples import SUBJECTS, sample_task
 
 FORMS = (PRINTED, LEFT, RIGHT, "K-FAC", "Shampoo", PLAIN)
@@ -173,7 +173,7 @@ def draw_decay(rows: Sequence[dict[str, Any]], folder: Path) -> None:
 
 
 def layer_rows(tasks: Sequence[str], *, samples: int, steps: int, seed: int, data_dir: Path) -> list[dict[str, Any]]:
-    """A row for each form on each layer of the tasks' models; see `kronecker.compare`."""
+    """A row for each form on each layer of the tasks' models; see `kronecker_forms.compare`."""
     rows = []
     for task in tasks:
         dataset, layers = sample_task(task, samples=samples, steps=steps, seed=seed, data_dir=data_dir)

@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from experiments.data.structure_batches import TARGET
-from experiments.recipe import load_recipe
+from experiments.config.recipe import load_recipe
 from experiments.tasks import TASKS
 from experiments.tasks.protocol import Task
-from experiments.theory.kronecker import LayerSamples
+from experiments.tasks.schnet.structure_batches import TARGET
+from experiments.theory.kronecker_forms import LayerSamples
 from experiments.theory.weight_uses import CONVOLUTIONS, LOOKUPS, Use, watch
 
 SCALE = "tiny"
@@ -204,7 +204,7 @@ def gather(task: Task, model: nn.Module, *, samples: int, seed: int) -> list[Lay
 
 
 def _pair(layer: str, taken: Sequence[Sample]) -> LayerPair:
-    """What `kronecker.compare` needs of a layer."""
+    """What `kronecker_forms.compare` needs of a layer."""
     half = len(taken) // 2
     own = taken[:half]
     samples = LayerSamples(

@@ -18,8 +18,8 @@ import torch
 import typer
 from numpy.typing import NDArray
 
-from experiments.theory.drawing import figure
-from experiments.theory.findings import Erratum, Verdict, write_rows, write_verdicts
+from experiments.analysis.figures.drawing import figure
+from experiments.records.claim_checks import Erratum, Verdict, write_rows, write_verdicts
 from ngplus.online import OnlineNGPlus, project_to_ball, regret_bound
 
 Array = NDArray[np.float64]

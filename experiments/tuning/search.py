@@ -21,12 +21,12 @@ from optuna.samplers import TPESampler
 from optuna.trial import FrozenTrial, Trial, TrialState
 from scipy.stats.qmc import Sobol
 
+from experiments.config.recipe import Recipe
+from experiments.config.tuning_space import value_at
+from experiments.dataclass_io import plain
 from experiments.errors import UserError
-from experiments.recipe import Recipe
-from experiments.records import End, Epoch, Manifest, Run, numbers_of, read_run, record_path
-from experiments.runner import RunOptions, run
-from experiments.settings import plain
-from experiments.tuning.space import value_at
+from experiments.records.run_record import End, Epoch, Manifest, Run, numbers_of, read_run, record_path
+from experiments.training.run import RunOptions, run
 from experiments.tuning.trial import trial_recipe
 
 # Trials before the sampler draws, and before any trial is stopped early.

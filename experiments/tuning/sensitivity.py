@@ -7,17 +7,17 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.analysis import heatmaps
+from experiments.analysis.figures import heatmaps
+from experiments.config.recipe import Recipe
+from experiments.config.sensitivity_grid import Grid, Sensitivity
+from experiments.config.tuning_space import value_at
+from experiments.dataclass_io import one_of
 from experiments.errors import UserError
-from experiments.jobs import Job, run_jobs
-from experiments.recipe import Recipe
-from experiments.records import Run, read_run, record_path
-from experiments.runner import RunOptions
-from experiments.settings import one_of
-from experiments.tuning.grid import Grid, Sensitivity
-from experiments.tuning.space import value_at
+from experiments.launch.jobs import Job, run_jobs
+from experiments.records.run_record import Run, read_run, record_path
+from experiments.training.run import RunOptions
 from experiments.tuning.trial import trial_changes
-from experiments.tuning.trials import course_of, write_rows
+from experiments.tuning.trials_table import course_of, write_rows
 
 
 def measure(

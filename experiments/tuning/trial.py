@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from experiments.recipe import Recipe
-from experiments.settings import plain
+from experiments.config.recipe import Recipe
+from experiments.dataclass_io import plain
 
 # The fields of schedules that are lengths: a shorter trial goes through the whole schedule in miniature.
 _LENGTHS = ("max_epoch", "warmup_epochs", "hold_epochs", "every_epochs", "warmup_updates")

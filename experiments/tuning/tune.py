@@ -4,13 +4,13 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from experiments.config.recipe import Recipe
+from experiments.config.recipe_editor import write_values
 from experiments.errors import UserError
-from experiments.provenance import REPOSITORY
-from experiments.recipe import Recipe
-from experiments.runner import RunOptions
-from experiments.tuning.recipe_file import write_values
+from experiments.records.provenance import REPOSITORY
+from experiments.training.run import RunOptions
 from experiments.tuning.search import Search, Tried
-from experiments.tuning.trials import record_trials
+from experiments.tuning.trials_table import record_trials
 
 
 def tune(

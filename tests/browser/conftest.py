@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import made_results
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from experiments.analysis.report import build
-from experiments.provenance import REPOSITORY
+from experiments.records.provenance import REPOSITORY
+from tests.experiments.cases import whole_results
 
 
 @dataclass
@@ -51,8 +51,8 @@ def pages(tmp_path_factory) -> dict[str, Path]:
     shutil.copytree(REPOSITORY / "results", folder / "recorded", ignore=shutil.ignore_patterns("report"))
     return {
         "recorded": build(folder / "recorded"),
-        "made": build(made_results.whole(folder / "made")),
-        "spoilt": build(made_results.spoilt(folder / "spoilt")),
+        "made": build(whole_results.whole(folder / "made")),
+        "spoilt": build(whole_results.spoilt(folder / "spoilt")),
     }
 
 

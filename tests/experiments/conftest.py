@@ -1,8 +1,9 @@
 import pytest
-import toy
 
-from experiments import recipe, tasks
-from experiments.runner import RunOptions
+from experiments import tasks
+from experiments.config import recipe
+from experiments.training.run import RunOptions
+from tests.experiments.cases import toy
 
 
 @pytest.fixture

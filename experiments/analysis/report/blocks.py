@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import pandas as pd
 
-from experiments.analysis.report.shelf import in_words
+from experiments.analysis.report.results_folder import in_words
 
 _FIGURE = re.compile(r"(?:missed|∞|[-–−]?[\d.,]+(?:e[-+]?\d+)?[×%]?)(?: ?[±\[].*)?")
 

@@ -4,9 +4,17 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from experiments.analysis.report import commands, costs, glance, profile_charts, scripts, tasks, theory, verdicts
+from experiments.analysis.report import rerun_commands, scripts
 from experiments.analysis.report.blocks import Block, Section
-from experiments.analysis.report.shelf import SCALES, Shelf, Study
+from experiments.analysis.report.results_folder import SCALES, Shelf, Study
+from experiments.analysis.report.sections import (
+    cost_section,
+    glance_section,
+    profile_charts,
+    task_section,
+    theory_section,
+    verdict_section,
+)
 from experiments.errors import UserError
 
 
@@ -31,16 +39,16 @@ def build(results_dir: Path) -> Path:
 def render(results_dir: Path) -> str:
     """The page."""
     shelf = Shelf(results_dir)
-    names = [*tasks.TITLES, *shelf.foreign_tasks(tasks.TITLES)]
-    for name in names[len(tasks.TITLES) :]:
+    names = [*task_section.TITLES, *shelf.foreign_tasks(task_section.TITLES)]
+    for name in names[len(task_section.TITLES) :]:
         shelf.complain(f"{name}: is no task of this repository")
     studies = {task: _studies(shelf, task) for task in names}
-    judged = verdicts.read(shelf)
+    judged = verdict_section.read(shelf)
     sections = [
-        *(tasks.section(shelf, task, studies[task]) for task in names),
+        *(task_section.section(shelf, task, studies[task]) for task in names),
         _profiles(studies),
-        costs.section(shelf),
-        theory.section(shelf),
+        cost_section.section(shelf),
+        theory_section.section(shelf),
     ]
     vega, own = scripts.vega(), scripts.own()
     return (
@@ -51,12 +59,12 @@ def render(results_dir: Path) -> str:
             style=scripts.style(),
             scripts=(vega, own),
             verdicts=judged,
-            tally=verdicts.tally(judged),
-            glance=glance.block(studies),
+            tally=verdict_section.tally(judged),
+            glance=glance_section.block(studies),
             sections=sections,
             complaints=shelf.complaints,
-            commands=commands,
-            slug=tasks.slug,
+            commands=rerun_commands,
+            slug=task_section.slug,
         )
     )
 

@@ -33,11 +33,11 @@ def _stand_in(module: str, name: str) -> Callable[..., StandIn]:
 
 # task -> its data setting -> the stand-in for it
 STAND_INS: dict[tuple[str, str], Callable[..., StandIn]] = {
-    ("dlrm-criteo", "criteo"): _stand_in("clicks", "MadeUpClicks"),
-    ("resnet50-imagenet", "imagenet"): _stand_in("images", "MadeUpImages"),
-    ("schnet-matproj", "database"): _stand_in("structures", "Supercells"),
-    ("schnet-qm9", "package"): _stand_in("structures", "FewMolecules"),
-    ("schnet-qm9", "database"): _stand_in("structures", "FewMolecules"),
-    ("schnet-qm9", "xyz"): _stand_in("structures", "FewMolecules"),
-    ("transformer-iwslt14", "iwslt14"): _stand_in("sentences", "MadeUpSentences"),
+    ("dlrm-criteo", "criteo"): _stand_in("made_up_clicks", "MadeUpClicks"),
+    ("resnet50-imagenet", "imagenet"): _stand_in("made_up_images", "MadeUpImages"),
+    ("schnet-matproj", "database"): _stand_in("made_up_structures", "Supercells"),
+    ("schnet-qm9", "package"): _stand_in("made_up_structures", "FewMolecules"),
+    ("schnet-qm9", "database"): _stand_in("made_up_structures", "FewMolecules"),
+    ("schnet-qm9", "xyz"): _stand_in("made_up_structures", "FewMolecules"),
+    ("transformer-iwslt14", "iwslt14"): _stand_in("made_up_sentences", "MadeUpSentences"),
 }

@@ -3,10 +3,21 @@ import math
 
 import pandas as pd
 import pytest
-from handmade import HIT_1, HIT_2, HIT_3, HIT_4, MISS, SCALE, TASK, epoch, manifest, write
 
 from experiments.analysis.comparison import COLUMNS, compare
 from experiments.errors import UserError
+from tests.experiments.cases.handwritten_records import (
+    HIT_1,
+    HIT_2,
+    HIT_3,
+    HIT_4,
+    MISS,
+    SCALE,
+    TASK,
+    epoch,
+    manifest,
+    write,
+)
 
 
 def compared(results):

@@ -1,8 +1,8 @@
 import pytest
-from handmade import HIT_1, HIT_2, HIT_4, MISS, SCALE, TASK, write_run
 
 from experiments.analysis.overview import overview
 from experiments.errors import UserError
+from tests.experiments.cases.handwritten_records import HIT_1, HIT_2, HIT_4, MISS, SCALE, TASK, write_run
 
 OTHER = "schnet-qm9"
 

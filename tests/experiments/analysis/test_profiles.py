@@ -3,10 +3,10 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-from handmade import HIT_1, HIT_2, HIT_4, MISS, SCALE, TASK, write_run
 from scipy import stats
 
 from experiments.analysis.profiles import COLUMNS, profile, score
+from tests.experiments.cases.handwritten_records import HIT_1, HIT_2, HIT_4, MISS, SCALE, TASK, write_run
 
 TASKS = (TASK, "schnet-qm9", "dlrm-criteo")
 

@@ -2,7 +2,6 @@ import json
 
 import pandas as pd
 import pytest
-from handmade import HIT_1, HIT_2, HIT_3, HIT_4, MISS, SCALE, TASK, write, write_run
 
 from experiments.analysis import verdict_table
 from experiments.analysis.claims import (
@@ -17,6 +16,7 @@ from experiments.analysis.claims import (
     load_claims,
 )
 from experiments.analysis.verdicts import COLUMNS, Evidence, judge, tally
+from tests.experiments.cases.handwritten_records import HIT_1, HIT_2, HIT_3, HIT_4, MISS, SCALE, TASK, write, write_run
 
 FEWER = Comparison(task=TASK, measure="epochs_to_target", optimizer="ngplus", against="sgd", better="less")
 BELOW = CurveBelow(task=TASK, value="train_loss", optimizer="ngplus", against="sgd")

@@ -4,7 +4,7 @@ import pytest
 
 from experiments.bench import convolution_memory
 from experiments.bench.convolution_memory import MODELS, compare
-from experiments.bench.memory import peak_memory_mb
+from experiments.bench.peak_memory import peak_memory_mb
 from experiments.bench.workloads import WORKLOADS, convolutions
 
 

@@ -23,7 +23,7 @@ def test_every_part_is_a_module_that_exists():
     assert {
         "pytest",
         "experiments.bench.plain_step",
-        "experiments.bench.curvature",
+        "experiments.bench.curvature_step",
         "experiments.bench.steps",
     } == modules
     assert all(gpu.find_spec(module) is not None for module in modules)

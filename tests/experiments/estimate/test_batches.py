@@ -1,14 +1,14 @@
 import pytest
 import torch
 
-from experiments.data import DataFileError
+from experiments.config.recipe import load_recipe
+from experiments.data_io.checksum import DataFileError
 from experiments.errors import UserError
 from experiments.estimate import batches
 from experiments.estimate.batches import choose, task_of
 from experiments.estimate.measuring import clock_of
-from experiments.estimate.memory import MemoryUse
-from experiments.estimate.steps import Parts
-from experiments.recipe import load_recipe
+from experiments.estimate.timed_steps import Parts
+from experiments.estimate.training_memory import MemoryUse
 
 CPU = torch.device("cpu")
 CLOCK = clock_of(CPU)

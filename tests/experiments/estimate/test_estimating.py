@@ -1,18 +1,18 @@
 import pytest
 
 from experiments.errors import UserError
-from experiments.estimate import check, report
+from experiments.estimate import check, estimate_table
 from experiments.estimate.check import Case, compare
 from experiments.estimate.estimating import Options, estimate
 
 
 def test_every_optimizer_of_the_recipe_has_a_row_and_what_was_assumed_is_said(load, tmp_path, capsys):
     found = estimate(load(), None, Options(device="cpu", steps=4, rate=1e9))
-    report.show(found)
+    estimate_table.show(found)
     printed = capsys.readouterr().out
     for shown in ("sgd", "adam", "ngplus", "s/epoch", "Assumptions:", "loading is counted", "TFLOP/s"):
         assert shown in printed
-    report.write(found, tmp_path / "made" / "estimate.csv")
+    estimate_table.write(found, tmp_path / "made" / "estimate.csv")
     header, *rows = (tmp_path / "made" / "estimate.csv").read_text().splitlines()
     assert header.startswith("task,scale,device,optimizer,steps_per_epoch,plain_step_s")
     assert [row.split(",")[3:5] for row in rows] == [["sgd", "6"], ["adam", "6"], ["ngplus", "6"]]

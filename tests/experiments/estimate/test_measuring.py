@@ -8,7 +8,7 @@ from torch import nn
 from experiments import tasks
 from experiments.estimate import measuring
 from experiments.estimate.measuring import clock_of, loading_times, measure, quick_look, round_length
-from experiments.estimate.steps import Parts, renews, take_steps, training_of
+from experiments.estimate.timed_steps import Parts, renews, take_steps, training_of
 from ngplus.curvature import Curvature
 
 CPU = torch.device("cpu")

@@ -1,9 +1,9 @@
 import pytest
 
 from experiments.estimate.measuring import Costs, Measured
-from experiments.estimate.memory import MemoryUse
 from experiments.estimate.prediction import Shape, epoch, predict
-from experiments.estimate.steps import Parts
+from experiments.estimate.timed_steps import Parts
+from experiments.estimate.training_memory import MemoryUse
 
 PLAIN, RENEWING = Parts(batch=1.0, update=0.25), Parts(batch=2.0, update=3.0)
 COSTS = Costs(plain=PLAIN, renewing=RENEWING)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.optimizers import entry_of
-from experiments.recipe import load_recipe
+from experiments.config.recipe import load_recipe
+from experiments.optimizers.registry import entry_of
 from experiments.tasks import TASKS
 
 RECIPES = {task: load_recipe(task, "small") for task in TASKS}

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from experiments.records.claim_checks import Erratum
 from experiments.theory import convergence, errata, regret
-from experiments.theory.findings import Erratum
 
 SEEDS = range(5)
 

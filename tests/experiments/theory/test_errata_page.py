@@ -1,13 +1,13 @@
 """docs/errata.md and docs/method.md name checks and files that exist, and leave no check out."""
 
 import re
-from pathlib import Path
 
 import pytest
 
+from experiments.records.provenance import REPOSITORY
 from experiments.theory import convergence, errata, regret
 
-DOCS = Path(__file__).parents[3] / "docs"
+DOCS = REPOSITORY / "docs"
 CHECKS = (*errata.FORMULAS, *convergence.THEOREMS, *regret.THEOREM)
 
 

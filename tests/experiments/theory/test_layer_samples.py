@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from experiments.recipe import load_recipe
+from experiments.config.recipe import load_recipe
 from experiments.tasks import TASKS
 from experiments.theory.layer_samples import (
     SCALE,

@@ -5,12 +5,12 @@ import tomllib
 import optuna
 import pandas as pd
 import pytest
-import toy
 
 from experiments.errors import UserError
 from experiments.tuning.search import Search
 from experiments.tuning.trial import trial_recipe
 from experiments.tuning.tune import best_of, tune
+from tests.experiments.cases import toy
 
 TUNING = """
 [tuning]

@@ -2,12 +2,12 @@ import dataclasses
 
 import pandas as pd
 import pytest
-import toy
 
-from experiments import jobs
 from experiments.errors import UserError
-from experiments.runner import run
+from experiments.launch import jobs
+from experiments.training.run import run
 from experiments.tuning.sensitivity import measure
+from tests.experiments.cases import toy
 
 GRIDS = """
 [sensitivity]

@@ -4,19 +4,19 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
 
-import made_results
 import pytest
 import vl_convert
-from handmade import HIT_1, SCALE, TASK, write
 
-from experiments.analysis import table
+from experiments.analysis import comparison_table
+from experiments.analysis.comparable_runs import load_comparable
 from experiments.analysis.comparison import summarise
 from experiments.analysis.report import build
-from experiments.analysis.report.shelf import SCALES
-from experiments.analysis.report.tasks import TITLES
-from experiments.analysis.runs import load_comparable
+from experiments.analysis.report.results_folder import SCALES
+from experiments.analysis.report.sections.task_section import TITLES
 from experiments.errors import UserError
 from experiments.tasks import TASKS
+from tests.experiments.cases import whole_results
+from tests.experiments.cases.handwritten_records import HIT_1, SCALE, TASK, write
 
 
 class Page(HTMLParser):
@@ -73,7 +73,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    return made_results.whole(tmp_path_factory.mktemp("whole"))
+    return whole_results.whole(tmp_path_factory.mktemp("whole"))
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def page(results):
 
 @pytest.fixture(scope="module")
 def spoilt(tmp_path_factory):
-    return Page(build(made_results.spoilt(tmp_path_factory.mktemp("spoilt"))))
+    return Page(build(whole_results.spoilt(tmp_path_factory.mktemp("spoilt"))))
 
 
 def test_the_same_records_give_the_same_bytes_wherever_they_lie(results, page, tmp_path, monkeypatch):
@@ -98,8 +98,8 @@ def test_the_same_records_give_the_same_bytes_wherever_they_lie(results, page, t
 
 def test_the_page_shows_the_numbers_of_the_terminal_table(results, page):
     frame = summarise(load_comparable(results, TASK, SCALE))
-    header, rows = table.cells(frame)
-    assert page.table(table.title(frame)) == [header, *rows]
+    header, rows = comparison_table.cells(frame)
+    assert page.table(comparison_table.title(frame)) == [header, *rows]
 
 
 def test_every_row_of_every_table_is_as_long_as_its_header(page):
@@ -123,7 +123,7 @@ def test_verdicts_are_counted(page):
 
 
 def test_what_is_missing_is_said(page):
-    for task in set(TASKS) - {TASK, made_results.OTHER_TASK}:
+    for task in set(TASKS) - {TASK, whole_results.OTHER_TASK}:
         for scale in SCALES:
             command = f"reproduce-{'iwslt14' if 'iwslt' in task else task.partition('-')[2]} SCALE={scale}"
             assert f"Scale {scale}: nothing is recorded here. Rerun: make {command}" in page.text
@@ -167,7 +167,7 @@ def test_the_rest_is_as_if_the_damaged_were_not_there(spoilt, page):
 
 
 def test_text_in_a_record_stays_text(spoilt):
-    assert made_results.HOSTILE in spoilt.text
+    assert whole_results.HOSTILE in spoilt.text
     assert len([each for each in spoilt.found("script") if each.get("type") != "application/json"]) == 2
     assert not [attributes for _, attributes in spoilt.tags if any(name.startswith("on") for name in attributes)]
     assert all(attributes["src"].startswith("data:image/webp;base64,") for attributes in spoilt.found("img"))
@@ -176,9 +176,11 @@ def test_text_in_a_record_stays_text(spoilt):
 
 def test_text_in_a_chart_cannot_end_its_script(tmp_path):
     record = write(tmp_path, "ngplus", 1, HIT_1)
-    record.write_text(record.read_text().replace('"top1"', json.dumps(made_results.HOSTILE)))
+    record.write_text(record.read_text().replace('"top1"', json.dumps(whole_results.HOSTILE)))
     found = Page(build(tmp_path))
-    assert any(made_results.HOSTILE in json.dumps(spec, ensure_ascii=False).replace('\\"', '"') for spec in found.specs)
+    assert any(
+        whole_results.HOSTILE in json.dumps(spec, ensure_ascii=False).replace('\\"', '"') for spec in found.specs
+    )
     assert len([each for each in found.found("script") if each.get("type") != "application/json"]) == 2
 
 

@@ -1,0 +1,86 @@
+"""``results/bench``: what a step, the curvature, and reading the data cost."""
+
+from typing import Any
+
+import altair as alt
+import pandas as pd
+
+from experiments.analysis.comparison_table import number
+from experiments.analysis.figures.palette import colour_of, colour_on_dark
+from experiments.analysis.report import chart_theme, rerun_commands
+from experiments.analysis.report.blocks import Block, Chart, Figure, Key, Line, Section, table_of
+from experiments.analysis.report.results_folder import Shelf
+
+EQUAL = "every_10_over_sgd"
+
+
+def section(shelf: Shelf) -> Section:
+    """A bar chart for each file of steps, then every file as a table."""
+    stems = sorted(path.stem for path in (shelf.root / "bench").glob("*.csv"))
+    files = {stem: table for stem in stems if (table := shelf.csv(f"bench/{stem}.csv")) is not None}
+    blocks: list[Block] = []
+    charts = [_chart(table, f"costs-{place}") for place, table in enumerate(filter(_of_steps, files.values()), 1)]
+    if charts:
+        blocks.append(
+            Figure(
+                id="costs-steps",
+                caption="A step when every method renews its preconditioner every 10 steps, over a step of SGD",
+                charts=charts,
+                rerun=("make bench",),
+            )
+        )
+    blocks += [
+        table_of(table, f"bench/{stem}.csv", (rerun_commands.bench(stem),), folded=True)
+        for stem, table in files.items()
+    ]
+    return Section(
+        id="costs",
+        title="What a step costs",
+        blocks=blocks or [Line(text="No bench was run here.", rerun=("make bench",))],
+    )
+
+
+def _of_steps(table: pd.DataFrame) -> bool:
+    return {"model", "optimizer", EQUAL} <= set(table.columns) and pd.api.types.is_numeric_dtype(table[EQUAL])
+
+
+def _chart(table: pd.DataFrame, id: str) -> Chart:
+    known = table[table[EQUAL].notna()]
+    title = ", ".join(dict.fromkeys(map(str, [*table["model"], *table.get("device", [])])))
+    said = ", ".join(f"{row.optimizer} {number(getattr(row, EQUAL))}×" for row in known.itertuples())
+    missing = ", ".join(map(str, table[table[EQUAL].isna()]["optimizer"]))
+    summary = f"{title}: step over SGD's: {said}.{f' Cannot train it: {missing}.' if missing else ''}"
+    shown = table[
+        [name for name in ("optimizer", EQUAL, "usual_over_sgd", "peak_memory_mb", "why_not") if name in table]
+    ]
+    return Chart(
+        id=id,
+        title=title,
+        summary=summary,
+        spec=_spec(known, summary),
+        data=table_of(shown, title, (), folded=True),
+    )
+
+
+def _spec(table: pd.DataFrame, summary: str) -> dict[str, Any]:
+    names = list(dict.fromkeys(map(str, table["optimizer"])))
+    legend = [Key(name=name, light=colour_of(_family(name)), dark=colour_on_dark(_family(name))) for name in names]
+    rows = [
+        {"optimizer": name, "ratio": chart_theme.rounded(ratio), "word": f"{number(ratio)}×"}
+        for name, ratio in zip(map(str, table["optimizer"]), table[EQUAL], strict=True)
+    ]
+    base = alt.Chart(alt.Data(values=rows)).encode(
+        x=alt.X("ratio:Q", title="step over SGD's", scale=alt.Scale(domainMin=0, padding=28)),
+        y=alt.Y("optimizer:N", sort=names, title=None, axis=alt.Axis(grid=False, labelLimit=150)),
+    )
+    bars = base.mark_bar().encode(
+        color=alt.Color("optimizer:N", scale=chart_theme.colours(legend), legend=None),
+        tooltip=["optimizer:N", alt.Tooltip("ratio:Q", format=".3g")],
+    )
+    words = base.mark_text(align="left", dx=4).encode(text="word:N")
+    return chart_theme.finished(alt.layer(bars, words), summary, height=22 * len(names) + 10)
+
+
+def _family(name: str) -> str:
+    """``kfac`` of ``kfac (asdfghjkl)``."""
+    return name.partition(" ")[0]

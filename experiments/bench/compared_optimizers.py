@@ -1,0 +1,151 @@
+"""The optimizers whose cost is compared, each made to renew what it renews every ``interval`` steps."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from experiments.bench.workloads import Workload
+from experiments.optimizers.muon import MuonAndAdamW, hidden_matrices
+from ngplus import NGPlus
+from ngplus.baselines import KFAC
+
+
+class Unsupported(Exception):  # noqa: N818 (a result of the bench, not an error)
+    """A peer that cannot train this model, with the reason."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peer:
+    """An optimizer on a workload.
+
+    Attributes:
+        optimizer: makes the step.
+        step: one whole training step: forward, backward, optimizer.
+    """
+
+    optimizer: Optimizer
+    step: Callable[[], None]
+
+
+def _trained(workload: Workload, optimizer: Optimizer) -> Peer:
+    def step() -> None:
+        workload.loss(workload.model(*workload.inputs)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return Peer(optimizer=optimizer, step=step)
+
+
+def _sgd(workload: Workload, _interval: int) -> Peer:
+    return _trained(workload, torch.optim.SGD(workload.model.parameters(), lr=1e-9, momentum=0.9))
+
+
+def _adam(workload: Workload, _interval: int) -> Peer:
+    return _trained(workload, torch.optim.Adam(workload.model.parameters(), lr=1e-9))
+
+
+def _adagrad(workload: Workload, _interval: int) -> Peer:
+    return _trained(workload, torch.optim.Adagrad(workload.model.parameters(), lr=1e-9))
+
+
+def _ngplus(workload: Workload, interval: int, base: type[Optimizer], **options: Any) -> Peer:
+    options = {"momentum": 0.9, **options} if base is torch.optim.SGD else options
+    samples = options.pop("samples", workload.samples)
+    optimizer = NGPlus(workload.model, base, lr=1e-9, damping=0.3, update_every=interval, samples=samples, **options)
+    optimizer.track_times()
+    return _trained(workload, optimizer)
+
+
+def _muon(workload: Workload, _interval: int) -> Peer:
+    matrices = hidden_matrices(workload.model)
+    if sum(p.numel() for p in matrices) < 0.2 * sum(p.numel() for p in workload.model.parameters()):
+        raise Unsupported("Muon is for matrices that are no embeddings, which are few here")
+    return _trained(workload, MuonAndAdamW(workload.model, lr=1e-9))
+
+
+LARGEST_SIDE = 5000
+"""Longest side of a weight that a two-sided method is given: its matrix for 10,000 takes 0.8 GB and minutes."""
+
+
+def _shampoo(workload: Workload, interval: int) -> Peer:
+    from pytorch_optimizer import Shampoo
+
+    longest = max(max(p.shape) for p in workload.model.parameters())
+    if longest > LARGEST_SIDE:
+        raise Unsupported(f"it keeps a matrix for every side of a weight, and the longest here is {longest:,}")
+    parameters = workload.model.parameters()
+    return _trained(workload, Shampoo(parameters, lr=1e-9, preconditioning_compute_steps=interval))
+
+
+def _soap(workload: Workload, interval: int) -> Peer:
+    from pytorch_optimizer import SOAP
+
+    parameters = workload.model.parameters()
+    return _trained(
+        workload, SOAP(parameters, lr=1e-9, precondition_frequency=interval, max_precondition_dim=LARGEST_SIDE)
+    )
+
+
+def _kfac(workload: Workload, interval: int) -> Peer:
+    from asdl import FISHER_EMP, KfacGradientMaker, PreconditioningConfig
+
+    if any(isinstance(m, (nn.MultiheadAttention, nn.Embedding, nn.EmbeddingBag)) for m in workload.model.modules()):
+        raise Unsupported("asdfghjkl's K-FAC has no attention or embeddings")
+    config = PreconditioningConfig(
+        preconditioner_upd_interval=interval,
+        curvature_upd_interval=interval,
+        damping=0.1,
+        ema_decay=0.95,
+        data_size=workload.inputs[0].shape[0],
+    )
+
+    def loss(output: Tensor, reduction: str = "mean") -> Tensor:
+        mean = workload.loss(output)
+        return mean * workload.inputs[0].shape[0] if reduction == "sum" else mean
+
+    maker = KfacGradientMaker(workload.model, config, fisher_type=FISHER_EMP)
+    optimizer = torch.optim.SGD(workload.model.parameters(), lr=1e-9, momentum=0.9)
+
+    def step() -> None:
+        output = maker.setup_model_call(workload.model, *workload.inputs)
+        maker.setup_loss_call(loss, output)
+        maker.forward_and_backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return Peer(optimizer=optimizer, step=step)
+
+
+def _our_kfac(workload: Workload, interval: int) -> Peer:
+    """This repository's, which knows attention and embeddings."""
+    sgd, side = torch.optim.SGD, LARGEST_SIDE
+    optimizer = KFAC(workload.model, sgd, lr=1e-9, damping=0.1, update_every=interval, max_side=side, momentum=0.9)
+    optimizer.track_times()
+    return _trained(workload, optimizer)
+
+
+PEERS: dict[str, Callable[[Workload, int], Peer]] = {
+    "sgd": _sgd,
+    "adam": _adam,
+    "adagrad": _adagrad,
+    "muon": _muon,
+    "ngplus": partial(_ngplus, base=torch.optim.SGD),
+    "ngplus-adam": partial(_ngplus, base=torch.optim.Adam),
+    "ngplus-adagrad": partial(_ngplus, base=torch.optim.Adagrad),
+    "ngplus-dense": partial(_ngplus, base=torch.optim.SGD, solver="dense"),
+    "ngplus-low-rank": partial(_ngplus, base=torch.optim.SGD, solver="low_rank"),
+    "ngplus-sketched": partial(_ngplus, base=torch.optim.SGD, solver="sketched", sketch_size=128),
+    "ngplus-blocks": partial(_ngplus, base=torch.optim.SGD, block_size=128),
+    "ngplus-adagrad-blocks": partial(_ngplus, base=torch.optim.Adagrad, block_size=128),
+    "ngplus-adagrad-32-samples": partial(_ngplus, base=torch.optim.Adagrad, max_samples=32),
+    "ngplus-mini-batch": partial(_ngplus, base=torch.optim.SGD, curvature="mini_batch"),
+    "kfac (asdfghjkl)": _kfac,
+    "kfac (ngplus.baselines)": _our_kfac,
+    "shampoo (pytorch-optimizer)": _shampoo,
+    "soap (pytorch-optimizer)": _soap,
+}

@@ -1,0 +1,347 @@
+"""The command line, ``python -m experiments``: train, tune, compare, judge the paper's claims, fetch data."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from experiments.cli import listing
+from experiments.cli.shared_options import (
+    CheckpointDir,
+    CheckpointEvery,
+    DataDir,
+    Device,
+    Epochs,
+    Force,
+    OptimizerNames,
+    Overrides,
+    ResultsDir,
+    Scale,
+    Seeds,
+    TaskName,
+    Threads,
+    Workers,
+)
+from experiments.config.recipe import load_recipe
+from experiments.dataclass_io import one_of
+from experiments.errors import UserError
+from experiments.launch.jobs import in_one_line, jobs_of, run_jobs
+from experiments.tasks.datasets import PREPARE
+from experiments.training.run import RunOptions
+
+app = typer.Typer(
+    help="Reproduce the experiments of NG+: train, list what there is, print the comparison tables.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def main() -> None:
+    """Run the command line; what a user can mend is one line and exit status 2."""
+    in_one_line(app)
+
+
+@app.command("run")
+def run_command(
+    task: TaskName,
+    scale: Scale = "tiny",
+    optimizer: OptimizerNames = None,
+    seed: Seeds = None,
+    epochs: Epochs = None,
+    set_: Overrides = None,
+    force: Force = False,
+    device: Device = "auto",
+    data_dir: DataDir = Path("data"),
+    results_dir: ResultsDir = Path("results"),
+    checkpoint_dir: CheckpointDir = None,
+    checkpoint_every: CheckpointEvery = 60.0,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard files.")] = False,
+) -> None:
+    """Train a task, and record each run.
+
+    One run is one optimizer from one seed. What is finished is not run again, and what was interrupted goes on
+    where it stopped. Several runs go one after the other, all optimizers for the first seed, then all for the
+    next. Under torchrun, the processes train each run together.
+    """
+    options = RunOptions(
+        device=device,
+        data_dir=data_dir,
+        results_dir=results_dir,
+        checkpoint_dir=checkpoint_dir,
+        checkpoint_every_s=checkpoint_every,
+        force=force,
+        tensorboard=tensorboard,
+    )
+    run_jobs(jobs_of(task, scale, optimizer, seed, _overrides(set_, epochs), options))
+
+
+@app.command("sweep")
+def sweep_command(
+    task: Annotated[list[str], typer.Argument(metavar="TASK...", help="The tasks, e.g. resnet50-imagenet.")],
+    scale: Scale = "tiny",
+    optimizer: OptimizerNames = None,
+    seed: Seeds = None,
+    epochs: Epochs = None,
+    set_: Overrides = None,
+    force: Force = False,
+    workers: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Runs at a time. Default: 2, or no limit with --slurm.")
+    ] = None,
+    threads: Threads = 1,
+    slurm: Annotated[bool, typer.Option("--slurm", help="Submit the runs to SLURM instead.")] = False,
+    partition: Annotated[str | None, typer.Option(metavar="NAME", help="SLURM's partition.")] = None,
+    gpus: Annotated[int, typer.Option(metavar="N", help="GPUs of each node, with --slurm.")] = 0,
+    nodes: Annotated[int, typer.Option(metavar="N", help="Nodes that train a run together, with --slurm.")] = 1,
+    minutes: Annotated[
+        int, typer.Option(metavar="N", help="Until a job is queued again, with --slurm; at least 3.")
+    ] = 1440,
+    device: Device = "auto",
+    data_dir: DataDir = Path("data"),
+    results_dir: ResultsDir = Path("results"),
+    checkpoint_dir: CheckpointDir = None,
+    checkpoint_every: CheckpointEvery = 60.0,
+) -> None:
+    """Train many runs at once on this machine, or on a SLURM cluster.
+
+    All optimizers for the first seed come before the next seed. What is finished is not run again, what was
+    interrupted goes on where it stopped, and a run that fails does not stop the others.
+    """
+    options = RunOptions(
+        device=device,
+        data_dir=data_dir,
+        results_dir=results_dir,
+        checkpoint_dir=checkpoint_dir,
+        checkpoint_every_s=checkpoint_every,
+        force=force,
+        bar=False,
+    )
+    overrides = _overrides(set_, epochs)
+    jobs = [job for name in task for job in jobs_of(name, scale, optimizer, seed, overrides, options)]
+    if not slurm:
+        run_jobs(jobs, workers=workers or 2, threads=threads)
+        return
+    from experiments.launch.slurm import Resources, submit  # submitit, needed only here
+
+    resources = Resources(
+        partition=partition, nodes=nodes, gpus=gpus, threads=threads, minutes=minutes, at_once=workers
+    )
+    folder = results_dir / "slurm"
+    for job, submitted in submit(jobs, resources, folder):
+        typer.echo(f"{job.name}: SLURM job {submitted.job_id}, its output is in {folder}")
+
+
+@app.command("tune")
+def tune_command(
+    task: TaskName,
+    scale: Scale = "tiny",
+    optimizer: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="An optimizer of the recipe; may be repeated. Default: all with a space."),
+    ] = None,
+    trials: Annotated[int | None, typer.Option(metavar="N", min=1, help="Trials each. Default: the recipe's.")] = None,
+    keep_recipe: Annotated[bool, typer.Option("--keep-recipe", help="Do not change the recipe.")] = False,
+    device: Device = "auto",
+    data_dir: DataDir = Path("data"),
+    results_dir: ResultsDir = Path("results"),
+    tuning_dir: Annotated[Path, typer.Option(metavar="DIR", help="Where the searches are kept, to go on from.")] = Path(
+        "build/tuning"
+    ),
+) -> None:
+    """Search the settings of each optimizer, and write the best ones into the recipe.
+
+    Every optimizer gets the same number of trials in the spaces that the recipe declares, on the validation split
+    at the tuning seed. The trials are kept in tuning.csv beside the results. What was interrupted goes on where it
+    stopped.
+    """
+    from experiments.tuning.tune import tune  # Optuna and pandas, needed only here
+
+    recipe = load_recipe(task, scale)
+    if recipe.tuning is None:
+        raise UserError(f"{recipe.path}: has no table [tuning]")
+    options = RunOptions(device=device, data_dir=data_dir, results_dir=results_dir)
+    for name in optimizer or [name for name, space in recipe.tuning.spaces.items() if space]:
+        tune(recipe, name, options, folder=tuning_dir, trials=trials, write=not keep_recipe)
+
+
+@app.command("sensitivity")
+def sensitivity_command(
+    task: TaskName,
+    scale: Scale = "tiny",
+    grid: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="A grid of the recipe; may be repeated. Default: all.")
+    ] = None,
+    set_: Overrides = None,
+    workers: Workers = 2,
+    threads: Threads = 1,
+    device: Device = "auto",
+    data_dir: DataDir = Path("data"),
+    results_dir: ResultsDir = Path("results"),
+    grid_dir: Annotated[Path, typer.Option(metavar="DIR", help="Where the runs are kept, to go on from.")] = Path(
+        "build/sensitivity"
+    ),
+) -> None:
+    """Run the grids of settings that the recipe declares, on the validation split at the tuning seed.
+
+    Writes sensitivity.csv and heat maps beside the results; rows of grids that are not asked for stay. What is
+    finished is not run again, and what was interrupted goes on where it stopped.
+    """
+    from experiments.tuning.sensitivity import measure  # pandas and matplotlib, needed only here
+
+    recipe = load_recipe(task, scale, overrides=tuple(set_ or ()))
+    options = RunOptions(device=device, data_dir=data_dir, results_dir=results_dir, bar=False)
+    typer.echo(f"{task}: {measure(recipe, options, folder=grid_dir, names=grid, workers=workers, threads=threads)}")
+
+
+@app.command("estimate")
+def estimate_command(
+    task: TaskName,
+    scale: Scale = "paper",
+    optimizer: OptimizerNames = None,
+    set_: Overrides = None,
+    steps: Annotated[
+        int | None, typer.Option(metavar="N", help="Steps to measure, each optimizer. Default: ten seconds of them.")
+    ] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Samples (or tokens) of a measured batch. Default: the recipe's, if it fits."),
+    ] = None,
+    flops: Annotated[
+        float | None,
+        typer.Option(metavar="RATE", help="Also predict for a machine that achieves this, e.g. 60e12 (FLOP/s)."),
+    ] = None,
+    cpu_time: Annotated[
+        bool, typer.Option("--cpu-time", help="Count seconds on a processor: for a CPU that others use too.")
+    ] = False,
+    csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the table there.")] = None,
+    device: Device = "auto",
+    data_dir: DataDir = Path("data"),
+) -> None:
+    """Predict what training would take: seconds an epoch, hours and memory, from a few steps measured here.
+
+    The paper's data need not be here: batches are made up where they are missing, of the true shape and number.
+    Prints a table and what was assumed.
+    """
+    from experiments.estimate import estimate_table, estimating  # rich and torch's counters, needed only here
+
+    recipe = load_recipe(task, scale, overrides=tuple(set_ or ()))
+    options = estimating.Options(
+        device=device, data_dir=data_dir, steps=steps, batch=batch, rate=flops, cpu_time=cpu_time
+    )
+    found = estimating.estimate(recipe, optimizer, options)
+    estimate_table.show(found)
+    if csv:
+        estimate_table.write(found, csv)
+
+
+@app.command("list")
+def list_command(results_dir: ResultsDir = Path("results")) -> None:
+    """List tasks, recorded runs and datasets."""
+    listing.print_tasks(results_dir)
+    listing.print_datasets()
+
+
+@app.command("table")
+def table_command(
+    task: Annotated[
+        str | None, typer.Argument(metavar="[TASK]", help="The task. Default: every task that has runs.")
+    ] = None,
+    scale: Scale = "tiny",
+    format_: Annotated[
+        Literal["terminal", "markdown", "latex"], typer.Option("--format", help="How to print the table.")
+    ] = "terminal",
+    results_dir: ResultsDir = Path("results"),
+) -> None:
+    """Compare the optimizers that were run.
+
+    Prints the table, and writes comparison.csv and the curves beside the runs. Never starts a run.
+    """
+    # pandas and matplotlib, needed only here
+    from experiments.analysis import comparison, comparison_table
+    from experiments.analysis.figures import curves
+
+    for name in [task] if task else _tasks_with_runs(results_dir, scale):
+        frame = comparison.compare(results_dir, name, scale)
+        curves.draw(results_dir, name, scale)
+        typer.echo(comparison_table.render(frame, format_))
+
+
+@app.command("profiles")
+def profiles_command(scale: Scale = "tiny", results_dir: ResultsDir = Path("results")) -> None:
+    """Compare the optimizers over all tasks that were run: performance profiles and geometric-mean speed-ups.
+
+    Prints the table, and writes profiles-SCALE.csv and a figure into the results. Never starts a run.
+    """
+    from experiments.analysis import profiles  # pandas and matplotlib, needed only here
+
+    table = profiles.profile(results_dir, _tasks_with_runs(results_dir, scale), scale)
+    typer.echo(table.drop(columns="scale").to_string(index=False, float_format=lambda value: f"{value:.3g}"))
+
+
+@app.command("overview")
+def overview_command(scale: Scale = "tiny", results_dir: ResultsDir = Path("results")) -> None:
+    """Print every optimizer beside every task that was run, as a table in Markdown.
+
+    A cell has the median over seeds of the best value ± its standard deviation, and in brackets the epochs to the
+    reference's best. Never starts a run.
+    """
+    from experiments.analysis import overview  # pandas, needed only here
+
+    typer.echo(overview.overview(results_dir, _tasks_with_runs(results_dir, scale), scale))
+
+
+@app.command("verdicts")
+def verdicts_command(
+    format_: Annotated[
+        Literal["terminal", "markdown"], typer.Option("--format", help="How to print the table.")
+    ] = "terminal",
+    short: Annotated[bool, typer.Option("--short", help="Only the claims that the paper is read for.")] = False,
+    results_dir: ResultsDir = Path("results"),
+) -> None:
+    """Set what was recorded beside every claim of the paper, with a verdict and the reason.
+
+    Prints the table, and writes verdicts.csv into the results. Never starts a run.
+    """
+    from experiments.analysis import verdict_table, verdicts  # pandas, needed only here
+
+    frame = verdicts.judge(results_dir)
+    typer.echo(verdict_table.render(frame, format_, short=short))
+
+
+@app.command("report")
+def report_command(results_dir: ResultsDir = Path("results")) -> None:
+    """Build report/index.html in the results: verdicts, tables and curves as one page that needs no network.
+
+    Reads what is recorded and never starts a run. A record that cannot be read is named on the page.
+    """
+    from experiments.analysis.report import page  # Altair and Vega's bundle, needed only here
+
+    typer.echo(page.build(results_dir))
+
+
+@app.command("data")
+def data_command(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The dataset, e.g. fashion-mnist; see `list`.")],
+    data_dir: DataDir = Path("data"),
+) -> None:
+    """Fetch a dataset and check it.
+
+    It is kept, so that runs need no network afterwards.
+    """
+    if name not in PREPARE:
+        raise UserError(f"data = {name!r}: there is no such dataset; {one_of(PREPARE)}")
+    typer.echo(f"{name}: {PREPARE[name](data_dir)}")
+
+
+def _tasks_with_runs(results_dir: Path, scale: str) -> list[str]:
+    """The tasks of which there are runs, at least one."""
+    names = listing.tasks_with_runs(results_dir, scale)
+    if not names:
+        raise UserError(f"{results_dir}: there are no runs at scale {scale}; `run` makes them")
+    return names
+
+
+def _overrides(given: list[str] | None, epochs: int | None) -> tuple[str, ...]:
+    """What replaces the recipe's values."""
+    return (*(given or ()), *([f"run.epochs={epochs}"] if epochs is not None else ()))

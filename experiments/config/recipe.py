@@ -1,0 +1,301 @@
+"""Recipes: what a task is run with at a scale, every value beside the source it was taken from.
+
+``recipes/<task>/<scale>.toml`` has a table ``[task]``, which the task itself checks, a table ``[run]``, and
+a table ``[optimizers.<name>]`` for each optimizer; tables ``[tuning]`` and ``[sensitivity]`` say where their
+settings are searched (`tuning_space`, `sensitivity_grid`). Every value is written with its source:
+
+    [run]
+    epochs = { value = 52, source = "paper, appendix A" }
+
+    [optimizers.ngplus]
+    lr = { value = 0.18, source = "paper, appendix A" }
+
+    [optimizers.ngplus.base]
+    kind = { value = "sgd", source = "the authors' published code" }
+"""
+
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+from experiments.config.sensitivity_grid import Sensitivity, read_sensitivity
+from experiments.config.tuning_space import Tuning, read_tuning
+from experiments.dataclass_io import SettingsError, one_of, plain, read_settings
+from experiments.errors import UserError
+from experiments.optimizers.registry import entry_of
+from experiments.optimizers.schedule_settings import Constant, DampingSchedule, LRSchedule
+from experiments.records.run_record import Target
+from experiments.tasks import TASKS
+from experiments.tasks.protocol import Split
+
+RECIPES = Path(__file__).parent / "recipes"
+SCALES = ("tiny", "small", "paper")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """How a task is run, whatever the optimizer.
+
+    Attributes:
+        epochs: passes over the training data.
+        seeds: the seeds that are reported.
+        tuning_seed: the seed at which settings were chosen; never one of `seeds`.
+        target: the value of the metric that counts as reached; none if left out. ``"reference best"`` is the
+            median over seeds of the best value of each of the reference's runs (`Comparable.target`).
+        reference: the optimizer that the others are compared with; in a recipe that leaves it out, SGD if it is
+            there, or else the first.
+        report_split: the split that is evaluated after each epoch.
+        precision: ``"bf16"`` runs the model under autocast; the optimizer always works in float32.
+        accumulate: batches to one optimizer step.
+    """
+
+    epochs: int
+    seeds: tuple[int, ...]
+    tuning_seed: int
+    target: Target | None = None
+    reference: str | None = None
+    report_split: Split = "test"
+    precision: Literal["float32", "bf16"] = "float32"
+    accumulate: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds = {list(self.seeds)}: must be a list of different integers")
+        for seed in (*self.seeds, self.tuning_seed):
+            check_seed(seed)
+        if self.tuning_seed in self.seeds:
+            raise ValueError(f"tuning_seed = {self.tuning_seed}: must not be one of the seeds reported")
+
+
+def check_seed(seed: int) -> None:
+    """Refuse what numpy's generators do not take.
+
+    Raises:
+        ValueError: names the seed and the range.
+    """
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed = {seed}: must be from 0 to {2**32 - 1}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerRecipe:
+    """An optimizer with its settings and schedules.
+
+    Attributes:
+        name: as in the recipe, with its suffix.
+        settings: the registry's dataclass for it.
+        schedule: of the learning rate.
+        damping_schedule: of the damping, ``None`` to leave it as it is.
+    """
+
+    name: str
+    settings: Any
+    schedule: LRSchedule
+    damping_schedule: DampingSchedule | None
+
+    def __post_init__(self) -> None:
+        if self.damping_schedule and not hasattr(self.settings, "damping"):
+            raise ValueError(f"damping_schedule: {self.name} has no damping")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A recipe as read and checked.
+
+    Attributes:
+        task: the task's name.
+        scale: one of `SCALES`, which may carry a suffix.
+        path: the file.
+        task_settings: the ``[task]`` table, for the task to check.
+        run: the ``[run]`` table.
+        optimizers: by name, in the file's order.
+        sources: where each value comes from, by its dotted key, e.g. ``"optimizers.ngplus.lr"``.
+        tuning: the ``[tuning]`` table, ``None`` without one.
+        sensitivity: the ``[sensitivity]`` table, ``None`` without one.
+        overrides: values that were given in place of the file's.
+    """
+
+    task: str
+    scale: str
+    path: Path
+    task_settings: Mapping[str, Any]
+    run: RunSettings
+    optimizers: Mapping[str, OptimizerRecipe]
+    sources: Mapping[str, str]
+    tuning: Tuning | None
+    sensitivity: Sensitivity | None
+    overrides: tuple[str, ...]
+
+    def changed(self, overrides: Mapping[str, Any]) -> "Recipe":
+        """The recipe with other values, by dotted key."""
+        given = (*self.overrides, *(f"{key}={value}" for key, value in overrides.items()))
+        return load_recipe(self.task, self.scale, overrides=given, folder=self.path.parents[1])
+
+    def settings_of(self, optimizer: str) -> dict[str, Any]:
+        """All settings of one optimizer's runs, defaults included, as a run's manifest keeps them."""
+        chosen = self.optimizers[optimizer]
+        schedules = {"schedule": plain(chosen.schedule), "damping_schedule": plain(chosen.damping_schedule)}
+        return {
+            "task": plain(self.task_settings),
+            "run": plain(self.run),
+            "optimizer": plain(chosen.settings) | schedules,
+        }
+
+
+def load_recipe(task: str, scale: str, *, overrides: Sequence[str] = (), folder: Path | None = None) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        task: the task's name.
+        scale: one of `SCALES`, which may carry a suffix.
+        overrides: values that replace the file's, e.g. ``"optimizers.sgd.lr=0.2"``.
+        folder: where the recipes lie, by default this package's own.
+
+    Raises:
+        SettingsError: for what is unknown, missing, mistyped or without a source; names the file, the key
+            and the value, and lists what is allowed.
+    """
+    folder = folder or RECIPES
+    path = _path_of(task, scale, folder)
+    table = _read_toml(path)
+    for override in overrides:
+        _override(table, override)
+    sources = dict(_sources(table, path))
+    values = _values(table)
+    _only_keys(values, ("task", "run", "optimizers"), ("tuning", "sensitivity"), str(path))
+    optimizers = {name: _optimizer(name, own, path) for name, own in values["optimizers"].items()}
+    run = _run(values, f"{path}: [run]")
+    return Recipe(
+        task=task,
+        scale=scale,
+        path=path,
+        task_settings=MappingProxyType(values["task"]),
+        run=run,
+        optimizers=optimizers,
+        sources=sources,
+        tuning=_search(read_tuning, values.get("tuning"), optimizers, run, f"{path}: [tuning]"),
+        sensitivity=_search(read_sensitivity, values.get("sensitivity"), optimizers, run, f"{path}: [sensitivity]"),
+        overrides=tuple(overrides),
+    )
+
+
+def scales_of(task: str, folder: Path | None = None) -> list[str]:
+    """The scales that a task has a recipe for, small to large; one may carry a suffix, as ``paper-2048`` does."""
+    found = {path.stem: path.stem.partition("-")[0] for path in ((folder or RECIPES) / task).glob("*.toml")}
+    return sorted((name for name in found if found[name] in SCALES), key=lambda name: (SCALES.index(found[name]), name))
+
+
+def _path_of(task: str, scale: str, folder: Path) -> Path:
+    if task not in TASKS:
+        raise SettingsError(f"task = {task!r}: there is no such task; {one_of(TASKS)}")
+    there = scales_of(task, folder)
+    if scale not in there:
+        raise SettingsError(f"scale = {scale!r}: {task} has no recipe for it; {one_of(there)}")
+    return folder / task / f"{scale}.toml"
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise SettingsError(f"{path}: not TOML: {error}") from None
+
+
+def _is_sourced(item: Any) -> bool:
+    return isinstance(item, dict) and set(item) == {"value", "source"}
+
+
+def _sources(table: Mapping[str, Any], path: Path, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """The source of each value by dotted key; a value without one is an error."""
+    for key, item in table.items():
+        dotted = f"{prefix}{key}"
+        if _is_sourced(item):
+            if not isinstance(item["source"], str) or not item["source"].strip():
+                raise SettingsError(f"{path}: {dotted}: source = {item['source']!r}: must say where it is from")
+            yield dotted, item["source"]
+        elif isinstance(item, dict) and not {"value", "source"} & set(item):
+            yield from _sources(item, path, f"{dotted}.")
+        else:
+            raise SettingsError(
+                f'{path}: {dotted} = {item!r}: has no source; must be written {key} = {{ value = ..., source = "..." }}'
+            )
+
+
+def _values(table: Mapping[str, Any]) -> dict[str, Any]:
+    """The same tables with the values alone."""
+    return {key: item["value"] if _is_sourced(item) else _values(item) for key, item in table.items()}
+
+
+def _override(table: dict[str, Any], override: str) -> None:
+    """Put ``a.b.c=value``, the value written as in TOML, into a table."""
+    dotted, equals, text = override.partition("=")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"] if equals else None
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    if not equals or not dotted.strip():
+        raise UserError(f"{override!r}: must be written key=value, e.g. optimizers.sgd.lr=0.2")
+    *parents, key = dotted.strip().split(".")
+    for parent in parents:
+        table = table.setdefault(parent, {})
+    table[key] = {"value": value, "source": "given on the command line"}
+
+
+def _only_keys(values: Mapping[str, Any], needed: tuple[str, ...], allowed: tuple[str, ...], where: str) -> None:
+    for key, value in values.items():
+        if key not in (*needed, *allowed):
+            raise SettingsError(f"{where}: {key} = {value!r}: unknown key; {one_of((*needed, *allowed))}")
+    for key in needed:
+        if not isinstance(values.get(key), dict) or not values[key]:
+            raise SettingsError(f"{where}: the table [{key}] is missing or empty")
+
+
+def _run(values: Mapping[str, Any], where: str) -> RunSettings:
+    run, names = read_settings(RunSettings, values["run"], where), list(values["optimizers"])
+    reference = run.reference or ("sgd" if "sgd" in names else names[0])
+    if reference not in names:
+        raise SettingsError(f"{where}: reference = {reference!r}: there is no such optimizer here; {one_of(names)}")
+    return replace(run, reference=reference)
+
+
+def _search[T](
+    read: Callable[..., T], table: Any, optimizers: Mapping[str, OptimizerRecipe], run: RunSettings, where: str
+) -> T | None:
+    """A table that says what is searched, as `read` makes it."""
+    if table is None:
+        return None
+    if not isinstance(table, dict):
+        raise SettingsError(f"{where} = {table!r}: must be a table")
+    return read(table, {name: each.settings for name, each in optimizers.items()}, run.epochs, where)
+
+
+def _optimizer(name: str, table: Any, path: Path) -> OptimizerRecipe:
+    where = f"{path}: [optimizers.{name}]"
+    if not isinstance(table, dict):
+        raise SettingsError(f"{where}: must be a table")
+    entry = entry_of(name, f"{path}: [optimizers]: name")
+    schedules = {
+        "schedule": table.get("schedule", {"kind": Constant.kind}),
+        "damping_schedule": table.get("damping_schedule"),
+    }
+    own = {key: value for key, value in table.items() if key not in schedules}
+    settings = read_settings(entry.settings, own, where)
+    read = read_settings(_Schedules, schedules, where)
+    try:
+        return OptimizerRecipe(
+            name=name, settings=settings, schedule=read.schedule, damping_schedule=read.damping_schedule
+        )
+    except ValueError as error:
+        raise SettingsError(f"{where}: {error}") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Schedules:
+    schedule: LRSchedule
+    damping_schedule: DampingSchedule | None

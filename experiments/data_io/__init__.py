@@ -1,0 +1,1 @@
+"""What datasets share: files, checksums, packages, sampling, and below it structures of atoms and parallel text."""

@@ -1,0 +1,1 @@
+"""Molecules and crystals: arrays, databases, neighbour lists, splits."""

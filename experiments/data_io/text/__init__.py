@@ -1,0 +1,1 @@
+"""Sentence pairs, subwords, and folders in fairseq's format."""

@@ -1,0 +1,1 @@
+"""NG+ inside other packages' own training: fairseq's and schnetpack's."""

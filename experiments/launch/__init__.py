@@ -1,0 +1,1 @@
+"""Several runs: in this process, in others on this machine, or on a SLURM cluster."""

@@ -1,0 +1,142 @@
+"""Several runs, named by what the command line asks for, in this process or in others."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from experiments.config.recipe import Recipe, check_seed, load_recipe
+from experiments.data_io.checksum import DataFileError
+from experiments.errors import UserError
+from experiments.launch.local import run_apart
+from experiments.training.distributed import leave_workers
+from experiments.training.run import RunOptions, check_optimizer, finished_run, run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One run as the command line asks for it; reads its recipe where it is run."""
+
+    task: str
+    scale: str
+    overrides: tuple[str, ...]
+    optimizer: str
+    seed: int
+    options: RunOptions
+
+    @property
+    def name(self) -> str:
+        """What a person calls it."""
+        own = f" with {', '.join(self.overrides)}" if self.overrides else ""
+        return f"{self.task} {self.optimizer} seed {self.seed}{own}"
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe with the values given on the command line."""
+        return load_recipe(self.task, self.scale, overrides=self.overrides)
+
+    def is_finished(self) -> bool:
+        """Whether there is nothing to do; says so."""
+        done = finished_run(self.recipe, self.optimizer, self.seed, self.options)
+        if done and _is_first():
+            what = f"{done.end.reason} before on {done.manifest.dataset.name}"
+            print(f"{self.optimizer} seed {self.seed}: {what}, see {done.path}")
+        return done is not None
+
+    def run(self) -> None:
+        """Run it in this process."""
+        run(self.recipe, self.optimizer, self.seed, self.options)
+
+    def run_in_one_line(self) -> None:
+        """Run it as the whole of a process."""
+        in_one_line(self.run)
+
+
+def jobs_of(
+    task: str,
+    scale: str,
+    optimizers: Sequence[str] | None,
+    seeds: Sequence[int] | None,
+    overrides: tuple[str, ...],
+    options: RunOptions,
+) -> list[Job]:
+    """The runs of a recipe, all optimizers for the first seed, then all for the next.
+
+    Args:
+        task: the task's name.
+        scale: its scale.
+        optimizers: names in the recipe, ``None`` for all.
+        seeds: ``None`` for those of the recipe.
+        overrides: values that replace the recipe's.
+        options: how and where to run.
+
+    Raises:
+        UserError: for an optimizer that the recipe does not have, or a seed out of range.
+    """
+    recipe = load_recipe(task, scale, overrides=overrides)
+    for name in optimizers or ():
+        check_optimizer(recipe, name)
+    for seed in seeds or ():
+        try:
+            check_seed(seed)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+    return [
+        Job(task=task, scale=scale, overrides=overrides, optimizer=name, seed=seed, options=options)
+        for seed in seeds or recipe.run.seeds
+        for name in optimizers or recipe.optimizers
+    ]
+
+
+def run_jobs(jobs: Sequence[Job], *, workers: int = 1, threads: int | None = None) -> None:
+    """Run what is not finished; a run that fails does not stop the others.
+
+    A single run, and every run under ``torchrun``, is run in this process, the others apart: see `run_apart`.
+    Of several, those that failed are named at the end, and the exit status is 1.
+    """
+    if len(jobs) == 1 or "WORLD_SIZE" in os.environ:
+        _run_here(jobs)
+        return
+    waiting, failed = [], {}
+    for job in jobs:
+        try:
+            if not job.is_finished():
+                waiting.append(job)
+        except UserError as error:
+            failed[job.name] = str(error)
+    failed |= run_apart(waiting, workers=workers, threads=threads)
+    if failed:
+        _tell_failed(failed, len(jobs))
+
+
+def _run_here(jobs: Sequence[Job]) -> None:
+    try:
+        for job in jobs:
+            if not job.is_finished():
+                job.run()
+    finally:
+        leave_workers()
+
+
+def _tell_failed(failed: Mapping[str, str], count: int) -> None:
+    lines = [f"{len(failed)} of {count} runs failed; the same command tries them again:"]
+    lines += [f"  {name}: {reason}" for name, reason in failed.items()]
+    print("\n".join(lines), file=sys.stderr)
+    sys.exit(1)
+
+
+def in_one_line(command: Callable[[], None]) -> None:
+    """Call `command`; an error that the user can mend is one line on stderr and exit status 2."""
+    try:
+        command()
+    except (UserError, DataFileError, FloatingPointError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+
+
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"

@@ -1,0 +1,266 @@
+"""The optimizers, by name.
+
+A new one is a settings dataclass, a function that builds it, and a line in `OPTIMIZERS`. A field that a
+recipe leaves out keeps the optimizer's own default.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from experiments.dataclass_io import SettingsError, one_of
+from experiments.optimizers.muon import MuonAndAdamW, refuse_sparse_gradients
+from ngplus import NGPlus
+from ngplus.baselines import KFAC, SENG, Shampoo
+
+
+@dataclass(frozen=True, kw_only=True)
+class SGDBase:
+    """What `torch.optim.SGD` takes beside the learning rate."""
+
+    kind: ClassVar = "sgd"
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    nesterov: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamBase:
+    """What `torch.optim.Adam` takes beside the learning rate."""
+
+    kind: ClassVar = "adam"
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdagradBase:
+    """What `torch.optim.Adagrad` takes beside the learning rate."""
+
+    kind: ClassVar = "adagrad"
+    eps: float = 1e-10
+    weight_decay: float = 0.0
+    initial_accumulator_value: float = 0.0
+
+
+_BASE_CLASSES: dict[type, type[Optimizer]] = {
+    SGDBase: torch.optim.SGD,
+    AdamBase: torch.optim.Adam,
+    AdagradBase: torch.optim.Adagrad,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _LearningRate:
+    lr: float
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise ValueError(f"lr = {self.lr}: must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SGDSettings(_LearningRate, SGDBase):
+    """`torch.optim.SGD`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamSettings(_LearningRate, AdamBase):
+    """`torch.optim.Adam`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdagradSettings(_LearningRate, AdagradBase):
+    """`torch.optim.Adagrad`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LARSSettings(_LearningRate):
+    """LARS from pytorch-optimizer: biases and norms are neither decayed nor scaled.
+
+    The settings of You et al. cap the trust ratio at 50. It needs no code: with a decay ``wd`` the ratio
+    ``η‖w‖ / (‖g‖ + wd‖w‖)`` is at most ``η / wd``, which is 10 for their η = 1e-3 and wd = 1e-4.
+    """
+
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    trust_coefficient: float = 1e-3
+    nesterov: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class MuonSettings(_LearningRate):
+    """`experiments.optimizers.muon.MuonAndAdamW`; every field is its argument of that name."""
+
+    adamw: tuple[str, ...] = ()
+    adamw_lr: float | None = None
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    momentum: float = 0.95
+    nesterov: bool = True
+    ns_steps: int = 5
+    adjust_lr_fn: Literal["original", "match_rms_adamw"] = "match_rms_adamw"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SOAPSettings(_LearningRate):
+    """SOAP from pytorch-optimizer; a side longer than `max_precondition_dim` is left as it is."""
+
+    betas: tuple[float, float] = (0.95, 0.95)
+    weight_decay: float = 1e-2
+    precondition_frequency: int = 10
+    max_precondition_dim: int = 2048
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("precondition_frequency", "max_precondition_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NGPlusSettings(_LearningRate):
+    """`ngplus.NGPlus` on a base optimizer; every field but `base` is its argument of that name."""
+
+    damping: float
+    update_every: int
+    base: SGDBase | AdamBase | AdagradBase
+    damping_rule: Literal["paper", "released"] = "paper"
+    curvature: Literal["per_sample", "mini_batch"] = "per_sample"
+    samples: Literal["batch", "rows"] = "batch"
+    ema: float = 0.0
+    solver: Literal["auto", "dense", "low_rank", "sketched"] = "auto"
+    block_size: int | None = None
+    sketch_size: int | None = None
+    batch_dim: int = 0
+    max_samples: int | None = None
+    nonfinite: Literal["skip", "raise"] = "skip"
+
+
+@dataclass(frozen=True, kw_only=True)
+class KFACSettings(_LearningRate):
+    """`ngplus.baselines.KFAC` on a base optimizer; every field but `base` is its argument of that name."""
+
+    damping: float
+    update_every: int
+    base: SGDBase | AdamBase | AdagradBase
+    ema: float = 0.95
+    split: Literal["trace", "equal"] = "trace"
+    max_side: int = 8192
+    batch_dim: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SENGSettings(_LearningRate):
+    """`ngplus.baselines.SENG` on a base optimizer; every field but `base` is its argument of that name."""
+
+    damping: float
+    update_every: int
+    base: SGDBase | AdamBase | AdagradBase
+    sketch_size: int | None = None
+    samples: Literal["batch", "rows"] = "batch"
+    max_samples: int | None = None
+    batch_dim: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShampooSettings(_LearningRate):
+    """`ngplus.baselines.Shampoo` on a base optimizer; every field but `base` is its argument of that name."""
+
+    damping: float
+    update_every: int
+    base: SGDBase | AdamBase | AdagradBase
+    ema: float | None = None
+    max_side: int = 2048
+    grafting: Literal["none", "sgd"] = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """What it takes to be an optimizer here: a settings dataclass, and a function that builds one."""
+
+    settings: type
+    build: Callable[[nn.Module, Any], Optimizer]
+
+
+def _torch_entry(settings: type, cls: type[Optimizer]) -> Entry:
+    return Entry(settings=settings, build=lambda model, given: cls(model.parameters(), **asdict(given)))
+
+
+def _build_adam(model: nn.Module, settings: AdamSettings) -> Optimizer:
+    refuse_sparse_gradients(model, "Adam")
+    return torch.optim.Adam(model.parameters(), **asdict(settings))
+
+
+def _build_lars(model: nn.Module, settings: LARSSettings) -> Optimizer:
+    from pytorch_optimizer import LARS  # takes seconds to import, so only where it is wanted
+
+    return LARS(model.parameters(), **asdict(settings))
+
+
+def _build_muon(model: nn.Module, settings: MuonSettings) -> Optimizer:
+    return MuonAndAdamW(model, **asdict(settings))
+
+
+def _build_soap(model: nn.Module, settings: SOAPSettings) -> Optimizer:
+    from pytorch_optimizer import SOAP  # as for LARS
+
+    refuse_sparse_gradients(model, "SOAP")
+    return SOAP(model.parameters(), **asdict(settings))
+
+
+def _build_shampoo(model: nn.Module, settings: ShampooSettings) -> Optimizer:
+    refuse_sparse_gradients(model, "Shampoo")
+    return _around_base(Shampoo, model, settings)
+
+
+def _around_base(cls: Callable[..., Optimizer], model: nn.Module, settings: Any) -> Optimizer:
+    if isinstance(settings.base, AdamBase):
+        refuse_sparse_gradients(model, f"{cls.__name__} around Adam")
+    own = asdict(settings)
+    base_arguments = own.pop("base")
+    return cls(model, base=_BASE_CLASSES[type(settings.base)], **own, **base_arguments)
+
+
+def _entry_around_base(settings: type, cls: Callable[..., Optimizer]) -> Entry:
+    return Entry(settings=settings, build=partial(_around_base, cls))
+
+
+OPTIMIZERS: dict[str, Entry] = {
+    "adagrad": _torch_entry(AdagradSettings, torch.optim.Adagrad),
+    "adam": Entry(settings=AdamSettings, build=_build_adam),
+    "kfac": _entry_around_base(KFACSettings, KFAC),
+    "lars": Entry(settings=LARSSettings, build=_build_lars),
+    "muon": Entry(settings=MuonSettings, build=_build_muon),
+    "ngplus": _entry_around_base(NGPlusSettings, NGPlus),
+    "seng": _entry_around_base(SENGSettings, SENG),
+    "sgd": _torch_entry(SGDSettings, torch.optim.SGD),
+    "shampoo": Entry(settings=ShampooSettings, build=_build_shampoo),
+    "soap": Entry(settings=SOAPSettings, build=_build_soap),
+}
+
+
+def entry_of(name: str, where: str = "optimizer") -> Entry:
+    """The entry of an optimizer whose name may carry a suffix, as ``ngplus-rows`` does.
+
+    Raises:
+        SettingsError: for a name that is not there; lists what is.
+    """
+    registered, _, _ = name.partition("-")
+    if registered not in OPTIMIZERS:
+        raise SettingsError(
+            f"{where} = {name!r}: there is no such optimizer; {one_of(OPTIMIZERS)}, "
+            "or one of these with a suffix, e.g. 'ngplus-adam'"
+        )
+    if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name):  # it becomes part of file names
+        raise SettingsError(f"{where} = {name!r}: must be small letters and digits, with hyphens between")
+    return OPTIMIZERS[registered]

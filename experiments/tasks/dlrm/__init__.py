@@ -1,0 +1,1 @@
+"""DLRM on click logs: Criteo's, and flights below it."""

@@ -1,0 +1,1 @@
+"""SchNet on molecules (QM9) and on crystals (Materials Project)."""

@@ -1,0 +1,263 @@
+"""QM9: small organic molecules of H, C, N, O, F with their energy U0 at 0 K.
+
+130,831 molecules travel in the PyPI package ``qm9pack``: the published 133,885 without those 3,054 that failed
+the authors' consistency check. The published ``.xyz`` files and the database that schnetpack makes of them
+are read too, if the user puts them in place. All three give the same arrays. Where nothing says which the 3,054 are,
+the 133,885 are refused: schnetpack's `QM9` writes them all unless it is made with ``remove_uncharacterized=True``.
+
+Source: Ramakrishnan, Dral, Rupp, von Lilienfeld, "Quantum chemistry structures and properties of 134 kilo
+molecules", Scientific Data 1, 140022 (2014). The package is under the MIT licence, copyright 2024 Raghu.
+"""
+
+import csv
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from rich.progress import track
+
+from experiments.data_io.atoms.ase_database import count_rows, database_files, read_ase_database
+from experiments.data_io.atoms.structure_cache import (
+    StructureSet,
+    open_sample,
+    open_structures,
+    prepare_structures,
+    write_sample,
+)
+from experiments.data_io.atoms.structure_splits import one_a_group
+from experiments.data_io.atoms.structures import Entry, Structures, collect
+from experiments.data_io.checksum import DataFileError, verify
+from experiments.data_io.packages import pypi_file
+from experiments.data_io.source_identity import Identity, joint_identity
+
+Source = Literal["package", "database", "xyz"]
+
+PACKAGE = "qm9pack==1.0.3"
+SHA256 = {
+    "qm9_part1.csv": "19f0a5d595462d52cd82eef3370f3e9eb55a1f52cb14985657200349568deff3",
+    "qm9_part2.csv": "2bca113fdc0b28a13563c80ed9b240e934f3da6c64c64fe74ddb4f0f36036e61",
+    "qm9_part3.csv": "9c5efb5733d2af149db8d95d36ff198b4ffed12d9f7b344220a1e5877d5c6a43",
+}
+LICENCE = "MIT (package qm9pack)"
+DATABASE, DATABASE_TARGET = "qm9.db", "energy_U0"
+XYZ_FOLDER, UNCHARACTERIZED = "xyz-files", "uncharacterized.txt"
+
+PUBLISHED, CHARACTERIZED = 133_885, 130_831
+"""Molecules of the data set as published, and of them those that passed the authors' consistency check."""
+
+HARTREE = 27.211386024367243
+"""eV, CODATA 2014: the value that schnetpack converts with."""
+
+NUMBERS = {"H": 1, "C": 6, "N": 7, "O": 8, "F": 9}
+
+ATOM_ENERGIES = {1: -0.500273, 6: -37.846772, 7: -54.583861, 8: -75.064579, 9: -99.718730}
+"""U0 of the free atoms in hartree, published with the data set."""
+
+EMBEDDED = Path(__file__).parent / "embedded" / "qm9.npz"
+EMBEDDED_SHA256 = "91fe6d24a8f6ebe50bbe0bcd538e39d146efaeb50bf2f9764bd00c54346f56b5"
+EMBEDDED_SIZE = 4000
+
+REMEDY = "run `make data-qm9`"
+
+
+def prepare(data_dir: Path, source: Source = "package") -> Path:
+    """Parse a source into ``data_dir/qm9/<source>`` and return that folder.
+
+    What is there and whole is kept. The package is fetched if need be; the other sources are
+    ``data_dir/qm9/qm9.db`` and ``data_dir/qm9/xyz-files/*.xyz``.
+
+    Raises:
+        DataFileError: the source is missing, damaged, changed while it is read, holds an entry that cannot be used,
+            or the molecules that failed the consistency check.
+    """
+    root = data_dir / "qm9"
+    read = {"package": _read_package, "database": _read_database, "xyz": _read_xyz_folder}[source]
+    return prepare_structures(
+        root / source,
+        _description(root, source),
+        lambda: read(root),
+        one_a_group,
+        remedy=REMEDY,
+        source=None if source == "package" else lambda: _identity(root, source),
+    )
+
+
+def load(data_dir: Path, source: Source = "package") -> StructureSet:
+    """QM9 as `prepare` left it; a source that needs no network is prepared if it is not yet.
+
+    Raises:
+        DataFileError: see `prepare`; or the package is not prepared, or what is there is damaged.
+    """
+    if source != "package":
+        prepare(data_dir, source)
+    root = data_dir / "qm9"
+    opened = open_structures(
+        root / source, _description(root, source), one_a_group, name="QM9", licence=LICENCE, remedy=REMEDY
+    )
+    return replace(opened, name=_name_of(len(opened.structures)))
+
+
+def _name_of(molecules: int) -> str:
+    """As tables name it; only the whole set is called QM9."""
+    return "QM9" if molecules == CHARACTERIZED else f"{molecules:,} molecules in QM9's format"
+
+
+def atom_energies() -> np.ndarray:
+    """The free atoms' U0 in eV by atomic number, float64, (100,); NaN for other elements."""
+    energies = np.full(100, np.nan)
+    for number, energy in ATOM_ENERGIES.items():
+        energies[number] = energy * HARTREE
+    return energies
+
+
+def _description(root: Path, source: Source) -> dict[str, Any]:
+    """What the parsed folder was made from."""
+    if source == "package":
+        return {"data": "qm9", "source": PACKAGE}
+    path = root / (DATABASE if source == "database" else XYZ_FOLDER)
+    files = _xyz_files(root) if source == "xyz" else [file for file in [path] if file.is_file()]
+    sizes = [file.stat().st_size for file in files]
+    return {"data": "qm9", "source": path.name, "files": len(sizes), "bytes": sum(sizes)}
+
+
+def _identity(root: Path, source: Source) -> Identity:
+    return joint_identity(_xyz_files(root) if source == "xyz" else database_files(root / DATABASE))
+
+
+def _xyz_files(root: Path) -> list[Path]:
+    """The published files that are there, the list of molecules to leave out among them."""
+    left_out = root / UNCHARACTERIZED
+    return [*sorted((root / XYZ_FOLDER).glob("*.xyz")), *([left_out] if left_out.is_file() else [])]
+
+
+# --- the package
+
+
+def _read_package(root: Path) -> Structures:
+    scratch = root / ".download"
+    scratch.mkdir(parents=True, exist_ok=True)
+    paths = [pypi_file(PACKAGE, f"qm9pack/data/{name}", scratch) for name in SHA256]
+    for path in paths:
+        verify(path, SHA256[path.name], remedy=f"delete {scratch} and {REMEDY}")
+    structures = collect((entry for path in paths for entry in _read_csv(path)), PACKAGE)
+    shutil.rmtree(scratch)
+    return structures
+
+
+def _read_csv(path: Path) -> Iterator[Entry]:
+    csv.field_size_limit(sys.maxsize)
+    with path.open(encoding="utf-8", newline="") as file:
+        for row in track(list(csv.DictReader(file)), f"Reading {path.name}", transient=True):
+            try:
+                yield Entry(
+                    name=row["XYZ_file"],
+                    numbers=np.array(
+                        [NUMBERS[symbol.strip(" '")] for symbol in row["Elements"].strip("[]").split(",")]
+                    ),
+                    positions=np.array(json.loads(_as_json(row["XYZ_Ang"]))),
+                    target=float(row["InternalEnergy_0K_au"]) * HARTREE,
+                )
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise DataFileError(f"{path}: {row.get('XYZ_file')} cannot be read: {error!r}") from None
+
+
+def _as_json(numbers: str) -> str:
+    """JSON knows no number that ends in its point."""
+    return numbers.replace(".,", ".0,").replace(".]", ".0]")
+
+
+# --- what the user puts in place
+
+
+def _read_database(root: Path) -> Structures:
+    path = root / DATABASE
+    if count_rows(path) == PUBLISHED:
+        raise DataFileError(
+            f"{path} holds {PUBLISHED:,} molecules, those that failed the consistency check of QM9's authors among "
+            f"them; must be the {CHARACTERIZED:,} that passed it: delete it and let schnetpack make it again, "
+            'QM9(..., remove_uncharacterized=True), or set data = "package"'
+        )
+    return collect(read_ase_database(path, DATABASE_TARGET, periodic=False), str(path))
+
+
+def _read_xyz_folder(root: Path) -> Structures:
+    folder = root / XYZ_FOLDER
+    left_out = _uncharacterized(root / UNCHARACTERIZED)
+    paths = sorted(folder.glob("*.xyz"), key=_number)
+    if not paths:
+        raise DataFileError(f"{folder} holds no .xyz file: they are put in place by the user")
+    kept = [path for path in paths if _number(path) not in left_out]
+    if len(paths) == PUBLISHED and len(kept) != CHARACTERIZED:
+        listed = f"lists {PUBLISHED - len(kept):,} of them" if left_out else "is missing or lists none"
+        raise DataFileError(
+            f"{folder} holds the {PUBLISHED:,} molecules of QM9, and {root / UNCHARACTERIZED} {listed}; it must list "
+            f"the {PUBLISHED - CHARACTERIZED:,} that failed the consistency check of QM9's authors: put it in place, "
+            "it is published with the files"
+        )
+    entries = (_read_xyz(path) for path in track(kept, f"Reading {folder}", transient=True))
+    return collect(entries, str(folder))
+
+
+def _number(path: Path) -> int:
+    """133885 of ``dsgdb9nsd_133885.xyz``."""
+    digits = path.stem.rpartition("_")[2]
+    if not digits.isdigit():
+        raise DataFileError(f"{path}: must be named like dsgdb9nsd_000001.xyz")
+    return int(digits)
+
+
+def _uncharacterized(path: Path) -> set[int]:
+    """The molecules that failed the consistency check, if their published list is there."""
+    if not path.is_file():
+        return set()
+    first_words = (line.split()[:1] for line in path.read_text(encoding="utf-8").splitlines())
+    return {int(words[0]) for words in first_words if words and words[0].isdigit()}
+
+
+def _read_xyz(path: Path) -> Entry:
+    """One file: number of atoms; a line of properties; ``element x y z charge`` an atom; then more lines.
+
+    The properties are ``gdb <number>`` and 15 values, the eleventh of which is U0 in hartree. Some numbers
+    are written as ``1.5*^-6``.
+    """
+    lines = path.read_text(encoding="utf-8").replace("*^", "e").splitlines()
+    try:
+        atoms = [line.split() for line in lines[2 : 2 + int(lines[0])]]
+        if len(atoms) != int(lines[0]):
+            raise ValueError(f"it is cut short: {len(atoms)} of {lines[0]} atoms")
+        return Entry(
+            name=path.name,
+            numbers=np.array([NUMBERS[words[0]] for words in atoms]),
+            positions=np.array([[float(word) for word in words[1:4]] for words in atoms]),
+            target=float(lines[1].split()[12]) * HARTREE,
+        )
+    except (KeyError, IndexError, ValueError) as error:
+        raise DataFileError(f"{path} cannot be read: {error!r}") from None
+
+
+# --- the embedded sample
+
+
+def load_embedded() -> StructureSet:
+    """The 4,000 molecules that the repository carries.
+
+    Raises:
+        DataFileError: the file is missing, truncated or damaged.
+    """
+    return open_sample(EMBEDDED, EMBEDDED_SHA256, one_a_group, name="QM9, embedded", licence=LICENCE)
+
+
+def draw_embedded(data_dir: Path) -> Structures:
+    """The first molecules of the drawn order."""
+    whole = load(data_dir)
+    return whole.structures.select(whole.order[:EMBEDDED_SIZE])
+
+
+def write_embedded(structures: Structures, target: Path) -> str:
+    """Write the sample's ``.npz`` and return its SHA-256."""
+    return write_sample(structures, target)

@@ -1,0 +1,1 @@
+"""The Transformer on German-English sentence pairs."""

@@ -1,0 +1,127 @@
+"""From the official archive of IWSLT14 German-English to a folder as ``fairseq-preprocess`` makes it.
+
+``python -m experiments.tasks.transformer.iwslt14_archive RAW`` leaves ``<data_dir>/iwslt14``. ``RAW`` is
+``de-en.tgz`` of the 2014 evaluation campaign, or the folder it unpacks to, whose files `iwslt14_files` reads; or a
+folder that ``fairseq-preprocess`` made, which is taken as it is.
+
+What is made of the archive is what fairseq's recipe makes: Moses tokens in lower case; training pairs of 1 to 175
+tokens whose lengths differ by a factor of at most 1.5, every 23rd of them for validation; all five dev and test
+sets together for testing; 10,000 joint merges of byte pair encoding.
+"""
+
+import argparse
+import shutil
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from experiments.data_io.checksum import DataFileError
+from experiments.data_io.text.bpe import TokenPair, clean, tokenise
+from experiments.data_io.text.fairseq_folder import Folder, read_folder
+from experiments.data_io.text.text_corpus import subword_folder
+from experiments.errors import UserError
+from experiments.tasks.transformer.iwslt14 import NAME, load, title_of
+from experiments.tasks.transformer.iwslt14_files import evaluation_pairs, training_pairs
+
+MERGES = 10_000
+EVAL_SETS = ("TED.dev2010", "TEDX.dev2012", "TED.tst2010", "TED.tst2011", "TED.tst2012")
+
+_VALIDATION_EVERY = 23
+
+
+def convert(raw: Path, data_dir: Path, *, merges: int = MERGES) -> Folder:
+    """Put ``<data_dir>/iwslt14`` together.
+
+    Args:
+        raw: the official archive, the folder it unpacks to, or a folder that ``fairseq-preprocess`` made, which
+            is copied as it is.
+        data_dir: where the datasets lie.
+        merges: operations of the byte pair encoding.
+
+    Raises:
+        DataFileError: ``raw`` is none of these, or a file of it is missing or damaged.
+    """
+    target = data_dir / NAME
+    data_dir.mkdir(parents=True, exist_ok=True)
+    if (raw / "dict.de.txt").is_file():
+        read_folder(raw, "make it again with fairseq-preprocess")
+        _copy(raw, target)
+    else:
+        with _unpacked(raw) as folder:
+            splits, dropped = read_official(folder)
+        subword_folder(splits, merges, target, {"source": NAME, "left out of train and valid": dropped})
+    return load(data_dir)
+
+
+def _copy(source: Path, target: Path) -> None:
+    if source.resolve() == target.resolve():
+        return
+    partial = target.with_name(target.name + ".part")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(source, partial)
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)
+
+
+@contextmanager
+def _unpacked(raw: Path) -> Iterator[Path]:
+    """The folder with the training files, unpacked for as long as it is needed."""
+    if raw.is_dir():
+        yield _inner(raw)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            with tarfile.open(raw) as archive:
+                archive.extractall(scratch, filter="data")
+        except (tarfile.TarError, OSError, EOFError) as error:
+            raise DataFileError(f"{raw}: neither a folder nor a tar archive that can be read: {error}") from None
+        yield _inner(Path(scratch))
+
+
+def _inner(folder: Path) -> Path:
+    found = sorted(folder.rglob("train.tags.de-en.de"))
+    if not found:
+        raise DataFileError(
+            f"{folder} holds neither train.tags.de-en.de, as the official archive does, nor dict.de.txt"
+        )
+    return found[0].parent
+
+
+def read_official(folder: Path) -> tuple[dict[str, list[TokenPair]], dict[str, int]]:
+    """The tokens of the three splits, and how many training pairs were left out by reason.
+
+    Raises:
+        DataFileError: a file is missing or not as it should be; see `training_pairs` and `evaluation_pairs`.
+    """
+    pairs, dropped = clean(tokenise(training_pairs(folder), lowercase=True))
+    numbered = list(enumerate(pairs, 1))
+    test = [pair for name in EVAL_SETS for pair in evaluation_pairs(folder, name)]
+    return {
+        "train": [pair for number, pair in numbered if number % _VALIDATION_EVERY],
+        "valid": [pair for number, pair in numbered if not number % _VALIDATION_EVERY],
+        "test": tokenise(test, lowercase=True),
+    }, dict(dropped)
+
+
+def main() -> None:
+    """Make the folder and say what is in it; what a user can mend is one line and exit status 2."""
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.tasks.transformer.iwslt14_archive", description=main.__doc__
+    )
+    parser.add_argument("raw", type=Path, help="de-en.tgz, the folder it unpacks to, or one of fairseq-preprocess")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where the datasets lie")
+    arguments = parser.parse_args()
+    try:
+        folder = convert(arguments.raw, arguments.data_dir)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    sizes = ", ".join(f"{count:,} {split}" for split, count in folder.sizes.items())
+    print(f"{folder.path}: {title_of(folder)}: {sizes} pairs; {folder.about or 'taken as it was'}")
+
+
+if __name__ == "__main__":
+    main()

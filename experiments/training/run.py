@@ -1,0 +1,278 @@
+"""One run from start to end: what is there already, the record, the checkpoints, the epochs in between."""
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experiments.config.recipe import Recipe
+from experiments.dataclass_io import one_of
+from experiments.errors import UserError
+from experiments.records.provenance import device_name, git_state, versions
+from experiments.records.record_writer import RecordWriter
+from experiments.records.run_record import (
+    SCHEMA,
+    End,
+    Epoch,
+    Event,
+    Manifest,
+    Resumed,
+    Run,
+    numbers_of,
+    read_run,
+    record_path,
+)
+from experiments.tasks import TASKS
+from experiments.training.callbacks import Observer, TensorBoard, terminal_observer
+from experiments.training.checkpoint import CheckpointError, checkpoint_path
+from experiments.training.distributed import choose_device, join_workers
+from experiments.training.trainer import CheckpointPlan, Training
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """How and where to run; nothing that changes a number.
+
+    Attributes:
+        device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+        data_dir: where the datasets lie.
+        results_dir: records go to ``<task>/<scale>/runs`` below.
+        checkpoint_dir: checkpoints go to ``<task>/<scale>`` below; by default ``<results_dir>/checkpoints``.
+        checkpoint_every_s: seconds between checkpoints inside an epoch; each epoch's end has one anyway.
+        force: run again what is finished, and start over what is not.
+        tensorboard: also write TensorBoard files, below ``<results_dir>/tensorboard``.
+        bar: show a progress bar where there is a terminal.
+    """
+
+    device: str = "auto"
+    data_dir: Path = Path("data")
+    results_dir: Path = Path("results")
+    checkpoint_dir: Path | None = None
+    checkpoint_every_s: float = 60.0
+    force: bool = False
+    tensorboard: bool = False
+    bar: bool = True
+
+
+def run(recipe: Recipe, optimizer: str, seed: int, options: RunOptions, observers: Sequence[Observer] = ()) -> Run:
+    """Train one optimizer from one seed, or what is left of it, and return the record.
+
+    A finished run is returned as it is. Under ``torchrun`` every process must call this. An exception that one
+    of the `observers` raises ends the run where it is.
+
+    Raises:
+        UserError: for what the user can mend: an optimizer that the recipe does not have, a setting out of
+            range, a damaged record, a run finished with other settings, a checkpoint of another run, a full
+            disk.
+    """
+    workers = join_workers(choose_device(options.device).type)
+    done = workers.from_first(lambda: finished_run(recipe, optimizer, seed, options))
+    if done:
+        return done
+    record = _record_of(recipe, optimizer, seed, options)
+    before = None if options.force else workers.from_first(lambda: _previous(record))
+    task = TASKS[recipe.task](recipe.task_settings, scale=recipe.scale, data_dir=options.data_dir)
+    device = choose_device(options.device, workers.local_rank)
+    training = Training(recipe, optimizer, seed, task=task, device=device, workers=workers)
+    manifest = workers.from_first(lambda: _manifest(recipe, optimizer, training))
+    if before:
+        manifest = replace(manifest, started_at=before.manifest.started_at)
+    _Run(training, manifest, options, observers).go(record, before)
+    return workers.from_first(lambda: read_run(record))
+
+
+def finished_run(recipe: Recipe, optimizer: str, seed: int, options: RunOptions) -> Run | None:
+    """The record of this run if it is finished and not to be run again.
+
+    Raises:
+        UserError: for an optimizer that the recipe does not have, a damaged record, or a run finished with
+            other settings.
+    """
+    check_optimizer(recipe, optimizer)
+    record = _record_of(recipe, optimizer, seed, options)
+    before = None if options.force else _previous(record)
+    if before is None or before.end is None:
+        return None
+    _check_settings(before, recipe.settings_of(optimizer))
+    return before
+
+
+def check_optimizer(recipe: Recipe, optimizer: str) -> None:
+    """Refuse an optimizer that the recipe does not have."""
+    if optimizer not in recipe.optimizers:
+        raise UserError(f"optimizer = {optimizer!r}: not in {recipe.path}; {one_of(recipe.optimizers)}")
+
+
+def _record_of(recipe: Recipe, optimizer: str, seed: int, options: RunOptions) -> Path:
+    return record_path(options.results_dir, recipe.task, recipe.scale, optimizer, seed)
+
+
+def _previous(record: Path) -> Run | None:
+    """The record of a run as it was left, ``None`` if there is none with a whole line in it."""
+    if not record.exists() or b"\n" not in record.read_bytes():
+        return None
+    return read_run(record)
+
+
+class _Run:
+    """Takes a training through its epochs and writes down what happens."""
+
+    def __init__(
+        self, training: Training, manifest: Manifest, options: RunOptions, observers: Sequence[Observer]
+    ) -> None:
+        self.given = observers
+        self.training, self.manifest, self.options = training, manifest, options
+        folder = options.checkpoint_dir or options.results_dir / "checkpoints"
+        name = (manifest.task, manifest.scale, manifest.optimizer, manifest.seed)
+        self.plan = CheckpointPlan(
+            path=checkpoint_path(folder, *name),
+            every_s=options.checkpoint_every_s,
+            identity=_identity(manifest),
+        )
+        self.writer: RecordWriter | None = None
+        self.observers: list[Observer] = []
+
+    def go(self, record: Path, before: Run | None) -> None:
+        """Run to the end."""
+        resumes = self.training.workers.from_first(lambda: self._can_resume(before))
+        with ExitStack() as stack:
+            if self.training.workers.is_first:
+                self.writer = stack.enter_context(RecordWriter(record))
+                self.observers = [stack.enter_context(closing(each)) for each in self._make_observers()]
+            if resumes:
+                self._resume(before)
+            else:
+                self._begin()
+            self._write(self._train())
+
+    def _can_resume(self, before: Run | None) -> bool:
+        there = self.plan.path.exists()
+        if before and not there and len(before.epochs) > 2:
+            raise CheckpointError(
+                f"{before.path}: is unfinished, and its checkpoint {self.plan.path} is missing; start over with --force"
+            )
+        return before is not None and there
+
+    def _check_reaches(self, before: Run) -> None:
+        """The record may be behind its checkpoint only if somebody cut it."""
+        recorded, trained = len(before.epochs) - 1, self.training.position.epoch
+        if recorded < trained:
+            raise CheckpointError(
+                f"{before.path}: ends after epoch {recorded}, its checkpoint {self.plan.path} is of epoch {trained}; "
+                "start over with --force"
+            )
+
+    def _resume(self, before: Run | None) -> None:
+        self.training.restore(self.plan)
+        if before is not None:
+            self._check_reaches(before)
+        position = self.training.position
+        if self.writer:
+            self.writer.rewind(position.epoch)
+        self._tell_started()
+        device = device_name(str(self.training.device))
+        self._write(
+            Resumed(epoch=position.epoch, step=position.step, seconds=position.seconds, at=_now(), device=device)
+        )
+
+    def _begin(self) -> None:
+        # First what may fail: the run before is lost only when this one has begun.
+        untrained = self.training.evaluate()
+        if self.writer:
+            self.plan.path.unlink(missing_ok=True)
+            self.writer.rewind(None)
+        self._tell_started()
+        self._write(self.manifest)
+        self._write(self.training.measure(None, untrained))
+
+    def _train(self) -> End:
+        training = self.training
+        while training.position.epoch < self.manifest.epochs:
+            train_loss = training.train_epoch(self.plan, self.observers)
+            evaluation = training.evaluate()
+            self._write(training.measure(train_loss, evaluation))
+            if not (math.isfinite(train_loss) and math.isfinite(evaluation.loss)):
+                return End(reason="diverged", seconds=training.clock.seconds)
+            training.save(self.plan)
+        return End(reason="finished", seconds=training.clock.seconds)
+
+    def _write(self, event: Event) -> None:
+        if self.writer:
+            self.writer.write(event)
+        for observer in self.observers:
+            if isinstance(event, Epoch):
+                observer.recorded(event)
+            if isinstance(event, End):
+                observer.ended(event)
+
+    def _tell_started(self) -> None:
+        for observer in self.observers:
+            observer.started(self.manifest, self.training.position.epoch, self.training.steps_per_epoch)
+
+    def _make_observers(self) -> list[Observer]:
+        manifest = self.manifest
+        name = f"{manifest.optimizer}-seed{manifest.seed}"
+        folder = self.options.results_dir / "tensorboard" / manifest.task / manifest.scale / name
+        return [
+            terminal_observer(bar=self.options.bar),
+            *([TensorBoard(folder)] if self.options.tensorboard else []),
+            *self.given,
+        ]
+
+
+def _manifest(recipe: Recipe, optimizer: str, training: Training) -> Manifest:
+    git_sha, git_dirty = git_state()
+    return Manifest(
+        schema=SCHEMA,
+        task=recipe.task,
+        scale=recipe.scale,
+        optimizer=optimizer,
+        seed=training.seed,
+        recipe=recipe.settings_of(optimizer),
+        git_sha=git_sha,
+        git_dirty=git_dirty,
+        versions=versions(),
+        device=device_name(str(training.device)),
+        threads=torch.get_num_threads(),
+        world_size=training.workers.size,
+        dataset=training.task.dataset,
+        metric=training.task.metric,
+        target=recipe.run.target,
+        epochs=recipe.run.epochs,
+        started_at=_now(),
+    )
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat()
+
+
+def _identity(manifest: Manifest) -> dict[str, Any]:
+    """What a checkpoint must share with a run that goes on from it."""
+    named = {key: getattr(manifest, key) for key in ("task", "scale", "optimizer", "seed", "world_size")}
+    own = {"started_at": manifest.started_at, "dataset.sha256": manifest.dataset.sha256}
+    return named | own | numbers_of(manifest.recipe)
+
+
+def _check_settings(before: Run, settings: Mapping[str, Any]) -> None:
+    """A setting that one of the two does not have is a difference: what it was by default may not be what it is."""
+    there, here = numbers_of(before.manifest.recipe), numbers_of(settings)
+    different = [
+        f"{key} {_said(there, key, 'was')} and {_said(here, key, 'is')}"
+        for key in sorted(there.keys() | here.keys())
+        if key not in there or key not in here or there[key] != here[key]
+    ]
+    if different:
+        raise UserError(
+            f"{before.path}: was finished with other settings: {'; '.join(different)}; "
+            "run it again with --force, or give another --results-dir"
+        )
+
+
+def _said(settings: Mapping[str, Any], key: str, verb: str) -> str:
+    return f"{verb} {settings[key]!r}" if key in settings else f"{verb} not set"

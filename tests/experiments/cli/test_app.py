@@ -1,0 +1,147 @@
+import subprocess
+import sys
+
+import pytest
+
+from experiments.cli import app, listing
+from experiments.data_io.checksum import DataFileError
+from experiments.launch import jobs
+from experiments.records.run_record import read_run
+from experiments.tasks import TASKS
+from experiments.tasks.datasets import PREPARE
+
+pytestmark = pytest.mark.usefixtures("recipes")
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path):
+    """Run a command line; returns its exit status and what it printed."""
+
+    def call(*arguments: object):
+        monkeypatch.setattr(sys, "argv", ["experiments", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            app.main()
+        printed = capsys.readouterr()
+        return exit_.value.code, printed.out, printed.err
+
+    monkeypatch.setenv("COLUMNS", "200")
+    return call
+
+
+def test_run_takes_the_optimizer_seed_and_epochs_it_is_given(command, tmp_path):
+    status, out, _ = command(
+        "run", "toy", "--optimizer", "sgd", "--seed", 4, "--epochs", 1, "--set", "optimizers.sgd.lr=0.3",
+        "--results-dir", tmp_path, "--checkpoint-dir", tmp_path / "saved",
+    )  # fmt: skip
+    assert status == 0
+    assert "sgd seed 4: epoch 1/1" in out
+    record = read_run(tmp_path / "toy" / "tiny" / "runs" / "sgd-seed4.jsonl")
+    assert (record.manifest.epochs, record.manifest.recipe["optimizer"]["lr"]) == (1, 0.3)
+    assert (tmp_path / "saved" / "toy" / "tiny" / "sgd-seed4.pt").exists()
+
+
+def test_optimizers_take_turns_seed_by_seed(command, monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(jobs, "run_apart", lambda waiting, **how: asked.append((waiting, how)) or {})
+    names = ("--optimizer", "sgd", "--optimizer", "adam", "--results-dir", tmp_path)
+    assert command("run", "toy", *names)[0] == 0
+    assert command("sweep", "toy", *names, "--workers", 3)[0] == 0
+    for waiting, _ in asked:
+        assert [(job.optimizer, job.seed) for job in waiting] == [("sgd", 0), ("adam", 0), ("sgd", 1), ("adam", 1)]
+    assert [how for _, how in asked] == [{"workers": 1, "threads": None}, {"workers": 3, "threads": 1}]
+
+
+def test_a_run_that_cannot_begin_does_not_stop_the_others(command, monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(jobs, "run_apart", lambda waiting, **_: asked.extend(waiting) or {"toy adam seed 0": "killed"})
+    (tmp_path / "toy" / "tiny" / "runs").mkdir(parents=True)
+    (tmp_path / "toy" / "tiny" / "runs" / "sgd-seed0.jsonl").write_text("{}\n")
+    status, _, err = command("sweep", "toy", "--seed", 0, "--results-dir", tmp_path)
+    assert status == 1
+    assert [job.optimizer for job in asked] == ["adam", "ngplus"]
+    first, *named = err.splitlines()
+    assert first == "2 of 3 runs failed; the same command tries them again:"
+    assert named[0].startswith("  toy sgd seed 0: ")
+    assert named[1] == "  toy adam seed 0: killed"
+
+
+def test_where_there_is_no_slurm_it_is_said(command, tmp_path):
+    status, _, err = command("sweep", "toy", "--slurm", "--results-dir", tmp_path)
+    assert status == 2
+    assert err.startswith("error: slurm: ")
+
+
+def test_a_finished_run_is_said_to_be_finished(command, tmp_path):
+    arguments = ("run", "toy", "--optimizer", "sgd", "--seed", 0, "--results-dir", tmp_path)
+    command(*arguments)
+    status, out, _ = command(*arguments)
+    assert status == 0
+    assert out == f"sgd seed 0: finished before on toy numbers, see {tmp_path}/toy/tiny/runs/sgd-seed0.jsonl\n"
+    _, out, _ = command(*arguments, "--force")
+    assert "epoch 3/3" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "toys"], "error: task = 'toys': there is no such task; must be one of "),
+        (["run", "toy", "--scale", "big"], "error: scale = 'big': toy has no recipe for it; must be one of tiny"),
+        (["run", "toy", "--optimizer", "lion"], "must be one of adam, ngplus, sgd"),
+        (["run", "toy", "--set", "optimizers.sgd.size=1"], "[optimizers.sgd]: size = 1: unknown key"),
+        (["run", "toy", "--seed", "-1"], "seed = -1: must be from 0 to 4294967295"),
+        (["run", "toy", "--epochs", "0"], "[run]: epochs = 0: must be at least 1"),
+        (["run", "toy", "--optimizer", "sgd", "--seed", "0", "--device", "tpu"], "must be one of auto, cpu, cuda"),
+        (["data", "mnist"], "error: data = 'mnist': there is no such dataset; must be one of "),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(command, tmp_path, arguments, message):
+    status, _, err = command(*arguments, *(["--results-dir", tmp_path] if arguments[0] == "run" else []))
+    assert status == 2
+    assert len(err.splitlines()) == 1
+    assert message in err
+
+
+def test_a_missing_data_file_is_one_line_and_status_2(command, monkeypatch):
+    def missing(_):
+        raise DataFileError("x.gz is missing")
+
+    monkeypatch.setitem(PREPARE, "fashion-mnist", missing)
+    assert command("data", "fashion-mnist") == (2, "", "error: x.gz is missing\n")
+
+
+def test_data_says_where_it_lies(command, monkeypatch, tmp_path):
+    monkeypatch.setitem(PREPARE, "fashion-mnist", lambda folder: folder / "fashion-mnist")
+    status, out, _ = command("data", "fashion-mnist", "--data-dir", tmp_path)
+    assert (status, out) == (0, f"fashion-mnist: {tmp_path}/fashion-mnist\n")
+
+
+def test_list_names_tasks_scales_optimizers_runs_and_datasets(command, monkeypatch, tmp_path):
+    monkeypatch.setattr(listing, "TASKS", {"toy": TASKS["toy"]})
+    command("run", "toy", "--optimizer", "sgd", "--seed", 4, "--results-dir", tmp_path)
+    (tmp_path / "toy" / "tiny" / "runs" / "adam-seed0.jsonl").write_text("{}\n")
+    status, out, _ = command("list", "--results-dir", tmp_path)
+    assert status == 0
+    for shown in ("toy", "tiny", "ngplus", "adam", "fashion-mnist", "warning: ", "adam-seed0.jsonl, line 1"):
+        assert shown in out
+    assert [cell.strip() for cell in out.split("sgd")[1].split("│")[1:2]] == ["4"]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["list", "--help"], ["table", "--help"]])
+def test_help_is_there(command, arguments):
+    status, out, _ = command(*arguments)
+    assert status == 0
+    assert "Usage:" in out
+
+
+def test_table_says_where_there_are_no_runs(command, tmp_path):
+    status, _, err = command("table", "--results-dir", tmp_path)
+    assert (status, err) == (2, f"error: {tmp_path}: there are no runs at scale tiny; `run` makes them\n")
+
+
+def test_a_command_starts_without_what_only_some_runs_need():
+    """Each takes seconds to import, and every run of a sweep is a process of its own."""
+    heavy = "{'pytorch_optimizer', 'transformers', 'matplotlib', 'optuna', 'schnetpack', 'fairseq', 'torchvision'}"
+    code = (
+        f"import sys, experiments.cli.app, experiments.optimizers.registry; print(sorted({heavy} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -1,0 +1,142 @@
+import pytest
+
+from experiments.config.recipe import RECIPES, load_recipe, scales_of
+from experiments.dataclass_io import SettingsError, read_settings
+from experiments.errors import UserError
+from experiments.optimizers.registry import NGPlusSettings, SGDBase
+from experiments.optimizers.schedule_settings import Constant, Cosine, Exponential
+from experiments.tasks import TASKS
+from tests.experiments.cases import toy
+
+pytestmark = pytest.mark.usefixtures("recipes")
+
+SHIPPED = sorted(RECIPES.glob("*/*.toml"))
+
+
+def changed(recipes, old: str, new: str):
+    assert old in toy.RECIPE
+    (recipes / "toy" / "tiny.toml").write_text(toy.RECIPE.replace(old, new))
+
+
+def test_every_value_is_read_with_its_source(load):
+    recipe = load()
+    assert recipe.task_settings == {"batch_size": 8, "dropout": 0.1}
+    assert (recipe.run.epochs, recipe.run.seeds, recipe.run.target) == (3, (0, 1), 0.5)
+    assert list(recipe.optimizers) == ["sgd", "adam", "ngplus"]
+    assert recipe.optimizers["sgd"].schedule == Cosine(max_epoch=3.0, warmup_epochs=0.5)
+    ngplus = recipe.optimizers["ngplus"]
+    assert ngplus.settings == NGPlusSettings(lr=0.1, damping=0.5, update_every=4, base=SGDBase(momentum=0.9))
+    assert ngplus.schedule == Constant()
+    assert ngplus.damping_schedule == Exponential(rate=0.8, every_epochs=1.0)
+    assert recipe.sources["optimizers.ngplus.damping_schedule.rate"] == "made up"
+
+
+def test_a_value_given_on_the_command_line_replaces_the_files_and_says_so(load):
+    recipe = load("optimizers.sgd.lr=0.25", "run.report_split=validation")
+    assert recipe.optimizers["sgd"].settings.lr == 0.25
+    assert recipe.run.report_split == "validation"
+    assert recipe.sources["optimizers.sgd.lr"] == "given on the command line"
+
+
+def test_the_settings_in_full_hold_the_defaults_too(load):
+    settings = load().settings_of("ngplus")
+    assert settings["run"]["precision"] == "float32"
+    assert settings["optimizer"]["base"] == {"kind": "sgd", "momentum": 0.9, "weight_decay": 0.0, "nesterov": False}
+    assert settings["optimizer"]["damping_schedule"] == {"kind": "exponential", "rate": 0.8, "every_epochs": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('{ value = 3, source = "made up" }', "3", "run.epochs = 3: has no source; must be written epochs = { value"),
+        ('epochs = { value = 3, source = "made up" }', "epochs = { value = 3 }", "run.epochs = {'value': 3}: has no"),
+        ('value = 3, source = "made up"', 'value = 3, source = " "', "run.epochs: source = ' ': must say where"),
+        ("epochs = { value = 3,", 'epochs = { value = "3",', "[run]: epochs = '3': must be an integer"),
+        ("epochs = { value = 3,", "epochs = { value = 0,", "[run]: epochs = 0: must be at least 1"),
+        ("tuning_seed = { value = 100", "tuning_seed = { value = 1", "tuning_seed = 1: must not be one of the seeds"),
+        ("value = [0, 1]", "value = [0, -4]", "[run]: seed = -4: must be from 0 to 4294967295"),
+        (
+            "tuning_seed = { value = 100",
+            "tuning_seed = { value = 4294967296",
+            "seed = 4294967296: must be from 0",
+        ),
+        ("[optimizers.adam]", '[optimizers."sgd-../evil"]', "name = 'sgd-../evil': must be small letters and digits"),
+        ("lr = { value = 0.1,", "lr = { value = inf,", "[optimizers.sgd]: lr = inf: must be finite"),
+        ("target = { value = 0.5", "target = { value = nan", "target = nan: must be finite, or must be one of ref"),
+        ("[task]", "x = " + "[" * 3000, "not TOML"),
+        ("value = [0, 1]", "value = [0, 0]", "[run]: seeds = [0, 0]: must be a list of different integers"),
+        ("tuning_seed", "tuned_at", "[run]: tuned_at = 100: unknown key; must be one of accumulate, epochs"),
+        (
+            "target = { value = 0.5",
+            'target = { value = "best"',
+            "target = 'best': must be a number, or must be one of ref",
+        ),
+        ("[run]", "[run]\nreference = { value = 'kfac', source = 'x' }", "[run]: reference = 'kfac': there is no such"),
+        ("[run]", "[running]", "running = {'epochs': 3"),
+        ("[optimizers.adam]", "[optimizers.adamw]", "[optimizers]: name = 'adamw': there is no such optimizer;"),
+        ("[optimizers.adam]", "[optimizers.lion]", "must be one of adagrad, adam, "),
+        ("damping = { value = 0.5", 'damping = { value = "a"', "[optimizers.ngplus]: damping = 'a': must be a number"),
+        ('"sgd"', '"lion"', "[optimizers.ngplus]: base: kind = 'lion': must be one of adagrad, adam, sgd"),
+        ('"cosine"', '"step"', "[optimizers.sgd]: schedule: kind = 'step': must be one of constant, cosine"),
+        ("max_epoch = { value = 3", "max_epoch = { value = true", "[optimizers.sgd]: schedule: max_epoch = True"),
+        ("lr = { value = 0.1,", "lr = { value = -0.1,", "[optimizers.sgd]: lr = -0.1: must be positive"),
+        ("[optimizers.ngplus.damping_schedule]", "[optimizers.sgd.damping_schedule]", "sgd has no damping"),
+        ("[task]", "[task", "not TOML"),
+    ],
+)
+def test_an_error_names_the_file_the_key_and_the_value(recipes, load, old, new, message):
+    changed(recipes, old, new)
+    with pytest.raises(SettingsError) as error:
+        load()
+    assert str(recipes / "toy" / "tiny.toml") in str(error.value)
+    assert message in str(error.value)
+
+
+def test_an_optimizers_name_may_carry_a_suffix(recipes, load):
+    changed(recipes, "optimizers.ngplus", "optimizers.ngplus-rows")
+    assert isinstance(load().optimizers["ngplus-rows"].settings, NGPlusSettings)
+
+
+def test_an_unknown_task_or_scale_lists_what_there_is():
+    with pytest.raises(SettingsError, match=r"task = 'toys': there is no such task; must be one of .*toy"):
+        load_recipe("toys", "tiny")
+    with pytest.raises(SettingsError, match="scale = 'huge': toy has no recipe for it; must be one of tiny"):
+        load_recipe("toy", "huge")
+
+
+def test_the_reference_is_the_one_named_or_sgd_or_the_first(recipes, load):
+    assert load().run.reference == "sgd"
+    assert load("run.reference=adam").run.reference == "adam"
+    changed(recipes, "optimizers.sgd", "optimizers.lars")
+    assert load().run.reference == "lars"
+    assert load().settings_of("adam")["run"]["reference"] == "lars"
+
+
+def test_a_target_may_be_the_references_best(load):
+    assert load('run.target="reference best"').run.target == "reference best"
+
+
+def test_a_scale_may_carry_a_suffix(recipes):
+    for name in ("paper-4096", "paper-2048", "paper", "small", "notes"):
+        (recipes / "toy" / f"{name}.toml").write_text(toy.RECIPE)
+    assert scales_of("toy") == ["tiny", "small", "paper", "paper-2048", "paper-4096"]
+    assert load_recipe("toy", "paper-2048").scale == "paper-2048"
+
+
+@pytest.mark.parametrize("override", ["optimizers.sgd.lr", "=3"])
+def test_an_override_that_is_no_assignment_is_refused(load, override):
+    with pytest.raises(UserError, match="must be written key=value"):
+        load(override)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_every_recipe_here_is_whole(path):
+    assert path.parent.name in TASKS
+    assert path.stem in scales_of(path.parent.name, RECIPES)
+    recipe = load_recipe(path.parent.name, path.stem, folder=RECIPES)
+    assert recipe.optimizers
+
+
+def test_the_run_settings_of_a_table_can_be_read_again(load):
+    recipe = load()
+    assert read_settings(type(recipe.run), recipe.settings_of("sgd")["run"], "here") == recipe.run

