@@ -26,16 +26,34 @@ TUNE = $(EXPERIMENTS) tune --scale $(SCALE) $(if $(TRIALS),--trials $(TRIALS)) $
 # Where it is set, as in many containers, each process would compile torch and the others anew: 6 of a run's 11 seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
+# Tasks and datasets by the short names of `make reproduce-qm9`, `make tune-qm9` and `make data-matproj`.
+TASKS := resnet50 qm9 matproj iwslt14 dlrm
+TASK_resnet50 := resnet50-imagenet
+TASK_qm9 := schnet-qm9
+TASK_matproj := schnet-matproj
+TASK_iwslt14 := transformer-iwslt14
+TASK_dlrm := dlrm-criteo
+DATA_matproj := materials-project
+# What a task fetches first, by scale.
+FETCH_qm9_small := qm9
+FETCH_qm9_paper := qm9
+FETCH_matproj_small := materials-project
+FETCH_iwslt14_small := libreoffice-help
+FETCH_dlrm_small := flights
+# Its runs use both threads themselves.
+TRAIN_resnet50 := run
+BENCHES := curvature schnet-loading criteo estimate
+BENCH_curvature := bench.curvature_step
+BENCH_schnet-loading := bench.loading.schnet_loading
+BENCH_criteo := bench.loading.criteo_reader
+BENCH_estimate := estimate.check
+
 .DEFAULT_GOAL := help
-.PHONY: report test-browser
-.PHONY: help setup test lint lock reproduce reproduce-resnet50 reproduce-figure1 reproduce-theory
-.PHONY: reproduce-iwslt14 data-libreoffice-help data-ding data-iwslt14
-.PHONY: reproduce-dlrm data-flights data-criteo bench-criteo
-.PHONY: reproduce-qm9 reproduce-matproj data-qm9 data-matproj bench-schnet-loading
-.PHONY: data-fashion-mnist bench bench-curvature bench-estimate gpu tune-resnet50 tune-qm9 tune-matproj tune-iwslt14 tune-dlrm
+.PHONY: help setup test test-browser lint lock reproduce reproduce-figure1 reproduce-theory data-iwslt14 force
+.PHONY: bench gpu report $(TASKS:%=reproduce-%) $(TASKS:%=tune-%) $(BENCHES:%=bench-%)
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z0-9-]*\):.*##  */\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name what; do printf '  %-20s %s\n' "$$name" "$$what"; done
+	@sed -n 's/^\([a-z0-9-]*\):.*##  */\1\t/p; s/^## \([^:]*\): */\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name what; do printf '  %-18s %s\n' "$$name" "$$what"; done
 
 setup: $(STAMP)  ## make .venv with everything that was tested together
 
@@ -49,83 +67,31 @@ test: $(STAMP)  ## run the tests
 lint: $(STAMP)  ## check the code: ruff, mypy
 	$(VENV)/bin/ruff format --check . && $(VENV)/bin/ruff check . && $(VENV)/bin/mypy
 
-reproduce: reproduce-resnet50 reproduce-qm9 reproduce-matproj reproduce-iwslt14 reproduce-dlrm  ## train every task there is, by default at scale tiny, and print the comparison
+reproduce: $(TASKS:%=reproduce-%)  ## train every task, by default at scale tiny, and print the comparisons
 
-reproduce-resnet50: $(STAMP)  ## ResNet on images: SCALE=tiny (minutes), small (hours), paper (ImageNet)
-	$(EXPERIMENTS) run resnet50-imagenet --scale $(SCALE) --results-dir $(RESULTS) $(RUN_OPTIONS)
-	$(EXPERIMENTS) table resnet50-imagenet --scale $(SCALE) --results-dir $(RESULTS)
+## reproduce-TASK: resnet50, qm9, matproj, iwslt14 or dlrm: SCALE=tiny (minutes), small, paper
+$(TASKS:%=reproduce-%): reproduce-%: $(STAMP)
+	$(if $(FETCH_$*_$(SCALE)),$(EXPERIMENTS) data $(FETCH_$*_$(SCALE)))
+	$(EXPERIMENTS) $(or $(TRAIN_$*),$(TRAIN)) $(TASK_$*) --scale $(SCALE) --results-dir $(RESULTS) $(RUN_OPTIONS)
+	$(EXPERIMENTS) table $(TASK_$*) --scale $(SCALE) --results-dir $(RESULTS)
 
-reproduce-qm9: $(STAMP)  ## SchNet on molecules: SCALE=tiny, small (20,000 of QM9), paper (all of QM9)
-	$(if $(filter small paper,$(SCALE)),$(EXPERIMENTS) data qm9)
-	$(EXPERIMENTS) $(TRAIN) schnet-qm9 --scale $(SCALE) --results-dir $(RESULTS) $(RUN_OPTIONS)
-	$(EXPERIMENTS) table schnet-qm9 --scale $(SCALE) --results-dir $(RESULTS)
-
-reproduce-matproj: $(STAMP)  ## SchNet on crystals: SCALE=tiny, small (3,938 crystals), paper (schnetpack's database)
-	$(if $(filter small,$(SCALE)),$(EXPERIMENTS) data materials-project)
-	$(EXPERIMENTS) $(TRAIN) schnet-matproj --scale $(SCALE) --results-dir $(RESULTS) $(RUN_OPTIONS)
-	$(EXPERIMENTS) table schnet-matproj --scale $(SCALE) --results-dir $(RESULTS)
-
-reproduce-iwslt14: $(STAMP)  ## the Transformer on German-English: SCALE=tiny, small (help pages), paper (IWSLT14)
-	$(if $(filter small,$(SCALE)),$(EXPERIMENTS) data libreoffice-help)
-	$(EXPERIMENTS) $(TRAIN) transformer-iwslt14 --scale $(SCALE) --results-dir $(RESULTS) $(RUN_OPTIONS)
-	$(EXPERIMENTS) table transformer-iwslt14 --scale $(SCALE) --results-dir $(RESULTS)
-
-reproduce-dlrm: $(STAMP)  ## DLRM on clicks: SCALE=tiny, small (flights of 2013), paper (Criteo Kaggle)
-	$(if $(filter small,$(SCALE)),$(EXPERIMENTS) data flights)
-	$(EXPERIMENTS) $(TRAIN) dlrm-criteo --scale $(SCALE) --results-dir $(RESULTS) $(RUN_OPTIONS)
-	$(EXPERIMENTS) table dlrm-criteo --scale $(SCALE) --results-dir $(RESULTS)
-
-tune-resnet50: $(STAMP)  ## search each optimizer's settings with TRIALS trials, and write them into the recipe
-	$(TUNE) resnet50-imagenet
-
-tune-qm9: $(STAMP)  ## the same for SchNet on QM9
-	$(TUNE) schnet-qm9
-
-tune-matproj: $(STAMP)  ## the same for SchNet on crystals
-	$(TUNE) schnet-matproj
-
-tune-iwslt14: $(STAMP)  ## the same for the Transformer
-	$(TUNE) transformer-iwslt14
-
-tune-dlrm: $(STAMP)  ## the same for DLRM
-	$(TUNE) dlrm-criteo
+## tune-TASK: search each optimizer's settings, TRIALS each, and write them into the recipe
+$(TASKS:%=tune-%): tune-%: $(STAMP)
+	$(TUNE) $(TASK_$*)
 
 # Many small matrices: a second thread makes these slower.
-reproduce-figure1: $(STAMP)  ## Figure 1: the generalized Fisher information beside the empirical one
+reproduce-figure1: $(STAMP)  ## Figure 1: the generalized and the empirical Fisher information
 	OMP_NUM_THREADS=1 $(PYTHON) -m experiments.theory.figure1
 
 reproduce-theory: $(STAMP)  ## the theorems, the errata and the cost comparison, as experiments
 	OMP_NUM_THREADS=1 $(PYTHON) -m experiments.theory
 
-data-fashion-mnist: $(STAMP)  ## fetch Fashion-MNIST, for SCALE=small; once, then no network is needed
-	$(EXPERIMENTS) data fashion-mnist
+## data-NAME: fetch a dataset, or make it ready; `python -m experiments list` has the names
+data-%: $(STAMP) force
+	$(EXPERIMENTS) data $(or $(DATA_$*),$*)
 
-data-libreoffice-help: $(STAMP)  ## fetch the German and English help pages of LibreOffice
-	$(EXPERIMENTS) data libreoffice-help
-
-data-ding: $(STAMP)  ## fetch the example sentences of the Ding dictionary
-	$(EXPERIMENTS) data ding
-
-data-qm9: $(STAMP)  ## fetch all of QM9, 104 MB, and parse it, for SCALE=small and paper
-	$(EXPERIMENTS) data qm9
-
-data-matproj: $(STAMP)  ## fetch 3,938 crystals of the Materials Project, for SCALE=small
-	$(EXPERIMENTS) data materials-project
-
-data-flights: $(STAMP)  ## fetch the flights out of New York in 2013
-	$(EXPERIMENTS) data flights
-
-data-criteo: $(STAMP)  ## make data/criteo/train.txt of Criteo Kaggle ready: once, then runs map it from disk
-	$(EXPERIMENTS) data criteo
-
-data-iwslt14: $(STAMP)  ## make IWSLT14 ready: RAW=de-en.tgz, the folder in it, or one of fairseq-preprocess
+data-iwslt14: $(STAMP)  ## make IWSLT14 ready: RAW=de-en.tgz, its folder, or one of fairseq-preprocess
 	$(PYTHON) -m experiments.tasks.transformer.iwslt14_archive $(RAW)
-
-bench-curvature: $(STAMP)  ## what building the curvature of resnet50 costs beside a forward and backward
-	$(PYTHON) -m experiments.bench.curvature_step
-
-bench-schnet-loading: $(STAMP)  ## what loading adds to a training step of SchNet
-	$(PYTHON) -m experiments.bench.loading.schnet_loading
 
 bench: $(STAMP)  ## what a step costs under each optimizer, on the four models
 	$(PYTHON) -m experiments.bench.steps
@@ -136,20 +102,18 @@ bench: $(STAMP)  ## what a step costs under each optimizer, on the four models
 	$(PYTHON) -m experiments.bench.own_work
 	$(PYTHON) -m experiments.bench.cost_chart
 
-bench-estimate: $(STAMP)  ## whether `python -m experiments estimate` predicts what a run takes; OPTIONS=--cpu-time on a busy machine
-	$(PYTHON) -m experiments.estimate.check $(OPTIONS)
+## bench-NAME: curvature, schnet-loading, criteo (reading its log), estimate (is it right?)
+$(BENCHES:%=bench-%): bench-%: $(STAMP)
+	$(PYTHON) -m experiments.$(BENCH_$*) $(OPTIONS)
 
-bench-criteo: $(STAMP)  ## how fast Criteo's log is read, on a made file of 5 million lines, and in how much memory
-	$(PYTHON) -m experiments.bench.loading.criteo_reader
-
-report: $(STAMP)  ## build results/report/index.html from the records: REPORT=results is the folder it reads
+report: $(STAMP)  ## build results/report/index.html from the records in REPORT=results
 	$(EXPERIMENTS) verdicts --short --results-dir $(REPORT)
 	$(EXPERIMENTS) report --results-dir $(REPORT)
 
 test-browser: $(STAMP)  ## test the report in Debian's chromium, headless
 	chromium=$$(sh scripts/chromium.sh) && CHROMIUM=$$chromium OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m browser tests/browser
 
-gpu: $(STAMP)  ## everything that wants a GPU, in one call: tests, benches, SchNet at the paper's scale (MINUTES=25)
+gpu: $(STAMP)  ## all that needs a GPU: tests, benches, SchNet at the paper's scale (MINUTES=25)
 	$(PYTHON) -m experiments.bench.gpu --minutes $(MINUTES)
 
 lock: $(STAMP)  ## write down the newest set of packages that fits pyproject.toml

@@ -1,1 +1,1 @@
-"""The reproduction of NG+: tasks, recipes, the runner and the analysis of what it recorded."""
+"""The reproduction of NG+: tasks, recipes, training and the analysis of what it recorded."""

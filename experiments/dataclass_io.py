@@ -19,7 +19,7 @@ class SettingsError(UserError):
     """A table that does not fit its dataclass; the message names the place, the key and the value."""
 
 
-def one_of(names: Iterable[str]) -> str:
+def list_allowed(names: Iterable[str]) -> str:
     """The allowed names, for an error message."""
     return "must be one of " + ", ".join(sorted(names))
 
@@ -32,6 +32,9 @@ def read_settings[T](cls: type[T], table: Mapping[str, Any], where: str) -> T:
         table: its fields by name.
         where: the file and table, for error messages.
 
+    Returns:
+        An instance of ``cls``.
+
     Raises:
         SettingsError: for an unknown, missing or mistyped key, or a value out of range.
     """
@@ -39,7 +42,7 @@ def read_settings[T](cls: type[T], table: Mapping[str, Any], where: str) -> T:
     hints = get_type_hints(cls)
     for key in table:
         if key not in known:
-            raise SettingsError(f"{where}: {key} = {table[key]!r}: unknown key; {one_of(known)}")
+            raise SettingsError(f"{where}: {key} = {table[key]!r}: unknown key; {list_allowed(known)}")
     for name, field in known.items():
         if name not in table and field.default is field.default_factory is dataclasses.MISSING:
             raise SettingsError(f"{where}: {name} is missing")
@@ -50,15 +53,15 @@ def read_settings[T](cls: type[T], table: Mapping[str, Any], where: str) -> T:
         raise SettingsError(f"{where}: {error}") from None
 
 
-def plain(settings: Any) -> Any:
+def to_table(settings: Any) -> Any:
     """The table that `read_settings` would make `settings` from, defaults included."""
     if dataclasses.is_dataclass(settings):
         kind = {"kind": settings.kind} if hasattr(settings, "kind") else {}
-        return kind | {f.name: plain(getattr(settings, f.name)) for f in dataclasses.fields(settings)}
+        return kind | {f.name: to_table(getattr(settings, f.name)) for f in dataclasses.fields(settings)}
     if isinstance(settings, tuple | list):
-        return [plain(item) for item in settings]
+        return [to_table(item) for item in settings]
     if isinstance(settings, Mapping):
-        return {key: plain(value) for key, value in settings.items()}
+        return {key: to_table(value) for key, value in settings.items()}
     return settings
 
 
@@ -69,7 +72,7 @@ def _read_value(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return _read_table((hint,), value, where)
     if origin is Literal:
-        return _expect(value in get_args(hint), value, where, one_of(map(str, get_args(hint))))
+        return _expect(value in get_args(hint), value, where, list_allowed(map(str, get_args(hint))))
     if origin is tuple:
         item, *rest = get_args(hint)
         length = None if rest == [...] else 1 + len(rest)
@@ -117,9 +120,9 @@ def _read_table(choices: tuple[type, ...], value: Any, where: str) -> Any:
         return read_settings(cls, value, where)
     by_kind = {cls.kind: cls for cls in choices}  # type: ignore[attr-defined]
     if "kind" not in value:
-        raise SettingsError(f"{where}: kind is missing; {one_of(by_kind)}")
+        raise SettingsError(f"{where}: kind is missing; {list_allowed(by_kind)}")
     kind = value["kind"]
-    _expect(kind in by_kind, kind, f"{where}: kind", one_of(by_kind))
+    _expect(kind in by_kind, kind, f"{where}: kind", list_allowed(by_kind))
     return read_settings(by_kind[kind], {k: v for k, v in value.items() if k != "kind"}, where)
 
 

@@ -1,4 +1,4 @@
-"""Errors that a user can mend: the command line prints them as one line and exits with status 2."""
+"""Errors that a user can fix: the command line prints them as one line and exits with status 2."""
 
 import errno
 from pathlib import Path

@@ -7,7 +7,7 @@ import pytest
 
 from experiments.analysis.overview import overview
 from experiments.analysis.verdict_table import render
-from experiments.analysis.verdicts import verdicts_of
+from experiments.analysis.verdicts import judge_claims
 from experiments.cli import listing
 from experiments.records.provenance import REPOSITORY
 
@@ -23,7 +23,7 @@ def block(name: str) -> str:
 
 
 def test_the_verdicts_on_the_front_page_are_those_of_the_records():
-    assert block("verdicts") == render(verdicts_of(REPOSITORY / "results"), "markdown", short=True)
+    assert block("verdicts") == render(judge_claims(REPOSITORY / "results"), "markdown", short=True)
 
 
 def test_the_overview_on_the_front_page_is_that_of_the_records():

@@ -72,7 +72,7 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class CurveBelow:
-    """One optimizer's curve lies below another's after every epoch.
+    """One optimizer's curve is below another's after every epoch.
 
     Attributes:
         task: whose runs.
@@ -149,7 +149,7 @@ class Claim:
         claim: what is said, in our words.
         paper: the paper's figure.
         check: how it is checked, ``None`` if it is not.
-        note: what a reader must know beside the outcome of the check.
+        note: what a reader must know besides the outcome of the check.
         headline: whether it stands in the short table.
     """
 
@@ -168,6 +168,12 @@ class Claim:
 
 def load_claims(path: Path = PAPER) -> list[Claim]:
     """The claims in the order of the file.
+
+    Args:
+        path: ``paper.toml``.
+
+    Returns:
+        The claims, each checked.
 
     Raises:
         UserError: the file cannot be read, or an entry does not fit; names it.

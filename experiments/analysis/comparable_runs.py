@@ -10,7 +10,7 @@ from statistics import median_high, median_low
 from typing import Any
 
 from experiments.errors import UserError
-from experiments.records.run_record import REFERENCE_BEST, Run, numbers_of, read_runs
+from experiments.records.run_record import REFERENCE_BEST, Run, read_runs, select_numeric_settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,12 +19,12 @@ class Comparable:
 
     Attributes:
         runs: finished runs of the same data, metric, target and length, by optimizer and seed; at least one.
-        complaints: a line for each record that was left out, with the reason.
-        folder: where the task's results at this scale lie.
+        warnings: a line for each record that was left out, with the reason.
+        folder: where the task's results at this scale are.
     """
 
     runs: tuple[Run, ...]
-    complaints: tuple[str, ...]
+    warnings: tuple[str, ...]
     folder: Path
 
     def __post_init__(self) -> None:
@@ -75,43 +75,51 @@ def load_comparable(results_dir: Path, task: str, scale: str) -> Comparable:
     A record is left out, and named, when it is damaged, unfinished, of another task or scale, or when its
     data, metric, target, length, model or optimizer settings are not those of the majority.
 
+    Args:
+        results_dir: where the records are.
+        task: the task's name.
+        scale: a scale that it has a recipe for.
+
+    Returns:
+        The runs that are left, with a warning for each that was set aside.
+
     Raises:
         UserError: no run is left; says what was wrong with those there are.
     """
     folder = results_dir / task / scale
-    found, complaints = read_runs(folder / "runs")
+    found, warnings = read_runs(folder / "runs")
     runs = []
     for run in found:
         if (run.manifest.task, run.manifest.scale) != (task, scale):
-            complaints.append(f"{run.path}: is a run of {run.manifest.task} at scale {run.manifest.scale}; left out")
+            warnings.append(f"{run.path}: is a run of {run.manifest.task} at scale {run.manifest.scale}; left out")
         elif run.end is None:
-            complaints.append(f"{run.path}: is unfinished; left out")
+            warnings.append(f"{run.path}: is unfinished; left out")
         else:
             runs.append(run)
-    runs = _majority(runs, _question, "data, model, metric or target", complaints)
+    runs = _majority(runs, _question, "data, model, metric or target", warnings)
     alike = []
     for name in sorted({run.manifest.optimizer for run in runs}):
         own = [run for run in runs if run.manifest.optimizer == name]
-        alike += _majority(own, _settings, "optimizer settings", complaints)
+        alike += _majority(own, _settings, "optimizer settings", warnings)
     if not alike:
-        reasons = "".join(f"\n  {complaint}" for complaint in complaints)
+        reasons = "".join(f"\n  {warning}" for warning in warnings)
         raise UserError(f"{folder / 'runs'}: there is no finished run to compare{reasons}")
     alike.sort(key=lambda run: (run.manifest.optimizer, run.manifest.seed))
-    return Comparable(runs=tuple(alike), complaints=tuple(complaints), folder=folder)
+    return Comparable(runs=tuple(alike), warnings=tuple(warnings), folder=folder)
 
 
 def _question(run: Run) -> Mapping[str, Any]:
     """What two runs must share to be answers to one question."""
     manifest = run.manifest
     shared = {name: getattr(manifest, name) for name in ("dataset", "metric", "target", "epochs", "world_size")}
-    return shared | numbers_of({name: manifest.recipe.get(name, {}) for name in ("task", "run")})
+    return shared | select_numeric_settings({name: manifest.recipe.get(name, {}) for name in ("task", "run")})
 
 
 def _settings(run: Run) -> Mapping[str, Any]:
-    return numbers_of(run.manifest.recipe.get("optimizer", {}))
+    return select_numeric_settings(run.manifest.recipe.get("optimizer", {}))
 
 
-def _majority(runs: list[Run], key: Callable[[Run], Mapping[str, Any]], what: str, complaints: list[str]) -> list[Run]:
+def _majority(runs: list[Run], key: Callable[[Run], Mapping[str, Any]], what: str, warnings: list[str]) -> list[Run]:
     """The runs whose values are the commonest; the first of equally common ones.
 
     What a run does not have, as it was no choice yet when it was made, is what most of the others have.
@@ -128,7 +136,7 @@ def _majority(runs: list[Run], key: Callable[[Run], Mapping[str, Any]], what: st
             kept.append(run)
         else:
             named = ", ".join(name for name in usual if own[name] != first[name])
-            complaints.append(f"{run.path}: has other {what} than most of its kind ({named}); left out")
+            warnings.append(f"{run.path}: has other {what} than most of its kind ({named}); left out")
     return kept
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.analysis.comparable_runs import Comparable, load_comparable
-from experiments.analysis.outcomes import Outcome, outcome, timed_alike
+from experiments.analysis.outcomes import Outcome, select_same_device, summarise_run
 from experiments.analysis.statistics import (
     MedianInterval,
     PairedTest,
@@ -92,7 +92,12 @@ COLUMNS = (
 
 
 def compare(results_dir: Path, task: str, scale: str) -> pd.DataFrame:
-    """Compare the optimizers of a task at a scale and write ``comparison.csv`` beside the runs.
+    """Compare the optimizers of a task at a scale and write ``comparison.csv`` next to the runs.
+
+    Args:
+        results_dir: where the records are.
+        task: the task's name.
+        scale: a scale that it has a recipe for.
 
     Returns:
         A row an optimizer, the reference first, with `COLUMNS`:
@@ -102,7 +107,7 @@ def compare(results_dir: Path, task: str, scale: str) -> pd.DataFrame:
           Infinite if fewer than half of the seeds reach it, NaN without a target. ``_low`` and ``_high`` are
           order statistics, ``interval_coverage`` their coverage (`statistics.median_interval`).
         - ``..._restricted_mean``: the mean of these times, each at most ``restricted_to_...``, which is how long
-          every optimizer was watched for.
+          every optimizer was followed for.
         - ``time_per_epoch_s`` and the split ``curvature_s_per_epoch`` ...: medians, on the training clock.
         - ``best_metric``: median of each run's best epoch; ``best_metric_std`` is over seeds (n − 1),
           ``metric_standard_error`` one run's own, from the size of its test set, where the task records it.
@@ -114,7 +119,7 @@ def compare(results_dir: Path, task: str, scale: str) -> pd.DataFrame:
           the table, ``_exact`` is of the sign-flip permutation test; NaN with ``p_reason``.
         - ``device``: those that its runs were made on, with `DEVICES` between them.
 
-        ``attrs["complaints"]`` names the records that were left out.
+        ``attrs["warnings"]`` names the records that were left out.
 
     Raises:
         UserError: there is no finished run.
@@ -136,7 +141,9 @@ def summarise(comparable: Comparable) -> pd.DataFrame:
     """The table that `compare` writes."""
     runs = comparable.by_optimizer()
     reference = comparable.reference()
-    outcomes = {name: {run.manifest.seed: outcome(run, comparable.target) for run in own} for name, own in runs.items()}
+    outcomes = {
+        name: {run.manifest.seed: summarise_run(run, comparable.target) for run in own} for name, own in runs.items()
+    }
     horizon = _horizon(outcomes, reference)
     rows = [_row(own[0], outcomes[name], outcomes[reference], horizon) for name, own in runs.items()]
     frame = pd.DataFrame(rows).assign(
@@ -146,13 +153,13 @@ def summarise(comparable: Comparable) -> pd.DataFrame:
     for name in ("p_value", "wall_time_p_value", "best_metric_p_value"):
         frame[f"{name}_holm"] = holm(frame[name])
     frame = frame[list(COLUMNS)]
-    frame.attrs["complaints"] = list(comparable.complaints)
+    frame.attrs["warnings"] = list(comparable.warnings)
     return frame
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Horizon:
-    """How long every optimizer was watched for."""
+    """How long every optimizer was followed for."""
 
     epochs: float
     steps: float
@@ -160,7 +167,7 @@ class _Horizon:
 
 
 def _horizon(outcomes: Mapping[str, Mapping[int, Outcome]], reference: str) -> _Horizon:
-    """The least, over optimizers, of the longest that a run was watched for, leaving out what diverged.
+    """The least, over optimizers, of the longest that a run was followed for, leaving out what diverged.
 
     Seconds are those on the reference's devices.
     """
@@ -182,7 +189,7 @@ def _horizon(outcomes: Mapping[str, Mapping[int, Outcome]], reference: str) -> _
 def _row(run: Run, own: Mapping[int, Outcome], reference: Mapping[int, Outcome], horizon: _Horizon) -> dict[str, Any]:
     """One optimizer's row; `own` and `reference` are by seed."""
     manifest, outcomes = run.manifest, list(own.values())
-    timed = own if own is reference else timed_alike(own, reference)
+    timed = own if own is reference else select_same_device(own, reference)
     coverage = _interval([each.epochs_to_target for each in outcomes]).coverage
     return {
         "task": manifest.task,
@@ -205,7 +212,7 @@ def _row(run: Run, own: Mapping[int, Outcome], reference: Mapping[int, Outcome],
         "curvature_s_per_epoch": _median([each.curvature_s for each in outcomes]),
         "inverse_s_per_epoch": _median([each.inverse_s for each in outcomes]),
         "apply_s_per_epoch": _median([each.apply_s for each in outcomes]),
-        **_named("best_metric", _interval([each.best_metric for each in outcomes])),
+        **_name_interval("best_metric", _interval([each.best_metric for each in outcomes])),
         "best_metric_std": _std([each.best_metric for each in outcomes]),
         "metric_standard_error": _median([each.standard_error for each in outcomes]),
         "peak_memory_mb": _median([each.peak_memory_mb for each in outcomes]),
@@ -228,20 +235,20 @@ def _row(run: Run, own: Mapping[int, Outcome], reference: Mapping[int, Outcome],
 def _times(
     name: str, own: Mapping[int, Outcome], value: Callable[[Outcome], tuple[float, float]], until: float
 ) -> dict[str, float]:
-    """Median, interval and restricted mean of a time; `value` is the time and how long the run was watched."""
+    """Median, interval and restricted mean of a time; `value` is the time and how long the run was followed."""
     names = (name, f"{name}_low", f"{name}_high", f"{name}_restricted_mean")
     found = [value(each) for each in own.values()]
     if any(math.isnan(time) for time, _ in found):
         return dict.fromkeys(names, math.nan)
     # All runs were given as many epochs. One that was over sooner, as it was faster or diverged, did not reach the
-    # target in what the others needed for theirs: it is no shorter watched than they.
-    longest = max(until, *(watched for _, watched in found))
-    times = TimesToTarget(values=[time for time, _ in found], watched=[longest] * len(found))
+    # target in what the others needed for theirs: it is followed no shorter than they.
+    longest = max(until, *(follow_up for _, follow_up in found))
+    times = TimesToTarget(values=[time for time, _ in found], follow_up=[longest] * len(found))
     interval = median_interval(times.values)
     return dict(zip(names, (times.median(), interval.low, interval.high, times.restricted_mean(until)), strict=True))
 
 
-def _named(name: str, interval: MedianInterval) -> dict[str, float]:
+def _name_interval(name: str, interval: MedianInterval) -> dict[str, float]:
     return {name: interval.median, f"{name}_low": interval.low, f"{name}_high": interval.high}
 
 

@@ -25,6 +25,9 @@ def render(frame: pd.DataFrame, format: Format = "terminal") -> str:
         frame: rows of one task at one scale.
         format: where it is to stand.
 
+    Returns:
+        The table as text, with what a reader must know below it.
+
     Raises:
         ValueError: for another format.
     """
@@ -65,7 +68,7 @@ def notes(frame: pd.DataFrame) -> list[str]:
             f"p: epochs to target against {first.reference}, paired over seeds ({named}), "
             "corrected after Holm for the number of optimizers."
         )
-    return lines + [f"Left out: {complaint}" for complaint in frame.attrs.get("complaints", [])]
+    return lines + [f"Left out: {warning}" for warning in frame.attrs.get("warnings", [])]
 
 
 def _devices(frame: pd.DataFrame) -> str:
@@ -155,24 +158,24 @@ def _markdown(frame: pd.DataFrame) -> str:
     header, rows = cells(frame)
     rule = ["---"] + ["---:"] * (len(header) - 1)
     lines = ["| " + " | ".join(cells) + " |" for cells in (header, rule, *rows)]
-    return "\n".join([f"**{title(frame)}**", "", *lines, "", *_separated(notes(frame))])
+    return "\n".join([f"**{title(frame)}**", "", *lines, "", *_separate(notes(frame))])
 
 
-def _separated(notes: list[str]) -> list[str]:
+def _separate(notes: list[str]) -> list[str]:
     """Each note a paragraph of its own."""
     return "\n\n".join(notes).split("\n")
 
 
 def _latex(frame: pd.DataFrame) -> str:
     header, rows = cells(frame)
-    body = [" & ".join(map(_escaped, row)) + r" \\" for row in rows]
+    body = [" & ".join(map(_escape, row)) + r" \\" for row in rows]
     return "\n".join(
         [
             f"% {title(frame)}",
             *(f"% {note}" for note in notes(frame)),
             r"\begin{tabular}{l" + "r" * (len(header) - 1) + "}",
             r"\toprule",
-            " & ".join(map(_escaped, header)) + r" \\",
+            " & ".join(map(_escape, header)) + r" \\",
             r"\midrule",
             *body,
             r"\bottomrule",
@@ -181,7 +184,7 @@ def _latex(frame: pd.DataFrame) -> str:
     )
 
 
-def _escaped(text: str) -> str:
+def _escape(text: str) -> str:
     for plain, latex in (
         ("_", r"\_"),
         ("%", r"\%"),

@@ -52,7 +52,7 @@ class Outcome:
     devices: tuple[str, ...]
 
 
-def outcome(run: Run, target: float | None) -> Outcome:
+def summarise_run(run: Run, target: float | None) -> Outcome:
     """Reduce a finished run to an `Outcome`."""
     hit = _first_hit(run, target)
     missed = math.inf if target is not None else math.nan
@@ -92,7 +92,7 @@ class Timed(Protocol):
         """What it ran on."""
 
 
-def timed_alike[T: Timed](own: Mapping[int, T], others: Mapping[int, T]) -> dict[int, T]:
+def select_same_device[T: Timed](own: Mapping[int, T], others: Mapping[int, T]) -> dict[int, T]:
     """Those of the seeds that both have from one and the same device."""
     return {
         seed: each

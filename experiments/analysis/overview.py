@@ -32,8 +32,16 @@ class Column:
     rows: Mapping[str, pd.Series]
 
     @classmethod
-    def of(cls, results_dir: Path, task: str, scale: str) -> "Column":
+    def from_runs(cls, results_dir: Path, task: str, scale: str) -> "Column":
         """From a task's finished runs.
+
+        Args:
+            results_dir: where the records are.
+            task: the task's name.
+            scale: a scale that it has a recipe for.
+
+        Returns:
+            The task's column.
 
         Raises:
             UserError: there are none.
@@ -71,14 +79,17 @@ def overview(results_dir: Path, tasks: Sequence[str], scale: str) -> str:
     """A row an optimizer, a column a task, in Markdown, by falling score of the performance profiles (epochs).
 
     Args:
-        results_dir: where the records lie.
+        results_dir: where the records are.
         tasks: that have finished runs.
         scale: of the runs.
+
+    Returns:
+        The table in Markdown.
 
     Raises:
         UserError: one of the tasks has none.
     """
-    columns = {task: Column.of(results_dir, task, scale) for task in tasks}
+    columns = {task: Column.from_runs(results_dir, task, scale) for task in tasks}
     entries = {task: column.rows for task, column in columns.items()}
     names = {name for rows in entries.values() for name in rows}
     scores = {name: score(ratios(entries, name, "epochs")) for name in names}

@@ -9,7 +9,7 @@ import numpy as np
 
 from experiments.analysis.claims import Comparison
 from experiments.analysis.comparable_runs import Comparable
-from experiments.analysis.outcomes import outcome, timed_alike
+from experiments.analysis.outcomes import select_same_device, summarise_run
 from experiments.analysis.statistics import PairedDifference, paired_difference, paired_test
 from experiments.analysis.survival import TimesToTarget
 from experiments.records.claim_checks import Outcome as Word
@@ -37,22 +37,24 @@ class Pair:
         return sorted({run.manifest.seed for run in self.ours} & {run.manifest.seed for run in self.theirs})
 
     def values(self, measure: str) -> tuple[dict[int, float], dict[int, float], float]:
-        """Each one's measure by seed, and how long both were watched for if it is a time to the target.
+        """Each one's measure by seed, and how long both were followed for if it is a time to the target.
 
         Seconds are of the seeds that both trained on the same device.
         """
         sides = self._timed_alike() if measure == SECONDS else (self.ours, self.theirs)
-        ours, theirs = (values_of(self.comparable, runs, measure) for runs in sides)
-        watched = {"epochs_to_target": "epochs", "steps_to_target": "steps", SECONDS: "seconds"}
-        if measure not in watched:
+        ours, theirs = (collect_values(self.comparable, runs, measure) for runs in sides)
+        follow_up = {"epochs_to_target": "epochs", "steps_to_target": "steps", SECONDS: "seconds"}
+        if measure not in follow_up:
             return ours, theirs, math.inf
-        longest = (max(values_of(self.comparable, runs, watched[measure]).values(), default=0.0) for runs in sides)
+        longest = (
+            max(collect_values(self.comparable, runs, follow_up[measure]).values(), default=0.0) for runs in sides
+        )
         return ours, theirs, min(longest)
 
     def _timed_alike(self) -> tuple[list[Run], list[Run]]:
         """The runs of seeds that both trained on the same device."""
         ours, theirs = ({run.manifest.seed: run for run in runs} for runs in (self.ours, self.theirs))
-        return list(timed_alike(ours, theirs).values()), list(timed_alike(theirs, ours).values())
+        return list(select_same_device(ours, theirs).values()), list(select_same_device(theirs, ours).values())
 
     def gaps(self, value: str) -> np.ndarray:
         """Ours less theirs after each epoch of training, (seeds, epochs); a run that diverged is infinitely high."""
@@ -72,7 +74,7 @@ def _curve(run: Run, value: str, length: int) -> list[float]:
     return [math.inf if point is None else point for point in points]
 
 
-def compared(
+def compare_medians(
     check: Comparison, ours: Mapping[int, float], theirs: Mapping[int, float], until: float
 ) -> tuple[str, Word, str]:
     """The two medians over the seeds that both have in words, the verdict, and the reason."""
@@ -80,7 +82,7 @@ def compared(
     ours, theirs = ({seed: each[seed] for seed in seeds} for each in (ours, theirs))
     if not seeds:
         return "", "inconclusive", too_few(0)
-    medians = [median_of(list(each.values()), until) for each in (ours, theirs)]
+    medians = [estimate_median(list(each.values()), until) for each in (ours, theirs)]
     ratio = medians[0] / medians[1] if all(map(math.isfinite, medians)) and medians[1] else math.nan
     gap, test = paired_difference(ours, theirs, until=until), paired_test(ours, theirs, until=until)
     times = "" if math.isnan(ratio) else f" ({ratio:.3f}×)"
@@ -110,11 +112,11 @@ def compared(
     return words, "reproduced", evidence
 
 
-def median_of(values: Sequence[float], until: float) -> float:
+def estimate_median(values: Sequence[float], until: float) -> float:
     """The median over seeds, of times to a target as in ``comparison.csv``; NaN where one value is."""
     if math.isinf(until) or np.isnan(values).any():
         return float(np.median(values))
-    return TimesToTarget(values=values, watched=[until] * len(values)).median()
+    return TimesToTarget(values=values, follow_up=[until] * len(values)).median()
 
 
 def _excludes_the_size(
@@ -132,11 +134,11 @@ def _as_good(check: Comparison, ratio: float) -> bool:
     return ratio <= check.ratio if check.better == "less" else ratio >= check.ratio
 
 
-def values_of(comparable: Comparable, runs: Sequence[Run], measure: str) -> dict[int, float]:
+def collect_values(comparable: Comparable, runs: Sequence[Run], measure: str) -> dict[int, float]:
     """A measure by seed; a further figure is taken where the metric was best."""
     name = measure.removeprefix("others.")
     if name == measure:
-        return {run.manifest.seed: getattr(outcome(run, comparable.target), name) for run in runs}
+        return {run.manifest.seed: getattr(summarise_run(run, comparable.target), name) for run in runs}
     return {run.manifest.seed: _at_best(run, name) for run in runs}
 
 

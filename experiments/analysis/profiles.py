@@ -22,7 +22,7 @@ from scipy import stats
 from experiments.analysis.comparable_runs import load_comparable
 from experiments.analysis.comparison import DEVICES, summarise, write_csv
 from experiments.analysis.figures.curves import STYLE, legend_below, save
-from experiments.analysis.figures.palette import colour_of
+from experiments.analysis.figures.palette import pick_colour
 from experiments.analysis.statistics import LEVEL, RESAMPLING_SEED
 
 # The column of comparison.csv with the time to the target, by what it is counted in.
@@ -51,6 +51,11 @@ COLUMNS = (
 def profile(results_dir: Path, tasks: Sequence[str], scale: str) -> pd.DataFrame:
     """Compare the optimizers over tasks; writes ``profiles-<scale>.csv``, ``.svg`` and ``.png`` into the results.
 
+    Args:
+        results_dir: where the records are.
+        tasks: that have finished runs; one without a target is left out.
+        scale: of the runs.
+
     Returns:
         A row an optimizer and measure, with `COLUMNS`:
 
@@ -60,12 +65,12 @@ def profile(results_dir: Path, tasks: Sequence[str], scale: str) -> pd.DataFrame
         - ``speed_up``: geometric mean, over the ``speed_up_tasks`` on which both reached the target, of the
           reference's median time over its own; the interval is a bootstrap over tasks, NaN for fewer than two.
         - ``speed_up_restricted``: the same from the restricted means, over all tasks it was run on, where a miss
-          counts as the time that the runs were watched for.
+          counts as the time that the runs were followed for.
 
     Raises:
         UserError: there is no finished run of one of the tasks.
     """
-    entries = entries_of({task: summarise(load_comparable(results_dir, task, scale)) for task in tasks})
+    entries = select_entries({task: summarise(load_comparable(results_dir, task, scale)) for task in tasks})
     table = tabulate(entries, scale)
     write_csv(table, results_dir / f"profiles-{scale}.csv")
     with mpl.rc_context(STYLE):
@@ -73,7 +78,7 @@ def profile(results_dir: Path, tasks: Sequence[str], scale: str) -> pd.DataFrame
     return table
 
 
-def entries_of(frames: Mapping[str, pd.DataFrame]) -> dict[str, dict[str, pd.Series]]:
+def select_entries(frames: Mapping[str, pd.DataFrame]) -> dict[str, dict[str, pd.Series]]:
     """The rows that enter, by task and optimizer, from each task's comparison; a task without a target is left out."""
     return {task: entrants(frame) for task, frame in frames.items() if not frame["target"].isna().all()}
 
@@ -104,7 +109,7 @@ def entrants(frame: pd.DataFrame) -> dict[str, pd.Series]:
     return found
 
 
-def timed_alike(row: pd.Series, reference: pd.Series) -> bool:
+def ran_on_same_device(row: pd.Series, reference: pd.Series) -> bool:
     """Whether all runs of two rows were made on one device."""
     return row["device"] == reference["device"] and DEVICES not in row["device"]
 
@@ -116,7 +121,7 @@ def entering(entries: Mapping[str, Mapping[str, pd.Series]], measure: str) -> di
     found = {}
     for task, own in entries.items():
         reference = _reference(own)
-        found[task] = {n: row for n, row in own.items() if reference is None or timed_alike(row, reference)}
+        found[task] = {n: row for n, row in own.items() if reference is None or ran_on_same_device(row, reference)}
     return found
 
 
@@ -196,7 +201,7 @@ def figure(entries: Mapping[str, Mapping[str, pd.Series]], names: Sequence[str],
     for ax, measure in zip(axes, ("epochs", "seconds"), strict=True):
         for name in names:
             factors, shares = curve(ratios(entries, name, measure))
-            ax.step(factors, shares, where="post", label=name, color=colour_of(name), linewidth=1.6)
+            ax.step(factors, shares, where="post", label=name, color=pick_colour(name), linewidth=1.6)
         ax.set_xlabel(f"{measure} to the target, over the fastest's")
         ax.set_xlim(1.0, MAX_FACTOR)
     axes[0].set_ylim(-0.02, 1.02)

@@ -39,6 +39,12 @@ def median_interval(values: Sequence[float]) -> MedianInterval:
     the extremes reach 95 %; then they are the interval, and ``coverage`` says what they are worth (75 % for
     three values). Infinite values are misses and sort last.
 
+    Args:
+        values: one a seed; infinite for a miss.
+
+    Returns:
+        Median, interval and its coverage.
+
     Raises:
         ValueError: there is no value, or one is NaN.
     """
@@ -89,7 +95,10 @@ def paired_test(ours: Mapping[int, float], reference: Mapping[int, float], *, un
     Args:
         ours: value by seed; infinite for a miss.
         reference: the same of the reference.
-        until: how long runs were watched for, finite if one missed.
+        until: how long runs were followed for, finite if one missed.
+
+    Returns:
+        The p value, and which test it is from.
     """
     pairs = _pairs(ours, reference)
     if len(pairs) < MIN_PAIRS:
@@ -138,7 +147,10 @@ def paired_difference(
     Args:
         ours: value by seed; infinite for a miss, which counts as `until`.
         reference: the same of the reference.
-        until: how long runs were watched for, finite if one missed.
+        until: how long runs were followed for, finite if one missed.
+
+    Returns:
+        The mean difference, its interval, and over how many seeds.
     """
     pairs = np.minimum(_pairs(ours, reference), until)
     if not len(pairs):

@@ -18,17 +18,17 @@ class TimesToTarget:
 
     Attributes:
         values: when the target was reached; infinite for a miss.
-        watched: how long each run was watched for, which a miss is censored at.
+        follow_up: how long each run was followed for, which a miss is censored at.
     """
 
     values: Sequence[float]
-    watched: Sequence[float]
+    follow_up: Sequence[float]
 
     def __post_init__(self) -> None:
         if not len(self.values) or np.isnan(self.values).any():
             raise ValueError(f"values = {list(self.values)}: must be one number or more, none of them NaN")
-        if len(self.values) != len(self.watched):
-            raise ValueError(f"watched = {list(self.watched)}: must be as many as there are values")
+        if len(self.values) != len(self.follow_up):
+            raise ValueError(f"follow_up = {list(self.follow_up)}: must be as many as there are values")
 
     def median(self) -> float:
         """The Kaplan-Meier median: the least time by which half of the runs have reached the target.
@@ -47,5 +47,5 @@ class TimesToTarget:
 
     def _fit(self) -> KaplanMeierFitter:
         reached = [math.isfinite(value) for value in self.values]
-        durations = [v if hit else w for v, w, hit in zip(self.values, self.watched, reached, strict=True)]
+        durations = [v if hit else w for v, w, hit in zip(self.values, self.follow_up, reached, strict=True)]
         return KaplanMeierFitter().fit(durations, event_observed=reached)

@@ -25,6 +25,9 @@ def render(frame: pd.DataFrame, format: Format = "terminal", *, short: bool = Fa
         format: where it is to stand.
         short: only the claims that the paper is read for.
 
+    Returns:
+        The table as text.
+
     Raises:
         ValueError: for another format.
     """

@@ -1,4 +1,4 @@
-"""``verdicts.csv``: each claim of the paper beside what was recorded here, with a verdict and a reason."""
+"""``verdicts.csv``: each claim of the paper compared with what was recorded here, with a verdict and a reason."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ from experiments.analysis.claims import (
 )
 from experiments.analysis.comparable_runs import Comparable, load_comparable
 from experiments.analysis.comparison import write_csv
-from experiments.analysis.pairs import MIN_SEEDS, Pair, compared, number, too_few, values_of
+from experiments.analysis.pairs import MIN_SEEDS, Pair, collect_values, compare_medians, number, too_few
 from experiments.errors import UserError
 from experiments.records.claim_checks import Outcome as Word
 from experiments.records.run_record import Run
@@ -37,7 +37,7 @@ PAPER_DATA = {"resnet50-imagenet": "ImageNet-1k", "dlrm-criteo": "Criteo Kaggle"
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """What stands beside a claim: ours, where it comes from, the verdict and the reason."""
+    """What is found for a claim: ours, where it comes from, the verdict and the reason."""
 
     verdict: Word
     why: str
@@ -48,18 +48,24 @@ class Finding:
 
 
 def judge(results_dir: Path) -> pd.DataFrame:
-    """Write ``verdicts.csv`` into the results: what `verdicts_of` says.
+    """Write ``verdicts.csv`` into the results: what `judge_claims` says.
+
+    Args:
+        results_dir: where the records are; ``verdicts.csv`` is written into it.
+
+    Returns:
+        A row a claim.
 
     Raises:
         UserError: ``paper.toml`` does not fit.
     """
-    frame = verdicts_of(results_dir)
+    frame = judge_claims(results_dir)
     results_dir.mkdir(parents=True, exist_ok=True)
     write_csv(frame, results_dir / "verdicts.csv")
     return frame
 
 
-def verdicts_of(results_dir: Path) -> pd.DataFrame:
+def judge_claims(results_dir: Path) -> pd.DataFrame:
     """Judge every claim of ``paper.toml`` by what is recorded.
 
     A sentence about two optimizers is judged at the largest scale at which both have `MIN_SEEDS` seeds in common, or
@@ -67,6 +73,9 @@ def verdicts_of(results_dir: Path) -> pd.DataFrame:
     p < `LEVEL`, its interval free of 0, and no smaller than the paper's ratio where it gives one; ``not reproduced``
     if the difference is significant and goes the other way or falls short of that ratio, or if its interval shuts that
     ratio out; else ``inconclusive``. A p value here belongs to one claim and is not corrected for their number.
+
+    Args:
+        results_dir: where the records are.
 
     Returns:
         A row a claim, with `COLUMNS`.
@@ -123,7 +132,7 @@ class Evidence:
         if comparable is None or not runs:
             return Finding(verdict="not run", why="needs the paper's data, model and hardware")
         if check.eval_loss is None:
-            values = list(values_of(comparable, runs, check.measure).values())
+            values = list(collect_values(comparable, runs, check.measure).values())
         else:
             values = [_reaches(run, check.eval_loss, check.measure) for run in runs]
         median = float(np.median(values))
@@ -148,7 +157,7 @@ class Evidence:
         if not ours:
             why = "no seed was trained with both on the same device, and seconds of two are no comparison"
             return Finding(verdict="inconclusive", why=why, **source)
-        words, verdict, why = compared(check, ours, theirs, until)
+        words, verdict, why = compare_medians(check, ours, theirs, until)
         return Finding(verdict=verdict, why=why, ours=words, **source)
 
     @_judge.register
@@ -283,6 +292,12 @@ def _never_both(check: Comparison | CurveBelow) -> Finding:
 
 def _read_csv(path: Path) -> pd.DataFrame:
     """A table, an empty one if there is no such file.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The table.
 
     Raises:
         UserError: it is there and cannot be read.

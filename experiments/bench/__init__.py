@@ -1,1 +1,1 @@
-"""Measurements of cost: what a curvature step and a plain step take, beside what else does the same work."""
+"""Measurements of cost: what a curvature step and a plain step take, compared with what else does the same work."""

@@ -1,4 +1,4 @@
-"""The optimizers whose cost is compared, each made to renew what it renews every ``interval`` steps."""
+"""The optimizers whose cost is compared, each made to refresh what it refreshes every ``interval`` steps."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ from ngplus.baselines import KFAC
 
 
 class Unsupported(Exception):  # noqa: N818 (a result of the bench, not an error)
-    """A peer that cannot train this model, with the reason."""
+    """A candidate that cannot train this model, with the reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Peer:
+class Candidate:
     """An optimizer on a workload.
 
     Attributes:
@@ -32,66 +32,66 @@ class Peer:
     step: Callable[[], None]
 
 
-def _trained(workload: Workload, optimizer: Optimizer) -> Peer:
+def _train(workload: Workload, optimizer: Optimizer) -> Candidate:
     def step() -> None:
         workload.loss(workload.model(*workload.inputs)).backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    return Peer(optimizer=optimizer, step=step)
+    return Candidate(optimizer=optimizer, step=step)
 
 
-def _sgd(workload: Workload, _interval: int) -> Peer:
-    return _trained(workload, torch.optim.SGD(workload.model.parameters(), lr=1e-9, momentum=0.9))
+def _sgd(workload: Workload, _interval: int) -> Candidate:
+    return _train(workload, torch.optim.SGD(workload.model.parameters(), lr=1e-9, momentum=0.9))
 
 
-def _adam(workload: Workload, _interval: int) -> Peer:
-    return _trained(workload, torch.optim.Adam(workload.model.parameters(), lr=1e-9))
+def _adam(workload: Workload, _interval: int) -> Candidate:
+    return _train(workload, torch.optim.Adam(workload.model.parameters(), lr=1e-9))
 
 
-def _adagrad(workload: Workload, _interval: int) -> Peer:
-    return _trained(workload, torch.optim.Adagrad(workload.model.parameters(), lr=1e-9))
+def _adagrad(workload: Workload, _interval: int) -> Candidate:
+    return _train(workload, torch.optim.Adagrad(workload.model.parameters(), lr=1e-9))
 
 
-def _ngplus(workload: Workload, interval: int, base: type[Optimizer], **options: Any) -> Peer:
+def _ngplus(workload: Workload, interval: int, base: type[Optimizer], **options: Any) -> Candidate:
     options = {"momentum": 0.9, **options} if base is torch.optim.SGD else options
     samples = options.pop("samples", workload.samples)
     optimizer = NGPlus(workload.model, base, lr=1e-9, damping=0.3, update_every=interval, samples=samples, **options)
     optimizer.track_times()
-    return _trained(workload, optimizer)
+    return _train(workload, optimizer)
 
 
-def _muon(workload: Workload, _interval: int) -> Peer:
+def _muon(workload: Workload, _interval: int) -> Candidate:
     matrices = hidden_matrices(workload.model)
     if sum(p.numel() for p in matrices) < 0.2 * sum(p.numel() for p in workload.model.parameters()):
         raise Unsupported("Muon is for matrices that are no embeddings, which are few here")
-    return _trained(workload, MuonAndAdamW(workload.model, lr=1e-9))
+    return _train(workload, MuonAndAdamW(workload.model, lr=1e-9))
 
 
 LARGEST_SIDE = 5000
 """Longest side of a weight that a two-sided method is given: its matrix for 10,000 takes 0.8 GB and minutes."""
 
 
-def _shampoo(workload: Workload, interval: int) -> Peer:
+def _shampoo(workload: Workload, interval: int) -> Candidate:
     from pytorch_optimizer import Shampoo
 
     longest = max(max(p.shape) for p in workload.model.parameters())
     if longest > LARGEST_SIDE:
         raise Unsupported(f"it keeps a matrix for every side of a weight, and the longest here is {longest:,}")
     parameters = workload.model.parameters()
-    return _trained(workload, Shampoo(parameters, lr=1e-9, preconditioning_compute_steps=interval))
+    return _train(workload, Shampoo(parameters, lr=1e-9, preconditioning_compute_steps=interval))
 
 
-def _soap(workload: Workload, interval: int) -> Peer:
+def _soap(workload: Workload, interval: int) -> Candidate:
     from pytorch_optimizer import SOAP
 
     parameters = workload.model.parameters()
-    return _trained(
+    return _train(
         workload, SOAP(parameters, lr=1e-9, precondition_frequency=interval, max_precondition_dim=LARGEST_SIDE)
     )
 
 
-def _kfac(workload: Workload, interval: int) -> Peer:
+def _kfac(workload: Workload, interval: int) -> Candidate:
     from asdl import FISHER_EMP, KfacGradientMaker, PreconditioningConfig
 
     if any(isinstance(m, (nn.MultiheadAttention, nn.Embedding, nn.EmbeddingBag)) for m in workload.model.modules()):
@@ -118,18 +118,18 @@ def _kfac(workload: Workload, interval: int) -> Peer:
         optimizer.step()
         optimizer.zero_grad()
 
-    return Peer(optimizer=optimizer, step=step)
+    return Candidate(optimizer=optimizer, step=step)
 
 
-def _our_kfac(workload: Workload, interval: int) -> Peer:
+def _own_kfac(workload: Workload, interval: int) -> Candidate:
     """This repository's, which knows attention and embeddings."""
     sgd, side = torch.optim.SGD, LARGEST_SIDE
     optimizer = KFAC(workload.model, sgd, lr=1e-9, damping=0.1, update_every=interval, max_side=side, momentum=0.9)
     optimizer.track_times()
-    return _trained(workload, optimizer)
+    return _train(workload, optimizer)
 
 
-PEERS: dict[str, Callable[[Workload, int], Peer]] = {
+CANDIDATES: dict[str, Callable[[Workload, int], Candidate]] = {
     "sgd": _sgd,
     "adam": _adam,
     "adagrad": _adagrad,
@@ -145,7 +145,7 @@ PEERS: dict[str, Callable[[Workload, int], Peer]] = {
     "ngplus-adagrad-32-samples": partial(_ngplus, base=torch.optim.Adagrad, max_samples=32),
     "ngplus-mini-batch": partial(_ngplus, base=torch.optim.SGD, curvature="mini_batch"),
     "kfac (asdfghjkl)": _kfac,
-    "kfac (ngplus.baselines)": _our_kfac,
+    "kfac (ngplus.baselines)": _own_kfac,
     "shampoo (pytorch-optimizer)": _shampoo,
     "soap (pytorch-optimizer)": _soap,
 }

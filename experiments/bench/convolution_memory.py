@@ -25,6 +25,9 @@ def compare(models: Sequence[str], *, rounds: int, device: str) -> pd.DataFrame:
         models: of `WORKLOADS`, each with one more of its name and ``-rows``.
         rounds: how often each is measured, in a process of its own; medians count.
         device: where.
+
+    Returns:
+        A row a model, optimizer and kind of sample.
     """
     rows = []
     for model in models:

@@ -1,6 +1,6 @@
-"""The bench as a picture: what a step costs over one of SGD when every method renews every 10 steps.
+"""The bench as a picture: what a step costs over one of SGD when every method refreshes every 10 steps.
 
-Reads ``results/bench/steps-<model>-<device>.csv`` and writes ``steps-<device>.png`` and ``.svg`` beside them.
+Reads ``results/bench/steps-<model>-<device>.csv`` and writes ``steps-<device>.png`` and ``.svg`` next to them.
 """
 
 import argparse
@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from experiments.analysis.figures.drawing import figure
-from experiments.analysis.figures.palette import colour_of
+from experiments.analysis.figures.palette import pick_colour
 from experiments.bench.steps import EQUAL_INTERVAL, FOUR_MODELS
 
 SHOWN = {
@@ -28,6 +28,13 @@ COLUMN = f"every_{EQUAL_INTERVAL}_over_sgd"
 def draw(folder: Path, device: str) -> Path:
     """Draw what was measured of the four models on a device.
 
+    Args:
+        folder: has ``steps-<model>-<device>.csv``, and gets the picture.
+        device: ``cpu`` or ``cuda``, as in the files' names.
+
+    Returns:
+        The SVG file; a PNG is next to it.
+
     Raises:
         FileNotFoundError: where nothing was.
     """
@@ -44,7 +51,7 @@ def draw(folder: Path, device: str) -> Path:
 def _bars(axes: Axes, frame: pd.DataFrame) -> None:
     ratios = frame.set_index("optimizer")[COLUMN].reindex(list(SHOWN)).dropna()
     names = [SHOWN[name] for name in ratios.index]
-    bars = axes.barh(names, ratios, color=[colour_of(name.split(" ")[0]) for name in ratios.index])
+    bars = axes.barh(names, ratios, color=[pick_colour(name.split(" ")[0]) for name in ratios.index])
     axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=7)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set(xlabel="step / step of SGD", xlim=(0, 1.25 * ratios.max()))

@@ -14,12 +14,12 @@ from typing import Any
 import pandas as pd
 import torch
 
-from experiments.bench.compared_optimizers import PEERS, Peer, Unsupported
+from experiments.bench.compared_optimizers import CANDIDATES, Candidate, Unsupported
 from experiments.bench.steps import EQUAL_INTERVAL, synchronize
 from experiments.bench.workloads import WORKLOADS
 from experiments.records.provenance import device_name
 
-MEASURABLE = [name for name in PEERS if name != "kfac (asdfghjkl)"]  # which works outside of any step
+MEASURABLE = [name for name in CANDIDATES if name != "kfac (asdfghjkl)"]  # which works outside of any step
 SHOWN = [
     "sgd",
     "adam",
@@ -33,40 +33,43 @@ SHOWN = [
 
 
 def compare(model: str, names: Sequence[str], *, intervals: int, device: str) -> pd.DataFrame:
-    """One row an optimizer: mean seconds a step over ``intervals`` of `EQUAL_INTERVAL` steps, one of which renews.
+    """One row an optimizer: mean seconds a step over ``intervals`` of `EQUAL_INTERVAL` steps, one of which refreshes.
 
     Args:
         model: of `WORKLOADS`.
-        names: of `PEERS`; each has its own copy of the model, and they make their steps in turn.
+        names: of `CANDIDATES`; each has its own copy of the model, and they make their steps in turn.
         intervals: 1 or more.
         device: where.
+
+    Returns:
+        A row an optimizer.
     """
-    peers: dict[str, Peer] = {}
+    candidates: dict[str, Candidate] = {}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for name in names:
         torch.manual_seed(0)
         workload = WORKLOADS[model](device)
-        peers[name] = PEERS[name](workload, EQUAL_INTERVAL)
-        _record(peers[name], seconds[name], device)
+        candidates[name] = CANDIDATES[name](workload, EQUAL_INTERVAL)
+        _record(candidates[name], seconds[name], device)
         for _ in range(EQUAL_INTERVAL):  # makes state, and compiles or copies what is made once
-            peers[name].step()
+            candidates[name].step()
         seconds[name].clear()
-    before = {name: _outside(peer) for name, peer in peers.items()}
+    before = {name: _outside(candidate) for name, candidate in candidates.items()}
     for _ in range(intervals * EQUAL_INTERVAL):
-        for peer in peers.values():
-            peer.step()
+        for candidate in candidates.values():
+            candidate.step()
     steps = intervals * EQUAL_INTERVAL
     rows = []
-    for name, peer in peers.items():
-        inside, outside = sum(seconds[name]) / steps, (_outside(peer) - before[name]) / steps
+    for name, candidate in candidates.items():
+        inside, outside = sum(seconds[name]) / steps, (_outside(candidate) - before[name]) / steps
         rows.append({"optimizer": name, "step_s": inside, "outside_s": outside, "own_s": inside + outside})
     fixed = {"model": workload.name, "device": device_name(device), "threads": torch.get_num_threads()}
     return pd.DataFrame(rows).assign(interval=EQUAL_INTERVAL, steps=steps, **fixed)
 
 
-def _record(peer: Peer, seconds: list[float], device: str) -> None:
-    """Have the seconds of every ``optimizer.step`` of a peer noted."""
-    step = peer.optimizer.step
+def _record(candidate: Candidate, seconds: list[float], device: str) -> None:
+    """Have the seconds of every ``optimizer.step`` of a candidate recorded."""
+    step = candidate.optimizer.step
 
     def timed(*args: Any) -> Any:
         synchronize(device)
@@ -76,11 +79,11 @@ def _record(peer: Peer, seconds: list[float], device: str) -> None:
         seconds.append(time.perf_counter() - start)
         return result
 
-    peer.optimizer.step = timed  # type: ignore[method-assign]
+    candidate.optimizer.step = timed  # type: ignore[method-assign]
 
 
-def _outside(peer: Peer) -> float:
-    times = getattr(peer.optimizer, "times", None)
+def _outside(candidate: Candidate) -> float:
+    times = getattr(candidate.optimizer, "times", None)
     return 0.0 if times is None else times.curvature
 
 

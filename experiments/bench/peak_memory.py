@@ -10,7 +10,7 @@ import torch
 
 
 def peak_memory_mb(model: str, optimizer: str, device: str) -> float:
-    """Peak memory of four steps, two of them renewing, in MiB.
+    """Peak memory of four steps, two of them refreshing, in MiB.
 
     On a GPU what was allocated there; on a CPU the process's peak resident memory above what it had before the model
     was made, and after a first optimizer was: torch imports 160 MB with that.
@@ -26,14 +26,14 @@ def _resident_mb() -> float:
 
 
 def _measure(model: str, optimizer: str, device: str) -> float:
-    from experiments.bench.compared_optimizers import PEERS
+    from experiments.bench.compared_optimizers import CANDIDATES
     from experiments.bench.workloads import WORKLOADS
 
     torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     before = _resident_mb()
-    peer = PEERS[optimizer](WORKLOADS[model](device), 2)
+    candidate = CANDIDATES[optimizer](WORKLOADS[model](device), 2)
     for _ in range(4):
-        peer.step()
+        candidate.step()
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 2**20
     return _resident_mb() - before

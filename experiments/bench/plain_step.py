@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from experiments.bench.compared_optimizers import PEERS
+from experiments.bench.compared_optimizers import CANDIDATES
 from experiments.bench.workloads import WORKLOADS, Workload
 from experiments.errors import UserError
 from experiments.records.provenance import device_name
@@ -23,18 +23,25 @@ STEPS = 5
 def waits(model: str, optimizer: str) -> pd.DataFrame:
     """A row for each kind of wait: how often it came in `STEPS` plain steps.
 
+    Args:
+        model: of `WORKLOADS`.
+        optimizer: of `CANDIDATES`.
+
+    Returns:
+        A row a kind of synchronisation, with its count.
+
     Raises:
         UserError: there is no CUDA device.
     """
     if not torch.cuda.is_available():
         raise UserError("waiting for a device is measured on one: there is no CUDA device here")
     workload = WORKLOADS[model]("cuda")
-    peer = PEERS[optimizer](workload, 10**6)
-    peer.step()
-    peer.step()
+    candidate = CANDIDATES[optimizer](workload, 10**6)
+    candidate.step()
+    candidate.step()
     counts = dict.fromkeys(WAITS, 0)
     for _ in range(STEPS):
-        for name, count in _step(workload, peer.optimizer).items():
+        for name, count in _step(workload, candidate.optimizer).items():
             counts[name] += count
     rows = [{"wait": name, "calls": count} for name, count in counts.items()]
     return pd.DataFrame(rows).assign(device=device_name("cuda"), model=workload.name, optimizer=optimizer, steps=STEPS)
@@ -56,7 +63,7 @@ def main() -> None:
     """Count, print and write ``results/bench/plain-step-cuda.csv``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=list(WORKLOADS), default="resnet50")
-    parser.add_argument("--optimizer", choices=list(PEERS), default="ngplus")
+    parser.add_argument("--optimizer", choices=list(CANDIDATES), default="ngplus")
     parser.add_argument("--out", type=Path, default=Path("results/bench/plain-step-cuda.csv"))
     arguments = parser.parse_args()
     frame = waits(arguments.model, arguments.optimizer)

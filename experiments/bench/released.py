@@ -23,6 +23,9 @@ def released_moments(layer: nn.Conv2d | nn.Linear, inputs: Tensor, gradients: Te
         layer: a linear layer or an ungrouped convolution.
         inputs: of the layer, (b, ...).
         gradients: of the layer's output, (b, ...).
+
+    Returns:
+        L, (m, m).
     """
     samples = inputs.shape[0]
     numbers = layer.weight.numel()

@@ -1,7 +1,7 @@
-"""Whether a larger embedding table makes a step dearer: ``make bench`` runs it.
+"""Whether a larger embedding table makes a step more expensive: ``make bench`` runs it.
 
 A DLRM whose gradients are sparse, once with 10⁵ and once with 10⁷ rows in its largest table, a step of each in turn
-under AdaGrad and under NG+ on AdaGrad, every step renewing the curvature of the latter. A table of any length keeps a
+under AdaGrad and under NG+ on AdaGrad, every step refreshing the curvature of the latter. A table of any length keeps a
 d×d matrix, so the ratio should be near one; what is left of it is the cache, which holds the small table only.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from experiments.bench.compared_optimizers import PEERS, Peer
+from experiments.bench.compared_optimizers import CANDIDATES, Candidate
 from experiments.bench.workloads import dlrm
 from experiments.records.provenance import device_name
 
@@ -27,8 +27,8 @@ def compare(*, rounds: int, device: str, rows: tuple[int, int] = ROWS) -> pd.Dat
 
 
 def _row(name: str, *, rounds: int, device: str, rows: tuple[int, int]) -> dict[str, object]:
-    peers = [PEERS[name](dlrm(device, largest=n, sparse=True), 1) for n in rows]
-    seconds = [[_seconds(peer) for peer in peers] for _ in range(rounds + 2)][2:]
+    candidates = [CANDIDATES[name](dlrm(device, largest=n, sparse=True), 1) for n in rows]
+    seconds = [[_seconds(candidate) for candidate in candidates] for _ in range(rounds + 2)][2:]
     small, large = (statistics.median(side) for side in zip(*seconds, strict=True))
     return {
         "device": device_name(device),
@@ -43,9 +43,9 @@ def _row(name: str, *, rounds: int, device: str, rows: tuple[int, int]) -> dict[
     }
 
 
-def _seconds(peer: Peer) -> float:
+def _seconds(candidate: Candidate) -> float:
     start = time.perf_counter()
-    peer.step()
+    candidate.step()
     return time.perf_counter() - start
 
 

@@ -1,12 +1,12 @@
 """What a training step costs under each optimizer, on the four models: ``make bench``.
 
 Every optimizer gets its own copy of the model. In each round every optimizer makes a turn of several steps, one
-optimizer after the other, and renews its preconditioner once in a turn; the first step does not count, since it finds
-the memory as another optimizer left it (on a DLRM that is worth a tenth of a step). Plain steps are those before the
-renewing one; what the steps just after it take more than they, since it empties the caches, is a part of what renewing
-costs. A step at interval 𝒯 then costs ((𝒯 − 1)·plain + renewing)/𝒯. Ratios are taken within a round, to the plain step
-of SGD (or Adam) of the same round, and their medians over rounds are reported. What is stopped keeps the rounds that
-were whole.
+optimizer after the other, and refreshes its preconditioner once in a turn; the first step does not count, since it
+finds the memory as another optimizer left it (on a DLRM that is worth a tenth of a step). Plain steps are those before
+the refresh step; what the steps just after it take more than they, since it empties the caches, is a part of what a
+refresh costs. A step at interval 𝒯 then costs ((𝒯 − 1)·plain + refresh)/𝒯. Ratios are taken within a round, to the
+plain step of SGD (or Adam) of the same round, and their medians over rounds are reported. What is stopped keeps the
+rounds that were whole.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from experiments.bench.compared_optimizers import PEERS, Peer, Unsupported
+from experiments.bench.compared_optimizers import CANDIDATES, Candidate, Unsupported
 from experiments.bench.peak_memory import peak_memory_mb
 from experiments.bench.workloads import WORKLOADS, Workload
 from experiments.records.provenance import device_name
@@ -34,18 +34,18 @@ def compare(model: str, names: Iterable[str], *, rounds: int, device: str, memor
 
     Args:
         model: the workload's name.
-        names: of `PEERS`. Ratios are to those of `REFERENCES` that are among them and can train the model.
+        names: of `CANDIDATES`. Ratios are to those of `REFERENCES` that are among them and can train the model.
         rounds: how many count, after one that does not.
         device: where.
         memory: whether to measure peak memory too at the end, each optimizer in a process of its own.
     """
-    peers, reasons, workload = _make(model, names, device)
-    turns: dict[str, list[list[float]]] = {name: [] for name in peers}
+    candidates, reasons, workload = _make(model, names, device)
+    turns: dict[str, list[list[float]]] = {name: [] for name in candidates}
     for counted in range(rounds + 1):
-        for name, peer in peers.items():
-            turns[name].append([_seconds(peer, device) for _ in range(workload.turn)])
+        for name, candidate in candidates.items():
+            turns[name].append([_seconds(candidate, device) for _ in range(workload.turn)])
         if counted:
-            frame = _table(peers, reasons, workload, turns)
+            frame = _table(candidates, reasons, workload, turns)
             frame.insert(0, "model", workload.name)
             frame.insert(1, "device", device_name(device))
             frame.insert(2, "threads", torch.get_num_threads())
@@ -53,59 +53,60 @@ def compare(model: str, names: Iterable[str], *, rounds: int, device: str, memor
             yield frame
     if memory:
         frame["peak_memory_mb"] = [
-            peak_memory_mb(model, name, device) if name in peers else None for name in frame.optimizer
+            peak_memory_mb(model, name, device) if name in candidates else None for name in frame.optimizer
         ]
         yield frame
 
 
 def _table(
-    peers: Mapping[str, Peer],
+    candidates: Mapping[str, Candidate],
     reasons: Mapping[str, str],
     workload: Workload,
     turns: Mapping[str, Sequence[Sequence[float]]],
 ) -> pd.DataFrame:
-    seconds = {name: renewing_and_plain(values) for name, values in turns.items()}
-    rows = [_row(name, peers[name], workload, values[1:], seconds) for name, values in seconds.items()]
+    seconds = {name: split_refresh(values) for name, values in turns.items()}
+    rows = [_row(name, candidates[name], workload, values[1:], seconds) for name, values in seconds.items()]
     rows += [{"optimizer": name, "why_not": reason} for name, reason in reasons.items()]
     return pd.DataFrame(rows)
 
 
-def _make(model: str, names: Iterable[str], device: str) -> tuple[dict[str, Peer], dict[str, str], Workload]:
-    peers: dict[str, Peer] = {}
+def _make(model: str, names: Iterable[str], device: str) -> tuple[dict[str, Candidate], dict[str, str], Workload]:
+    candidates: dict[str, Candidate] = {}
     reasons: dict[str, str] = {}
     for name in names:
         torch.manual_seed(0)
         workload = WORKLOADS[model](device)
         try:
-            peers[name] = PEERS[name](workload, workload.turn)
-            peers[name].step()  # makes state; it is a renewing one, and so is one in every turn
-            peers[name].step()
+            candidates[name] = CANDIDATES[name](workload, workload.turn)
+            candidates[name].step()  # makes state; it is a refresh step, and so is one in every turn
+            candidates[name].step()
         except Unsupported as reason:
             reasons[name] = str(reason)
         except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError) as error:
-            peers.pop(name, None)
+            candidates.pop(name, None)
             reasons[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-    return peers, reasons, workload
+    return candidates, reasons, workload
 
 
-def renewing_and_plain(turns: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
-    """Seconds of the renewing step and of a plain one of each turn.
+def split_refresh(turns: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
+    """Seconds of the refresh step and of a plain one of each turn.
 
-    The dearest place in a turn is the renewing one, which is not the same for all: some count steps from one. The first
-    step of a turn counts only where it is that one. What steps after it take more than a plain one is added to it.
+    The most expensive place in a turn is the refresh step, which is not the same for all: some count steps from one.
+    The first step of a turn counts only where it is that one. What steps after it take more than a plain one is added
+    to it.
     """
     medians = [statistics.median(place) for place in zip(*turns, strict=True)]
-    renewing = medians.index(max(medians))
-    calm = slice(1, renewing) if renewing > 1 else slice(len(medians) // 2 + 1, None)
+    refresh = medians.index(max(medians))
+    calm = slice(1, refresh) if refresh > 1 else slice(len(medians) // 2 + 1, None)
     plain = [statistics.median(turn[calm]) for turn in turns]
-    aftermath = [sum(step - usual for step in turn[renewing + 1 :]) for turn, usual in zip(turns, plain, strict=True)]
-    return [(turn[renewing] + more, usual) for turn, more, usual in zip(turns, aftermath, plain, strict=True)]
+    aftermath = [sum(step - usual for step in turn[refresh + 1 :]) for turn, usual in zip(turns, plain, strict=True)]
+    return [(turn[refresh] + more, usual) for turn, more, usual in zip(turns, aftermath, plain, strict=True)]
 
 
-def _seconds(peer: Peer, device: str) -> float:
+def _seconds(candidate: Candidate, device: str) -> float:
     synchronize(device)
     start = time.perf_counter()
-    peer.step()
+    candidate.step()
     synchronize(device)
     return time.perf_counter() - start
 
@@ -118,7 +119,7 @@ def synchronize(device: str) -> None:
 
 def _row(
     name: str,
-    peer: Peer,
+    candidate: Candidate,
     workload: Workload,
     values: list[tuple[float, float]],
     seconds: dict[str, list[tuple[float, float]]],
@@ -126,7 +127,7 @@ def _row(
     row: dict[str, object] = {
         "optimizer": name,
         "interval": workload.interval,
-        "renewing_step_s": statistics.median(renewing for renewing, _ in values),
+        "renewing_step_s": statistics.median(refresh for refresh, _ in values),
         "plain_step_s": statistics.median(plain for _, plain in values),
     }
     for interval, label in ((workload.interval, "usual"), (EQUAL_INTERVAL, f"every_{EQUAL_INTERVAL}")):
@@ -134,28 +135,28 @@ def _row(
             if reference not in seconds:
                 continue
             base = [plain for _, plain in seconds[reference][1:]]
-            ratios = [_at(pair, interval) / other for pair, other in zip(values, base, strict=True)]
+            ratios = [_mean_at_interval(pair, interval) / other for pair, other in zip(values, base, strict=True)]
             row[f"{label}_over_{reference}"] = statistics.median(ratios)
-    if hasattr(peer.optimizer, "times"):
+    if hasattr(candidate.optimizer, "times"):
         steps = 2 + workload.turn * (len(values) + 1)
-        renewals = math.ceil(steps / workload.turn)
-        times = peer.optimizer.times
-        row |= {"curvature_s": times.curvature / renewals, "inverse_s": times.inverse / renewals}
+        refreshes = math.ceil(steps / workload.turn)
+        times = candidate.optimizer.times
+        row |= {"curvature_s": times.curvature / refreshes, "inverse_s": times.inverse / refreshes}
         row |= {"apply_s": times.apply / steps}
     return row
 
 
-def _at(pair: tuple[float, float], interval: int) -> float:
-    """Mean seconds a step when every ``interval``-th renews."""
-    renewing, plain = pair
-    return ((interval - 1) * plain + renewing) / interval
+def _mean_at_interval(pair: tuple[float, float], interval: int) -> float:
+    """Mean seconds a step when every ``interval``-th refreshes."""
+    refresh, plain = pair
+    return ((interval - 1) * plain + refresh) / interval
 
 
 def main() -> None:
     """Measure, print and write ``results/bench/steps-<model>.csv``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", nargs="+", choices=list(WORKLOADS), default=FOUR_MODELS)
-    parser.add_argument("--optimizer", nargs="+", choices=list(PEERS), default=list(PEERS))
+    parser.add_argument("--optimizer", nargs="+", choices=list(CANDIDATES), default=list(CANDIDATES))
     parser.add_argument("--rounds", type=int, default=5, help="1 or more; each is written when it is done")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-memory", action="store_true", help="leave out peak memory, which takes a process each")

@@ -24,8 +24,8 @@ class Workload:
         loss: scalar loss of the model's output, a mean over samples.
         interval: the method's usual 𝒯 on this model.
         samples: what NG+ takes for a sample here.
-        turn: steps an optimizer makes one after another, of which one renews: 3 or more, and more where steps are
-            short, since those after a renewing one find the caches emptied.
+        turn: steps an optimizer makes one after another, of which one refreshes: 3 or more, and more where steps are
+            short, since those after a refresh step find the caches emptied.
     """
 
     name: str

@@ -23,9 +23,9 @@ from experiments.cli.shared_options import (
     Workers,
 )
 from experiments.config.recipe import load_recipe
-from experiments.dataclass_io import one_of
+from experiments.dataclass_io import list_allowed
 from experiments.errors import UserError
-from experiments.launch.jobs import in_one_line, jobs_of, run_jobs
+from experiments.launch.jobs import make_jobs, report_errors_in_one_line, run_jobs
 from experiments.tasks.datasets import PREPARE
 from experiments.training.run import RunOptions
 
@@ -39,8 +39,8 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Run the command line; what a user can mend is one line and exit status 2."""
-    in_one_line(app)
+    """Run the command line; what a user can fix is one line and exit status 2."""
+    report_errors_in_one_line(app)
 
 
 @app.command("run")
@@ -74,7 +74,7 @@ def run_command(
         force=force,
         tensorboard=tensorboard,
     )
-    run_jobs(jobs_of(task, scale, optimizer, seed, _overrides(set_, epochs), options))
+    run_jobs(make_jobs(task, scale, optimizer, seed, _overrides(set_, epochs), options))
 
 
 @app.command("sweep")
@@ -118,7 +118,7 @@ def sweep_command(
         bar=False,
     )
     overrides = _overrides(set_, epochs)
-    jobs = [job for name in task for job in jobs_of(name, scale, optimizer, seed, overrides, options)]
+    jobs = [job for name in task for job in make_jobs(name, scale, optimizer, seed, overrides, options)]
     if not slurm:
         run_jobs(jobs, workers=workers or 2, threads=threads)
         return
@@ -152,7 +152,7 @@ def tune_command(
     """Search the settings of each optimizer, and write the best ones into the recipe.
 
     Every optimizer gets the same number of trials in the spaces that the recipe declares, on the validation split
-    at the tuning seed. The trials are kept in tuning.csv beside the results. What was interrupted goes on where it
+    at the tuning seed. The trials are kept in tuning.csv next to the results. What was interrupted goes on where it
     stopped.
     """
     from experiments.tuning.tune import tune  # Optuna and pandas, needed only here
@@ -184,7 +184,7 @@ def sensitivity_command(
 ) -> None:
     """Run the grids of settings that the recipe declares, on the validation split at the tuning seed.
 
-    Writes sensitivity.csv and heat maps beside the results; rows of grids that are not asked for stay. What is
+    Writes sensitivity.csv and heat maps next to the results; rows of grids that are not asked for stay. What is
     finished is not run again, and what was interrupted goes on where it stopped.
     """
     from experiments.tuning.sensitivity import measure  # pandas and matplotlib, needed only here
@@ -255,7 +255,7 @@ def table_command(
 ) -> None:
     """Compare the optimizers that were run.
 
-    Prints the table, and writes comparison.csv and the curves beside the runs. Never starts a run.
+    Prints the table, and writes comparison.csv and the curves next to the runs. Never starts a run.
     """
     # pandas and matplotlib, needed only here
     from experiments.analysis import comparison, comparison_table
@@ -281,7 +281,7 @@ def profiles_command(scale: Scale = "tiny", results_dir: ResultsDir = Path("resu
 
 @app.command("overview")
 def overview_command(scale: Scale = "tiny", results_dir: ResultsDir = Path("results")) -> None:
-    """Print every optimizer beside every task that was run, as a table in Markdown.
+    """Print every optimizer on every task that was run, as a table in Markdown.
 
     A cell has the median over seeds of the best value ± its standard deviation, and in brackets the epochs to the
     reference's best. Never starts a run.
@@ -299,7 +299,7 @@ def verdicts_command(
     short: Annotated[bool, typer.Option("--short", help="Only the claims that the paper is read for.")] = False,
     results_dir: ResultsDir = Path("results"),
 ) -> None:
-    """Set what was recorded beside every claim of the paper, with a verdict and the reason.
+    """Compare what was recorded with every claim of the paper, with a verdict and the reason.
 
     Prints the table, and writes verdicts.csv into the results. Never starts a run.
     """
@@ -330,7 +330,7 @@ def data_command(
     It is kept, so that runs need no network afterwards.
     """
     if name not in PREPARE:
-        raise UserError(f"data = {name!r}: there is no such dataset; {one_of(PREPARE)}")
+        raise UserError(f"data = {name!r}: there is no such dataset; {list_allowed(PREPARE)}")
     typer.echo(f"{name}: {PREPARE[name](data_dir)}")
 
 

@@ -12,8 +12,8 @@ Scale = Annotated[
         metavar="SCALE", help="How big: tiny (minutes on 2 cores), small (hours), or paper (the paper's settings)."
     ),
 ]
-DataDir = Annotated[Path, typer.Option(metavar="DIR", help="Where datasets lie.")]
-ResultsDir = Annotated[Path, typer.Option(metavar="DIR", help="Where records, tables and figures lie.")]
+DataDir = Annotated[Path, typer.Option(metavar="DIR", help="Where datasets are kept.")]
+ResultsDir = Annotated[Path, typer.Option(metavar="DIR", help="Where records, tables and figures are kept.")]
 OptimizerNames = Annotated[
     list[str] | None,
     typer.Option(
@@ -36,7 +36,7 @@ Overrides = Annotated[
 Force = Annotated[bool, typer.Option("--force", help="Run again what is finished; start over what is not.")]
 Device = Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu or cuda.")]
 CheckpointDir = Annotated[
-    Path | None, typer.Option(metavar="DIR", help="Where checkpoints lie. Default: checkpoints/ in the results.")
+    Path | None, typer.Option(metavar="DIR", help="Where checkpoints are kept. Default: checkpoints/ in the results.")
 ]
 CheckpointEvery = Annotated[float, typer.Option(metavar="SECONDS", help="Time between checkpoints inside an epoch.")]
 Workers = Annotated[int, typer.Option(metavar="N", min=1, help="Runs at a time.")]

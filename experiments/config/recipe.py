@@ -1,4 +1,4 @@
-"""Recipes: what a task is run with at a scale, every value beside the source it was taken from.
+"""Recipes: what a task is run with at a scale, every value with the source it was taken from.
 
 ``recipes/<task>/<scale>.toml`` has a table ``[task]``, which the task itself checks, a table ``[run]``, and
 a table ``[optimizers.<name>]`` for each optimizer; tables ``[tuning]`` and ``[sensitivity]`` say where their
@@ -23,9 +23,9 @@ from typing import Any, Literal
 
 from experiments.config.sensitivity_grid import Sensitivity, read_sensitivity
 from experiments.config.tuning_space import Tuning, read_tuning
-from experiments.dataclass_io import SettingsError, one_of, plain, read_settings
+from experiments.dataclass_io import SettingsError, list_allowed, read_settings, to_table
 from experiments.errors import UserError
-from experiments.optimizers.registry import entry_of
+from experiments.optimizers.registry import find_entry
 from experiments.optimizers.schedule_settings import Constant, DampingSchedule, LRSchedule
 from experiments.records.run_record import Target
 from experiments.tasks import TASKS
@@ -75,6 +75,9 @@ class RunSettings:
 
 def check_seed(seed: int) -> None:
     """Refuse what numpy's generators do not take.
+
+    Args:
+        seed: given by a recipe or on the command line.
 
     Raises:
         ValueError: names the seed and the range.
@@ -132,19 +135,19 @@ class Recipe:
     sensitivity: Sensitivity | None
     overrides: tuple[str, ...]
 
-    def changed(self, overrides: Mapping[str, Any]) -> "Recipe":
+    def override(self, overrides: Mapping[str, Any]) -> "Recipe":
         """The recipe with other values, by dotted key."""
         given = (*self.overrides, *(f"{key}={value}" for key, value in overrides.items()))
         return load_recipe(self.task, self.scale, overrides=given, folder=self.path.parents[1])
 
-    def settings_of(self, optimizer: str) -> dict[str, Any]:
+    def manifest_settings(self, optimizer: str) -> dict[str, Any]:
         """All settings of one optimizer's runs, defaults included, as a run's manifest keeps them."""
         chosen = self.optimizers[optimizer]
-        schedules = {"schedule": plain(chosen.schedule), "damping_schedule": plain(chosen.damping_schedule)}
+        schedules = {"schedule": to_table(chosen.schedule), "damping_schedule": to_table(chosen.damping_schedule)}
         return {
-            "task": plain(self.task_settings),
-            "run": plain(self.run),
-            "optimizer": plain(chosen.settings) | schedules,
+            "task": to_table(self.task_settings),
+            "run": to_table(self.run),
+            "optimizer": to_table(chosen.settings) | schedules,
         }
 
 
@@ -155,14 +158,17 @@ def load_recipe(task: str, scale: str, *, overrides: Sequence[str] = (), folder:
         task: the task's name.
         scale: one of `SCALES`, which may carry a suffix.
         overrides: values that replace the file's, e.g. ``"optimizers.sgd.lr=0.2"``.
-        folder: where the recipes lie, by default this package's own.
+        folder: where the recipes are, by default this package's own.
+
+    Returns:
+        The recipe, checked, with the overrides in it.
 
     Raises:
         SettingsError: for what is unknown, missing, mistyped or without a source; names the file, the key
             and the value, and lists what is allowed.
     """
     folder = folder or RECIPES
-    path = _path_of(task, scale, folder)
+    path = _find_recipe(task, scale, folder)
     table = _read_toml(path)
     for override in overrides:
         _override(table, override)
@@ -185,18 +191,18 @@ def load_recipe(task: str, scale: str, *, overrides: Sequence[str] = (), folder:
     )
 
 
-def scales_of(task: str, folder: Path | None = None) -> list[str]:
+def list_scales(task: str, folder: Path | None = None) -> list[str]:
     """The scales that a task has a recipe for, small to large; one may carry a suffix, as ``paper-2048`` does."""
     found = {path.stem: path.stem.partition("-")[0] for path in ((folder or RECIPES) / task).glob("*.toml")}
     return sorted((name for name in found if found[name] in SCALES), key=lambda name: (SCALES.index(found[name]), name))
 
 
-def _path_of(task: str, scale: str, folder: Path) -> Path:
+def _find_recipe(task: str, scale: str, folder: Path) -> Path:
     if task not in TASKS:
-        raise SettingsError(f"task = {task!r}: there is no such task; {one_of(TASKS)}")
-    there = scales_of(task, folder)
+        raise SettingsError(f"task = {task!r}: there is no such task; {list_allowed(TASKS)}")
+    there = list_scales(task, folder)
     if scale not in there:
-        raise SettingsError(f"scale = {scale!r}: {task} has no recipe for it; {one_of(there)}")
+        raise SettingsError(f"scale = {scale!r}: {task} has no recipe for it; {list_allowed(there)}")
     return folder / task / f"{scale}.toml"
 
 
@@ -250,7 +256,7 @@ def _override(table: dict[str, Any], override: str) -> None:
 def _only_keys(values: Mapping[str, Any], needed: tuple[str, ...], allowed: tuple[str, ...], where: str) -> None:
     for key, value in values.items():
         if key not in (*needed, *allowed):
-            raise SettingsError(f"{where}: {key} = {value!r}: unknown key; {one_of((*needed, *allowed))}")
+            raise SettingsError(f"{where}: {key} = {value!r}: unknown key; {list_allowed((*needed, *allowed))}")
     for key in needed:
         if not isinstance(values.get(key), dict) or not values[key]:
             raise SettingsError(f"{where}: the table [{key}] is missing or empty")
@@ -260,7 +266,9 @@ def _run(values: Mapping[str, Any], where: str) -> RunSettings:
     run, names = read_settings(RunSettings, values["run"], where), list(values["optimizers"])
     reference = run.reference or ("sgd" if "sgd" in names else names[0])
     if reference not in names:
-        raise SettingsError(f"{where}: reference = {reference!r}: there is no such optimizer here; {one_of(names)}")
+        raise SettingsError(
+            f"{where}: reference = {reference!r}: there is no such optimizer here; {list_allowed(names)}"
+        )
     return replace(run, reference=reference)
 
 
@@ -279,7 +287,7 @@ def _optimizer(name: str, table: Any, path: Path) -> OptimizerRecipe:
     where = f"{path}: [optimizers.{name}]"
     if not isinstance(table, dict):
         raise SettingsError(f"{where}: must be a table")
-    entry = entry_of(name, f"{path}: [optimizers]: name")
+    entry = find_entry(name, f"{path}: [optimizers]: name")
     schedules = {
         "schedule": table.get("schedule", {"kind": Constant.kind}),
         "damping_schedule": table.get("damping_schedule"),

@@ -14,6 +14,11 @@ def write_values(path: Path, values: Mapping[str, float], source: str) -> None:
 
     A value that the file does not have is put at the end of its table.
 
+    Args:
+        path: a recipe's file, changed in place.
+        values: by dotted key.
+        source: what is written next to each of them.
+
     Raises:
         SettingsError: for a table that is not in the file under a header of its own.
     """

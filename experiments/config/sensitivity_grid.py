@@ -18,7 +18,7 @@ from itertools import product
 from typing import Any
 
 from experiments.config.tuning_space import locate
-from experiments.dataclass_io import SettingsError, one_of, read_settings
+from experiments.dataclass_io import SettingsError, list_allowed, read_settings
 
 DEFAULT = "default"
 # What a heat map can show.
@@ -78,12 +78,15 @@ def read_sensitivity(table: Mapping[str, Any], settings: Mapping[str, Any], epoc
         epochs: of a run, which a cell has too if the table says nothing.
         where: the file and table, for error messages.
 
+    Returns:
+        The grids of one optimizer.
+
     Raises:
         SettingsError: for what is unknown, missing, mistyped or out of range.
     """
     read = read_settings(_Table, {"epochs": epochs} | dict(table), where)
     if read.optimizer not in settings:
-        raise SettingsError(f"{where}: optimizer = {read.optimizer!r}: is not in the recipe; {one_of(settings)}")
+        raise SettingsError(f"{where}: optimizer = {read.optimizer!r}: is not in the recipe; {list_allowed(settings)}")
     own = settings[read.optimizer]
     grids = tuple(_grid(name, axes, own, f"{where}: grids.{name}") for name, axes in read.grids.items())
     return Sensitivity(optimizer=read.optimizer, epochs=read.epochs, grids=grids)

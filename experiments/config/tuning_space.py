@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from experiments.dataclass_io import SettingsError, one_of, plain, read_settings
+from experiments.dataclass_io import SettingsError, list_allowed, read_settings, to_table
 
 SHARED = "shared"
 
@@ -42,7 +42,7 @@ class Range:
         if self.log and self.low <= 0:
             raise ValueError(f"low = {self.low}: must be positive where log = true")
 
-    def at(self, share: float) -> float:
+    def interpolate(self, share: float) -> float:
         """The value with this share, 0 to 1, of the range below it."""
         if self.log:
             return self.low * (self.high / self.low) ** share
@@ -77,13 +77,16 @@ def read_tuning(table: Mapping[str, Any], settings: Mapping[str, Any], epochs: i
         epochs: of a run, which a trial has too if the table says nothing.
         where: the file and table, for error messages.
 
+    Returns:
+        The number of trials, their length, and the spaces by optimizer.
+
     Raises:
         SettingsError: for what is unknown, missing, mistyped or out of range.
     """
     read = read_settings(_Table, {"epochs": epochs} | dict(table), where)
     for name in read.spaces:
         if name not in (SHARED, *settings):
-            raise SettingsError(f"{where}: spaces: {name} is no optimizer here; {one_of((SHARED, *settings))}")
+            raise SettingsError(f"{where}: spaces: {name} is no optimizer here; {list_allowed((SHARED, *settings))}")
     shared = _ranges(read.spaces, SHARED, where)
     spaces = {}
     for name, given in settings.items():
@@ -98,7 +101,7 @@ def read_tuning(table: Mapping[str, Any], settings: Mapping[str, Any], epochs: i
 
 def locate(settings: Any, key: str) -> str | None:
     """Where an optimizer has a setting, ``key`` or ``base.key``; ``None`` if it has none of that name."""
-    table = plain(settings)
+    table = to_table(settings)
     if key in table:
         return key
     return f"base.{key}" if key in table.get("base", {}) else None

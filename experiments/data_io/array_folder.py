@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
-from experiments.data_io.checksum import DataFileError, sha256_of, verify
+from experiments.data_io.checksum import DataFileError, compute_sha256, verify
 from experiments.data_io.source_identity import SOURCE, Identity, check_unchanged, read_table, write_identity
 
 VERSION = 1
@@ -40,6 +40,9 @@ def prepare_folder(
         build: makes them.
         remedy: see `open_folder`.
         source: what the files that `build` reads are known by now; left out if none of them can change.
+
+    Returns:
+        The folder.
 
     Raises:
         DataFileError: the source was changed while it was read.
@@ -71,6 +74,9 @@ def open_folder(folder: Path, description: Mapping[str, Any], *, remedy: str) ->
         description: what they must be.
         remedy: what the reader of an error can do about it, e.g. ``"run `make data-qm9`"``.
 
+    Returns:
+        Arrays by name.
+
     Raises:
         DataFileError: the folder is missing, of another version or content, or a file in it is missing, cut
             short or changed. Names the file, what was expected and what was found.
@@ -86,7 +92,7 @@ def open_folder(folder: Path, description: Mapping[str, Any], *, remedy: str) ->
 
 def folder_sha256(folder: Path) -> str:
     """The SHA-256 of the manifest, which holds those of the arrays."""
-    return sha256_of(folder / MANIFEST)
+    return compute_sha256(folder / MANIFEST)
 
 
 def _read_manifest(path: Path, remedy: str) -> dict[str, Any]:
@@ -110,7 +116,7 @@ def _write(
     try:
         for name, array in arrays.items():
             np.save(partial / f"{name}.npy", array, allow_pickle=False)
-        digests = {name: sha256_of(partial / f"{name}.npy") for name in arrays}
+        digests = {name: compute_sha256(partial / f"{name}.npy") for name in arrays}
         manifest = {"version": VERSION, "description": dict(description), "sha256": digests}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         if source is not None:

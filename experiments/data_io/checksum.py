@@ -10,7 +10,7 @@ class DataFileError(UserError):
     """A data file is missing, truncated or not the file it should be."""
 
 
-def sha256_of(path: Path) -> str:
+def compute_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -29,7 +29,7 @@ def verify(path: Path, expected: str, *, remedy: str) -> None:
     """
     if not path.is_file():
         raise DataFileError(f"{path} is missing (expected SHA-256 {expected}, found no file): {remedy}")
-    found = sha256_of(path)
+    found = compute_sha256(path)
     if found != expected:
         raise DataFileError(
             f"{path} is truncated or damaged (expected SHA-256 {expected}, "

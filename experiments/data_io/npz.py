@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.data_io.checksum import sha256_of
+from experiments.data_io.checksum import compute_sha256
 
 
 def write_npz(arrays: Mapping[str, np.ndarray], target: Path) -> str:
@@ -24,4 +24,4 @@ def write_npz(arrays: Mapping[str, np.ndarray], target: Path) -> str:
             entry.compress_type = zipfile.ZIP_LZMA
             entry.create_system = 3
             archive.writestr(entry, buffer.getvalue())
-    return sha256_of(target)
+    return compute_sha256(target)

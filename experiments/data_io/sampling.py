@@ -7,7 +7,7 @@ import numpy as np
 SPLIT_SEED = 0
 
 
-def balanced_subset(labels: np.ndarray, per_class: int, *, seed: int) -> np.ndarray:
+def draw_balanced(labels: np.ndarray, per_class: int, *, seed: int) -> np.ndarray:
     """Indices of ``per_class`` samples of every class, ascending.
 
     The choice is a function of the labels, ``per_class`` and ``seed``; subsets of the same seed are nested.
@@ -16,6 +16,9 @@ def balanced_subset(labels: np.ndarray, per_class: int, *, seed: int) -> np.ndar
         labels: the class of each sample, (N,).
         per_class: samples wanted of each class.
         seed: of the draw.
+
+    Returns:
+        Indices, int64, (classes · per_class,).
 
     Raises:
         ValueError: a class has fewer samples.
@@ -37,28 +40,44 @@ def hold_out(labels: np.ndarray, *, train_size: int | None, validation_size: int
     The validation samples depend on ``validation_size`` alone. What is not held out is the training set, or
     a subset of ``train_size`` of it.
 
+    Args:
+        labels: the class of each sample, (N,).
+        train_size: samples to train on; ``None`` for all that are not held out.
+        validation_size: samples to hold out.
+
+    Returns:
+        Indices to train on and to validate on, ascending.
+
     Raises:
         ValueError: a size is no multiple of the number of classes, or a class has too few samples.
     """
-    validation = _balanced(labels, np.arange(len(labels)), validation_size, "validation_size")
+    validation = _draw_balanced(labels, np.arange(len(labels)), validation_size, "validation_size")
     rest = np.setdiff1d(np.arange(len(labels)), validation)
     if train_size is None:
         return rest, validation
-    return _balanced(labels, rest, train_size, "train_size"), validation
+    return _draw_balanced(labels, rest, train_size, "train_size"), validation
 
 
-def _balanced(labels: np.ndarray, pool: np.ndarray, size: int, name: str) -> np.ndarray:
+def _draw_balanced(labels: np.ndarray, pool: np.ndarray, size: int, name: str) -> np.ndarray:
     classes = len(np.unique(labels))
     if size % classes:
         raise ValueError(f"{name} = {size}: must be a multiple of the number of classes, {classes}")
     try:
-        return pool[balanced_subset(labels[pool], size // classes, seed=SPLIT_SEED)]
+        return pool[draw_balanced(labels[pool], size // classes, seed=SPLIT_SEED)]
     except ValueError as error:
         raise ValueError(f"{name} = {size}: {error}") from None
 
 
-def share_of(size: int, batch_size: int, world_size: int) -> int:
+def split_batch_size(size: int, batch_size: int, world_size: int) -> int:
     """Samples of a joint batch that each process gets.
+
+    Args:
+        size: samples of an epoch.
+        batch_size: samples of a joint batch.
+        world_size: processes that train together.
+
+    Returns:
+        ``batch_size / world_size``.
 
     Raises:
         ValueError: ``batch_size`` is no multiple of ``world_size``, or exceeds ``size``.
@@ -78,10 +97,21 @@ def epoch_batches(
     With ``world_size`` > 1 every joint batch is cut into equal consecutive parts; ``rank`` gets its own, so
     that the union over the ranks is what a single process sees.
 
+    Args:
+        size: samples of an epoch.
+        batch_size: samples of a joint batch.
+        seed: of the run.
+        epoch: counted from 0.
+        rank: of this process.
+        world_size: processes that train together.
+
+    Yields:
+        Indices, int64, (batch_size / world_size,).
+
     Raises:
         ValueError: ``batch_size`` is no multiple of ``world_size``, or exceeds ``size``.
     """
-    share = share_of(size, batch_size, world_size)
+    share = split_batch_size(size, batch_size, world_size)
     order = np.random.default_rng([seed, epoch]).permutation(size)
     for start in range(0, size - batch_size + 1, batch_size):
         yield order[start + rank * share : start + (rank + 1) * share]

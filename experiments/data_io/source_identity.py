@@ -18,20 +18,20 @@ SOURCE = "source.json"
 Identity = Mapping[str, int | str]
 
 
-def identity_of(source: Path) -> dict[str, int]:
+def identify(source: Path) -> dict[str, int]:
     """What a file is known by: its size and when it was written."""
     status = source.stat()
     return {"bytes": status.st_size, "modified_ns": status.st_mtime_ns}
 
 
-def joint_identity(files: Iterable[Path]) -> dict[str, int | str]:
+def identify_jointly(files: Iterable[Path]) -> dict[str, int | str]:
     """What several files are known by: their number, and the SHA-256 of their names, sizes and times."""
-    lines = [f"{file.name} {' '.join(map(str, identity_of(file).values()))}\n" for file in files]
+    lines = [f"{file.name} {' '.join(map(str, identify(file).values()))}\n" for file in files]
     return {"files": len(lines), "sha256": hashlib.sha256("".join(lines).encode()).hexdigest()}
 
 
 def write_identity(folder: Path, identity: Identity) -> None:
-    """Keep beside parsed data what they were made of, as ``source.json``."""
+    """Keep with parsed data what they were made of, as ``source.json``."""
     write_bytes(folder / SOURCE, json.dumps(identity).encode())
 
 

@@ -8,7 +8,7 @@ import torch
 from experiments.config.recipe import Recipe
 from experiments.data_io.checksum import DataFileError
 from experiments.errors import UserError
-from experiments.estimate.measuring import Clock, quick_look
+from experiments.estimate.measuring import Clock, measure_briefly
 from experiments.estimate.stand_ins import STAND_INS
 from experiments.estimate.timed_steps import Parts
 from experiments.estimate.training_memory import MemoryUse
@@ -48,7 +48,7 @@ class Bench:
     made_up: str | None
 
 
-def choose(
+def choose_batch(
     recipe: Recipe, name: str, data_dir: Path, device: torch.device, clock: Clock, size: int | None = None
 ) -> Bench:
     """The recipe's batch, or the largest of its halves, quarters, … whose steps fit into time and memory.
@@ -56,27 +56,30 @@ def choose(
     Args:
         recipe: what is to be run.
         name: an optimizer of it, to look at quickly.
-        data_dir: where the datasets lie.
+        data_dir: where the datasets are kept.
         device: where it is measured.
         clock: that a first look is timed by.
         size: the batch to measure; ``None`` to choose.
+
+    Returns:
+        The task with the batch to measure, and how it relates to the whole one.
 
     Raises:
         UserError: a batch out of range.
         DataFileError: data are missing that nothing stands for.
     """
-    key, whole_size = _batch_of(recipe)
+    key, whole_size = _read_batch(recipe)
     if size is not None and not 1 <= size <= whole_size:
         raise UserError(f"batch = {size}: must be from 1 to the recipe's {key} = {whole_size}")
-    whole, made_up = task_of(recipe, data_dir)
+    whole, made_up = load_task_or_stand_in(recipe, data_dir)
     _check_parameters(whole, device)
     least = _least(key, whole_size) if size is None else size
-    small_recipe, small = _at(recipe, key, least, whole, data_dir)
-    step, memory = quick_look(small_recipe, name, small, device, clock)
+    small_recipe, small = _with_batch(recipe, key, least, whole, data_dir)
+    step, memory = measure_briefly(small_recipe, name, small, device, clock)
     if size is None:
         factor = small.steps_per_epoch() / whole.steps_per_epoch()
         size = _largest(step, memory, factor, least, whole_size, available_mib(device))
-    chosen_recipe, chosen = _at(recipe, key, size, whole, data_dir)
+    chosen_recipe, chosen = _with_batch(recipe, key, size, whole, data_dir)
     times = small.steps_per_epoch() / chosen.steps_per_epoch()
     return Bench(
         recipe=chosen_recipe,
@@ -90,7 +93,7 @@ def choose(
     )
 
 
-def task_of(recipe: Recipe, data_dir: Path) -> tuple[Task, str | None]:
+def load_task_or_stand_in(recipe: Recipe, data_dir: Path) -> tuple[Task, str | None]:
     """The recipe's task, or a stand-in if its data are not here; and what that is made of."""
     try:
         return TASKS[recipe.task](recipe.task_settings, scale=recipe.scale, data_dir=data_dir), None
@@ -102,14 +105,14 @@ def task_of(recipe: Recipe, data_dir: Path) -> tuple[Task, str | None]:
         return stand_in, f"the data are not here ({missing}): {stand_in.made_up}"
 
 
-def _at(recipe: Recipe, key: str, size: int, whole: Task, data_dir: Path) -> tuple[Recipe, Task]:
+def _with_batch(recipe: Recipe, key: str, size: int, whole: Task, data_dir: Path) -> tuple[Recipe, Task]:
     if size == recipe.task_settings[key]:
         return recipe, whole
-    changed = recipe.changed({f"task.{key}": size})
-    return changed, task_of(changed, data_dir)[0]
+    changed = recipe.override({f"task.{key}": size})
+    return changed, load_task_or_stand_in(changed, data_dir)[0]
 
 
-def _batch_of(recipe: Recipe) -> tuple[str, int]:
+def _read_batch(recipe: Recipe) -> tuple[str, int]:
     key = "max_tokens" if "max_tokens" in recipe.task_settings else "batch_size"
     return key, recipe.task_settings[key]
 
@@ -132,11 +135,14 @@ def _largest(
         least: the smallest batch to take.
         whole_size: the recipe's batch.
         available: MiB; ``None`` if it is not known.
+
+    Returns:
+        The number of samples.
     """
     size = whole_size
     while size // 2 >= least:
         times = factor * size / whole_size
-        peak = memory.at(times)
+        peak = memory.extrapolate(times)
         fits = available is None or peak is None or peak <= MEMORY_SHARE * available
         if fits and STEPS * (times * step.batch + step.update) <= LIMIT_S:
             return size

@@ -1,4 +1,4 @@
-"""Whether the estimate is right: predicted beside measured seconds an epoch, on runs that can be done here.
+"""Whether the estimate is right: predicted compared with measured seconds an epoch, on runs that can be done here.
 
 Each round estimates a case and then really runs it, so that both see the same machine; medians over rounds are
 compared. On a machine that is busy with other things, seconds on a processor say more than those on the wall.
@@ -19,7 +19,7 @@ import typer
 
 from experiments.config.recipe import Recipe, load_recipe
 from experiments.estimate.estimating import Options, estimate
-from experiments.launch.jobs import in_one_line
+from experiments.launch.jobs import report_errors_in_one_line
 from experiments.records.provenance import device_name
 from experiments.training.distributed import choose_device
 from experiments.training.run import RunOptions, run
@@ -58,13 +58,13 @@ def compare(case: Case, *, rounds: int, options: Options) -> pd.DataFrame:
     for _ in range(rounds):
         for name, found in pairs.items():
             (prediction,) = estimate(case.recipe, [name], options).predictions
-            found.append((prediction.epoch_s, measured_epoch_s(case.recipe, name, options)))
+            found.append((prediction.epoch_s, measure_epoch_s(case.recipe, name, options)))
     rows = [_row(case, name, found) for name, found in pairs.items()]
     device = device_name(choose_device(options.device).type)
     return pd.DataFrame(rows).assign(seconds="processor" if options.cpu_time else "wall", rounds=rounds, device=device)
 
 
-def measured_epoch_s(recipe: Recipe, optimizer: str, options: Options) -> float:
+def measure_epoch_s(recipe: Recipe, optimizer: str, options: Options) -> float:
     """What an epoch really takes: a run's seconds on the clock over its epochs; its record is not kept."""
     processor = _ProcessorTime()
     with tempfile.TemporaryDirectory() as folder:
@@ -81,20 +81,20 @@ class _ProcessorTime:
         self.seconds = 0.0
         self._start = self._now = 0.0
 
-    def started(self, *_: Any) -> None:
+    def on_start(self, *_: Any) -> None:
         """Nothing has been recorded yet."""
 
-    def stepped(self, step_in_epoch: int) -> None:
+    def on_step(self, step_in_epoch: int) -> None:
         """Note the time, in case this is the epoch's last step."""
         self._now = time.process_time()
 
-    def recorded(self, epoch: Any) -> None:
+    def on_epoch(self, epoch: Any) -> None:
         """The steps behind are an epoch, the ones that follow are the next."""
         if self._now > self._start:
             self.seconds += self._now - self._start
         self._start = time.process_time()
 
-    def ended(self, *_: Any) -> None:
+    def on_end(self, *_: Any) -> None:
         """All was recorded."""
 
     def close(self) -> None:
@@ -136,4 +136,4 @@ def main(
 
 
 if __name__ == "__main__":
-    in_one_line(lambda: typer.run(main))
+    report_errors_in_one_line(lambda: typer.run(main))

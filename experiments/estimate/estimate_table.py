@@ -11,7 +11,7 @@ from experiments.estimate.prediction import Prediction
 
 WIDTH = 130
 COLUMNS = (
-    *("optimizer", "steps/epoch", "s/step plain", "s/step renewing", "𝒯", "s/epoch", "epochs", "hours"),
+    *("optimizer", "steps/epoch", "s/step plain", "s/step refresh", "𝒯", "s/epoch", "epochs", "hours"),
     *("memory MiB", "kept MiB"),
 )
 
@@ -46,8 +46,8 @@ def write(found: Estimate, path: Path) -> None:
 def _cells(row: Prediction, rate: float | None) -> list[str]:
     shape = row.shape
     every = "–" if shape.update_every is None else str(shape.update_every)
-    renewing = "–" if shape.update_every is None else _short(row.renewing_s)
-    cells = [row.optimizer, f"{shape.steps:,}", _short(row.plain_s), renewing, every, _short(row.epoch_s)]
+    refresh = "–" if shape.update_every is None else _short(row.refresh_s)
+    cells = [row.optimizer, f"{shape.steps:,}", _short(row.plain_s), refresh, every, _short(row.epoch_s)]
     cells += [str(shape.epochs), _short(row.hours)]
     cells += ["?" if row.memory_mib is None else f"{row.memory_mib:,.0f}", f"{row.kept_mib:,.0f}"]
     return [*cells, *([] if rate is None else [_short(row.hours_at(rate) or 0.0)])]
@@ -65,7 +65,7 @@ def _row(found: Estimate, row: Prediction) -> dict[str, object]:
         "optimizer": row.optimizer,
         "steps_per_epoch": row.shape.steps,
         "plain_step_s": row.plain_s,
-        "renewing_step_s": row.renewing_s,
+        "renewing_step_s": row.refresh_s,
         "update_every": row.shape.update_every,
         "time_per_epoch_s": row.epoch_s,
         "epochs": row.shape.epochs,

@@ -10,10 +10,10 @@ import torch
 from experiments.config.recipe import Recipe
 from experiments.errors import UserError
 from experiments.estimate import paper_machine
-from experiments.estimate.batches import Bench, choose
-from experiments.estimate.measuring import Costs, Measured, clock_of, measure, round_length
+from experiments.estimate.batches import Bench, choose_batch
+from experiments.estimate.measuring import Costs, Measured, make_clock, measure, round_length
 from experiments.estimate.prediction import Prediction, Shape, predict
-from experiments.estimate.timed_steps import renews
+from experiments.estimate.timed_steps import has_refresh
 from experiments.records.provenance import device_name
 from experiments.training.distributed import choose_device
 from experiments.training.run import check_optimizer
@@ -25,7 +25,7 @@ class Options:
 
     Attributes:
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
-        data_dir: where the datasets lie.
+        data_dir: where the datasets are kept.
         steps: to measure, an optimizer; ``None`` for as many as fit into some seconds.
         batch: to measure; ``None`` for the recipe's, or a part of it that fits.
         rate: operations a second that another machine achieves; ``None`` for the paper's, where it can be had.
@@ -81,6 +81,9 @@ def estimate(recipe: Recipe, names: Sequence[str] | None, options: Options) -> E
         names: of its optimizers; ``None`` for all.
         options: how and where.
 
+    Returns:
+        A prediction an optimizer, with the assumptions.
+
     Raises:
         UserError: an optimizer that the recipe does not have, or an option out of range.
         DataFileError: data are missing that nothing stands for.
@@ -89,8 +92,8 @@ def estimate(recipe: Recipe, names: Sequence[str] | None, options: Options) -> E
     for name in names:
         check_optimizer(recipe, name)
     device = choose_device(options.device)
-    clock = clock_of(device, cpu_time=options.cpu_time)
-    bench = choose(recipe, names[0], options.data_dir, device, clock, options.batch)
+    clock = make_clock(device, cpu_time=options.cpu_time)
+    bench = choose_batch(recipe, names[0], options.data_dir, device, clock, options.batch)
     rate, why = _rate(recipe, options, device)
     measured = {
         name: measure(
@@ -105,24 +108,24 @@ def estimate(recipe: Recipe, names: Sequence[str] | None, options: Options) -> E
         )
         for name in names
     }
-    measured = pooled(measured)
+    measured = pool_plain_steps(measured)
     return Estimate(
         task=recipe.task,
         scale=recipe.scale,
         device=device_name(device.type),
         on_gpu=device.type == "cuda",
         measured=measured,
-        predictions=[predict(name, found, shape_of(recipe, name, bench)) for name, found in measured.items()],
+        predictions=[predict(name, found, make_shape(recipe, name, bench)) for name, found in measured.items()],
         rate=rate,
         assumptions=[*_assumptions(recipe, bench, measured, device, cpu_time=options.cpu_time), *why],
     )
 
 
-def pooled(measured: Mapping[str, Measured]) -> dict[str, Measured]:
+def pool_plain_steps(measured: Mapping[str, Measured]) -> dict[str, Measured]:
     """The same with one figure for forward and backward, which are the same work under every optimizer.
 
-    The mean over all of them; a renewing step keeps its multiple of the plain one. So a machine that was busier
-    while one of them was measured does not make that one look dearer.
+    The mean over all of them; a refresh step keeps its multiple of the plain one. So a machine that was busier
+    while one of them was measured does not make that one look more expensive.
     """
     common = fmean(found.seconds.plain.batch for found in measured.values())
 
@@ -130,19 +133,19 @@ def pooled(measured: Mapping[str, Measured]) -> dict[str, Measured]:
         times = common / costs.plain.batch
         return Costs(
             plain=replace(costs.plain, batch=common),
-            renewing=replace(costs.renewing, batch=times * costs.renewing.batch),
+            refresh=replace(costs.refresh, batch=times * costs.refresh.batch),
         )
 
     return {name: replace(found, seconds=one(found.seconds)) for name, found in measured.items()}
 
 
-def shape_of(recipe: Recipe, name: str, bench: Bench) -> Shape:
+def make_shape(recipe: Recipe, name: str, bench: Bench) -> Shape:
     """How large an optimizer's run is."""
     return Shape(
         batches=bench.batches,
         accumulate=recipe.run.accumulate,
         epochs=recipe.run.epochs,
-        update_every=recipe.optimizers[name].settings.update_every if renews(recipe, name) else None,
+        update_every=recipe.optimizers[name].settings.update_every if has_refresh(recipe, name) else None,
         factor=bench.factor,
     )
 
@@ -188,7 +191,7 @@ def _assumptions(
         + ", ".join(f"{found.steps} steps of {name}" for name, found in measured.items())
         + " measured: means over the middle half of rounds, "
         "those of forward and backward over all optimizers",
-        "the first step renews, and every 𝒯-th after it; a renewal costs the same at every point of the training",
+        "the first step refreshes, and every 𝒯-th after it; a refresh costs the same at every point of the training",
         "evaluation and checkpoints are left out, as the clock of a run leaves them out",
         _memory(device),
     ]

@@ -1,6 +1,6 @@
-"""A few steps of the recipe's own training loop, timed on the device at hand: what plain and renewing steps cost.
+"""A few steps of the recipe's own training loop, timed on the device at hand: what plain and refresh steps cost.
 
-A step is cut in two: what comes before the optimizer's ``step`` (loading, forward, backward and, on a renewing
+A step is cut in two: what comes before the optimizer's ``step`` (loading, forward, backward and, on a refreshing
 step, building the curvature), whose operations are proportional to the batch; and the optimizer's ``step`` (inverse,
 direction, the base's update), whose operations do not depend on it: `experiments.theory.costs.operations`.
 """
@@ -17,7 +17,7 @@ from scipy.stats import trim_mean
 from torch.utils.flop_counter import FlopCounterMode
 
 from experiments.config.recipe import Recipe
-from experiments.estimate.timed_steps import SEED, Parts, renews, take_steps, training_of
+from experiments.estimate.timed_steps import SEED, Parts, has_refresh, make_training, take_steps
 from experiments.estimate.training_memory import MemoryUse, memory_use, start_of_peak
 from experiments.tasks.protocol import Task
 
@@ -32,10 +32,10 @@ TRIMMED = 0.25
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """A plain and a renewing step; the same for an optimizer that renews nothing."""
+    """A plain and a refresh step; the same for an optimizer that refreshes nothing."""
 
     plain: Parts
-    renewing: Parts
+    refresh: Parts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,25 +77,28 @@ def measure(
         name: of the optimizer in the recipe.
         task: the recipe's, or a stand-in for it.
         device: where.
-        clock: from `clock_of`.
-        round_length: steps from one renewal to the next, ≥ 2.
-        steps: how many; ``None`` for `SECONDS`, and at least `LEAST_ROUNDS` rounds of plain steps and a renewing one.
+        clock: from `make_clock`.
+        round_length: steps from one refresh to the next, ≥ 2.
+        steps: how many; ``None`` for `SECONDS`, and at least `LEAST_ROUNDS` rounds of plain steps and a refresh step.
         count_operations: whether to count operations too, on two more steps.
+
+    Returns:
+        Seconds and, where asked for, operations of plain and refresh steps.
 
     Raises:
         UserError: for a setting that the optimizer refuses.
     """
     every = round_length
-    if renews(recipe, name):
+    if has_refresh(recipe, name):
         every = max(2, min(every, recipe.optimizers[name].settings.update_every))
     baseline = start_of_peak(device)
-    training = training_of(recipe, name, task, device, every)
-    first = every if renews(recipe, name) else 2  # steps that count for nothing: they make the optimizer's state
+    training = make_training(recipe, name, task, device, every)
+    first = every if has_refresh(recipe, name) else 2  # steps that count for nothing: they make the optimizer's state
     taken = take_steps(training, clock, _enough(first, every, steps))
     memory = memory_use(training.model, training.optimizer, device, baseline)
-    start, loading = loading_times(task, clock)
+    start, loading = measure_loading(task, clock)
     return Measured(
-        seconds=_costs(taken[first:], every, renews=renews(recipe, name), mean=_midmean),
+        seconds=_costs(taken[first:], every, refreshes=has_refresh(recipe, name), mean=_midmean),
         steps=len(taken) - first,
         epoch_start_s=start,
         loading_s=loading,
@@ -104,21 +107,23 @@ def measure(
     )
 
 
-def quick_look(recipe: Recipe, name: str, task: Task, device: torch.device, clock: Clock) -> tuple[Parts, MemoryUse]:
+def measure_briefly(
+    recipe: Recipe, name: str, task: Task, device: torch.device, clock: Clock
+) -> tuple[Parts, MemoryUse]:
     """The seconds of a plain step, the second or third of all, and the memory at the peak."""
     baseline = start_of_peak(device)
-    training = training_of(recipe, name, task, device, every=10**6)
+    training = make_training(recipe, name, task, device, every=10**6)
     taken = take_steps(training, clock, lambda steps: len(steps) == 3)
     fastest = min(taken[1:], key=lambda step: step.batch + step.update)
     return fastest, memory_use(training.model, training.optimizer, device, baseline)
 
 
 def round_length(step_s: float) -> int:
-    """Steps of a round, of which one renews: `ROUND_SECONDS` or more, so that a short disturbance is spread over it."""
+    """Steps of a round, one of them a refresh: `ROUND_SECONDS` or more, to spread a short disturbance over it."""
     return max(2, math.ceil(ROUND_SECONDS / step_s))
 
 
-def loading_times(task: Task, clock: Clock, batches: int = 6) -> tuple[float, float]:
+def measure_loading(task: Task, clock: Clock, batches: int = 6) -> tuple[float, float]:
     """Seconds that the first batch of an epoch takes beyond the others, and that one of the others takes."""
     times, source = [], iter(task.train_batches(0, SEED))
     for _ in range(min(batches, task.steps_per_epoch())):
@@ -145,11 +150,11 @@ def _enough(first: int, every: int, steps: int | None) -> Callable[[list[Parts]]
     return enough
 
 
-def _costs(steps: list[Parts], every: int, *, renews: bool, mean: Callable[[list[float]], float]) -> Costs:
-    """Means over rounds: each begins with its renewing step, if there is one."""
+def _costs(steps: list[Parts], every: int, *, refreshes: bool, mean: Callable[[list[float]], float]) -> Costs:
+    """Means over rounds: each begins with its refresh step, if there is one."""
     rounds = [steps[start : start + every] for start in range(0, len(steps), every)]
-    plain = _mean_parts([_mean_parts(each[renews:], fmean) for each in rounds], mean)
-    return Costs(plain=plain, renewing=_mean_parts([each[0] for each in rounds], mean) if renews else plain)
+    plain = _mean_parts([_mean_parts(each[refreshes:], fmean) for each in rounds], mean)
+    return Costs(plain=plain, refresh=_mean_parts([each[0] for each in rounds], mean) if refreshes else plain)
 
 
 def _mean_parts(steps: list[Parts], mean: Callable[[list[float]], float]) -> Parts:
@@ -161,7 +166,7 @@ def _midmean(values: list[float]) -> float:
     return float(trim_mean(values, TRIMMED))
 
 
-def _of_a_product(*shapes: Any, out_shape: Any = None, **options: Any) -> int:
+def _count_product(*shapes: Any, out_shape: Any = None, **options: Any) -> int:
     """Of the last two, a matrix and a matrix or vector."""
     (rows, inner), right = shapes[-2:]
     return 2 * rows * inner * math.prod(right[1:])
@@ -169,25 +174,28 @@ def _of_a_product(*shapes: Any, out_shape: Any = None, **options: Any) -> int:
 
 _UNCOUNTED = dict.fromkeys(
     (torch.ops.aten.mv, torch.ops.aten.addmv_, torch.ops.aten.addmm_),
-    _of_a_product,
+    _count_product,
 )
 """Products that torch's counter does not know, which directions are made by."""
 
 
 def _operations(recipe: Recipe, name: str, task: Task, device: torch.device) -> Costs:
-    """Counted by torch on a renewing and a plain step: products and convolutions, no factorisations."""
-    training = training_of(recipe, name, task, device, every=2)
+    """Counted by torch on a refresh and a plain step: products and convolutions, no factorisations."""
+    training = make_training(recipe, name, task, device, every=2)
     with FlopCounterMode(display=False, custom_mapping=_UNCOUNTED) as counter:
         taken = take_steps(training, lambda: float(counter.get_total_flops()), lambda steps: len(steps) == 2)
-    return _costs(taken, 2, renews=renews(recipe, name), mean=fmean)
+    return _costs(taken, 2, refreshes=has_refresh(recipe, name), mean=fmean)
 
 
-def clock_of(device: torch.device, *, cpu_time: bool = False) -> Clock:
+def make_clock(device: torch.device, *, cpu_time: bool = False) -> Clock:
     """A clock that waits for the device.
 
     Args:
         device: that is measured.
         cpu_time: count the seconds that this process had a processor, whatever else the machine is busy with.
+
+    Returns:
+        A function that returns seconds.
     """
 
     def now() -> float:

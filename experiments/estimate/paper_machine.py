@@ -51,7 +51,7 @@ def rate() -> float:
 
 
 def epochs() -> list[Epoch]:
-    """Every method's predicted epoch beside the paper's."""
+    """Every method's predicted epoch compared with the paper's."""
     achieved = rate()
     return [
         Epoch(method=name, predicted_s=_epoch_operations(cost) / achieved, paper_s=paper_s)

@@ -1,10 +1,10 @@
 """From measured steps to an epoch and a whole run; nothing is measured here.
 
-With a batch c times as large as the one that was measured, a batches to a step, 𝒯 steps from one renewal to the next
+With a batch c times as large as the one that was measured, a batches to a step, 𝒯 steps from one refresh to the next
 and E epochs of n steps:
 
-    step     = a c · batch + update                      for a plain and for a renewing step
-    epoch    = start + n · plain + ⌈E n / 𝒯⌉ / E · (renewing − plain)
+    step     = a c · batch + update                      for a plain and for a refresh step
+    epoch    = start + n · plain + ⌈E n / 𝒯⌉ / E · (refresh − plain)
 """
 
 import math
@@ -22,7 +22,7 @@ class Shape:
         batches: of an epoch.
         accumulate: batches to a step.
         epochs: of the run.
-        update_every: 𝒯; ``None`` for an optimizer that renews nothing.
+        update_every: 𝒯; ``None`` for an optimizer that refreshes nothing.
         factor: c, the run's batch over the one that was measured.
     """
 
@@ -38,7 +38,7 @@ class Shape:
         return math.ceil(self.batches / self.accumulate)
 
     @property
-    def renewals(self) -> float:
+    def refreshes(self) -> float:
         """Of an epoch, on average over the run."""
         if self.update_every is None:
             return 0.0
@@ -53,7 +53,7 @@ class Prediction:
         optimizer: its name in the recipe.
         shape: of the run.
         plain_s: seconds of a plain step.
-        renewing_s: of a renewing one.
+        refresh_s: of a refresh step.
         epoch_s: of an epoch.
         memory_mib: at the peak; ``None`` where it could not be measured.
         kept_mib: of it, what is kept between steps.
@@ -63,7 +63,7 @@ class Prediction:
     optimizer: str
     shape: Shape
     plain_s: float
-    renewing_s: float
+    refresh_s: float
     epoch_s: float
     memory_mib: float | None
     kept_mib: float
@@ -88,9 +88,9 @@ def predict(optimizer: str, measured: Measured, shape: Shape) -> Prediction:
         optimizer=optimizer,
         shape=shape,
         plain_s=step(measured.seconds.plain, shape),
-        renewing_s=step(measured.seconds.renewing, shape),
+        refresh_s=step(measured.seconds.refresh, shape),
         epoch_s=measured.epoch_start_s + epoch(measured.seconds, shape),
-        memory_mib=measured.memory.at(shape.factor),
+        memory_mib=measured.memory.extrapolate(shape.factor),
         kept_mib=measured.memory.kept,
         epoch_operations=None if operations is None else epoch(operations, shape),
     )
@@ -103,5 +103,5 @@ def step(parts: Parts, shape: Shape) -> float:
 
 def epoch(costs: Costs, shape: Shape) -> float:
     """All steps of an epoch."""
-    plain, renewing = step(costs.plain, shape), step(costs.renewing, shape)
-    return shape.steps * plain + shape.renewals * (renewing - plain)
+    plain, refresh = step(costs.plain, shape), step(costs.refresh, shape)
+    return shape.steps * plain + shape.refreshes * (refresh - plain)

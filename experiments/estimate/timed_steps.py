@@ -31,26 +31,29 @@ class Parts:
     update: float
 
 
-def renews(recipe: Recipe, name: str) -> bool:
-    """Whether an optimizer has renewing steps: the first, and every ``update_every``-th after it."""
+def has_refresh(recipe: Recipe, name: str) -> bool:
+    """Whether an optimizer has refresh steps: the first, and every ``update_every``-th after it."""
     return hasattr(recipe.optimizers[name].settings, "update_every")
 
 
-def training_of(recipe: Recipe, name: str, task: Task, device: torch.device, every: int) -> Training:
-    """The runner's own loop, one batch to a step and without an end, renewing every so many steps."""
+def make_training(recipe: Recipe, name: str, task: Task, device: torch.device, every: int) -> Training:
+    """The trainer's own loop, one batch to a step and without an end, refreshing every so many steps."""
     changes: dict[str, Any] = {"run.accumulate": 1}
-    if renews(recipe, name):
+    if has_refresh(recipe, name):
         changes[f"optimizers.{name}.update_every"] = every
-    return Training(recipe.changed(changes), name, SEED, task=Endless(task), device=device, workers=Workers())
+    return Training(recipe.override(changes), name, SEED, task=Endless(task), device=device, workers=Workers())
 
 
 def take_steps(training: Training, read: Callable[[], float], enough: Callable[[list[Parts]], bool]) -> list[Parts]:
     """Train until there are enough steps.
 
     Args:
-        training: from `training_of`.
+        training: from `make_training`.
         read: the gauge.
         enough: told of the steps so far after each one.
+
+    Returns:
+        The steps that were taken.
     """
     gauge = _Gauge(training, read, enough)
     # Only the loop is told: schedules go by the true length of an epoch. At a rate of next to nothing the weights that
@@ -93,8 +96,8 @@ class _Gauge:
     def _before_update(self, *_: Any) -> None:
         self._middle = self._read()
 
-    def stepped(self, step_in_epoch: int) -> None:
-        """As an `experiments.training.callbacks.Observer` is told."""
+    def on_step(self, step_in_epoch: int) -> None:
+        """As an `experiments.training.callbacks.Callback` is told."""
         now = self._read()
         self.steps.append(Parts(batch=self._middle - self._start, update=now - self._middle))
         if self._enough(self.steps):

@@ -30,7 +30,7 @@ class MemoryUse:
     kept: float
     peak: float | None
 
-    def at(self, factor: float) -> float | None:
+    def extrapolate(self, factor: float) -> float | None:
         """The peak at a batch so many times as large: what is not kept (activations, work space) grows with it."""
         return None if self.peak is None else self.kept + max(0.0, self.peak - self.kept) * factor
 
@@ -38,7 +38,7 @@ class MemoryUse:
 def start_of_peak(device: torch.device) -> float | None:
     """Forget the peak so far; the MiB in use now that do not count, ``None`` where the system cannot tell.
 
-    On a CPU it is the process that is watched. Memory that was freed is given back first, or it would be used again
+    On a CPU it is the process that is measured. Memory that was freed is given back first, or it would be used again
     unseen.
     """
     gc.collect()
@@ -48,7 +48,7 @@ def start_of_peak(device: torch.device) -> float | None:
         return 0.0
     try:
         ctypes.CDLL(None).malloc_trim(0)
-        (_PROCESS / "clear_refs").write_text("5")  # the peak of the resident memory starts anew, see proc(5)
+        (_PROCESS / "clear_refs").write_text("5")  # the peak of the resident memory starts again, see proc(5)
     except (OSError, AttributeError):
         return None
     return peak_memory_mb(device)

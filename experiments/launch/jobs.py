@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from experiments.config.recipe import Recipe, check_seed, load_recipe
 from experiments.data_io.checksum import DataFileError
 from experiments.errors import UserError
-from experiments.launch.local import run_apart
+from experiments.launch.local import run_in_processes
 from experiments.training.distributed import leave_workers
-from experiments.training.run import RunOptions, check_optimizer, finished_run, run
+from experiments.training.run import RunOptions, check_optimizer, read_finished_run, run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class Job:
 
     def is_finished(self) -> bool:
         """Whether there is nothing to do; says so."""
-        done = finished_run(self.recipe, self.optimizer, self.seed, self.options)
+        done = read_finished_run(self.recipe, self.optimizer, self.seed, self.options)
         if done and _is_first():
             what = f"{done.end.reason} before on {done.manifest.dataset.name}"
             print(f"{self.optimizer} seed {self.seed}: {what}, see {done.path}")
@@ -50,10 +50,10 @@ class Job:
 
     def run_in_one_line(self) -> None:
         """Run it as the whole of a process."""
-        in_one_line(self.run)
+        report_errors_in_one_line(self.run)
 
 
-def jobs_of(
+def make_jobs(
     task: str,
     scale: str,
     optimizers: Sequence[str] | None,
@@ -70,6 +70,9 @@ def jobs_of(
         seeds: ``None`` for those of the recipe.
         overrides: values that replace the recipe's.
         options: how and where to run.
+
+    Returns:
+        The runs, in the order in which they are to be started.
 
     Raises:
         UserError: for an optimizer that the recipe does not have, or a seed out of range.
@@ -92,7 +95,7 @@ def jobs_of(
 def run_jobs(jobs: Sequence[Job], *, workers: int = 1, threads: int | None = None) -> None:
     """Run what is not finished; a run that fails does not stop the others.
 
-    A single run, and every run under ``torchrun``, is run in this process, the others apart: see `run_apart`.
+    A single run, and every run under ``torchrun``, is run in this process, the others apart: see `run_in_processes`.
     Of several, those that failed are named at the end, and the exit status is 1.
     """
     if len(jobs) == 1 or "WORLD_SIZE" in os.environ:
@@ -105,9 +108,9 @@ def run_jobs(jobs: Sequence[Job], *, workers: int = 1, threads: int | None = Non
                 waiting.append(job)
         except UserError as error:
             failed[job.name] = str(error)
-    failed |= run_apart(waiting, workers=workers, threads=threads)
+    failed |= run_in_processes(waiting, workers=workers, threads=threads)
     if failed:
-        _tell_failed(failed, len(jobs))
+        _report_failed(failed, len(jobs))
 
 
 def _run_here(jobs: Sequence[Job]) -> None:
@@ -119,15 +122,15 @@ def _run_here(jobs: Sequence[Job]) -> None:
         leave_workers()
 
 
-def _tell_failed(failed: Mapping[str, str], count: int) -> None:
+def _report_failed(failed: Mapping[str, str], count: int) -> None:
     lines = [f"{len(failed)} of {count} runs failed; the same command tries them again:"]
     lines += [f"  {name}: {reason}" for name, reason in failed.items()]
     print("\n".join(lines), file=sys.stderr)
     sys.exit(1)
 
 
-def in_one_line(command: Callable[[], None]) -> None:
-    """Call `command`; an error that the user can mend is one line on stderr and exit status 2."""
+def report_errors_in_one_line(command: Callable[[], None]) -> None:
+    """Call `command`; an error that the user can fix is one line on stderr and exit status 2."""
     try:
         command()
     except (UserError, DataFileError, FloatingPointError, OSError) as error:

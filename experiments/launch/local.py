@@ -29,7 +29,7 @@ class Work(Protocol):
         ...
 
 
-def run_apart(works: Sequence[Work], *, workers: int = 1, threads: int | None = None) -> dict[str, str]:
+def run_in_processes(works: Sequence[Work], *, workers: int = 1, threads: int | None = None) -> dict[str, str]:
     """Do all of it, `workers` at a time, started in order; one that fails does not stop the others.
 
     When this process ends before, whatever ended it, the processes it started end too.
@@ -43,13 +43,13 @@ def run_apart(works: Sequence[Work], *, workers: int = 1, threads: int | None = 
         Why it failed, by name, for each one that did.
     """
     waiting, running, failed = list(works), {}, {}
-    with cpu_threads(threads), _stopped_by_sigterm():
+    with cpu_threads(threads), _stop_on_sigterm():
         try:
             while waiting or running:
                 while waiting and len(running) < workers:
                     work = waiting.pop(0)
                     running[_start(work)] = work
-                for process in _ended(running):
+                for process in _wait_for_ended(running):
                     work = running.pop(process)
                     if reason := _failure(process):
                         failed[work.name] = reason
@@ -77,7 +77,7 @@ def _end_with_parent() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _ended(running: dict[BaseProcess, Work]) -> list[BaseProcess]:
+def _wait_for_ended(running: dict[BaseProcess, Work]) -> list[BaseProcess]:
     """The processes that are over, at least one."""
     sentinels = {process.sentinel: process for process in running}
     ended = [sentinels[each] for each in multiprocessing.connection.wait(list(sentinels))]
@@ -118,7 +118,7 @@ def cpu_threads(count: int | None) -> Iterator[None]:
 
 
 @contextmanager
-def _stopped_by_sigterm() -> Iterator[None]:
+def _stop_on_sigterm() -> Iterator[None]:
     """Inside, SIGTERM is an exception, so that what was started is ended."""
 
     def stop(number: int, _: object) -> None:

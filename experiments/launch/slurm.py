@@ -79,6 +79,9 @@ def submit(
         folder: where submitit keeps its scripts and logs.
         cluster: ``"slurm"``, or ``"local"`` for processes on this machine, which submitit starts six times at most.
 
+    Returns:
+        Each run that was not finished, with its job.
+
     Raises:
         UserError: there is no such cluster here.
     """

@@ -128,6 +128,9 @@ def hidden_matrices(model: nn.Module, others: Iterable[str] = ()) -> list[nn.Par
         model: whose weights.
         others: names, or patterns of names, of weights to leave out.
 
+    Returns:
+        Parameters, in the order of the modules.
+
     Raises:
         ValueError: where one of ``others`` fits no name.
     """
@@ -151,6 +154,10 @@ def hidden_matrices(model: nn.Module, others: Iterable[str] = ()) -> list[nn.Par
 
 def refuse_sparse_gradients(model: nn.Module, optimizer: str) -> None:
     """Raise where an embedding of the model gives sparse gradients.
+
+    Args:
+        model: that is to be trained.
+        optimizer: its name, for the error.
 
     Raises:
         ValueError: naming the embedding and what to do.

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from experiments.dataclass_io import SettingsError, one_of
+from experiments.dataclass_io import SettingsError, list_allowed
 from experiments.optimizers.muon import MuonAndAdamW, refuse_sparse_gradients
 from ngplus import NGPlus
 from ngplus.baselines import KFAC, SENG, Shampoo
@@ -22,7 +22,7 @@ from ngplus.baselines import KFAC, SENG, Shampoo
 
 @dataclass(frozen=True, kw_only=True)
 class SGDBase:
-    """What `torch.optim.SGD` takes beside the learning rate."""
+    """What `torch.optim.SGD` takes besides the learning rate."""
 
     kind: ClassVar = "sgd"
     momentum: float = 0.0
@@ -32,7 +32,7 @@ class SGDBase:
 
 @dataclass(frozen=True, kw_only=True)
 class AdamBase:
-    """What `torch.optim.Adam` takes beside the learning rate."""
+    """What `torch.optim.Adam` takes besides the learning rate."""
 
     kind: ClassVar = "adam"
     betas: tuple[float, float] = (0.9, 0.999)
@@ -42,7 +42,7 @@ class AdamBase:
 
 @dataclass(frozen=True, kw_only=True)
 class AdagradBase:
-    """What `torch.optim.Adagrad` takes beside the learning rate."""
+    """What `torch.optim.Adagrad` takes besides the learning rate."""
 
     kind: ClassVar = "adagrad"
     eps: float = 1e-10
@@ -249,8 +249,15 @@ OPTIMIZERS: dict[str, Entry] = {
 }
 
 
-def entry_of(name: str, where: str = "optimizer") -> Entry:
+def find_entry(name: str, where: str = "optimizer") -> Entry:
     """The entry of an optimizer whose name may carry a suffix, as ``ngplus-rows`` does.
+
+    Args:
+        name: as in a recipe.
+        where: file and table, for the error.
+
+    Returns:
+        The settings dataclass and the function that builds the optimizer.
 
     Raises:
         SettingsError: for a name that is not there; lists what is.
@@ -258,7 +265,7 @@ def entry_of(name: str, where: str = "optimizer") -> Entry:
     registered, _, _ = name.partition("-")
     if registered not in OPTIMIZERS:
         raise SettingsError(
-            f"{where} = {name!r}: there is no such optimizer; {one_of(OPTIMIZERS)}, "
+            f"{where} = {name!r}: there is no such optimizer; {list_allowed(OPTIMIZERS)}, "
             "or one of these with a suffix, e.g. 'ngplus-adam'"
         )
     if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name):  # it becomes part of file names

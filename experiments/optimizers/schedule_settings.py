@@ -16,7 +16,7 @@ from ngplus.schedules import (
 
 
 class Scheduler(Protocol):
-    """What the runner asks of a scheduler: one step an optimizer step, and a state of plain values."""
+    """What training asks of a scheduler: one step an optimizer step, and a state of plain values."""
 
     def step(self) -> None:
         """Move on by one optimizer step."""

@@ -54,7 +54,7 @@ class Erratum:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """A claim of the paper beside what was measured, in the columns of the report's verdict table."""
+    """A claim of the paper compared with what was measured, in the columns of the report's verdict table."""
 
     claim: str
     paper: str

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from experiments.dataclass_io import plain
+from experiments.dataclass_io import to_table
 from experiments.errors import write_failure
 from experiments.records.run_record import End, Epoch, Event, RecordError, parse_event, record_lines
 
@@ -33,15 +33,18 @@ class RecordWriter:
 
     def rewind(self, epoch: int | None) -> None:
         """Go back to where `epoch` was the last one recorded; ``None`` drops everything."""
-        self._file.truncate(0 if epoch is None else _end_of_epoch(self.path, epoch))
+        self._file.truncate(0 if epoch is None else _find_end_of_epoch(self.path, epoch))
 
     def write(self, event: Event) -> None:
         """Append one event.
 
+        Args:
+            event: what is written as one line.
+
         Raises:
             RecordError: when the disk is full or fails; the lines before are kept whole.
         """
-        fields = {"event": event.event} | _finite(plain(event))
+        fields = {"event": event.event} | _replace_nonfinite(to_table(event))
         line = json.dumps(fields, ensure_ascii=False, allow_nan=False).encode() + b"\n"
         before = os.fstat(self._file.fileno()).st_size
         try:
@@ -67,15 +70,15 @@ def _write_all(descriptor: int, data: bytes) -> None:
         data = data[os.write(descriptor, data) :]
 
 
-def _finite(value: Any) -> Any:
+def _replace_nonfinite(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: _replace_nonfinite(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_finite(item) for item in value]
+        return [_replace_nonfinite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _end_of_epoch(path: Path, epoch: int) -> int:
+def _find_end_of_epoch(path: Path, epoch: int) -> int:
     """The offset of the first line that is later than `epoch` or was cut off."""
     offset = 0
     for number, line in enumerate(record_lines(path), 1):

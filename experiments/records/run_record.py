@@ -22,7 +22,7 @@ Target = float | Literal["reference best"]
 
 
 # Settings that say which runs there are, or how a run is judged, but change no number in it.
-_NO_NUMBER = ("run.seeds", "run.tuning_seed", "run.target", "run.reference")
+_NOT_NUMERIC = ("run.seeds", "run.tuning_seed", "run.target", "run.reference")
 
 
 class RecordError(UserError):
@@ -175,13 +175,13 @@ class Run:
 
 
 def record_path(results_dir: Path, task: str, scale: str, optimizer: str, seed: int) -> Path:
-    """Where the record of a run lies."""
+    """Where the record of a run is."""
     return results_dir / task / scale / "runs" / f"{optimizer}-seed{seed}.jsonl"
 
 
-def numbers_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+def select_numeric_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that change a number in the record, by dotted key."""
-    return {key: value for key, value in _flat(settings) if key not in _NO_NUMBER}
+    return {key: value for key, value in _flat(settings) if key not in _NOT_NUMERIC}
 
 
 def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -194,6 +194,12 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 def read_run(path: Path) -> Run:
     """Read one record, leaving out a last line that was cut off.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The run.
 
     Raises:
         RecordError: for a file that is no record, or a damaged line.
@@ -217,22 +223,28 @@ def read_run(path: Path) -> Run:
 
 
 def read_runs(folder: Path) -> tuple[list[Run], list[str]]:
-    """All records of a folder, in the order of their names, and a complaint for each that is not whole."""
-    runs, complaints = [], []
+    """All records of a folder, in the order of their names, and a warning for each that is not whole."""
+    runs, warnings = [], []
     for path in sorted(folder.glob("*.jsonl")):
         try:
             run = read_run(path)
         except RecordError as error:
-            complaints.append(str(error))
+            warnings.append(str(error))
             continue
         runs.append(run)
         if run.truncated:
-            complaints.append(f"{path}: the last line was cut off and is left out")
-    return runs, complaints
+            warnings.append(f"{path}: the last line was cut off and is left out")
+    return runs, warnings
 
 
 def record_lines(path: Path) -> Iterator[bytes]:
     """The lines of a record with their ends; the last one lacks its end if it was cut off.
+
+    Args:
+        path: the file.
+
+    Yields:
+        One line.
 
     Raises:
         RecordError: for a file that cannot be read.
@@ -246,6 +258,14 @@ def record_lines(path: Path) -> Iterator[bytes]:
 
 def parse_event(line: bytes, path: Path, number: int) -> Event:
     """The event on line `number` of `path`.
+
+    Args:
+        line: one line of the file.
+        path: the file, for the error.
+        number: of the line, for the error.
+
+    Returns:
+        The event.
 
     Raises:
         RecordError: for a line that is not one.

@@ -18,4 +18,4 @@ PREPARE: dict[str, Callable[[Path], Path]] = {
     "materials-project": materials_project.prepare,
     "qm9": qm9.prepare,
 }
-"""Name to function: put the dataset into a data folder (no network if it is there), return where it lies."""
+"""Name to function: put the dataset into a data folder (no network if it is there), return where it is."""

@@ -27,7 +27,7 @@ def main() -> None:
     """Write an embedded sample and say whether it is the one that the code expects."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("name", choices=list(SAMPLES))
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where the full data lies")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where the full data are kept")
     parser.add_argument("--out", type=Path, help="the file to write; default: the one in the repository")
     arguments = parser.parse_args()
     module, draw = SAMPLES[arguments.name]

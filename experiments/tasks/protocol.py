@@ -1,4 +1,4 @@
-"""What the runner asks of a task, and nothing more."""
+"""What training asks of a task, and nothing more."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -96,7 +96,7 @@ class Task(Protocol):
         ...
 
     def evaluate(self, model: nn.Module, split: Split) -> Evaluation:
-        """Loss and metric over a whole split. The runner has put the model in ``eval()`` and ``no_grad``."""
+        """Loss and metric over a whole split. The trainer has put the model in ``eval()`` and ``no_grad``."""
         ...
 
     def to_device(self, batch: Any, device: str) -> Any:

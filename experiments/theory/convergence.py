@@ -1,7 +1,7 @@
-"""Theorems 2 and 3: how the gradient norm of NG+ falls, beside the printed and the corrected bound.
+"""Theorems 2 and 3: how the gradient norm of NG+ falls, compared with the printed and the corrected bound.
 
 Two finite sums with known constants, one convex, one not, are minimised by (6), (7) with L_k from samples
-drawn independently of the gradient's, renewed every 𝒯 steps. Both losses have a bounded slope, so that
+drawn independently of the gradient's, refreshed every 𝒯 steps. Both losses have a bounded slope, so that
 h₁ = λ and h₂ hold for every Θ, and L_Ψ is exact up to the data's largest eigenvalue.
 
     python -m experiments.theory.convergence --seed 0 --out results/theory/convergence
@@ -273,6 +273,9 @@ def expected_square(beta: float, steps: int, start: float, noise: Callable[[int]
         steps: made.
         start: x₁.
         noise: σ_k by k, the gradient's standard deviation.
+
+    Returns:
+        E x² after the last step.
     """
     square = start**2
     for k in range(1, steps + 1):
@@ -381,7 +384,7 @@ def draw(rows: Sequence[dict[str, Any]], folder: Path) -> None:
 
 
 def draw_slope(rows: Sequence[dict[str, Any]], folder: Path) -> None:
-    """The slope: mean squared gradient beside both bounds."""
+    """The slope: mean squared gradient compared with both bounds."""
     steps = [row["steps"] for row in rows]
     with figure(folder, "slope", (4.4, 3.4)) as fig:
         axis = fig.subplots()
@@ -484,7 +487,7 @@ def main(
     out: Annotated[Path, typer.Option(help="folder for tables and figures")] = Path("results/theory/convergence"),
     quick: Annotated[bool, typer.Option(help="few steps, for a first look")] = False,
 ) -> None:
-    """Decay of the gradient norm beside Theorem 3's bounds, and the errata of section 4.1."""
+    """Decay of the gradient norm compared with Theorem 3's bounds, and the errata of section 4.1."""
     run(seed, out, 500 if quick else 5_000)
 
 

@@ -1,4 +1,4 @@
-"""The paper's formulas that do not hold as printed, each beside its corrected form and an oracle.
+"""The paper's formulas that do not hold as printed, each compared with its corrected form and an oracle.
 
 Every function draws a small random instance in float64, computes the printed and the corrected form, and
 measures both against a dense computation that uses neither. The theorems' errata live with the theorems
@@ -105,6 +105,9 @@ def same_batch_direction(g: Array, a: Array, damping: float) -> Array:
         g: output gradients, (b, m).
         a: inputs, (b, n).
         damping: λ.
+
+    Returns:
+        The direction, (m, n).
     """
     norms = np.linalg.norm(a, axis=1, keepdims=True)
     U, G_tilde = (g * norms).T / np.sqrt(len(g)), a / (norms * np.sqrt(len(g)))
@@ -157,6 +160,9 @@ def row_sampling_error(
         b: samples.
         n: columns of G = U G̃.
         draws: sketches the median is over.
+
+    Returns:
+        The median.
     """
     U = rng.normal(size=(m, b)) / np.sqrt(b)
     G = U @ rng.normal(size=(b, n))
@@ -222,7 +228,7 @@ def momentum_matrix(rng: np.random.Generator) -> Erratum:
 
 
 def damped_twice(rng: np.random.Generator) -> Erratum:
-    """(12) into (6): L̃₀ = λ₀I leaves β^k λ₀ on the diagonal beside the λ of (6); start at 0 instead."""
+    """(12) into (6): L̃₀ = λ₀I leaves β^k λ₀ on the diagonal besides the λ of (6); start at 0 instead."""
     beta, damping, steps = 0.95, 0.3, 4
     gradients = rng.normal(size=(steps, 6, 8)) / 8
     G = gradients[-1]

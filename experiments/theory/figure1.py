@@ -41,7 +41,7 @@ class Ensemble(NamedTuple):
         return float((self.rows @ self.rows.mT).norm())
 
     def missed(self) -> float:
-        """‖EFIM − I ⊗ L/n‖/‖EFIM‖ in expectation: what lies off the diagonal blocks, √(1 − n/‖QQᵀ‖²)."""
+        """‖EFIM − I ⊗ L/n‖/‖EFIM‖ in expectation: what is off the diagonal blocks, √(1 − n/‖QQᵀ‖²)."""
         return math.sqrt(max(0.0, 1 - len(self.columns) / float((self.columns @ self.columns.mT).norm()) ** 2))
 
 
@@ -131,7 +131,7 @@ def draw_matrix(fig: Figure, axis: Axes, matrix: Tensor, title: str, limit: floa
 
 
 def draw_row(fig: Figure, row: Sequence[Axes], blocks: Blocks, label: str, *, neighbour: bool) -> None:
-    """L/n, the first block, and their difference or the block beside it, on one scale."""
+    """L/n, the first block, and their difference or the block next to it, on one scale."""
     limit = float(blocks.block.abs().max())
     draw_matrix(fig, row[0], blocks.scaled, "GFIM divided by n, L/n", limit)
     draw_matrix(fig, row[1], blocks.block, "1st block of the EFIM", limit)
@@ -182,7 +182,7 @@ def layer_rows(tasks: Sequence[str], *, samples: int, steps: int, seed: int, dat
 
 
 def draw_layers(rows: Sequence[dict[str, Any]], folder: Path) -> None:
-    """Real layers, a task a row: each form's error for the expected EFIM, its direction beside the exact one."""
+    """Real layers, a task a row: each form's error for the expected EFIM, its direction compared with the exact one."""
     tasks = {task: [row for row in rows if row["task"] == task] for task in dict.fromkeys(row["task"] for row in rows)}
     counts = [len({row["layer"] for row in own}) for own in tasks.values()]
     with figure(folder, "layers", (9.6, 2.0 + 0.27 * sum(counts) + 0.3 * len(tasks))) as fig:

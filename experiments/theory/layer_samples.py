@@ -20,7 +20,7 @@ from experiments.tasks import TASKS
 from experiments.tasks.protocol import Task
 from experiments.tasks.schnet.structure_batches import TARGET
 from experiments.theory.kronecker_forms import LayerSamples
-from experiments.theory.weight_uses import CONVOLUTIONS, LOOKUPS, Use, watch
+from experiments.theory.weight_uses import CONVOLUTIONS, LOOKUPS, Use, record_uses
 
 SCALE = "tiny"
 RATE = 2e-3
@@ -94,16 +94,16 @@ def train(task: Task, *, steps: int, seed: int) -> nn.Module:
     return model.eval()
 
 
-def doubled(batch: Any) -> Any:
+def to_double(batch: Any) -> Any:
     """A batch whose floating-point tensors are float64."""
     if isinstance(batch, Mapping):
-        return {key: doubled(value) for key, value in batch.items()}
+        return {key: to_double(value) for key, value in batch.items()}
     if isinstance(batch, tuple):
-        return tuple(map(doubled, batch))
+        return tuple(map(to_double, batch))
     return batch.double() if isinstance(batch, Tensor) and batch.is_floating_point() else batch
 
 
-def singles(task: Task, index: int, size: int, seed: int) -> Iterator[Any]:
+def split_batch(task: Task, index: int, size: int, seed: int) -> Iterator[Any]:
     """The samples of training batch `index` of epoch 0, each as a batch of its own.
 
     The joint batch is cut into as many parts as it has samples, for as many workers; the mean over the workers of
@@ -111,7 +111,7 @@ def singles(task: Task, index: int, size: int, seed: int) -> Iterator[Any]:
     """
     for rank in range(size):
         part = task.train_batches(0, seed, rank=rank, world_size=size)
-        yield doubled(next(islice(part, index, None)))
+        yield to_double(next(islice(part, index, None)))
 
 
 class Sample(NamedTuple):
@@ -122,7 +122,7 @@ class Sample(NamedTuple):
     a: Tensor
 
 
-def matrix_of(module: nn.Module, weight: Tensor, bias: Tensor | None) -> Tensor:
+def to_matrix(module: nn.Module, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A parameter's gradient as the paper's matrix: out × in, a bias as one more column; a table is width × rows."""
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return weight.mT
@@ -132,6 +132,13 @@ def matrix_of(module: nn.Module, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def factors(use: Use, gradient: Tensor) -> tuple[Tensor, Tensor]:
     """(g, a) of one use of a weight by one sample, given the gradient of its output: (κ, m) and (κ, n).
+
+    Args:
+        use: of a weight by one sample.
+        gradient: of its output.
+
+    Returns:
+        Output gradients (κ, m) and inputs (κ, n).
 
     Raises:
         ValueError: for a function whose factors are not known here, or a grouped convolution.
@@ -153,11 +160,11 @@ def factors(use: Use, gradient: Tensor) -> tuple[Tensor, Tensor]:
 
 def take(task: Task, model: nn.Module, batch: Any, layers: Sequence[str]) -> dict[str, Sample]:
     """Gradient and factors of each of `layers` for a batch of one sample."""
-    with watch(model) as seen:
+    with record_uses(model) as seen:
         loss = task.loss(model, batch)
     uses = {layer: [use for use in seen if use.layer == layer] for layer in layers}
     outputs = [use.output for each in uses.values() for use in each]
-    found = iter(torch.autograd.grad(loss, outputs + parameters_of(model, layers)))
+    found = iter(torch.autograd.grad(loss, outputs + get_parameters(model, layers)))
     pairs = {layer: [factors(use, next(found)) for use in each] for layer, each in uses.items()}
     samples = {}
     for layer in layers:
@@ -166,7 +173,7 @@ def take(task: Task, model: nn.Module, batch: Any, layers: Sequence[str]) -> dic
     return samples
 
 
-def parameters_of(model: nn.Module, layers: Sequence[str]) -> list[Tensor]:
+def get_parameters(model: nn.Module, layers: Sequence[str]) -> list[Tensor]:
     """Weight and bias, if there is one, of each of `layers`."""
     modules = [model.get_submodule(layer) for layer in layers]
     pairs = [(module.weight, getattr(module, "bias", None)) for module in modules]
@@ -174,10 +181,10 @@ def parameters_of(model: nn.Module, layers: Sequence[str]) -> list[Tensor]:
 
 
 def next_matrix(model: nn.Module, layer: str, gradients: Iterator[Tensor]) -> Tensor:
-    """The matrix of `layer`, from gradients in the order of `parameters_of`."""
+    """The matrix of `layer`, from gradients in the order of `get_parameters`."""
     module = model.get_submodule(layer)
     weight = next(gradients)
-    return matrix_of(module, weight, None if getattr(module, "bias", None) is None else next(gradients))
+    return to_matrix(module, weight, None if getattr(module, "bias", None) is None else next(gradients))
 
 
 class LayerPair(NamedTuple):
@@ -195,10 +202,13 @@ def gather(task: Task, model: nn.Module, *, samples: int, seed: int) -> list[Lay
         model: of the task, in evaluation mode; it is turned to float64.
         samples: of each of the two sets.
         seed: of the order in which the data is read.
+
+    Returns:
+        A pair of sets for each layer.
     """
     subject, model = SUBJECTS[task.name], model.double()
     sizes = (subject.size(batch) for batch in task.train_batches(0, seed))
-    parts = (part for index, size in enumerate(sizes) for part in singles(task, index, size, seed))
+    parts = (part for index, size in enumerate(sizes) for part in split_batch(task, index, size, seed))
     taken = [take(task, model, part, subject.layers) for part in islice(parts, 2 * samples)]
     return [_pair(layer, [each[layer] for each in taken]) for layer in subject.layers]
 

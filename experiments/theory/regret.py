@@ -185,6 +185,16 @@ def best_in_hindsight(
     Accelerated projected gradient descent with restarts, until the Frank-Wolfe gap ⟨∇F, W⟩ + R‖∇F‖ ≥ F − F*
     certifies it.
 
+    Args:
+        stream: the losses.
+        rounds: how many of them.
+        start: a point of the ball.
+        tolerance: of the total loss.
+        steps: at most.
+
+    Returns:
+        The point, and the gap that is certified.
+
     Raises:
         RuntimeError: the gap is still larger after `steps` steps.
     """
@@ -212,7 +222,7 @@ def checkpoints(rounds: int) -> list[int]:
 
 
 def measure_regret(stream: Stream) -> list[dict[str, Any]]:
-    """The regret of each method at each checkpoint, with the bounds beside it.
+    """The regret of each method at each checkpoint, with the bounds.
 
     `regret` is an upper value: the certified gap of the best point in hindsight is added.
     """
@@ -285,6 +295,9 @@ def potential(gradients: Array, epsilon: float, *, printed_matrix: bool = False)
         gradients: (T, m, n); m = n if ``printed_matrix``, or the shapes do not fit.
         epsilon: L_0 = εI.
         printed_matrix: whether to accumulate GᵀG.
+
+    Returns:
+        The sum and the logarithm.
     """
     start = epsilon * np.eye(gradients.shape[1])
     L, total = start, 0.0
@@ -473,7 +486,7 @@ def main(
     out: Annotated[Path, typer.Option(help="folder for tables and figure")] = Path("results/theory/regret"),
     quick: Annotated[bool, typer.Option(help="few rounds, for a first look")] = False,
 ) -> None:
-    """Regret of online NG+ beside its bound, and the errata of section 4.2."""
+    """Regret of online NG+ compared with its bound, and the errata of section 4.2."""
     run(seed, out, 300 if quick else 10_000)
 
 

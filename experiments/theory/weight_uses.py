@@ -1,6 +1,6 @@
 """What a forward pass uses its weights for, whatever modules the model is made of.
 
-torch's functions are watched, not its modules: schnetpack's Dense applies its activation inside, fairseq's attention
+torch's functions are recorded, not its modules: schnetpack's Dense applies its activation inside, fairseq's attention
 hands the weights of its projections to a function, a tied weight belongs to two modules. Nothing of `ngplus` is used,
 so that what is seen here can be an oracle for it.
 """
@@ -46,13 +46,19 @@ class Use(NamedTuple):
 
 
 @contextmanager
-def watch(model: nn.Module) -> Iterator[list[Use]]:
+def record_uses(model: nn.Module) -> Iterator[list[Use]]:
     """Every use of a weight of `model` while the context is open, in order.
+
+    Args:
+        model: whose weights are looked for.
+
+    Yields:
+        A list that grows with every use.
 
     Example:
         >>> import torch
         >>> model = nn.Sequential(nn.Linear(3, 2), nn.ReLU())
-        >>> with watch(model) as uses:
+        >>> with record_uses(model) as uses:
         ...     _ = model(torch.ones(5, 3))
         >>> [(use.layer, use.function, use.positions) for use in uses]
         [('0', 'linear', 5)]
@@ -62,18 +68,18 @@ def watch(model: nn.Module) -> Iterator[list[Use]]:
         if isinstance(weight := getattr(module, "weight", None), nn.Parameter):
             owners.setdefault(id(weight), (name, module))
     uses: list[Use] = []
-    with patch.multiple(F, **{name: _watched(name, owners, uses) for name in FUNCTIONS}):
+    with patch.multiple(F, **{name: _record_function(name, owners, uses) for name in FUNCTIONS}):
         yield uses
 
 
-def _watched(name: str, owners: Mapping[int, tuple[str, nn.Module]], uses: list[Use]) -> Callable[..., Tensor]:
+def _record_function(name: str, owners: Mapping[int, tuple[str, nn.Module]], uses: list[Use]) -> Callable[..., Tensor]:
     """The function of that name, which notes down what it is called with; all take inputs and weight first."""
     function = getattr(F, name)
 
-    def watched(inputs: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def record(inputs: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         output: Tensor = function(inputs, weight, *args, **kwargs)
         if owner := owners.get(id(weight)):
             uses.append(Use(*owner, name, inputs, output))
         return output
 
-    return watched
+    return record

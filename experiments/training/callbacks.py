@@ -10,27 +10,27 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from experiments.records.run_record import End, Epoch, Manifest
 
 
-class Observer(Protocol):
+class Callback(Protocol):
     """Told what happens in a run."""
 
-    def started(self, manifest: Manifest, epoch: int, steps_per_epoch: int) -> None:
+    def on_start(self, manifest: Manifest, epoch: int, steps_per_epoch: int) -> None:
         """The run begins, or goes on, after `epoch` epochs."""
         ...
 
-    def stepped(self, step_in_epoch: int) -> None:
+    def on_step(self, step_in_epoch: int) -> None:
         """A step was taken."""
         ...
 
-    def recorded(self, epoch: Epoch) -> None:
+    def on_epoch(self, epoch: Epoch) -> None:
         """An epoch was recorded."""
         ...
 
-    def ended(self, end: End) -> None:
+    def on_end(self, end: End) -> None:
         """The run is over."""
         ...
 
     def close(self) -> None:
-        """Release what the observer holds, however the run left off."""
+        """Release what the callback holds, however the run left off."""
         ...
 
 
@@ -40,7 +40,7 @@ class Lines:
     def __init__(self) -> None:
         self._console = Console(highlight=False, soft_wrap=True, file=sys.stdout)
 
-    def started(self, manifest: Manifest, epoch: int, steps_per_epoch: int) -> None:
+    def on_start(self, manifest: Manifest, epoch: int, steps_per_epoch: int) -> None:
         """Name the run and its data."""
         self._manifest = manifest
         self._name = f"{manifest.optimizer} seed {manifest.seed}"
@@ -48,14 +48,14 @@ class Lines:
         where = f"{manifest.task} {manifest.scale}, {manifest.dataset.name}, {manifest.device}"
         self._console.print(f"{self._name}: {where}{goes_on}", markup=False)
 
-    def stepped(self, step_in_epoch: int) -> None:
+    def on_step(self, step_in_epoch: int) -> None:
         """Nothing."""
 
-    def recorded(self, epoch: Epoch) -> None:
+    def on_epoch(self, epoch: Epoch) -> None:
         """Print the epoch."""
         self._console.print(self._line(epoch), markup=False)
 
-    def ended(self, end: End) -> None:
+    def on_end(self, end: End) -> None:
         """Print how it ended."""
         self._console.print(f"{self._name}: {end.reason} after {end.seconds:.1f} s", markup=False)
 
@@ -83,25 +83,25 @@ class Bar(Lines):
             transient=True,
         )
 
-    def started(self, manifest: Manifest, epoch: int, steps_per_epoch: int) -> None:
+    def on_start(self, manifest: Manifest, epoch: int, steps_per_epoch: int) -> None:
         """Start the bar."""
-        super().started(manifest, epoch, steps_per_epoch)
+        super().on_start(manifest, epoch, steps_per_epoch)
         self._bar = self._progress.add_task(f"epoch {epoch + 1}", total=steps_per_epoch)
         self._progress.start()
 
-    def stepped(self, step_in_epoch: int) -> None:
+    def on_step(self, step_in_epoch: int) -> None:
         """Move the bar."""
         self._progress.update(self._bar, completed=step_in_epoch)
 
-    def recorded(self, epoch: Epoch) -> None:
+    def on_epoch(self, epoch: Epoch) -> None:
         """Print the epoch and start the next bar."""
-        super().recorded(epoch)
+        super().on_epoch(epoch)
         self._progress.update(self._bar, completed=0, description=f"epoch {epoch.epoch + 1}")
 
-    def ended(self, end: End) -> None:
+    def on_end(self, end: End) -> None:
         """Take the bar away."""
         self.close()
-        super().ended(end)
+        super().on_end(end)
 
     def close(self) -> None:
         """Take the bar away."""
@@ -120,20 +120,20 @@ class TensorBoard:
 
         self._writer = SummaryWriter(folder)
 
-    def started(self, manifest: Manifest, epoch: int, steps_per_epoch: int) -> None:
+    def on_start(self, manifest: Manifest, epoch: int, steps_per_epoch: int) -> None:
         """Nothing."""
 
-    def stepped(self, step_in_epoch: int) -> None:
+    def on_step(self, step_in_epoch: int) -> None:
         """Nothing."""
 
-    def recorded(self, epoch: Epoch) -> None:
+    def on_epoch(self, epoch: Epoch) -> None:
         """Add a point to each curve."""
         own = {name: value for name, value in vars(epoch).items() if name not in ("epoch", "others")}
         for name, value in (own | dict(epoch.others)).items():
             if value is not None:
                 self._writer.add_scalar(name, value, epoch.epoch)
 
-    def ended(self, end: End) -> None:
+    def on_end(self, end: End) -> None:
         """Nothing."""
 
     def close(self) -> None:
@@ -141,7 +141,7 @@ class TensorBoard:
         self._writer.close()
 
 
-def terminal_observer(*, bar: bool) -> Observer:
+def make_terminal_callback(*, bar: bool) -> Callback:
     """Lines, with a bar on a terminal if it is wanted."""
     return Bar() if bar and sys.stdout.isatty() else Lines()
 

@@ -59,7 +59,7 @@ class Checkpointed:
 
 
 def checkpoint_path(folder: Path, task: str, scale: str, optimizer: str, seed: int) -> Path:
-    """Where the checkpoint of a run lies."""
+    """Where the checkpoint of a run is."""
     return folder / task / scale / f"{optimizer}-seed{seed}.pt"
 
 
@@ -96,6 +96,14 @@ def save_checkpoint(path: Path, parts: Checkpointed, position: Position, identit
 def load_checkpoint(path: Path, parts: Checkpointed, identity: Mapping[str, Any]) -> Position:
     """Restore the state of `parts` from a checkpoint, and return where the run is.
 
+    Args:
+        path: the file.
+        parts: changed in place.
+        identity: of the run that goes on from it.
+
+    Returns:
+        Where the run is.
+
     Raises:
         CheckpointError: for a file that is no checkpoint, or one of another run or model.
     """
@@ -122,6 +130,12 @@ def load_checkpoint(path: Path, parts: Checkpointed, identity: Mapping[str, Any]
 
 def read_identity(path: Path) -> dict[str, Any]:
     """The identity a checkpoint was saved with.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Plain values.
 
     Raises:
         CheckpointError: for a file that is no checkpoint.

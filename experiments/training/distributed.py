@@ -76,6 +76,13 @@ def leave_workers() -> None:
 def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
     """The device for ``"auto"``, ``"cpu"`` or ``"cuda"``.
 
+    Args:
+        wanted: as given on the command line.
+        local_rank: of this process on its machine, which GPU it takes.
+
+    Returns:
+        The device.
+
     Raises:
         UserError: for another name, or CUDA where there is none.
     """

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from experiments.config.recipe import Recipe
-from experiments.dataclass_io import one_of
+from experiments.dataclass_io import list_allowed
 from experiments.errors import UserError
 from experiments.records.provenance import device_name, git_state, versions
 from experiments.records.record_writer import RecordWriter
@@ -23,12 +23,12 @@ from experiments.records.run_record import (
     Manifest,
     Resumed,
     Run,
-    numbers_of,
     read_run,
     record_path,
+    select_numeric_settings,
 )
 from experiments.tasks import TASKS
-from experiments.training.callbacks import Observer, TensorBoard, terminal_observer
+from experiments.training.callbacks import Callback, TensorBoard, make_terminal_callback
 from experiments.training.checkpoint import CheckpointError, checkpoint_path
 from experiments.training.distributed import choose_device, join_workers
 from experiments.training.trainer import CheckpointPlan, Training
@@ -40,7 +40,7 @@ class RunOptions:
 
     Attributes:
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
-        data_dir: where the datasets lie.
+        data_dir: where the datasets are kept.
         results_dir: records go to ``<task>/<scale>/runs`` below.
         checkpoint_dir: checkpoints go to ``<task>/<scale>`` below; by default ``<results_dir>/checkpoints``.
         checkpoint_every_s: seconds between checkpoints inside an epoch; each epoch's end has one anyway.
@@ -59,60 +59,79 @@ class RunOptions:
     bar: bool = True
 
 
-def run(recipe: Recipe, optimizer: str, seed: int, options: RunOptions, observers: Sequence[Observer] = ()) -> Run:
+def run(recipe: Recipe, optimizer: str, seed: int, options: RunOptions, callbacks: Sequence[Callback] = ()) -> Run:
     """Train one optimizer from one seed, or what is left of it, and return the record.
 
     A finished run is returned as it is. Under ``torchrun`` every process must call this. An exception that one
-    of the `observers` raises ends the run where it is.
+    of the `callbacks` raises ends the run where it is.
+
+    Args:
+        recipe: what to run.
+        optimizer: its name in the recipe.
+        seed: of weights and batches.
+        options: how and where to run.
+        callbacks: called besides those that the options ask for.
+
+    Returns:
+        The record, finished or diverged.
 
     Raises:
-        UserError: for what the user can mend: an optimizer that the recipe does not have, a setting out of
+        UserError: for what the user can fix: an optimizer that the recipe does not have, a setting out of
             range, a damaged record, a run finished with other settings, a checkpoint of another run, a full
             disk.
     """
     workers = join_workers(choose_device(options.device).type)
-    done = workers.from_first(lambda: finished_run(recipe, optimizer, seed, options))
+    done = workers.from_first(lambda: read_finished_run(recipe, optimizer, seed, options))
     if done:
         return done
-    record = _record_of(recipe, optimizer, seed, options)
-    before = None if options.force else workers.from_first(lambda: _previous(record))
+    record = _record_path(recipe, optimizer, seed, options)
+    before = None if options.force else workers.from_first(lambda: _read_previous(record))
     task = TASKS[recipe.task](recipe.task_settings, scale=recipe.scale, data_dir=options.data_dir)
     device = choose_device(options.device, workers.local_rank)
     training = Training(recipe, optimizer, seed, task=task, device=device, workers=workers)
     manifest = workers.from_first(lambda: _manifest(recipe, optimizer, training))
     if before:
         manifest = replace(manifest, started_at=before.manifest.started_at)
-    _Run(training, manifest, options, observers).go(record, before)
+    _Run(training, manifest, options, callbacks).go(record, before)
     return workers.from_first(lambda: read_run(record))
 
 
-def finished_run(recipe: Recipe, optimizer: str, seed: int, options: RunOptions) -> Run | None:
+def read_finished_run(recipe: Recipe, optimizer: str, seed: int, options: RunOptions) -> Run | None:
     """The record of this run if it is finished and not to be run again.
+
+    Args:
+        recipe: what was run.
+        optimizer: its name in the recipe.
+        seed: of weights and batches.
+        options: how and where it was run.
+
+    Returns:
+        The record, ``None`` if there is something to run.
 
     Raises:
         UserError: for an optimizer that the recipe does not have, a damaged record, or a run finished with
             other settings.
     """
     check_optimizer(recipe, optimizer)
-    record = _record_of(recipe, optimizer, seed, options)
-    before = None if options.force else _previous(record)
+    record = _record_path(recipe, optimizer, seed, options)
+    before = None if options.force else _read_previous(record)
     if before is None or before.end is None:
         return None
-    _check_settings(before, recipe.settings_of(optimizer))
+    _check_settings(before, recipe.manifest_settings(optimizer))
     return before
 
 
 def check_optimizer(recipe: Recipe, optimizer: str) -> None:
     """Refuse an optimizer that the recipe does not have."""
     if optimizer not in recipe.optimizers:
-        raise UserError(f"optimizer = {optimizer!r}: not in {recipe.path}; {one_of(recipe.optimizers)}")
+        raise UserError(f"optimizer = {optimizer!r}: not in {recipe.path}; {list_allowed(recipe.optimizers)}")
 
 
-def _record_of(recipe: Recipe, optimizer: str, seed: int, options: RunOptions) -> Path:
+def _record_path(recipe: Recipe, optimizer: str, seed: int, options: RunOptions) -> Path:
     return record_path(options.results_dir, recipe.task, recipe.scale, optimizer, seed)
 
 
-def _previous(record: Path) -> Run | None:
+def _read_previous(record: Path) -> Run | None:
     """The record of a run as it was left, ``None`` if there is none with a whole line in it."""
     if not record.exists() or b"\n" not in record.read_bytes():
         return None
@@ -123,9 +142,9 @@ class _Run:
     """Takes a training through its epochs and writes down what happens."""
 
     def __init__(
-        self, training: Training, manifest: Manifest, options: RunOptions, observers: Sequence[Observer]
+        self, training: Training, manifest: Manifest, options: RunOptions, callbacks: Sequence[Callback]
     ) -> None:
-        self.given = observers
+        self.given = callbacks
         self.training, self.manifest, self.options = training, manifest, options
         folder = options.checkpoint_dir or options.results_dir / "checkpoints"
         name = (manifest.task, manifest.scale, manifest.optimizer, manifest.seed)
@@ -135,7 +154,7 @@ class _Run:
             identity=_identity(manifest),
         )
         self.writer: RecordWriter | None = None
-        self.observers: list[Observer] = []
+        self.callbacks: list[Callback] = []
 
     def go(self, record: Path, before: Run | None) -> None:
         """Run to the end."""
@@ -143,7 +162,7 @@ class _Run:
         with ExitStack() as stack:
             if self.training.workers.is_first:
                 self.writer = stack.enter_context(RecordWriter(record))
-                self.observers = [stack.enter_context(closing(each)) for each in self._make_observers()]
+                self.callbacks = [stack.enter_context(closing(each)) for each in self._make_callbacks()]
             if resumes:
                 self._resume(before)
             else:
@@ -174,7 +193,7 @@ class _Run:
         position = self.training.position
         if self.writer:
             self.writer.rewind(position.epoch)
-        self._tell_started()
+        self._call_on_start()
         device = device_name(str(self.training.device))
         self._write(
             Resumed(epoch=position.epoch, step=position.step, seconds=position.seconds, at=_now(), device=device)
@@ -186,14 +205,14 @@ class _Run:
         if self.writer:
             self.plan.path.unlink(missing_ok=True)
             self.writer.rewind(None)
-        self._tell_started()
+        self._call_on_start()
         self._write(self.manifest)
         self._write(self.training.measure(None, untrained))
 
     def _train(self) -> End:
         training = self.training
         while training.position.epoch < self.manifest.epochs:
-            train_loss = training.train_epoch(self.plan, self.observers)
+            train_loss = training.train_epoch(self.plan, self.callbacks)
             evaluation = training.evaluate()
             self._write(training.measure(train_loss, evaluation))
             if not (math.isfinite(train_loss) and math.isfinite(evaluation.loss)):
@@ -204,22 +223,22 @@ class _Run:
     def _write(self, event: Event) -> None:
         if self.writer:
             self.writer.write(event)
-        for observer in self.observers:
+        for callback in self.callbacks:
             if isinstance(event, Epoch):
-                observer.recorded(event)
+                callback.on_epoch(event)
             if isinstance(event, End):
-                observer.ended(event)
+                callback.on_end(event)
 
-    def _tell_started(self) -> None:
-        for observer in self.observers:
-            observer.started(self.manifest, self.training.position.epoch, self.training.steps_per_epoch)
+    def _call_on_start(self) -> None:
+        for callback in self.callbacks:
+            callback.on_start(self.manifest, self.training.position.epoch, self.training.steps_per_epoch)
 
-    def _make_observers(self) -> list[Observer]:
+    def _make_callbacks(self) -> list[Callback]:
         manifest = self.manifest
         name = f"{manifest.optimizer}-seed{manifest.seed}"
         folder = self.options.results_dir / "tensorboard" / manifest.task / manifest.scale / name
         return [
-            terminal_observer(bar=self.options.bar),
+            make_terminal_callback(bar=self.options.bar),
             *([TensorBoard(folder)] if self.options.tensorboard else []),
             *self.given,
         ]
@@ -233,7 +252,7 @@ def _manifest(recipe: Recipe, optimizer: str, training: Training) -> Manifest:
         scale=recipe.scale,
         optimizer=optimizer,
         seed=training.seed,
-        recipe=recipe.settings_of(optimizer),
+        recipe=recipe.manifest_settings(optimizer),
         git_sha=git_sha,
         git_dirty=git_dirty,
         versions=versions(),
@@ -256,14 +275,14 @@ def _identity(manifest: Manifest) -> dict[str, Any]:
     """What a checkpoint must share with a run that goes on from it."""
     named = {key: getattr(manifest, key) for key in ("task", "scale", "optimizer", "seed", "world_size")}
     own = {"started_at": manifest.started_at, "dataset.sha256": manifest.dataset.sha256}
-    return named | own | numbers_of(manifest.recipe)
+    return named | own | select_numeric_settings(manifest.recipe)
 
 
 def _check_settings(before: Run, settings: Mapping[str, Any]) -> None:
     """A setting that one of the two does not have is a difference: what it was by default may not be what it is."""
-    there, here = numbers_of(before.manifest.recipe), numbers_of(settings)
+    there, here = select_numeric_settings(before.manifest.recipe), select_numeric_settings(settings)
     different = [
-        f"{key} {_said(there, key, 'was')} and {_said(here, key, 'is')}"
+        f"{key} {_describe_setting(there, key, 'was')} and {_describe_setting(here, key, 'is')}"
         for key in sorted(there.keys() | here.keys())
         if key not in there or key not in here or there[key] != here[key]
     ]
@@ -274,5 +293,5 @@ def _check_settings(before: Run, settings: Mapping[str, Any]) -> None:
         )
 
 
-def _said(settings: Mapping[str, Any], key: str, verb: str) -> str:
+def _describe_setting(settings: Mapping[str, Any], key: str, verb: str) -> str:
     return f"{verb} {settings[key]!r}" if key in settings else f"{verb} not set"

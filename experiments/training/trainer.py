@@ -17,11 +17,11 @@ from torch.optim import Optimizer
 
 from experiments.config.recipe import OptimizerRecipe, Recipe
 from experiments.errors import UserError
-from experiments.optimizers.registry import entry_of
+from experiments.optimizers.registry import find_entry
 from experiments.optimizers.schedule_settings import Scheduler
 from experiments.records.run_record import Epoch
 from experiments.tasks.protocol import Evaluation, Task
-from experiments.training.callbacks import Observer
+from experiments.training.callbacks import Callback
 from experiments.training.checkpoint import (
     Checkpointed,
     Position,
@@ -87,12 +87,12 @@ class Training:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
 
-    def train_epoch(self, plan: CheckpointPlan, observers: list[Observer]) -> float:
+    def train_epoch(self, plan: CheckpointPlan, callbacks: list[Callback]) -> float:
         """Train what is left of the epoch.
 
         Args:
             plan: says when a checkpoint is due; saving is off the clock.
-            observers: told of each step.
+            callbacks: told of each step.
 
         Returns:
             The mean loss over the epoch's batches whose loss is finite, NaN if none is.
@@ -102,8 +102,8 @@ class Training:
         with self.clock.running():
             while (left := self.batches_per_epoch - self.position.batches) > 0:
                 self._step(batches, min(self.run.accumulate, left))
-                for observer in observers:
-                    observer.stepped(self.position.batches // self.run.accumulate)
+                for callback in callbacks:
+                    callback.on_step(self.position.batches // self.run.accumulate)
                 if self.position.batches < self.batches_per_epoch and self._checkpoint_is_due(plan):
                     with self.clock.paused():
                         self.save(plan)
@@ -154,6 +154,9 @@ class Training:
 
     def restore(self, plan: CheckpointPlan) -> None:
         """Go on from the checkpoint.
+
+        Args:
+            plan: where the checkpoint is, and whose it must be.
 
         Raises:
             UserError: for a file that is no checkpoint, or one of another run or model.
@@ -250,7 +253,7 @@ def _seed_everything(seed: int) -> None:
 
 def _build_optimizer(model: nn.Module, chosen: OptimizerRecipe, where: str) -> Optimizer:
     try:
-        return entry_of(chosen.name).build(model, chosen.settings)
+        return find_entry(chosen.name).build(model, chosen.settings)
     except (ValueError, TypeError) as error:
         raise UserError(f"{where}: {error}") from error
 

@@ -23,9 +23,9 @@ from scipy.stats.qmc import Sobol
 
 from experiments.config.recipe import Recipe
 from experiments.config.tuning_space import value_at
-from experiments.dataclass_io import plain
+from experiments.dataclass_io import to_table
 from experiments.errors import UserError
-from experiments.records.run_record import End, Epoch, Manifest, Run, numbers_of, read_run, record_path
+from experiments.records.run_record import End, Epoch, Manifest, Run, read_run, record_path, select_numeric_settings
 from experiments.training.run import RunOptions, run
 from experiments.tuning.trial import trial_recipe
 
@@ -78,12 +78,18 @@ class Search:
     def run(self, trials: int) -> list[Tried]:
         """Run trials until there are `trials`, and return all that there are, by number.
 
+        Args:
+            trials: how many there are to be in the end.
+
+        Returns:
+            The trials that are over.
+
         Raises:
             UserError: the folder has trials with other settings, or another process is at work there.
         """
         with self._locked():
             study = self._study()
-            while len(over := _over(study)) < trials:
+            while len(over := _list_over(study)) < trials:
                 self._run_next(study, len(over))
             return [self._tried(number, trial) for number, trial in enumerate(over)]
 
@@ -109,10 +115,12 @@ class Search:
 
     def _check_question(self, study: optuna.Study) -> None:
         """The trials of a study answer one question: all settings but the tuned ones are alike."""
-        settings = numbers_of(trial_recipe(self.recipe, self.optimizer, {}).settings_of(self.optimizer))
+        settings = select_numeric_settings(
+            trial_recipe(self.recipe, self.optimizer, {}).manifest_settings(self.optimizer)
+        )
         tuned = {f"optimizer.{key}" for key in self.space}
         question = {key: value for key, value in settings.items() if key not in tuned}
-        question |= {f"tuning.{key}": plain(where) for key, where in self.space.items()}
+        question |= {f"tuning.{key}": to_table(where) for key, where in self.space.items()}
         asked = json.loads(json.dumps(question))
         before = study.user_attrs.get("question", asked)
         study.set_user_attr("question", before)
@@ -127,10 +135,10 @@ class Search:
         values = {key: self._suggest(trial, key) for key in self.space}
         shown = ", ".join(f"{key} {value:g}" for key, value in values.items())
         print(f"{self.optimizer} trial {number}: {shown}", flush=True)
-        watcher = _Watcher(trial)
+        callback = _PruningCallback(trial)
         try:
-            watcher.catch_up(self._record(number))
-            finished = self._run_trial(number, values, watcher)
+            callback.catch_up(self._record(number))
+            finished = self._run_trial(number, values, callback)
         except optuna.TrialPruned:
             study.tell(trial, state=TrialState.PRUNED)
             return
@@ -140,7 +148,7 @@ class Search:
             trial.set_user_attr("ended", "diverged")
             study.tell(trial, state=TrialState.PRUNED)
         else:
-            study.tell(trial, _loss_of(finished.manifest, finished.best_metric))
+            study.tell(trial, _to_loss(finished.manifest, finished.best_metric))
 
     def _ask(self, study: optuna.Study, number: int) -> Trial:
         """The next trial: one that a killed process left, or the recipe's own settings, or a new draw."""
@@ -157,24 +165,25 @@ class Search:
         return study.ask()
 
     def _current(self) -> dict[str, float]:
-        settings = plain(self.recipe.optimizers[self.optimizer].settings)
+        settings = to_table(self.recipe.optimizers[self.optimizer].settings)
         return {key: where.clip(value_at(settings, key)) for key, where in self.space.items()}
 
     def _spread(self, number: int) -> dict[str, float]:
         """Point `number` of a Sobol sequence, from 1; its first four have one in each quarter of every range."""
         points = Sobol(max(_DIMENSIONS, len(self.space)), seed=self.seed).random_base2(3)
         return {
-            key: where.at(share) for (key, where), share in zip(self.space.items(), points[number - 1], strict=False)
+            key: where.interpolate(share)
+            for (key, where), share in zip(self.space.items(), points[number - 1], strict=False)
         }
 
     def _suggest(self, trial: Trial, key: str) -> float:
         where = self.space[key]
         return float(f"{trial.suggest_float(key, where.low, where.high, log=where.log):.{DIGITS}g}")
 
-    def _run_trial(self, number: int, values: Mapping[str, float], watcher: "_Watcher") -> Run:
+    def _run_trial(self, number: int, values: Mapping[str, float], callback: "_PruningCallback") -> Run:
         recipe = trial_recipe(self.recipe, self.optimizer, values)
         options = replace(self.options, results_dir=self._results(number))
-        return run(recipe, self.optimizer, self.seed, options, observers=(watcher,))
+        return run(recipe, self.optimizer, self.seed, options, callbacks=(callback,))
 
     def _results(self, number: int) -> Path:
         return self.folder / "trials" / f"{number:03d}"
@@ -189,7 +198,7 @@ class Search:
         return Tried(number=number, ended=ended, settings=settings, run=record)
 
 
-class _Watcher:
+class _PruningCallback:
     """Reports a trial's epochs to the pruner, and ends a trial that is worse than the median."""
 
     def __init__(self, trial: Trial) -> None:
@@ -201,35 +210,35 @@ class _Watcher:
         if not record.exists() or b"\n" not in record.read_bytes():
             return
         before = read_run(record)
-        self.started(before.manifest, 0, 0)
+        self.on_start(before.manifest, 0, 0)
         for epoch in before.epochs:
-            self.recorded(epoch)
+            self.on_epoch(epoch)
 
-    def started(self, manifest: Manifest, epoch: int, steps_per_epoch: int) -> None:
+    def on_start(self, manifest: Manifest, epoch: int, steps_per_epoch: int) -> None:
         self._manifest = manifest
 
-    def stepped(self, step_in_epoch: int) -> None:
+    def on_step(self, step_in_epoch: int) -> None:
         pass
 
-    def recorded(self, epoch: Epoch) -> None:
+    def on_epoch(self, epoch: Epoch) -> None:
         if epoch.epoch == 0 or epoch.metric is None or epoch.epoch in self._reported:
             return
         self._reported.add(epoch.epoch)
-        self._trial.report(_loss_of(self._manifest, epoch.metric), epoch.epoch)
+        self._trial.report(_to_loss(self._manifest, epoch.metric), epoch.epoch)
         if self._trial.should_prune():
             raise optuna.TrialPruned
 
-    def ended(self, end: End) -> None:
+    def on_end(self, end: End) -> None:
         pass
 
     def close(self) -> None:
         pass
 
 
-def _over(study: optuna.Study) -> list[FrozenTrial]:
+def _list_over(study: optuna.Study) -> list[FrozenTrial]:
     return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
 
 
-def _loss_of(manifest: Manifest, metric: float) -> float:
+def _to_loss(manifest: Manifest, metric: float) -> float:
     """The metric as Optuna minimises it."""
     return -metric if manifest.metric.higher_is_better else metric

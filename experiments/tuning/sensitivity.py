@@ -11,13 +11,13 @@ from experiments.analysis.figures import heatmaps
 from experiments.config.recipe import Recipe
 from experiments.config.sensitivity_grid import Grid, Sensitivity
 from experiments.config.tuning_space import value_at
-from experiments.dataclass_io import one_of
+from experiments.dataclass_io import list_allowed
 from experiments.errors import UserError
 from experiments.launch.jobs import Job, run_jobs
 from experiments.records.run_record import Run, read_run, record_path
 from experiments.training.run import RunOptions
 from experiments.tuning.trial import trial_changes
-from experiments.tuning.trials_table import course_of, write_rows
+from experiments.tuning.trials_table import summarise_course, write_rows
 
 
 def measure(
@@ -29,7 +29,7 @@ def measure(
     workers: int = 1,
     threads: int | None = None,
 ) -> Path:
-    """Run what is not finished of the grids, and write ``sensitivity.csv`` and heat maps beside the results.
+    """Run what is not finished of the grids, and write ``sensitivity.csv`` and heat maps next to the results.
 
     A run that fails, or is interrupted, leaves its row out; the file holds what there is in any case, and the rows that
     it had of the recipe's other grids.
@@ -54,15 +54,15 @@ def measure(
     try:
         run_jobs(list(jobs.values()), workers=workers, threads=threads)
     finally:
-        _write([(grid, cell) for grid in grids for cell in _finished(recipe, grid, folder)], recipe, grids, csv)
+        _write([(grid, cell) for grid in grids for cell in _read_finished(recipe, grid, folder)], recipe, grids, csv)
     return csv
 
 
 def _chosen(recipe: Recipe, names: Sequence[str] | None) -> list[Grid]:
-    grids = {grid.name: grid for grid in _asked(recipe).grids}
+    grids = {grid.name: grid for grid in _require_sensitivity(recipe).grids}
     for name in names or ():
         if name not in grids:
-            raise UserError(f"grid = {name!r}: is not in {recipe.path}; {one_of(grids)}")
+            raise UserError(f"grid = {name!r}: is not in {recipe.path}; {list_allowed(grids)}")
     return [grid for name, grid in grids.items() if not names or name in names]
 
 
@@ -71,12 +71,12 @@ def _write(cells: Sequence[tuple[Grid, Run]], recipe: Recipe, grids: Sequence[Gr
         return
     rows, course = [], []
     for grid, run in cells:
-        course = course_of(run)
+        course = summarise_course(run)
         settings = {_short(key): value_at(run.manifest.recipe["optimizer"], key) for key in grid.axes}
         rows.append({"grid": grid.name, "ended": run.end.reason, **settings, **course})
     table = _with_others(pd.DataFrame(rows), recipe, grids, csv)
     # Each grid has settings of its own, which would otherwise come last.
-    axes = [_short(key) for grid in _asked(recipe).grids for key in grid.axes]
+    axes = [_short(key) for grid in _require_sensitivity(recipe).grids for key in grid.axes]
     settings = [name for name in dict.fromkeys(axes) if name in table.columns]
     table = table[["grid", "ended", *settings, *course]]
     write_rows(table, csv)
@@ -95,20 +95,20 @@ def _with_others(table: pd.DataFrame, recipe: Recipe, grids: Sequence[Grid], csv
     if not csv.exists():
         return table
     before = pd.read_csv(csv)
-    order = [grid.name for grid in _asked(recipe).grids]
+    order = [grid.name for grid in _require_sensitivity(recipe).grids]
     others = before[before.grid.isin(set(order) - {grid.name for grid in grids})]
     whole = pd.concat([each for each in (others, table) if len(each)], ignore_index=True)
     return whole.sort_values("grid", key=lambda names: names.map(order.index), kind="stable")
 
 
-def _asked(recipe: Recipe) -> Sensitivity:
+def _require_sensitivity(recipe: Recipe) -> Sensitivity:
     if recipe.sensitivity is None:
         raise UserError(f"{recipe.path}: has no table [sensitivity]")
     return recipe.sensitivity
 
 
 def _jobs(recipe: Recipe, grid: Grid, options: RunOptions, folder: Path) -> list[Job]:
-    asked = _asked(recipe)
+    asked = _require_sensitivity(recipe)
     return [
         Job(
             task=recipe.task,
@@ -123,21 +123,21 @@ def _jobs(recipe: Recipe, grid: Grid, options: RunOptions, folder: Path) -> list
 
 
 def _changes(recipe: Recipe, cell: Mapping[str, Any]) -> dict[str, Any]:
-    asked = _asked(recipe)
+    asked = _require_sensitivity(recipe)
     return trial_changes(recipe, asked.optimizer, cell, asked.epochs)
 
 
 def _place(recipe: Recipe, cell: Mapping[str, Any], folder: Path) -> Path:
     """A folder for each set of changes, whichever grids it is in; what is as in the recipe is no change."""
-    own = recipe.settings_of(_asked(recipe).optimizer)["optimizer"]
+    own = recipe.manifest_settings(_require_sensitivity(recipe).optimizer)["optimizer"]
     changed = sorted(key for key, value in cell.items() if value_at(own, key) != value)
     name = ",".join(f"{key}={cell[key]}" for key in changed) or "as-it-is"
     return folder / recipe.task / recipe.scale / name
 
 
-def _finished(recipe: Recipe, grid: Grid, folder: Path) -> list[Run]:
+def _read_finished(recipe: Recipe, grid: Grid, folder: Path) -> list[Run]:
     """The runs of a grid that are over."""
-    optimizer, seed = _asked(recipe).optimizer, recipe.run.tuning_seed
+    optimizer, seed = _require_sensitivity(recipe).optimizer, recipe.run.tuning_seed
     places = [_place(recipe, cell, folder) for cell in grid.cells()]
     records = [record_path(place, recipe.task, recipe.scale, optimizer, seed) for place in places]
     runs = [read_run(record) for record in records if record.exists() and b"\n" in record.read_bytes()]

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from experiments.config.recipe import Recipe
-from experiments.dataclass_io import plain
+from experiments.dataclass_io import to_table
 
 # The fields of schedules that are lengths: a shorter trial goes through the whole schedule in miniature.
 _LENGTHS = ("max_epoch", "warmup_epochs", "hold_epochs", "every_epochs", "warmup_updates")
@@ -17,8 +17,11 @@ def trial_recipe(recipe: Recipe, optimizer: str, values: Mapping[str, float]) ->
         recipe: has a ``[tuning]`` table.
         optimizer: which one is tuned.
         values: of the tuned settings, by dotted key below the optimizer's table.
+
+    Returns:
+        The recipe to run.
     """
-    return recipe.changed(trial_changes(recipe, optimizer, values, recipe.tuning.epochs))
+    return recipe.override(trial_changes(recipe, optimizer, values, recipe.tuning.epochs))
 
 
 def trial_changes(recipe: Recipe, optimizer: str, values: Mapping[str, Any], epochs: int) -> dict[str, Any]:
@@ -29,18 +32,21 @@ def trial_changes(recipe: Recipe, optimizer: str, values: Mapping[str, Any], epo
         optimizer: which one is tried.
         values: of its settings, by dotted key below its table.
         epochs: of the trial.
+
+    Returns:
+        Values by dotted key of the recipe.
     """
     changes: dict[str, Any] = {"run.report_split": "validation", "run.epochs": epochs}
     factor = epochs / recipe.run.epochs
     if factor != 1:
-        changes |= dict(_scaled(recipe, optimizer, factor))
+        changes |= dict(_scale_schedules(recipe, optimizer, factor))
     return changes | {f"optimizers.{optimizer}.{key}": value for key, value in values.items()}
 
 
-def _scaled(recipe: Recipe, optimizer: str, factor: float) -> Iterator[tuple[str, float]]:
+def _scale_schedules(recipe: Recipe, optimizer: str, factor: float) -> Iterator[tuple[str, float]]:
     chosen = recipe.optimizers[optimizer]
     for name in ("schedule", "damping_schedule"):
-        table: dict[str, Any] = plain(getattr(chosen, name)) or {}
+        table: dict[str, Any] = to_table(getattr(chosen, name)) or {}
         for key in _LENGTHS:
             if key in table:
                 length = table[key] * factor

@@ -1,4 +1,4 @@
-"""``tuning.csv``: a row a trial, all optimizers of a task at a scale, beside its results."""
+"""``tuning.csv``: a row a trial, all optimizers of a task at a scale, next to its results."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +22,7 @@ def record_trials(path: Path, optimizer: str, trials: Sequence[Tried]) -> pd.Dat
     others = pd.read_csv(path) if path.exists() else own.iloc[:0]
     others = others[others["optimizer"] != optimizer]
     whole = pd.concat([each for each in (others, own) if len(each)])
-    whole = whole[_ordered(list(whole.columns), list(own.columns))]
+    whole = whole[_order_columns(list(whole.columns), list(own.columns))]
     write_rows(whole, path)
     return whole
 
@@ -35,7 +35,7 @@ def write_rows(table: pd.DataFrame, path: Path) -> None:
     partial.replace(path)
 
 
-def course_of(run: Run) -> dict[str, Any]:
+def summarise_course(run: Run) -> dict[str, Any]:
     """The columns for what a run was and came to."""
     manifest, last = run.manifest, run.epochs[-1]
     return {
@@ -49,7 +49,7 @@ def course_of(run: Run) -> dict[str, Any]:
 
 
 _HEAD = ["optimizer", "trial", "ended"]
-_TAIL = 6  # the columns of `course_of`
+_TAIL = 6  # the columns of `summarise_course`
 
 
 def _row(tried: Tried) -> dict[str, Any]:
@@ -59,10 +59,10 @@ def _row(tried: Tried) -> dict[str, Any]:
         "trial": tried.number,
         "ended": tried.ended,
         **settings,
-        **course_of(tried.run),
+        **summarise_course(tried.run),
     }
 
 
-def _ordered(columns: list[str], own: list[str]) -> list[str]:
+def _order_columns(columns: list[str], own: list[str]) -> list[str]:
     tail = own[-_TAIL:]
     return [*_HEAD, *(name for name in columns if name not in (*_HEAD, *tail)), *tail]

@@ -34,8 +34,10 @@ def tune(
     """
     tried = Search(recipe, optimizer, options, folder).run(recipe.tuning.trials if trials is None else trials)
     csv = options.results_dir / recipe.task / recipe.scale / "tuning.csv"
-    best = best_of(tried)
-    source = f"tuned on the validation split at seed {best.run.manifest.seed}, {len(tried)} trials: {_named(csv)}"
+    best = pick_best(tried)
+    source = (
+        f"tuned on the validation split at seed {best.run.manifest.seed}, {len(tried)} trials: {_shorten_path(csv)}"
+    )
     with FileLock(folder / "write.lock"):
         record_trials(csv, optimizer, tried)
         if write:
@@ -46,14 +48,20 @@ def tune(
     return best
 
 
-def _named(path: Path) -> str:
+def _shorten_path(path: Path) -> str:
     """A path as whoever has the repository finds it."""
     whole = path.resolve()
     return (whole.relative_to(REPOSITORY) if whole.is_relative_to(REPOSITORY) else path).as_posix()
 
 
-def best_of(tried: list[Tried]) -> Tried:
+def pick_best(tried: list[Tried]) -> Tried:
     """The trial with the best metric of those that came to their end; the first of equals.
+
+    Args:
+        tried: trials that are over.
+
+    Returns:
+        The best of them.
 
     Raises:
         UserError: none came to its end.

@@ -3,7 +3,7 @@ from typing import ClassVar, Literal
 
 import pytest
 
-from experiments.dataclass_io import SettingsError, plain, read_settings
+from experiments.dataclass_io import SettingsError, read_settings, to_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +72,8 @@ def test_a_table_of_every_type_is_read():
 
 def test_reading_what_plain_wrote_gives_the_same():
     drawing = read_settings(Drawing, {"shape": {"kind": "circle", "radius": 1.5}, "count": 1}, "f")
-    assert plain(drawing)["shape"] == {"kind": "circle", "radius": 1.5}
-    assert read_settings(Drawing, plain(drawing), "f") == drawing
+    assert to_table(drawing)["shape"] == {"kind": "circle", "radius": 1.5}
+    assert read_settings(Drawing, to_table(drawing), "f") == drawing
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from experiments.analysis.comparable_runs import Comparable, load_comparable
-from experiments.analysis.figures.palette import colour_of, dashes_of
+from experiments.analysis.figures.palette import pick_colour, pick_dashes
 from experiments.analysis.outcomes import STANDARD_ERROR
 from experiments.records.run_record import Epoch, Run
 
@@ -59,7 +59,15 @@ class Curve:
 
 
 def draw(results_dir: Path, task: str, scale: str) -> tuple[Path, Path]:
-    """Write ``curves.svg`` and ``curves.png`` beside the runs; the line is the median over seeds, the band their range.
+    """Write ``curves.svg`` and ``curves.png`` next to the runs: medians over seeds, their range as a band.
+
+    Args:
+        results_dir: where the records are.
+        task: the task's name.
+        scale: a scale that it has a recipe for.
+
+    Returns:
+        The SVG and the PNG file.
 
     Raises:
         UserError: there is no finished run.
@@ -135,21 +143,21 @@ def legend_below(made: Figure, ax: Axes, title: str | None = None) -> None:
 
 
 def _draw_row(row: np.ndarray, runs: dict[str, list[Run]], panel: Panel) -> None:
-    curves = {name: curve_of(own, panel.value) for name, own in runs.items()}
+    curves = {name: summarise_curve(own, panel.value) for name, own in runs.items()}
     others = other_devices(runs)
-    lost, opacity = diverged(runs), min(0.18, BANDS / len(runs))
+    lost, opacity = count_diverged(runs), min(0.18, BANDS / len(runs))
     for name, curve in curves.items():
         label = name
         if name in lost:
             label += f" ({lost[name]} diverged)"
         if name in others:
             label += f" (on {others[name]})"
-        style = {"color": colour_of(name), "linestyle": dashes_of(name, list(runs))}
+        style = {"color": pick_colour(name), "linestyle": pick_dashes(name, list(runs))}
         for ax, x in zip(row, (curve.epochs, curve.seconds), strict=True):
             ax.fill_between(x, curve.low, curve.high, color=style["color"], alpha=opacity, linewidth=0)
             ax.plot(x, curve.median, label=label, linewidth=1.6, **style)
     # The untrained model and a divergence would squeeze what matters into a corner.
-    _limit(row[0], span_of(list(curves.values()), logarithmic=panel.lower_is_better))
+    _limit(row[0], find_span(list(curves.values()), logarithmic=panel.lower_is_better))
 
 
 def other_devices(runs: dict[str, list[Run]]) -> dict[str, str]:
@@ -161,7 +169,7 @@ def other_devices(runs: dict[str, list[Run]]) -> dict[str, str]:
     return {name: devices for name, devices in found.items() if devices != first}
 
 
-def diverged(runs: dict[str, list[Run]]) -> dict[str, str]:
+def count_diverged(runs: dict[str, list[Run]]) -> dict[str, str]:
     """``"3 of 5"`` for each optimizer of which runs diverged: from there on they are in no median."""
     counts = {
         name: sum(run.end is not None and run.end.reason == "diverged" for run in own) for name, own in runs.items()
@@ -169,7 +177,7 @@ def diverged(runs: dict[str, list[Run]]) -> dict[str, str]:
     return {name: f"{count} of {len(runs[name])}" for name, count in counts.items() if count}
 
 
-def curve_of(runs: list[Run], value: Callable[[Epoch], float | None]) -> Curve:
+def summarise_curve(runs: list[Run], value: Callable[[Epoch], float | None]) -> Curve:
     """Median and range over seeds of one value; an epoch in which no seed has it is left out."""
     found: dict[int, list[tuple[float, float]]] = {}
     for run in runs:
@@ -196,7 +204,7 @@ class Span:
     logarithmic: bool
 
 
-def span_of(curves: list[Curve], *, logarithmic: bool) -> Span | None:
+def find_span(curves: list[Curve], *, logarithmic: bool) -> Span | None:
     """The medians from the first trained epoch on, with a margin; ``None`` if they are all the same.
 
     With `logarithmic` the axis is, if the values are positive and far apart: what falls by factors shows there.

@@ -19,12 +19,15 @@ _COURSE = ("grid", "ended", "seed", "split", "epochs", "loss")
 
 
 def draw(csv: Path, title: str, *, higher_is_better: bool) -> tuple[Path, Path]:
-    """Write ``sensitivity.svg`` and ``.png`` beside the file.
+    """Write ``sensitivity.svg`` and ``.png`` next to the file.
 
     Args:
         csv: what `tuning.sensitivity` wrote.
         title: of the figure.
         higher_is_better: of the metric; darker cells are better.
+
+    Returns:
+        The SVG and the PNG file.
     """
     with mpl.rc_context(STYLE | {"axes.grid": False}):
         return save(figure(pd.read_csv(csv), title, higher_is_better=higher_is_better), csv.with_suffix(""))

@@ -26,17 +26,17 @@ ON_DARK = {
 DASHES = ("solid", "dashed", "dashdot", "dotted")
 
 
-def colour_of(optimizer: str) -> str:
+def pick_colour(optimizer: str) -> str:
     """The colour of an optimizer; a suffix does not change it."""
     return COLOURS.get(optimizer.partition("-")[0], OTHER)
 
 
-def colour_on_dark(optimizer: str) -> str:
+def lighten_colour(optimizer: str) -> str:
     """The same for a dark ground."""
-    return ON_DARK.get(optimizer.partition("-")[0], colour_of(optimizer))
+    return ON_DARK.get(optimizer.partition("-")[0], pick_colour(optimizer))
 
 
-def dashes_of(optimizer: str, shown: list[str]) -> str:
+def pick_dashes(optimizer: str, shown: list[str]) -> str:
     """The line style that tells an optimizer from the others of its colour among those `shown`."""
-    alike = [name for name in sorted(shown) if colour_of(name) == colour_of(optimizer)]
+    alike = [name for name in sorted(shown) if pick_colour(name) == pick_colour(optimizer)]
     return DASHES[alike.index(optimizer) % len(DASHES)]

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import pandas as pd
 
-from experiments.analysis.report.results_folder import in_words
+from experiments.analysis.report.results_folder import format_cell
 
 _FIGURE = re.compile(r"(?:missed|∞|[-–−]?[\d.,]+(?:e[-+]?\d+)?[×%]?)(?: ?[±\[].*)?")
 
@@ -24,7 +24,7 @@ class Table:
         header: names of the columns.
         rows: cells in words.
         rerun: the commands that make it again.
-        notes: what a reader needs to know beside it.
+        notes: what a reader needs to know about it.
         folded: whether it is closed until it is asked for.
     """
 
@@ -95,7 +95,7 @@ class Figure:
         rerun: the commands that make them again.
         legend: the optimizers, each of which can be left out; empty where a chart has its own legend.
         axes: what they can be drawn against, the first one at first.
-        notes: what a reader needs to know beside them.
+        notes: what a reader needs to know about them.
     """
 
     kind: ClassVar = "figure"
@@ -132,7 +132,7 @@ class Line:
 
 @dataclass(frozen=True, kw_only=True)
 class Links:
-    """Files beside the page, by their names and addresses."""
+    """Files next to the page, by their names and addresses."""
 
     kind: ClassVar = "links"
     text: str
@@ -152,8 +152,8 @@ class Section:
     parts: Sequence["Section"] = field(default_factory=tuple)
 
 
-def table_of(frame: pd.DataFrame, caption: str, rerun: Sequence[str], **more: Any) -> Table:
+def make_table(frame: pd.DataFrame, caption: str, rerun: Sequence[str], **more: Any) -> Table:
     """Every row and column of a CSV file."""
-    rows = [[in_words(cell) for cell in row] for row in frame.itertuples(index=False, name=None)]
+    rows = [[format_cell(cell) for cell in row] for row in frame.itertuples(index=False, name=None)]
     header = [str(name).replace("_", " ") for name in frame.columns]
     return Table(caption=caption, header=header, rows=rows, rerun=rerun, **more)

@@ -6,7 +6,7 @@ from typing import Any
 
 import altair as alt
 
-from experiments.analysis.figures.palette import colour_of, colour_on_dark, dashes_of
+from experiments.analysis.figures.palette import lighten_colour, pick_colour, pick_dashes
 from experiments.analysis.report.blocks import Key
 
 DASHES = {"solid": (1, 0), "dashed": (6, 3), "dashdot": (7, 3, 2, 3), "dotted": (2, 3)}
@@ -18,9 +18,9 @@ def keys(names: Sequence[str]) -> list[Key]:
     return [
         Key(
             name=name,
-            light=colour_of(name),
-            dark=colour_on_dark(name),
-            dashes=DASHES[dashes_of(name, list(names))],
+            light=pick_colour(name),
+            dark=lighten_colour(name),
+            dashes=DASHES[pick_dashes(name, list(names))],
         )
         for name in names
     ]
@@ -39,17 +39,17 @@ def colours(legend: Sequence[Key]) -> alt.Scale:
     )
 
 
-def dashed(legend: Sequence[Key]) -> alt.Scale:
+def make_dash_scale(legend: Sequence[Key]) -> alt.Scale:
     """The scale that gives each name its dashes."""
     return alt.Scale(domain=[key.name for key in legend], range=[list(key.dashes) for key in legend])
 
 
-def rounded(value: float) -> float | None:
+def round_value(value: float) -> float | None:
     """To six significant digits: more cannot be seen, and are not the same on every machine."""
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
-def finished(
+def finish_chart(
     chart: alt.TopLevelMixin, summary: str, *parameters: alt.Parameter, height: int = HEIGHT
 ) -> dict[str, Any]:
     """The specification, as wide as the page lets it be and with a text in its place."""

@@ -6,7 +6,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from experiments.analysis.report import rerun_commands, scripts
 from experiments.analysis.report.blocks import Block, Section
-from experiments.analysis.report.results_folder import SCALES, Shelf, Study
+from experiments.analysis.report.results_folder import SCALES, ResultsFolder, Study
 from experiments.analysis.report.sections import (
     cost_section,
     glance_section,
@@ -21,7 +21,13 @@ from experiments.errors import UserError
 def build(results_dir: Path) -> Path:
     """Write ``report/index.html`` into the results, from what is recorded there and nothing else.
 
-    The same records give the same bytes, wherever the folder lies. What cannot be read is named on the page.
+    The same records give the same bytes, wherever the folder is. What cannot be read is named on the page.
+
+    Args:
+        results_dir: where the records are; the page is written into it.
+
+    Returns:
+        The page.
 
     Raises:
         UserError: there is no such folder.
@@ -38,17 +44,17 @@ def build(results_dir: Path) -> Path:
 
 def render(results_dir: Path) -> str:
     """The page."""
-    shelf = Shelf(results_dir)
-    names = [*task_section.TITLES, *shelf.foreign_tasks(task_section.TITLES)]
+    results = ResultsFolder(results_dir)
+    names = [*task_section.TITLES, *results.foreign_tasks(task_section.TITLES)]
     for name in names[len(task_section.TITLES) :]:
-        shelf.complain(f"{name}: is no task of this repository")
-    studies = {task: _studies(shelf, task) for task in names}
-    judged = verdict_section.read(shelf)
+        results.warn(f"{name}: is no task of this repository")
+    studies = {task: _studies(results, task) for task in names}
+    judged = verdict_section.read(results)
     sections = [
-        *(task_section.section(shelf, task, studies[task]) for task in names),
+        *(task_section.section(results, task, studies[task]) for task in names),
         _profiles(studies),
-        cost_section.section(shelf),
-        theory_section.section(shelf),
+        cost_section.section(results),
+        theory_section.section(results),
     ]
     vega, own = scripts.vega(), scripts.own()
     return (
@@ -62,15 +68,15 @@ def render(results_dir: Path) -> str:
             tally=verdict_section.tally(judged),
             glance=glance_section.block(studies),
             sections=sections,
-            complaints=shelf.complaints,
+            warnings=results.warnings,
             commands=rerun_commands,
             slug=task_section.slug,
         )
     )
 
 
-def _studies(shelf: Shelf, task: str) -> dict[str, Study]:
-    return {scale: study for scale in shelf.scales(task) if (study := shelf.study(task, scale)) is not None}
+def _studies(results: ResultsFolder, task: str) -> dict[str, Study]:
+    return {scale: study for scale in results.scales(task) if (study := results.study(task, scale)) is not None}
 
 
 def _profiles(studies: dict[str, dict[str, Study]]) -> Section:

@@ -25,7 +25,7 @@ _THEORY = {"figure1": "make reproduce-figure1", "costs": "python -m experiments.
 
 
 def train(task: str, scale: str) -> str:
-    """Train the task's runs anew, into ``build/results``."""
+    """Train the task's runs again, into ``build/results``."""
     if task in TARGETS:
         return f"make reproduce-{TARGETS[task]} SCALE={scale}"
     return f"python -m experiments run {task} --scale {scale}"
@@ -37,7 +37,7 @@ def table(task: str, scale: str) -> str:
 
 
 def tune(task: str, scale: str) -> str:
-    """Search the settings anew."""
+    """Search the settings again."""
     if task in TARGETS:
         return f"make tune-{TARGETS[task]} SCALE={scale}"
     return f"python -m experiments tune {task} --scale {scale}"

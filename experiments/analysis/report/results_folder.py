@@ -30,18 +30,18 @@ class Study:
     frame: pd.DataFrame
 
 
-class Shelf:
-    """Reads under one folder and keeps, in ``complaints``, what could not be read; no absolute path is in them."""
+class ResultsFolder:
+    """Reads under one folder and keeps, in ``warnings``, what could not be read; no absolute path is in them."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.complaints: list[str] = []
+        self.warnings: list[str] = []
 
-    def complain(self, text: object) -> None:
-        """Keep a complaint, once."""
+    def warn(self, text: object) -> None:
+        """Keep a warning, once."""
         said = str(text).replace(f"{self.root}/", "")
-        if said not in self.complaints:
-            self.complaints.append(said)
+        if said not in self.warnings:
+            self.warnings.append(said)
 
     def study(self, task: str, scale: str) -> Study | None:
         """The runs of a task at a scale, ``None`` if none is left."""
@@ -51,14 +51,14 @@ class Shelf:
             comparable = load_comparable(self.root, task, scale)
             frame = summarise(comparable)
         except UserError as error:
-            self.complain(error)
+            self.warn(error)
             return None
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             # A record in the right form can still hold what no statistics can be made of.
-            self.complain(f"{task}/{scale}/runs: cannot be compared: {error}")
+            self.warn(f"{task}/{scale}/runs: cannot be compared: {error}")
             return None
-        for complaint in comparable.complaints:
-            self.complain(complaint)
+        for warning in comparable.warnings:
+            self.warn(warning)
         return Study(comparable=comparable, frame=frame)
 
     def csv(self, place: str, columns: Iterable[str] = ()) -> pd.DataFrame | None:
@@ -69,10 +69,10 @@ class Shelf:
         try:
             table = pd.read_csv(path)
         except (OSError, ValueError) as error:
-            self.complain(f"{place}: cannot be read: {error}")
+            self.warn(f"{place}: cannot be read: {error}")
             return None
         if missing := [name for name in columns if name not in table.columns]:
-            self.complain(f"{place}: has no column {', '.join(missing)}; left out")
+            self.warn(f"{place}: has no column {', '.join(missing)}; left out")
             return None
         return table if len(table) else None
 
@@ -87,7 +87,7 @@ class Shelf:
         return sorted({path.parts[-4] for path in self.root.glob("*/*/runs/*.jsonl")}.difference(known))
 
 
-def in_words(value: Any) -> str:
+def format_cell(value: Any) -> str:
     """A cell of a CSV file: numbers to three digits, nothing where nothing was recorded."""
     if isinstance(value, float):
         return "" if math.isnan(value) else number(value)

@@ -13,12 +13,12 @@ FOLDER = Path(__file__).parent
 def vega() -> str:
     """Vega, Vega-Lite of Altair's version and vega-embed as one script, fit to stand inside a page."""
     version = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
-    return _embedded(vl_convert.javascript_bundle(vl_version=version))
+    return _escape_script(vl_convert.javascript_bundle(vl_version=version))
 
 
 def own() -> str:
     """What draws the charts and answers the controls."""
-    return _embedded((FOLDER / "charts.js").read_text(encoding="utf-8"))
+    return _escape_script((FOLDER / "charts.js").read_text(encoding="utf-8"))
 
 
 def style() -> str:
@@ -32,6 +32,6 @@ def policy(*scripts: str) -> str:
     return f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data:; base-uri 'none'"
 
 
-def _embedded(script: str) -> str:
+def _escape_script(script: str) -> str:
     """A script that the page's parser cannot end or change: no end tag, no comment, one kind of line end."""
     return script.replace("\r\n", "\n").replace("\r", "\n").replace("</script", "<\\/script").replace("<!--", "<\\!--")

@@ -28,7 +28,7 @@ BATCH = 128
 
 def measure(lines: int, folder: Path) -> dict[str, object]:
     """Make the file, prepare it, read batches; one row of the table."""
-    source = criteo_format.source_of(folder)
+    source = criteo_format.log_path(folder)
     source.parent.mkdir(parents=True)
     write_log(source, lines)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -40,7 +40,7 @@ def measure(lines: int, folder: Path) -> dict[str, object]:
     seconds = time.perf_counter() - start
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    manifest = criteo_format.check_files(criteo.prepared_in(folder))
+    manifest = criteo_format.check_files(criteo_format.columns_path(folder))
     return {
         "device": device_name("cpu"),
         "cores": os.cpu_count(),
@@ -63,7 +63,7 @@ def _batches_per_s(folder: Path, count: int = 5_000) -> float:
     start = time.perf_counter()
     done = 0
     for indices in block_batches(clicks.parts["train"][1], BATCH, seed=0, epoch=0):
-        np.array(clicks.dense[indices]), rows.of(clicks.categories[indices]), clicks.labels[indices]
+        np.array(clicks.dense[indices]), rows.to_rows(clicks.categories[indices]), clicks.labels[indices]
         done += 1
         if done == count:
             break

@@ -18,7 +18,7 @@ LENGTH_UNITS = ("Ang", "Angstrom", "A", "Bohr", "a0", "nm")
 def database_files(path: Path) -> list[Path]:
     """The files that a database is made of, as far as they are there.
 
-    SQLite keeps changes in a file beside it, ``-wal``, as long as a program that writes in that mode has it open.
+    SQLite keeps changes in a file next to it, ``-wal``, as long as a program that writes in that mode has it open.
     """
     log = path.with_name(f"{path.name}-wal")
     return [file for file in (path, log) if file.is_file() and file.stat().st_size]
@@ -27,10 +27,16 @@ def database_files(path: Path) -> list[Path]:
 def count_rows(path: Path) -> int:
     """The number of structures of a database.
 
+    Args:
+        path: the ``.db`` file.
+
+    Returns:
+        How many rows it has.
+
     Raises:
         DataFileError: the file is missing or no database.
     """
-    with _opened(path) as database:
+    with _open(path) as database:
         return database.count()
 
 
@@ -46,14 +52,14 @@ def read_ase_database(path: Path, target: str, *, periodic: bool) -> Iterator[En
         DataFileError: the file is missing or no database, has no such property, no unit or a unit of
             something else, or a row lacks the property or is not periodic as it should be.
     """
-    with _opened(path) as database:
+    with _open(path) as database:
         energy, length = _factors(path, database.metadata, target)
         for row in database.select():
             yield _entry(path, row, target, energy, length, periodic)
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _open(path: Path) -> Iterator[Any]:
     from ase.db import connect  # ase takes a second to import
 
     if not path.is_file():

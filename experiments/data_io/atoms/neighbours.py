@@ -52,6 +52,13 @@ def find_neighbours(structures: Structures, cutoff: float) -> Neighbours:
 
     An atom may have no pair; then it contributes what its element alone says.
 
+    Args:
+        structures: molecules, or crystals with their cells.
+        cutoff: in Å.
+
+    Returns:
+        Pairs of atoms, and the offsets between the cells that they are in.
+
     Raises:
         ValueError: the cutoff is below `LEAST_CUTOFF`, or leaves no pair in any structure.
     """
@@ -73,13 +80,16 @@ def find_neighbours(structures: Structures, cutoff: float) -> Neighbours:
 
 
 def prepare_neighbours(folder: Path, structures: Structures, cutoff: float, *, remedy: str) -> Neighbours:
-    """The pairs of the structures in a folder made by `prepare_folder`, kept in a folder beside it.
+    """The pairs of the structures in a folder made by `prepare_folder`, kept in a folder next to it.
 
     Args:
         folder: of the structures.
-        structures: what lies there.
+        structures: what is there.
         cutoff: in Å.
         remedy: see `open_folder`.
+
+    Returns:
+        The pairs, mapped from disk.
 
     Raises:
         ValueError: see `find_neighbours`.

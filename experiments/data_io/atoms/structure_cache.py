@@ -84,6 +84,16 @@ def write_sample(structures: Structures, target: Path) -> str:
 def open_sample(path: Path, sha256: str, grouping: Grouping, *, name: str, licence: str) -> StructureSet:
     """An embedded sample.
 
+    Args:
+        path: the ``.npz`` file.
+        sha256: its checksum.
+        grouping: from structures to the group of each, (N,).
+        name: of the data, for tables.
+        licence: of the data.
+
+    Returns:
+        The structures in the order of the file.
+
     Raises:
         DataFileError: the file is missing, truncated or damaged.
     """

@@ -23,6 +23,9 @@ def draw_order(groups: np.ndarray) -> np.ndarray:
 
     Args:
         groups: the group of each structure, integers, (N,).
+
+    Returns:
+        Indices, int64, (N,).
     """
     generator = np.random.default_rng(ORDER_SEED)
     names, members = np.unique(groups, return_inverse=True)
@@ -38,7 +41,7 @@ def one_a_group(structures: Structures) -> np.ndarray:
 def composition_groups(structures: Structures) -> np.ndarray:
     """The reduced formula of each structure as a number, (N,): Fe₂O₃ and Fe₄O₆ are one group.
 
-    Split by structure, polymorphs of one formula would lie on both sides and the energies of the test split
+    Split by structure, polymorphs of one formula would be on both sides and the energies of the test split
     be known in part.
     """
     counts = structures.element_counts()
@@ -49,7 +52,7 @@ def composition_groups(structures: Structures) -> np.ndarray:
 def cut(
     order: np.ndarray, groups: np.ndarray, *, train_size: int | None, validation_size: int, test_size: int
 ) -> StructureSplit:
-    """Cut the order into parts of the given sizes; no group lies in two of them.
+    """Cut the order into parts of the given sizes; no group is in two of them.
 
     The order is walked group by group, and the first of test, validation and training that still has room
     for a whole group gets it. So the test split depends on its own size alone, the validation split on the
@@ -61,6 +64,9 @@ def cut(
         train_size: structures trained on; ``None`` for all that are left.
         validation_size: structures to tune on.
         test_size: structures that are reported.
+
+    Returns:
+        Indices of each part.
 
     Raises:
         ValueError: the sizes add up to more than there is, or whole groups cannot fill them.

@@ -123,6 +123,9 @@ def collect(entries: Iterable[Entry], source: str) -> Structures:
         entries: of which either all have a cell or none has.
         source: the file or folder, for error messages.
 
+    Returns:
+        All atoms in flat arrays, with the first atom of each structure.
+
     Raises:
         DataFileError: there are none; or one has no atoms, an unknown element, coordinates or a target that
             are not finite, a degenerate cell, or is there twice. Names the source and the entry.
@@ -154,7 +157,7 @@ def _content(entry: Entry) -> bytes:
 
 
 def _check(entry: Entry, source: str) -> None:
-    complaints: Mapping[str, Callable[[], bool]] = {
+    problems: Mapping[str, Callable[[], bool]] = {
         "has no atoms": lambda: len(entry.numbers) == 0,
         f"has coordinates of shape {entry.positions.shape} for {len(entry.numbers)} atoms": lambda: (
             entry.positions.shape != (len(entry.numbers), 3)
@@ -166,9 +169,9 @@ def _check(entry: Entry, source: str) -> None:
         f"has the target {entry.target}": lambda: not np.isfinite(entry.target),
         "has a degenerate cell, one without a volume": lambda: entry.cell is not None and not _has_volume(entry.cell),
     }
-    for complaint, applies in complaints.items():
+    for problem, applies in problems.items():
         if applies():
-            raise DataFileError(f"{source}: {entry.name} {complaint}")
+            raise DataFileError(f"{source}: {entry.name} {problem}")
 
 
 def _has_volume(cell: np.ndarray) -> bool:

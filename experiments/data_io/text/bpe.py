@@ -27,6 +27,9 @@ def tokenise(
         pairs: German and English sentences.
         lowercase: write everything in lower case.
         split_last_full_stop: as the script does it; else as sacremoses does.
+
+    Returns:
+        Tokens of the German and the English side of each pair.
     """
     from sacremoses import MosesTokenizer
 
@@ -45,6 +48,9 @@ def tokenise(
 
 def clean(pairs: Sequence[TokenPair]) -> tuple[list[TokenPair], Counter[str]]:
     """Leave out what cannot be a translation, as Moses' ``clean-corpus-n -ratio 1.5 … 1 175`` does.
+
+    Args:
+        pairs: tokens of both sides.
 
     Returns:
         The pairs that are kept, and how many were left out, by reason.

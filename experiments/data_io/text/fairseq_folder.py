@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.data_io.checksum import DataFileError, sha256_of
+from experiments.data_io.checksum import DataFileError, compute_sha256
 from experiments.data_io.text.bpe import TokenPair
 from experiments.data_io.text.fairseq_library import (
     NUMBER_KINDS,
@@ -24,7 +24,7 @@ from experiments.data_io.text.fairseq_library import (
     MMapIndexedDataset,
     options,
     preprocess,
-    unchanged_logging,
+    restore_logging,
 )
 from experiments.data_io.text.parallel_text import read_lines
 
@@ -38,7 +38,7 @@ class Folder:
     """A whole folder.
 
     Attributes:
-        path: where it lies.
+        path: where it is.
         sha256: of the lines that ``sha256sum`` would print for its dictionaries and sentences.
         sizes: number of sentence pairs of each split.
         empty: number of pairs of each split of which a side has no word.
@@ -81,7 +81,7 @@ def _run_preprocess(folder: Path) -> None:
     """What ``fairseq-preprocess`` does, on the files in ``text``."""
     prefixes = [f"--{split}pref={folder / 'text' / split}" for split in SPLITS]
     languages = [f"--source-lang={LANGUAGES[0]}", f"--target-lang={LANGUAGES[1]}"]
-    with unchanged_logging():
+    with restore_logging():
         preprocess.main(options.get_preprocessing_parser().parse_args([*languages, *prefixes, f"--destdir={folder}"]))
     for handler in list(preprocess.logger.handlers):  # it opens a log file each time and leaves it open
         preprocess.logger.removeHandler(handler)
@@ -94,6 +94,9 @@ def read_folder(path: Path, remedy: str) -> Folder:
     Args:
         path: the folder.
         remedy: what the reader of an error can do about it.
+
+    Returns:
+        The folder with the sizes of its splits and dictionaries.
 
     Raises:
         DataFileError: a file is missing, cut short or not what it should be, the two languages have not equally
@@ -129,7 +132,7 @@ def _names() -> list[str]:
 
 
 def _joint_sha256(path: Path) -> str:
-    lines = "".join(f"{sha256_of(path / name)}  {name}\n" for name in sorted(_names()))
+    lines = "".join(f"{compute_sha256(path / name)}  {name}\n" for name in sorted(_names()))
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
@@ -160,6 +163,12 @@ class _Sentences:
 
 def read_dictionary(path: Path) -> _Words:
     """A dictionary file.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The words, and how often each is in the training text.
 
     Raises:
         DataFileError: a line is not UTF-8, or not a word and a count.

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def unchanged_logging() -> Iterator[None]:
+def restore_logging() -> Iterator[None]:
     """Put the root logger's level and handlers back afterwards."""
     root = logging.getLogger()
     level, handlers = root.level, list(root.handlers)
@@ -22,7 +22,7 @@ def unchanged_logging() -> Iterator[None]:
         root.handlers[:] = handlers
 
 
-with unchanged_logging(), warnings.catch_warnings():
+with restore_logging(), warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of deprecated torch.jit and of escape sequences in modules that are not used
     from fairseq import options, utils
     from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterion
@@ -35,7 +35,7 @@ with unchanged_logging(), warnings.catch_warnings():
     from fairseq.tasks.translation import TranslationConfig, TranslationTask
     from fairseq_cli import preprocess
 
-# fairseq gives attention a mask of floats for what lies ahead and one of bools for padding, at every call.
+# fairseq gives attention a mask of floats for what is ahead and one of bools for padding, at every call.
 warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask and attn_mask", category=UserWarning)
 
 logging.getLogger("fairseq").setLevel(logging.WARNING)
@@ -55,6 +55,6 @@ __all__ = [
     "data_utils",
     "options",
     "preprocess",
-    "unchanged_logging",
+    "restore_logging",
     "utils",
 ]

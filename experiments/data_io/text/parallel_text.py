@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from experiments.data_io.checksum import DataFileError, sha256_of, verify
+from experiments.data_io.checksum import DataFileError, compute_sha256, verify
 
 
 class Pair(NamedTuple):
@@ -36,6 +36,12 @@ class Splits:
 def read_lines(path: Path) -> list[str]:
     """The lines of a UTF-8 file; nothing but a line feed ends one.
 
+    Args:
+        path: the file.
+
+    Returns:
+        Lines without their line feeds.
+
     Raises:
         DataFileError: the file is missing, or its bytes are not UTF-8; names the line.
     """
@@ -44,10 +50,10 @@ def read_lines(path: Path) -> list[str]:
     raw = path.read_bytes().split(b"\n")
     if raw[-1] == b"":
         raw.pop()
-    return [_decoded(line, path, number) for number, line in enumerate(raw, 1)]
+    return [_decode(line, path, number) for number, line in enumerate(raw, 1)]
 
 
-def _decoded(line: bytes, path: Path, number: int) -> str:
+def _decode(line: bytes, path: Path, number: int) -> str:
     try:
         return line.decode("utf-8").rstrip("\r")
     except UnicodeDecodeError as error:
@@ -65,11 +71,14 @@ def prepare_frozen(folder: Path, expected: str, make: Callable[[Path], Iterable[
         make: takes an empty folder for what it fetches, which is removed afterwards, to the pairs.
         made_with: what the file with that checksum was made with, for the error.
 
+    Returns:
+        ``<folder>/pairs.tsv``.
+
     Raises:
         DataFileError: the pairs cannot be had, or are others.
     """
     target = folder / "pairs.tsv"
-    if target.is_file() and sha256_of(target) == expected:
+    if target.is_file() and compute_sha256(target) == expected:
         return target
     scratch = folder / ".download"
     scratch.mkdir(parents=True, exist_ok=True)
@@ -81,6 +90,14 @@ def prepare_frozen(folder: Path, expected: str, make: Callable[[Path], Iterable[
 
 def load_frozen(folder: Path, expected: str, *, remedy: str) -> list[Pair]:
     """The pairs that `prepare_frozen` left, in the order of the file.
+
+    Args:
+        folder: from `prepare_frozen`.
+        expected: SHA-256 of the file.
+        remedy: what the reader of an error can do about it.
+
+    Returns:
+        The pairs with their documents.
 
     Raises:
         DataFileError: the file is missing or not the expected one.
@@ -100,6 +117,12 @@ def write_tsv(pairs: Iterable[Pair], path: Path) -> None:
 def read_tsv(path: Path) -> list[Pair]:
     """The pairs of a file that `write_tsv` wrote.
 
+    Args:
+        path: the file.
+
+    Returns:
+        The pairs with their documents.
+
     Raises:
         DataFileError: the file is missing or not UTF-8, or a line has not three parts, none of them empty.
     """
@@ -108,6 +131,13 @@ def read_tsv(path: Path) -> list[Pair]:
 
 def parse_tsv_line(line: str, where: str) -> Pair:
     """A pair out of a line of `write_tsv`.
+
+    Args:
+        line: without its line feed.
+        where: file and line, for the error.
+
+    Returns:
+        The pair with its document.
 
     Raises:
         DataFileError: the line has not three parts, none of them empty.
@@ -118,7 +148,7 @@ def parse_tsv_line(line: str, where: str) -> Pair:
     return Pair(*parts)
 
 
-def without_repeats(pairs: Iterable[Pair]) -> list[Pair]:
+def drop_repeats(pairs: Iterable[Pair]) -> list[Pair]:
     """The pairs of which neither side came before, letters alone compared: texts repeat, with other numbers."""
     seen: set[tuple[str, str]] = set()
     kept = []
@@ -145,6 +175,9 @@ def split_by_document(pairs: Sequence[Pair], *, train_size: int | None, validati
         train_size: pairs to train on, ``None`` for all that are left.
         validation_size: pairs of the validation split.
         test_size: pairs of the test split.
+
+    Returns:
+        The three splits.
 
     Raises:
         ValueError: there are too few pairs.

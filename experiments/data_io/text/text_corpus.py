@@ -54,6 +54,9 @@ def corpus_folder(pairs: Sequence[Pair], settings: CorpusSettings, parent: Path)
         settings: see `CorpusSettings`.
         parent: the folder is made in it.
 
+    Returns:
+        The folder, checked.
+
     Raises:
         ValueError: there are too few pairs for the sizes asked for.
         DataFileError: the folder is there and damaged.
@@ -92,7 +95,7 @@ def subword_folder(
         tokens: tokens of each split.
         merges: operations of the joint byte pair encoding.
         target: the folder to write.
-        about: plain values to keep with it, beside how many pairs were left out and why.
+        about: plain values to keep with it, besides how many pairs were left out and why.
 
     Raises:
         DataFileError: a split has no pair left.

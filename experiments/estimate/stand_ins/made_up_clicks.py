@@ -11,7 +11,7 @@ from experiments.dataclass_io import read_settings
 from experiments.estimate.stand_ins.criteo_log import CLICKED, INTEGERS, VALUES, zipf
 from experiments.tasks.dlrm.clicks import Clicks, Hashed, Vocabulary
 from experiments.tasks.dlrm.criteo import OFFICIAL_LINES
-from experiments.tasks.dlrm.criteo_format import test_lines
+from experiments.tasks.dlrm.criteo_format import count_test_lines
 from experiments.tasks.dlrm.dlrm_criteo import Batch, DLRMCriteo, Settings
 from experiments.tasks.protocol import DatasetInfo
 
@@ -24,7 +24,7 @@ class EveryValue:
     def __init__(self) -> None:
         self.sizes = [values + 1 for values in VALUES]
 
-    def of(self, ranks: np.ndarray) -> np.ndarray:
+    def to_rows(self, ranks: np.ndarray) -> np.ndarray:
         """Ranks, (B, columns), to rows, int64."""
         return ranks.astype(np.int64) + 1
 
@@ -34,7 +34,7 @@ class MadeUpClicks(DLRMCriteo):
 
     def __init__(self, settings: Mapping[str, Any], *, scale: str) -> None:
         self.settings = read_settings(Settings, settings, f"{self.name}/{scale}, [task]")
-        size = OFFICIAL_LINES - test_lines(OFFICIAL_LINES) - self.settings.validation_size
+        size = OFFICIAL_LINES - count_test_lines(OFFICIAL_LINES) - self.settings.validation_size
         self._clicks = _columns_without_lines(size)
         rows = self.settings.hash_rows
         self._rows = EveryValue() if rows is None else Hashed(self._clicks.vocabulary, rows)
@@ -58,7 +58,7 @@ class MadeUpClicks(DLRMCriteo):
         labels = generator.random(size) < CLICKED
         return (
             torch.from_numpy(numbers.astype(np.float32)),
-            torch.from_numpy(self._rows.of(ranks)),
+            torch.from_numpy(self._rows.to_rows(ranks)),
             torch.from_numpy(labels.astype(np.float32)),
         )
 

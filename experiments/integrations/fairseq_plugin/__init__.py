@@ -1,6 +1,6 @@
 """NG+ for fairseq's own command line: ``--user-dir experiments/integrations/fairseq_plugin --optimizer ngplus``.
 
-fairseq hands an optimizer parameters alone, but NG+ has to watch the model. So the task ``translation_ngplus``,
+fairseq hands an optimizer parameters alone, but NG+ needs the model. So the task ``translation_ngplus``,
 which is fairseq's ``translation`` otherwise, keeps the model it builds for the optimizer to find, tells it which
 tokens are padding, and lowers its damping from epoch to epoch. See docs/fairseq.md.
 

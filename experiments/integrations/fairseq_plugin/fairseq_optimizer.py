@@ -24,8 +24,14 @@ def remember(model: nn.Module) -> None:
     _MODELS.add(model)
 
 
-def model_of(parameters: Iterable[nn.Parameter]) -> nn.Module:
+def recall_model(parameters: Iterable[nn.Parameter]) -> nn.Module:
     """The remembered model that these parameters are of.
+
+    Args:
+        parameters: as fairseq hands them to an optimizer.
+
+    Returns:
+        The model.
 
     Raises:
         ValueError: there is none, and what to change about the command.
@@ -35,8 +41,7 @@ def model_of(parameters: Iterable[nn.Parameter]) -> nn.Module:
         if wanted <= {id(parameter) for parameter in model.parameters()}:
             return model
     raise ValueError(
-        "--optimizer ngplus has to watch the model that its parameters are of: use --task translation_ngplus; "
-        f"{WITHOUT}"
+        f"--optimizer ngplus needs the model that its parameters are of: use --task translation_ngplus; {WITHOUT}"
     )
 
 
@@ -82,7 +87,7 @@ class FairseqNGPlus(FairseqOptimizer):
         params = list(params)
         base, options = _base(cfg)
         self._optimizer = NGPlus(
-            model_of(params),
+            recall_model(params),
             base=base,
             params=params,
             damping=cfg.ngplus_damping,

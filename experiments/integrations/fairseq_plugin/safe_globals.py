@@ -1,4 +1,4 @@
-"""What a checkpoint of fairseq's holds beside tensors, so that torch loads it without running what is in it.
+"""What a checkpoint of fairseq's holds besides tensors, so that torch loads it without running what is in it.
 
 Since torch 2.6 a checkpoint is loaded with ``weights_only=True``, under which fairseq's can be neither resumed nor
 translated with: it keeps the run's settings as objects. These classes are all there is in one of this task, and

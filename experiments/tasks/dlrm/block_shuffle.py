@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from experiments.data_io.sampling import share_of
+from experiments.data_io.sampling import split_batch_size
 
 BLOCK = 8_192
 WINDOW = 128
@@ -30,10 +30,23 @@ def block_batches(
 
     With ``world_size`` > 1 every joint batch is cut into equal consecutive parts; ``rank`` gets its own.
 
+    Args:
+        size: rows.
+        batch_size: rows of a joint batch.
+        seed: of the run.
+        epoch: counted from 0.
+        rank: of this process.
+        world_size: processes that train together.
+        block: neighbouring rows that are read together.
+        window: blocks whose rows are permuted together.
+
+    Yields:
+        Indices, int64, (batch_size / world_size,).
+
     Raises:
         ValueError: ``batch_size`` is no multiple of ``world_size``, or exceeds ``size``.
     """
-    share = share_of(size, batch_size, world_size)
+    share = split_batch_size(size, batch_size, world_size)
     left = np.empty(0, np.int64)
     for rows in _windows(size, block, window, np.random.default_rng([seed, epoch])):
         rows = np.concatenate([left, rows])

@@ -50,7 +50,7 @@ class Rows(Protocol):
 
     sizes: list[int]
 
-    def of(self, ranks: np.ndarray) -> np.ndarray:
+    def to_rows(self, ranks: np.ndarray) -> np.ndarray:
         """Ranks, (B, columns), to rows, int64."""
         ...
 
@@ -68,7 +68,7 @@ class Frequent:
         self.kept = np.array(kept)
         self.sizes = [each + 1 for each in kept]
 
-    def of(self, ranks: np.ndarray) -> np.ndarray:
+    def to_rows(self, ranks: np.ndarray) -> np.ndarray:
         """See `Rows`."""
         return np.where(ranks < self.kept, ranks.astype(np.int64) + 1, 0)
 
@@ -86,14 +86,14 @@ class Hashed:
         self.rows = rows
         self.sizes = np.minimum(vocabulary.sizes(), rows).tolist()
 
-    def of(self, ranks: np.ndarray) -> np.ndarray:
+    def to_rows(self, ranks: np.ndarray) -> np.ndarray:
         """See `Rows`."""
         return ranks.astype(np.int64) % self.rows
 
 
 @dataclass(frozen=True, kw_only=True)
 class Clicks:
-    """A click log; its rows lie in the order of time, part after part.
+    """A click log; its rows are in the order of time, part after part.
 
     Attributes:
         dense: float32, (N, numbers), as the model takes them.
@@ -120,7 +120,7 @@ class Clicks:
             )
 
 
-def ranked(columns: np.ndarray, train: slice) -> tuple[np.ndarray, Vocabulary]:
+def rank_categories(columns: np.ndarray, train: slice) -> tuple[np.ndarray, Vocabulary]:
     """Categories to ranks, for a log that fits in memory.
 
     Args:
@@ -130,26 +130,26 @@ def ranked(columns: np.ndarray, train: slice) -> tuple[np.ndarray, Vocabulary]:
     Returns:
         Ranks, int32, (N, columns), and the vocabulary.
     """
-    made = [_ranked(column, train) for column in columns.T]
+    made = [_rank_column(column, train) for column in columns.T]
     ranks, values, counts = zip(*made, strict=True)
     offsets = np.concatenate([[0], np.cumsum([len(each) for each in values])])
     vocabulary = Vocabulary(values=np.concatenate(values), counts=np.concatenate(counts), offsets=offsets)
     return np.stack(ranks, axis=1), vocabulary
 
 
-def _ranked(column: np.ndarray, train: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _rank_column(column: np.ndarray, train: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     values, positions = np.unique(column, return_inverse=True)
     counts = np.bincount(positions[train], minlength=len(values))
-    order = by_frequency(counts)
-    return rank_of(order)[positions], values[order].astype(np.uint32), counts[order].astype(np.uint32)
+    order = order_by_frequency(counts)
+    return invert_order(order)[positions], values[order].astype(np.uint32), counts[order].astype(np.uint32)
 
 
-def by_frequency(counts: np.ndarray) -> np.ndarray:
+def order_by_frequency(counts: np.ndarray) -> np.ndarray:
     """Positions by falling count; what ties stays in order, so that the ranks depend on the data alone."""
     return np.argsort(-counts.astype(np.int64), kind="stable")
 
 
-def rank_of(order: np.ndarray) -> np.ndarray:
+def invert_order(order: np.ndarray) -> np.ndarray:
     """The inverse of a permutation, int32."""
     ranks = np.empty(len(order), np.int32)
     ranks[order] = np.arange(len(order), dtype=np.int32)

@@ -11,22 +11,22 @@ import numpy as np
 from filelock import FileLock
 from rich.progress import track
 
-from experiments.data_io.checksum import DataFileError, sha256_of
+from experiments.data_io.checksum import DataFileError, compute_sha256
 from experiments.data_io.npy import write_bytes, write_npy
-from experiments.data_io.source_identity import check_unchanged, identity_of, write_identity
-from experiments.tasks.dlrm.clicks import by_frequency, rank_of
+from experiments.data_io.source_identity import check_unchanged, identify, write_identity
+from experiments.tasks.dlrm.clicks import invert_order, order_by_frequency
 from experiments.tasks.dlrm.criteo_format import (
     CATEGORIES,
     FILES,
     INTEGERS,
     MANIFEST,
     VERSION,
+    count_test_lines,
     is_prepared,
     mark_checked,
-    test_lines,
-    work_of,
+    work_path,
 )
-from experiments.tasks.dlrm.criteo_pieces import PIECE, Piece, check_log, joined, make_pieces
+from experiments.tasks.dlrm.criteo_pieces import PIECE, Piece, check_log, iterate_array, make_pieces
 
 BLOCK = 250_000
 """Lines of `categories.npy` that are put together at a time."""
@@ -35,11 +35,16 @@ BLOCK = 250_000
 def make_columns(source: Path, folder: Path, *, piece_size: int = PIECE) -> None:
     """Read the log and leave the columns in ``folder``; what an interrupted call has made is kept.
 
+    Args:
+        source: the log.
+        folder: where the columns go.
+        piece_size: bytes of text parsed at a time.
+
     Raises:
         DataFileError: see `check_log` and `make_pieces`; the log was changed meanwhile; or the disk is full.
     """
     folder = folder.resolve()  # where a link to another disk leads: what is made is renamed in the end
-    work = work_of(folder)
+    work = work_path(folder)
     if not is_prepared(source, folder):
         check_log(source)
     with FileLock(folder.with_name(f".{folder.name}.lock")):
@@ -57,13 +62,13 @@ def make_columns(source: Path, folder: Path, *, piece_size: int = PIECE) -> None
 
 def _make(source: Path, work: Path, piece_size: int) -> None:
     """``whole`` in ``work``, where all that was made of another log is thrown away."""
-    before = identity_of(source)
+    before = identify(source)
     pieces = make_pieces(source, work, size=piece_size)
     _rank_columns(pieces, work)
     _put_together(pieces, work)
     write_identity(work / "whole", before)
     mark_checked(work / "whole")
-    check_unchanged(source, before, identity_of(source))
+    check_unchanged(source, before, identify(source))
 
 
 def _failure(source: Path, work: Path, error: OSError) -> str:
@@ -92,8 +97,8 @@ def _column_file(work: Path, name: str, j: int) -> Path:
 
 
 def _rank_column(pieces: Sequence[Piece], work: Path, j: int) -> None:
-    column = np.concatenate([array[j] for array in joined(pieces, "categories")])
-    train = len(column) - test_lines(len(column))
+    column = np.concatenate([array[j] for array in iterate_array(pieces, "categories")])
+    train = len(column) - count_test_lines(len(column))
     ranks, values, counts = rank_column(column, train)
     for name, array in {"values": values, "counts": counts, "ranks": ranks}.items():  # ranks last: they say "done"
         write_npy(_column_file(work, name, j), array.shape, array.dtype, [array])
@@ -124,9 +129,9 @@ def rank_column(column: np.ndarray, train: int) -> tuple[np.ndarray, np.ndarray,
     counts = np.add.reduceat((rows < train).astype(np.uint32), firsts, dtype=np.uint32)
     values = ordered[firsts]
     del ordered
-    order = by_frequency(counts)
+    order = order_by_frequency(counts)
     ranks = np.empty(len(column), np.int32)
-    ranks[rows] = np.repeat(rank_of(order), np.diff(firsts, append=len(column)))
+    ranks[rows] = np.repeat(invert_order(order), np.diff(firsts, append=len(column)))
     return ranks, values[order], counts[order]
 
 
@@ -149,8 +154,8 @@ def _put_together(pieces: Sequence[Piece], work: Path) -> None:
 
 
 def _write_numbers(pieces: Sequence[Piece], whole: Path, lines: int) -> None:
-    write_npy(whole / "dense.npy", (lines, INTEGERS), np.dtype(np.float32), joined(pieces, "dense"))
-    write_npy(whole / "labels.npy", (lines,), np.dtype(np.uint8), joined(pieces, "labels"))
+    write_npy(whole / "dense.npy", (lines, INTEGERS), np.dtype(np.float32), iterate_array(pieces, "dense"))
+    write_npy(whole / "labels.npy", (lines,), np.dtype(np.uint8), iterate_array(pieces, "labels"))
 
 
 def _categories(work: Path, lines: int) -> Iterator[np.ndarray]:
@@ -174,11 +179,11 @@ def _write_vocabulary(work: Path, whole: Path) -> list[int]:
 def _write_manifest(whole: Path, lines: int, sizes: list[int]) -> None:
     """A function of the log's text alone, so that its SHA-256 names the data."""
     with ThreadPoolExecutor(2) as pool:
-        digests = pool.map(lambda name: sha256_of(whole / f"{name}.npy"), FILES)
+        digests = pool.map(lambda name: compute_sha256(whole / f"{name}.npy"), FILES)
     manifest = {
         "version": VERSION,
         "lines": lines,
-        "test_lines": test_lines(lines),
+        "test_lines": count_test_lines(lines),
         "values": sizes,
         "sha256": dict(zip(FILES, digests, strict=True)),
         "bytes": {name: (whole / f"{name}.npy").stat().st_size for name in FILES},

@@ -22,7 +22,7 @@ import numpy as np
 
 from experiments.data_io.checksum import DataFileError, verify
 from experiments.data_io.npy import write_bytes
-from experiments.data_io.source_identity import SOURCE, identity_of, read_table
+from experiments.data_io.source_identity import SOURCE, identify, read_table
 
 INTEGERS, CATEGORIES, DAYS = 13, 26, 7
 VERSION = 2
@@ -32,22 +32,22 @@ MANIFEST, CHECKED = "manifest.json", "checked.json"
 REMEDY = "run `make data-criteo`"
 
 
-def source_of(data_dir: Path) -> Path:
+def log_path(data_dir: Path) -> Path:
     """Where the user puts the log."""
     return data_dir / "criteo" / "train.txt"
 
 
-def prepared_in(data_dir: Path) -> Path:
+def columns_path(data_dir: Path) -> Path:
     """Where `prepare` leaves the columns."""
     return data_dir / "criteo" / "prepared"
 
 
-def work_of(folder: Path) -> Path:
-    """Where what a preparation has made lies until it is whole."""
+def work_path(folder: Path) -> Path:
+    """Where what a preparation has made is kept until it is whole."""
     return folder.with_name(f".{folder.name}.work")
 
 
-def test_lines(lines: int) -> int:
+def count_test_lines(lines: int) -> int:
     """Lines of the last day: a seventh, rounded down; the days before have what is over."""
     return lines // DAYS
 
@@ -67,6 +67,12 @@ def check_files(folder: Path) -> dict[str, Any]:
 
     A file whose size and time are those in ``checked.json`` is taken to be what it was then: hashing 7 GB would delay
     every run by several seconds. Others, of a copied folder for instance, are hashed, and written down there.
+
+    Args:
+        folder: from `criteo.prepare`.
+
+    Returns:
+        The manifest.
 
     Raises:
         DataFileError: the manifest is missing, damaged or of another version, or a file is missing, cut short or
@@ -98,7 +104,7 @@ def check_files(folder: Path) -> dict[str, Any]:
 
 def check_source(source: Path, folder: Path) -> None:
     """Raise `DataFileError` where the log is there, but is not the one that the columns were made of."""
-    if source.is_file() and read_table(folder / SOURCE) != identity_of(source):
+    if source.is_file() and read_table(folder / SOURCE) != identify(source):
         raise DataFileError(f"{source} is not the file that {folder} was made of: {REMEDY}")
 
 

@@ -56,6 +56,12 @@ class Lines:
 def parse(text: bytes) -> Lines:
     """Whole lines to arrays.
 
+    Args:
+        text: whole lines.
+
+    Returns:
+        Arrays of n lines.
+
     Raises:
         LineError: the first line with another number of columns, a label that is not 0 or 1, an integer that is
             none or does not fit 32 bits, or a category that is not of one to eight hexadecimal digits.
@@ -86,6 +92,9 @@ def first_fault(text: bytes, otherwise: str = "cannot be read") -> LineError:
     Args:
         text: whole lines.
         otherwise: what to say of line 1 if none is found.
+
+    Returns:
+        The error to raise.
     """
     for number, line in enumerate(text.removesuffix(b"\n").split(b"\n"), start=1):
         if what := _fault(line):

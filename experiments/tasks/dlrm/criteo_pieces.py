@@ -13,13 +13,13 @@ from rich.progress import track
 
 from experiments.data_io.checksum import DataFileError
 from experiments.data_io.npy import write_bytes, write_npy
-from experiments.data_io.source_identity import SOURCE, identity_of
+from experiments.data_io.source_identity import SOURCE, identify
 from experiments.tasks.dlrm.criteo_format import CATEGORIES, INTEGERS, VERSION
 from experiments.tasks.dlrm.criteo_lines import LineError, Lines, parse
 
 PIECE = 64 * 2**20
 WORKERS = 2
-"""Pieces in work at a time, half a gigabyte of memory each; polars has threads of its own beside them."""
+"""Pieces in work at a time, half a gigabyte of memory each; polars has threads of its own besides."""
 LONGEST_LINE = 2**16
 ARCHIVES = {b"\x1f\x8b": "gzip", b"PK": "zip", b"\xfd7": "xz", b"BZ": "bzip2"}
 
@@ -49,10 +49,13 @@ def make_pieces(source: Path, folder: Path, *, size: int = PIECE) -> list[Piece]
         folder: where the pieces go; all that is in it is thrown away where it was made of another file.
         size: bytes of text a piece. A piece has the lines that begin in its stretch.
 
+    Returns:
+        The pieces in the order of the log.
+
     Raises:
         DataFileError: a line is not as it should be; names file and line.
     """
-    _keep_only_pieces_of(source, folder, size)
+    _discard_other_pieces(source, folder, size)
     count = -(-source.stat().st_size // size)
     pieces: list[Piece] = []
     try:
@@ -81,9 +84,9 @@ def check_log(source: Path) -> None:
         raise DataFileError(f"{source} is compressed ({ARCHIVES[start]}): unpack it and put the text in its place")
 
 
-def _keep_only_pieces_of(source: Path, folder: Path, size: int) -> None:
+def _discard_other_pieces(source: Path, folder: Path, size: int) -> None:
     """Start over where what is there was made of another file, size or version."""
-    own = {"version": VERSION, **identity_of(source), "piece": size}
+    own = {"version": VERSION, **identify(source), "piece": size}
     mark = folder / SOURCE
     if mark.is_file() and mark.read_text(encoding="utf-8") == json.dumps(own):
         return
@@ -95,10 +98,19 @@ def _keep_only_pieces_of(source: Path, folder: Path, size: int) -> None:
 def _piece(source: Path, stem: Path, start: int, stop: int) -> Piece:
     """The lines that begin in bytes ``[start, stop)``; made unless they are there.
 
+    Args:
+        source: the log.
+        stem: of the files that the piece is kept in.
+        start: first byte.
+        stop: byte after the last.
+
+    Returns:
+        The piece.
+
     Raises:
         LineError: a line is not as it should be, counted from the piece's first.
     """
-    if done := _finished(stem):
+    if done := _read_finished(stem):
         return done
     with source.open("rb") as file:
         text = _text(file, source, start, stop)
@@ -110,7 +122,7 @@ def _piece(source: Path, stem: Path, start: int, stop: int) -> Piece:
     return Piece(stem=stem, **mark)
 
 
-def _finished(stem: Path) -> Piece | None:
+def _read_finished(stem: Path) -> Piece | None:
     mark = stem.with_suffix(".json")
     if not mark.is_file():
         return None
@@ -133,20 +145,20 @@ def _text(file: BinaryIO, source: Path, start: int, stop: int) -> bytes:
     """The lines that begin in ``[start, stop)``, whole."""
     if start:
         file.seek(start - 1)
-        _rest_of_line(file, source)
+        _read_rest_of_line(file, source)
     else:
         file.seek(0)
     text = file.read(max(stop - file.tell(), 0))
-    return text if not text or text.endswith(b"\n") else text + _rest_of_line(file, source)
+    return text if not text or text.endswith(b"\n") else text + _read_rest_of_line(file, source)
 
 
-def _rest_of_line(file: BinaryIO, source: Path) -> bytes:
+def _read_rest_of_line(file: BinaryIO, source: Path) -> bytes:
     rest = file.readline(LONGEST_LINE)
     if len(rest) == LONGEST_LINE and not rest.endswith(b"\n"):
         raise DataFileError(f"{source}: a line at byte {file.tell():,} is longer than {LONGEST_LINE:,} bytes")
     return rest
 
 
-def joined(pieces: Iterable[Piece], name: str) -> Iterator[np.ndarray]:
+def iterate_array(pieces: Iterable[Piece], name: str) -> Iterator[np.ndarray]:
     """One array of every piece, in order."""
     return (piece.array(name) for piece in pieces)

@@ -77,7 +77,7 @@ class DLRMCriteo:
     Args:
         settings: the recipe's ``[task]`` table, see `Settings`.
         scale: the recipe's scale, for error messages.
-        data_dir: where the datasets lie.
+        data_dir: where the datasets are kept.
 
     Raises:
         SettingsError: a setting is unknown, mistyped or out of range.
@@ -145,6 +145,13 @@ class DLRMCriteo:
     def evaluate(self, model: nn.Module, split: Split) -> Evaluation:
         """Mean cross entropy and accuracy, with its standard error √(p(1−p)/N), and the area under the ROC curve.
 
+        Args:
+            model: in ``eval()``.
+            split: which one.
+
+        Returns:
+            Loss, accuracy, and as further figures its error and the area.
+
         Raises:
             SettingsError: the split is empty.
         """
@@ -176,7 +183,7 @@ class DLRMCriteo:
         clicks = self._clicks
         return (
             torch.from_numpy(np.array(clicks.dense[rows])),
-            torch.from_numpy(self._rows.of(clicks.categories[rows])),
+            torch.from_numpy(self._rows.to_rows(clicks.categories[rows])),
             torch.from_numpy(clicks.labels[rows].astype(np.float32)),
         )
 
@@ -192,7 +199,7 @@ def _load(settings: Settings, data_dir: Path) -> tuple[Clicks, str, str, str]:
     """The log, its name, its SHA-256 and its licence."""
     if settings.data == "criteo":
         clicks, digest = criteo.load(data_dir, validation_size=settings.validation_size)
-        return clicks, criteo.name_of(clicks), digest, criteo.LICENCE
+        return clicks, criteo.name_log(clicks), digest, criteo.LICENCE
     if settings.data == "flights":
         loaded, digest, what = flights_table.load(data_dir), flights.FULL_SHA256, "flights of 2013 out of New York"
     else:

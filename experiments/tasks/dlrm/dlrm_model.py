@@ -1,7 +1,7 @@
 """The deep learning recommendation model: dense numbers and categories in, the logit of a click out.
 
 Source: Naumov et al., "Deep Learning Recommendation Model for Personalization and Recommendation Systems",
-arXiv:1906.00091; shapes and initialisation as in the authors' code, written anew.
+arXiv:1906.00091; shapes and initialisation as in the authors' code, written from scratch.
 """
 
 import itertools
@@ -61,6 +61,9 @@ class DLRM(nn.Module):
         Args:
             dense: (B, numbers).
             categories: (B, tables): rows.
+
+        Returns:
+            Logits, (B,).
         """
         bottom = self.bottom(dense)  # (B, e)
         embedded = [table(categories[:, i : i + 1]) for i, table in enumerate(self.tables)]

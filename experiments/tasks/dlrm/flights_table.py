@@ -24,6 +24,12 @@ from experiments.tasks.dlrm.flights import (
 def load(data_dir: Path) -> Flights:
     """All flights that arrived, 327,346.
 
+    Args:
+        data_dir: where the datasets are kept.
+
+    Returns:
+        The flights.
+
     Raises:
         DataFileError: a file is missing, truncated or damaged.
     """
@@ -56,8 +62,8 @@ def assemble(flights: pl.DataFrame, weather: pl.DataFrame, planes: pl.DataFrame)
         .with_columns(
             part=_part(pl.col("date").dt.ordinal_day()),
             weekday=pl.col("date").dt.weekday(),
-            departure_minute=_minute_of_day("sched_dep_time"),
-            arrival_minute=_minute_of_day("sched_arr_time"),
+            departure_minute=_to_minute_of_day("sched_dep_time"),
+            arrival_minute=_to_minute_of_day("sched_arr_time"),
             plane_age=pl.col("year") - pl.col("built"),
         )
         .sort("part", maintain_order=True)
@@ -77,7 +83,7 @@ def _part(day: pl.Expr) -> pl.Expr:
     return remainder.replace_strict(numbers, default=PARTS.index("train"), return_dtype=pl.Int64)
 
 
-def _minute_of_day(name: str) -> pl.Expr:
+def _to_minute_of_day(name: str) -> pl.Expr:
     """Of a time written as 1730."""
     return pl.col(name) // 100 * 60 + pl.col(name) % 100
 

@@ -1,7 +1,7 @@
 """Fashion-MNIST: 60,000 training and 10,000 test images of 28×28 grey pixels in ten classes.
 
 The full set comes from the Debian package ``dataset-fashion-mnist`` or, failing that, from the official
-site; either way four IDX files lie in ``<data_dir>/fashion-mnist`` afterwards and no network is needed
+site; either way four IDX files are in ``<data_dir>/fashion-mnist`` afterwards and no network is needed
 again. A class-balanced sample is kept in the repository (``embedded/fashion_mnist.npz``) for the tiny
 scale. ``python -m experiments.tasks.resnet50.fashion_mnist`` makes that sample again, to the byte, from the full set.
 
@@ -20,10 +20,10 @@ from typing import Literal
 
 import numpy as np
 
-from experiments.data_io.checksum import DataFileError, sha256_of, verify
+from experiments.data_io.checksum import DataFileError, compute_sha256, verify
 from experiments.data_io.npz import write_npz
 from experiments.data_io.packages import debian_package
-from experiments.data_io.sampling import balanced_subset
+from experiments.data_io.sampling import draw_balanced
 
 Part = Literal["train", "test"]
 
@@ -88,6 +88,12 @@ def prepare(data_dir: Path) -> Path:
     Files that are there and whole are kept; a damaged one is replaced. A file appears under its name only
     when its checksum is right, so a kill at any moment leaves nothing half done.
 
+    Args:
+        data_dir: where the datasets are kept.
+
+    Returns:
+        The folder.
+
     Raises:
         DataFileError: no source could supply the files; says what was wrong with each.
     """
@@ -113,6 +119,13 @@ def prepare(data_dir: Path) -> Path:
 def load(data_dir: Path, part: Part) -> Images:
     """The 60,000 training or the 10,000 test images.
 
+    Args:
+        data_dir: where the datasets are kept.
+        part: which of the two.
+
+    Returns:
+        Pixels and labels.
+
     Raises:
         DataFileError: a file is missing, truncated or damaged.
     """
@@ -125,7 +138,9 @@ def load(data_dir: Path, part: Part) -> Images:
 
 def _missing(folder: Path) -> list[str]:
     return [
-        name for name, digest in SHA256.items() if not (folder / name).is_file() or sha256_of(folder / name) != digest
+        name
+        for name, digest in SHA256.items()
+        if not (folder / name).is_file() or compute_sha256(folder / name) != digest
     ]
 
 
@@ -183,7 +198,12 @@ def _first_that_works(name: str, mirrors: list[str], scratch: Path) -> None:
 def download(url: str, target: Path, *, timeout: float = 60.0) -> None:
     """Fetch ``url`` into ``target``, going on where an earlier attempt broke off.
 
-    The bytes so far lie in ``target`` + ``.part``; the name ``target`` is given to a whole file only.
+    The bytes so far are in ``target`` + ``.part``; the name ``target`` is given to a whole file only.
+
+    Args:
+        url: of the file.
+        target: where it goes.
+        timeout: seconds without an answer.
 
     Raises:
         OSError: no connection, or the server ended early (the part is kept for the next attempt).
@@ -209,6 +229,12 @@ def download(url: str, target: Path, *, timeout: float = 60.0) -> None:
 def load_embedded(part: Part) -> Images:
     """One part of the sample that the repository carries: 4,200 training images or 1,000 test images.
 
+    Args:
+        part: which of the two.
+
+    Returns:
+        Pixels and labels.
+
     Raises:
         DataFileError: the file is missing, truncated or damaged.
     """
@@ -222,7 +248,7 @@ def draw_embedded(data_dir: Path) -> dict[Part, Images]:
     parts: dict[Part, Images] = {}
     for part, per_class in EMBEDDED_PER_CLASS.items():
         images = load(data_dir, part)
-        parts[part] = images[balanced_subset(images.labels, per_class, seed=EMBEDDED_SEED)]
+        parts[part] = images[draw_balanced(images.labels, per_class, seed=EMBEDDED_SEED)]
     return parts
 
 

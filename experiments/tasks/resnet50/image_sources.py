@@ -104,6 +104,9 @@ def crop_and_flip(pixels: np.ndarray, offsets: np.ndarray, flips: np.ndarray, *,
         offsets: (B, 2): top and left edge of the crop in the padded image, 0 to 2 ``padding``.
         flips: bool, (B,).
         padding: pixels added on every side.
+
+    Returns:
+        (B, H, W).
     """
     _, height, width = pixels.shape
     padded = np.pad(pixels, ((0, 0), (padding, padding), (padding, padding)))

@@ -45,6 +45,12 @@ class Folder:
 def scan(root: Path) -> tuple[Folder, Folder]:
     """List ``root/train`` and ``root/val``.
 
+    Args:
+        root: of the tree of folders.
+
+    Returns:
+        The two halves.
+
     Raises:
         DataFileError: a folder is missing, a class has no image, or the two have different classes.
     """
@@ -114,6 +120,12 @@ def _to_normalised() -> list[torch.nn.Module | transforms.ToTensor]:
 def read_image(path: Path) -> Image.Image:
     """Decode one JPEG as RGB.
 
+    Args:
+        path: the file.
+
+    Returns:
+        The image.
+
     Raises:
         DataFileError: the file is missing, truncated or no image; names it.
     """
@@ -159,6 +171,9 @@ def batches(images: Images, order: Iterable[np.ndarray], *, workers: int) -> Ite
         images: the dataset.
         order: the positions of each batch.
         workers: number of worker processes; 0 decodes in this one.
+
+    Returns:
+        An iterator over images and labels.
 
     Raises:
         DataFileError: a file cannot be decoded; names it.

@@ -1,7 +1,7 @@
 """ResNet50 on ImageNet-1k (section 5.1, Tables 1 to 3), and the same code on Fashion-MNIST below it.
 
 The model is torchvision's ResNet, unchanged except for a stem that suits 28×28 pixels. ResNet50 is the
-"v1.5" of torchvision, whose stride lies on the 3×3 convolution.
+"v1.5" of torchvision, whose stride is on the 3×3 convolution.
 """
 
 from collections.abc import Iterator, Mapping
@@ -87,7 +87,7 @@ class Settings:
         if self.train_size is not None and self.train_size < self.batch_size:
             raise ValueError(f"train_size = {self.train_size}: must hold one batch of {self.batch_size}")
         if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing = {self.label_smoothing}: must lie in [0, 1)")
+            raise ValueError(f"label_smoothing = {self.label_smoothing}: must be in [0, 1)")
         for name, least in (("validation_size", 0), ("crop_padding", 0), ("workers", 0), ("image_size", 32)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least {least}")
@@ -99,7 +99,7 @@ class ResNet50ImageNet:
     Args:
         settings: the recipe's ``[task]`` table, see `Settings`.
         scale: the recipe's scale, for error messages.
-        data_dir: where the datasets lie.
+        data_dir: where the datasets are kept.
 
     Raises:
         SettingsError: a setting is unknown, mistyped or out of range, or the data has too few samples.
@@ -152,6 +152,13 @@ class ResNet50ImageNet:
 
     def evaluate(self, model: nn.Module, split: Split) -> Evaluation:
         """Mean cross entropy, without smoothing, and the fraction of samples whose class scores highest.
+
+        Args:
+            model: in ``eval()``.
+            split: which one.
+
+        Returns:
+            Loss and accuracy.
 
         Raises:
             SettingsError: the split is empty.

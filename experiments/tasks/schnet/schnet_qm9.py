@@ -37,7 +37,7 @@ class SchNetQM9(SchNetTask):
     Args:
         settings: the recipe's ``[task]`` table, see `Settings`.
         scale: the recipe's scale, for error messages.
-        data_dir: where the datasets lie.
+        data_dir: where the datasets are kept.
 
     Raises:
         SettingsError: a setting is unknown, mistyped or out of range, or does not fit the data.
@@ -59,8 +59,8 @@ class SchNetQM9(SchNetTask):
         """See `Settings.references`; in eV."""
         known = self._structures.select(train)
         if self._references == "linear-fit":
-            return linear_fit(known).of(self._structures)
-        return free_atoms(known, qm9.atom_energies()).of(self._structures)
+            return linear_fit(known).sum_over_atoms(self._structures)
+        return free_atoms(known, qm9.atom_energies()).sum_over_atoms(self._structures)
 
 
 def _load(settings: Settings, data_dir: Path) -> StructureSet:

@@ -138,6 +138,9 @@ class SchNetTask:
 
         Args:
             train: indices of the structures it may be fitted on.
+
+        Returns:
+            In eV, float64, (N,).
         """
         raise NotImplementedError
 
@@ -174,6 +177,13 @@ class SchNetTask:
     def evaluate(self, model: nn.Module, split: Split) -> Evaluation:
         """Mean squared and mean absolute error over a split.
 
+        Args:
+            model: in ``eval()``.
+            split: which one.
+
+        Returns:
+            Loss and error.
+
         Raises:
             SettingsError: the split is empty.
         """
@@ -198,10 +208,10 @@ class SchNetTask:
         return sample_index(batch)
 
     def _assembled(self, order: Iterable[np.ndarray]) -> Iterator[Batch]:
-        return ahead(partial(assemble, self._structures, self._neighbours, self._residual), order)
+        return map_ahead(partial(assemble, self._structures, self._neighbours, self._residual), order)
 
 
-def ahead[Index, Item](make: Callable[[Index], Item], order: Iterable[Index]) -> Iterator[Item]:
+def map_ahead[Index, Item](make: Callable[[Index], Item], order: Iterable[Index]) -> Iterator[Item]:
     """``map(make, order)``, the next item made in a thread while this one is used.
 
     On a GPU the training step waits for the device, and the next batch is gathered meanwhile.

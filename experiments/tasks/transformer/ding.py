@@ -13,7 +13,7 @@ from pathlib import Path
 
 from experiments.data_io.checksum import DataFileError
 from experiments.data_io.packages import debian_package
-from experiments.data_io.text.parallel_text import Pair, load_frozen, prepare_frozen, read_lines, without_repeats
+from experiments.data_io.text.parallel_text import Pair, drop_repeats, load_frozen, prepare_frozen, read_lines
 
 NAME = "ding"
 LICENCE = "GPL-2.0-or-later"
@@ -30,13 +30,19 @@ _WORDS = range(3, 81)
 def prepare(data_dir: Path) -> Path:
     """Put the frozen pairs into ``<data_dir>/ding/pairs.tsv`` and return that file.
 
+    Args:
+        data_dir: where the datasets are kept.
+
+    Returns:
+        The file.
+
     Raises:
         DataFileError: the package cannot be had, or is of another version with other text.
     """
     return prepare_frozen(
         data_dir / NAME,
         SHA256,
-        lambda scratch: pairs_of(debian_package(PACKAGE, scratch) / FILE),
+        lambda scratch: read_pairs(debian_package(PACKAGE, scratch) / FILE),
         made_with="version 1.9-6 of the package",
     )
 
@@ -44,19 +50,31 @@ def prepare(data_dir: Path) -> Path:
 def load(data_dir: Path) -> list[Pair]:
     """All pairs, in the order of the file.
 
+    Args:
+        data_dir: where the datasets are kept.
+
+    Returns:
+        The pairs.
+
     Raises:
         DataFileError: the file is missing or not the one that `prepare` makes.
     """
     return load_frozen(data_dir / NAME, SHA256, remedy=REMEDY)
 
 
-def pairs_of(path: Path) -> list[Pair]:
+def read_pairs(path: Path) -> list[Pair]:
     """The sentence pairs of the dictionary file; each of its lines is a document.
+
+    Args:
+        path: the dictionary.
+
+    Returns:
+        The pairs.
 
     Raises:
         DataFileError: the file is missing or not UTF-8, or a line has not two sides of as many entries.
     """
-    return without_repeats(_entries(path, enumerate(read_lines(path), 1)))
+    return drop_repeats(_entries(path, enumerate(read_lines(path), 1)))
 
 
 def _entries(path: Path, lines: Iterable[tuple[int, str]]) -> Iterator[Pair]:

@@ -20,6 +20,12 @@ OFFICIAL_SIZES = {"train": 160_239, "valid": 7_283, "test": 6_750}  # of fairseq
 def prepare(data_dir: Path) -> Path:
     """The folder ``<data_dir>/iwslt14``, checked; it cannot be fetched.
 
+    Args:
+        data_dir: where the datasets are kept.
+
+    Returns:
+        The folder.
+
     Raises:
         DataFileError: it is not there or not whole.
     """
@@ -29,6 +35,12 @@ def prepare(data_dir: Path) -> Path:
 def load(data_dir: Path) -> "Folder":
     """The folder, checked from end to end.
 
+    Args:
+        data_dir: where the datasets are kept.
+
+    Returns:
+        The folder with its sizes.
+
     Raises:
         DataFileError: it is not there or not whole.
     """
@@ -37,7 +49,7 @@ def load(data_dir: Path) -> "Folder":
     return read_folder(data_dir / NAME, REMEDY)
 
 
-def title_of(folder: "Folder") -> str:
+def name_folder(folder: "Folder") -> str:
     """What a folder may be called: only the campaign's own sentences are IWSLT14."""
     official = folder.about.get("source") == NAME or dict(folder.sizes) == OFFICIAL_SIZES
     return "IWSLT14 de-en" if official else "de-en folder of fairseq-preprocess"

@@ -23,7 +23,7 @@ from experiments.data_io.text.bpe import TokenPair, clean, tokenise
 from experiments.data_io.text.fairseq_folder import Folder, read_folder
 from experiments.data_io.text.text_corpus import subword_folder
 from experiments.errors import UserError
-from experiments.tasks.transformer.iwslt14 import NAME, load, title_of
+from experiments.tasks.transformer.iwslt14 import NAME, load, name_folder
 from experiments.tasks.transformer.iwslt14_files import evaluation_pairs, training_pairs
 
 MERGES = 10_000
@@ -38,8 +38,11 @@ def convert(raw: Path, data_dir: Path, *, merges: int = MERGES) -> Folder:
     Args:
         raw: the official archive, the folder it unpacks to, or a folder that ``fairseq-preprocess`` made, which
             is copied as it is.
-        data_dir: where the datasets lie.
+        data_dir: where the datasets are kept.
         merges: operations of the byte pair encoding.
+
+    Returns:
+        ``<data_dir>/iwslt14``, checked.
 
     Raises:
         DataFileError: ``raw`` is none of these, or a file of it is missing or damaged.
@@ -50,7 +53,7 @@ def convert(raw: Path, data_dir: Path, *, merges: int = MERGES) -> Folder:
         read_folder(raw, "make it again with fairseq-preprocess")
         _copy(raw, target)
     else:
-        with _unpacked(raw) as folder:
+        with _unpack(raw) as folder:
             splits, dropped = read_official(folder)
         subword_folder(splits, merges, target, {"source": NAME, "left out of train and valid": dropped})
     return load(data_dir)
@@ -67,7 +70,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 @contextmanager
-def _unpacked(raw: Path) -> Iterator[Path]:
+def _unpack(raw: Path) -> Iterator[Path]:
     """The folder with the training files, unpacked for as long as it is needed."""
     if raw.is_dir():
         yield _inner(raw)
@@ -93,6 +96,12 @@ def _inner(folder: Path) -> Path:
 def read_official(folder: Path) -> tuple[dict[str, list[TokenPair]], dict[str, int]]:
     """The tokens of the three splits, and how many training pairs were left out by reason.
 
+    Args:
+        folder: that the archive unpacks to.
+
+    Returns:
+        Tokens by split, and counts by reason.
+
     Raises:
         DataFileError: a file is missing or not as it should be; see `training_pairs` and `evaluation_pairs`.
     """
@@ -107,12 +116,12 @@ def read_official(folder: Path) -> tuple[dict[str, list[TokenPair]], dict[str, i
 
 
 def main() -> None:
-    """Make the folder and say what is in it; what a user can mend is one line and exit status 2."""
+    """Make the folder and say what is in it; what a user can fix is one line and exit status 2."""
     parser = argparse.ArgumentParser(
         prog="python -m experiments.tasks.transformer.iwslt14_archive", description=main.__doc__
     )
     parser.add_argument("raw", type=Path, help="de-en.tgz, the folder it unpacks to, or one of fairseq-preprocess")
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where the datasets lie")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where the datasets are kept")
     arguments = parser.parse_args()
     try:
         folder = convert(arguments.raw, arguments.data_dir)
@@ -120,7 +129,7 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     sizes = ", ".join(f"{count:,} {split}" for split, count in folder.sizes.items())
-    print(f"{folder.path}: {title_of(folder)}: {sizes} pairs; {folder.about or 'taken as it was'}")
+    print(f"{folder.path}: {name_folder(folder)}: {sizes} pairs; {folder.about or 'taken as it was'}")
 
 
 if __name__ == "__main__":

@@ -53,21 +53,34 @@ class Sentence(NamedTuple):
 def training_pairs(folder: Path) -> list[tuple[str, str]]:
     """The German and English training sentences; lines of tags are left out, titles and descriptions are sentences.
 
+    Args:
+        folder: that the archive unpacks to.
+
+    Returns:
+        The pairs, in the order of the files.
+
     Raises:
         DataFileError: a file is missing, not UTF-8 or without a sentence; a tag has no end on its line; or a sentence
             has no counterpart, or one of another talk.
     """
-    return _paired(*(_read(_between_tags, folder / f"train.tags.de-en.{language}") for language in ("de", "en")))
+    return _pair(*(_read(_between_tags, folder / f"train.tags.de-en.{language}") for language in ("de", "en")))
 
 
 def evaluation_pairs(folder: Path, name: str) -> list[tuple[str, str]]:
     """The German and English sentences of a dev or test set, such as ``"TED.tst2010"``.
 
+    Args:
+        folder: that the archive unpacks to.
+        name: of the set.
+
+    Returns:
+        The pairs, in the order of the files.
+
     Raises:
         DataFileError: a file is missing, not UTF-8 or without a sentence; a segment is empty, has no id or no end; or
             the languages have not the same ids in the same order.
     """
-    return _paired(*(_read(_segments, folder / f"IWSLT14.{name}.de-en.{language}.xml") for language in ("de", "en")))
+    return _pair(*(_read(_segments, folder / f"IWSLT14.{name}.de-en.{language}.xml") for language in ("de", "en")))
 
 
 def _read(parse: Callable[[Path, list[str]], Iterator[Sentence]], path: Path) -> list[Sentence]:
@@ -78,7 +91,7 @@ def _read(parse: Callable[[Path, list[str]], Iterator[Sentence]], path: Path) ->
     return sentences
 
 
-def _paired(german: list[Sentence], english: list[Sentence]) -> list[tuple[str, str]]:
+def _pair(german: list[Sentence], english: list[Sentence]) -> list[tuple[str, str]]:
     for de, en in zip(german, english, strict=False):
         if de.name != en.name:
             raise DataFileError(

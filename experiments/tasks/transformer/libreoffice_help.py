@@ -5,7 +5,7 @@ HTML files of the same names, whose headings and paragraphs carry the same eleme
 are split into sentences and paired where both have equally many. What is kept is in `_is_prose`. Much of the
 text is repeated from page to page, with other numbers, so that a sentence is taken once.
 
-The pairs lie in ``<data_dir>/libreoffice-help/pairs.tsv``, frozen by checksum. A sample of them is kept in the
+The pairs are in ``<data_dir>/libreoffice-help/pairs.tsv``, frozen by checksum. A sample of them is kept in the
 repository for the tiny scale.
 
 Licence: Mozilla Public License 2.0, copyright LibreOffice contributors.
@@ -18,9 +18,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from experiments.data_io.checksum import DataFileError, sha256_of, verify
+from experiments.data_io.checksum import DataFileError, compute_sha256, verify
 from experiments.data_io.packages import debian_package
-from experiments.data_io.text.parallel_text import Pair, load_frozen, parse_tsv_line, prepare_frozen, without_repeats
+from experiments.data_io.text.parallel_text import Pair, drop_repeats, load_frozen, parse_tsv_line, prepare_frozen
 
 NAME = "libreoffice-help"
 LICENCE = "MPL-2.0"
@@ -43,6 +43,12 @@ _LENGTH_RATIO = 2.5
 def prepare(data_dir: Path) -> Path:
     """Put the frozen pairs into ``<data_dir>/libreoffice-help/pairs.tsv`` and return that file.
 
+    Args:
+        data_dir: where the datasets are kept.
+
+    Returns:
+        The file.
+
     Raises:
         DataFileError: the packages cannot be had, or are of another version with other text.
     """
@@ -54,11 +60,17 @@ def _fetch(scratch: Path) -> list[Pair]:
         language: debian_package(package, scratch) / TREE / folder / "text"
         for language, (package, folder) in PACKAGES.items()
     }
-    return pairs_of(roots["de"], roots["en"])
+    return read_pairs(roots["de"], roots["en"])
 
 
 def load(data_dir: Path) -> list[Pair]:
     """All pairs, in the order of pages and paragraphs.
+
+    Args:
+        data_dir: where the datasets are kept.
+
+    Returns:
+        The pairs.
 
     Raises:
         DataFileError: the file is missing or not the one that `prepare` makes.
@@ -66,8 +78,15 @@ def load(data_dir: Path) -> list[Pair]:
     return load_frozen(data_dir / NAME, SHA256, remedy=REMEDY)
 
 
-def pairs_of(german: Path, english: Path) -> list[Pair]:
+def read_pairs(german: Path, english: Path) -> list[Pair]:
     """The sentence pairs of two trees of pages.
+
+    Args:
+        german: the root of the German pages.
+        english: the root of the English pages.
+
+    Returns:
+        The pairs, each sentence once.
 
     Raises:
         DataFileError: there is no page that both have.
@@ -77,7 +96,7 @@ def pairs_of(german: Path, english: Path) -> list[Pair]:
     if not both:
         raise DataFileError(f"{german} and {english} have no page in common")
     pairs = (pair for page in both for pair in _page_pairs(page, german / page, english / page))
-    return without_repeats(pairs)
+    return drop_repeats(pairs)
 
 
 def _page_pairs(page: Path, german: Path, english: Path) -> Iterator[Pair]:
@@ -129,6 +148,9 @@ def _visible(element: Any) -> Iterator[str]:
 def load_embedded() -> list[Pair]:
     """The sample that the repository carries.
 
+    Returns:
+        The pairs.
+
     Raises:
         DataFileError: the file is missing, truncated or damaged.
     """
@@ -155,4 +177,4 @@ def write_embedded(pairs: list[Pair], target: Path) -> str:
     """Write the sample as a compressed TSV and return its SHA-256."""
     text = "".join("\t".join(pair) + "\n" for pair in pairs)
     target.write_bytes(lzma.compress(text.encode("utf-8"), preset=9 | lzma.PRESET_EXTREME))
-    return sha256_of(target)
+    return compute_sha256(target)

@@ -63,7 +63,7 @@ class Settings:
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens = {self.max_tokens}: must be at least 1")
         if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing = {self.label_smoothing}: must lie in [0, 1)")
+            raise ValueError(f"label_smoothing = {self.label_smoothing}: must be in [0, 1)")
         if (self.data == "iwslt14") != (self.corpus is None):
             raise ValueError(
                 f"corpus: must be left out for data = 'iwslt14', and given otherwise; data = {self.data!r}"
@@ -71,12 +71,12 @@ class Settings:
 
 
 class TransformerIWSLT14:
-    """Translation from German to English; the loss a target token is what counts, BLEU stands beside it.
+    """Translation from German to English; the loss a target token is what counts, BLEU is reported with it.
 
     Args:
         settings: the recipe's ``[task]`` table, see `Settings`.
         scale: the recipe's scale, for error messages.
-        data_dir: where the datasets lie.
+        data_dir: where the datasets are kept.
 
     Raises:
         SettingsError: a setting is unknown, mistyped or out of range, or the data has too few pairs.
@@ -132,7 +132,7 @@ class TransformerIWSLT14:
         return loss * batch["loss_scale"]
 
     def evaluate(self, model: nn.Module, split: Split) -> Evaluation:
-        """Per target token the label-smoothed loss, and without smoothing the metric; BLEU beside them.
+        """Per target token the label-smoothed loss, and without smoothing the metric; and BLEU.
 
         Of a model that has diverged BLEU is NaN: fairseq's search fails where no token has a probability.
         """
@@ -199,7 +199,7 @@ class _Source:
 
     def name(self, folder: Folder) -> str:
         """The name in tables."""
-        return f"{self.title if self.pairs else iwslt14.title_of(folder)}, {folder.sizes['train']:,} {self.unit}"
+        return f"{self.title if self.pairs else iwslt14.name_folder(folder)}, {folder.sizes['train']:,} {self.unit}"
 
 
 _SOURCES = {

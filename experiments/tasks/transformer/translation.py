@@ -65,7 +65,7 @@ class ModelSettings:
             raise ValueError(f"dim = {self.dim}: must be a multiple of heads = {self.heads}")
         for name in ("dropout", "attention_dropout", "activation_dropout"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: must lie in [0, 1)")
+                raise ValueError(f"{name} = {getattr(self, name)}: must be in [0, 1)")
 
     def arguments(self) -> Namespace:
         """The arguments that ``fairseq-train`` would have, completed by the architecture."""

@@ -1,7 +1,7 @@
 """Sections 2.4 and 2.5: what NG+, K-FAC and Shampoo cost on the paper's four models, and the paper's sentences on it.
 
 A table a model with a row a layer (`operations`, for the shapes that `model_shapes` reads off the models), sums with
-and without the embeddings, and CPU time beside the counts (`timings`).
+and without the embeddings, and CPU time compared with the counts (`timings`).
 
     python -m experiments.theory.costs --out results/theory/costs
 """
@@ -67,7 +67,7 @@ def without_embeddings(totals: Sequence[dict[str, Any]]) -> list[dict[str, Any]]
 
 
 def ratios(totals: Sequence[dict[str, Any]], part: str, method: str = "kfac", ours: str = "ngplus") -> dict[str, float]:
-    """By model, a part's operations (or numbers) under `method` over those under NG+."""
+    """By model, a part's operations (or elements) under `method` over those under NG+."""
     return {row["model"]: row[f"{method}_{part}"] / row[f"{ours}_{part}"] for row in totals}
 
 
@@ -77,12 +77,15 @@ def text(values: dict[str, float]) -> str:
 
 
 def verdicts(layers: Sequence[LayerShape], totals: Sequence[dict[str, Any]], seconds: float) -> list[Verdict]:
-    """The sentences of section 2.4 beside the counts; embeddings count for storage only.
+    """The sentences of section 2.4 compared with the counts; embeddings count for storage only.
 
     Args:
         layers: of every model.
         totals: of `total_rows`.
         seconds: measured inverse fourth root over inverse, CPU time, at the largest size timed.
+
+    Returns:
+        One verdict a sentence.
     """
     rest, everything = without_embeddings(totals), [row for row in totals if row["embeddings"] == "with"]
     invert, apply, build = (ratios(rest, part) for part in ("invert", "apply", "build"))
@@ -133,7 +136,7 @@ def verdicts(layers: Sequence[LayerShape], totals: Sequence[dict[str, Any]], sec
 
 
 def draw(totals: Sequence[dict[str, Any]], folder: Path) -> None:
-    """Each method's operations beside a step's, and its storage beside the parameters, a panel each."""
+    """Each method's operations over a step's, and its storage over the parameters, a panel each."""
     rest, methods = without_embeddings(totals), tuple(LABELS)
     others = tuple(method for method in methods if method != "ngplus_rows")  # differs in the build only
     step = "forward_backward", "share of forward + backward"

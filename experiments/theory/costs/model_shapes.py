@@ -14,7 +14,7 @@ from torch import nn
 
 from experiments.config.recipe import load_recipe
 from experiments.theory.costs.operations import LayerShape
-from experiments.theory.weight_uses import CONVOLUTIONS, LOOKUPS, Use, watch
+from experiments.theory.weight_uses import CONVOLUTIONS, LOOKUPS, Use, record_uses
 
 # Rows of the 26 tables of the Criteo Kaggle data as DLRM's own preprocessing leaves them (printed by its script as
 # --arch-embedding-size).
@@ -53,12 +53,15 @@ def layer_shapes(model: nn.Module, forward: Callable[[], Any], samples: int) -> 
         forward: runs it on a batch.
         samples: in the batch; positions are counted a sample.
 
+    Returns:
+        A shape for each weight.
+
     Example:
         >>> model = nn.Linear(3, 2)
         >>> layer_shapes(model, lambda: model(torch.ones(4, 3, requires_grad=True)), 4)
         [LayerShape(name='', m=2, n=4, kappa=1, groups=1, lookups=0, input_gradient=True)]
     """
-    with watch(model) as uses:
+    with record_uses(model) as uses:
         forward()
     layers = dict.fromkeys(use.layer for use in uses)
     return [layer_shape([use for use in uses if use.layer == layer], samples) for layer in layers]

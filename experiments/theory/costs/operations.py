@@ -56,14 +56,14 @@ class LayerShape:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Operations and numbers kept or sent by one method for one layer.
+    """Operations, and elements kept or sent by one method for one layer.
 
     Attributes:
         build: operations of the curvature from a batch, at a curvature step.
         invert: operations of the inverses or roots, at a curvature step.
         apply: operations of the direction, at every step.
-        store: numbers kept between steps (one matrix a factor; a method may keep its inverse beside it).
-        send: numbers a device contributes at a curvature step beyond the gradient.
+        store: elements kept between steps (one matrix a factor; a method may keep its inverse as well).
+        send: elements a device contributes at a curvature step beyond the gradient.
     """
 
     build: int
@@ -95,7 +95,7 @@ def ngplus_cost(layer: LayerShape, batch: int) -> Cost:
     return Cost(
         build=groups * batch * min(through_gram(layer), forming(layer, p)),
         invert=groups * p**3,
-        apply=groups * 2 * p**2 * touched(layer, q, batch),
+        apply=groups * 2 * p**2 * count_nonzero_columns(layer, q, batch),
         store=groups * p**2,
         send=groups * p**2,
     )
@@ -107,7 +107,7 @@ def rows_cost(layer: LayerShape, batch: int) -> Cost:
     return replace(ngplus_cost(layer, batch), build=ngplus_cost(one, batch * layer.kappa).build)
 
 
-def touched(layer: LayerShape, long: int, batch: int) -> int:
+def count_nonzero_columns(layer: LayerShape, long: int, batch: int) -> int:
     """Columns of the gradient that are not zero: all, or an embedding's looked-up rows."""
     return min(long, batch * layer.kappa) if layer.embedding else long
 

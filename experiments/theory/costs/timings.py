@@ -69,7 +69,7 @@ def build_kfac(layer: LayerShape, factors: Factors) -> tuple[Tensor, Tensor]:
     return g.mT @ g, a.mT @ a
 
 
-def parts_of(method: str, layer: LayerShape, factors: Factors) -> Mapping[str, Callable[[], Any]]:
+def make_parts(method: str, layer: LayerShape, factors: Factors) -> Mapping[str, Callable[[], Any]]:
     """The three parts of a method on one layer, ready to be timed."""
     G, left, right = factors.gradient, factors.left, factors.right
     if method == "ngplus":
@@ -102,7 +102,7 @@ def layer_timings(model: str, layer: LayerShape, *, samples: int, seed: int) -> 
     factors, rows = draw_factors(layer, samples, seed), []
     for method in TIMED:
         counted = asdict(COSTS[method](layer, samples))
-        for part, function in parts_of(method, layer, factors).items():
+        for part, function in make_parts(method, layer, factors).items():
             seconds = cpu_seconds(function)
             rows.append(
                 {

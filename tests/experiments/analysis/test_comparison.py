@@ -83,11 +83,10 @@ def test_a_run_of_another_model_or_precision_is_left_out(tmp_path):
         write(tmp_path, "sgd", seed, HIT_1, recipe=recipe | {table: own})
     write(tmp_path, "sgd", 7, HIT_1, recipe=recipe, world_size=2)
     frame = compare(tmp_path, TASK, SCALE)
-    complaints = "\n".join(frame.attrs["complaints"])
+    warnings = "\n".join(frame.attrs["warnings"])
     for seed, name in ((4, "task.model.dim"), (5, "run.precision"), (7, "world_size")):
         assert (
-            f"sgd-seed{seed}.jsonl: has other data, model, metric or target than most of its kind ({name})"
-            in complaints
+            f"sgd-seed{seed}.jsonl: has other data, model, metric or target than most of its kind ({name})" in warnings
         )
     # Seed 6 is older than the choice of a precision, which then is no difference.
     assert frame.seeds[0] == 4
@@ -98,7 +97,7 @@ def test_a_copy_under_another_name_is_no_other_seed(tmp_path):
     path.with_name("sgd-seed2.jsonl").write_bytes(path.read_bytes())
     frame = compare(tmp_path, TASK, SCALE)
     assert frame.seeds[0] == 1
-    assert "is the record of sgd, seed 1: must be called sgd-seed1.jsonl" in "".join(frame.attrs["complaints"])
+    assert "is the record of sgd, seed 1: must be called sgd-seed1.jsonl" in "".join(frame.attrs["warnings"])
 
 
 def test_a_miss_is_later_than_every_hit_and_never_averaged_in(tmp_path):
@@ -110,7 +109,7 @@ def test_a_miss_is_later_than_every_hit_and_never_averaged_in(tmp_path):
     assert (row.reached, row.epochs_to_target, row.epochs_to_target_high) == (2, 3, math.inf)
     assert row.wall_time_to_target_s == 6
     assert row.p_test == "sign-flip permutation test, 3 seeds"
-    # A miss counts as the four epochs it was watched for: 1, 4 and 3 against 4.
+    # A miss counts as the four epochs it was followed for: 1, 4 and 3 against 4.
     assert row.epochs_difference == pytest.approx((-3 + 0 - 1) / 3)
     assert row.epochs_to_target_restricted_mean == pytest.approx((1 + 4 + 3) / 3)
     assert (row.restricted_to_epochs, row.restricted_to_steps, row.restricted_to_s) == (4, 144, 8)
@@ -135,7 +134,7 @@ def test_steps_and_seconds_are_compared_like_epochs(tmp_path):
     assert (row.steps_to_target, row.steps_to_target_low, row.steps_to_target_high) == (36, 36, 108)
     assert row.epochs_difference == (-1 - 2 - 3 - 1) / 4
     assert row.epochs_difference_low < row.epochs_difference < row.epochs_difference_high <= -1
-    # 3, 6, 3 and 9 seconds against 4, 8, 8 and 8; the reference was watched for 8.
+    # 3, 6, 3 and 9 seconds against 4, 8, 8 and 8; the reference was followed for 8.
     assert (row.restricted_to_s, row.wall_time_difference_s) == (8, (-1 - 2 - 5 - 0) / 4)
     assert row.wall_time_p_test == "paired t-test, 4 seeds"
     assert row.best_metric_difference == pytest.approx((0.84 - 0.82 + 0.82 - 0.8 + 0.84 - 0.8 + 0.85 - 0.8) / 4)
@@ -211,7 +210,7 @@ def test_a_run_that_diverged_at_once_has_no_numbers(tmp_path):
     assert math.isnan(row.time_per_epoch_s)
 
 
-def test_a_diverged_run_is_a_miss_for_all_the_time_that_others_were_watched(tmp_path):
+def test_a_diverged_run_is_a_miss_for_all_the_time_that_others_were_followed(tmp_path):
     for seed in (1, 2, 3):
         write(tmp_path, "sgd", seed, HIT_2)
         write(tmp_path, "ngplus", seed, [0.1, None], end="diverged")
@@ -288,16 +287,15 @@ def test_what_does_not_belong_is_named_and_the_rest_goes_on(tmp_path):
     frame = compare(tmp_path, TASK, SCALE)
     assert list(frame.optimizer) == ["sgd"]
     assert frame.seeds[0] == 3
-    complaints = "\n".join(frame.attrs["complaints"])
+    warnings = "\n".join(frame.attrs["warnings"])
     for name in ("a-foreign", "b-empty", "c-binary"):
-        assert f"{name}.jsonl" in complaints
-    assert "adam-seed1.jsonl: is a run of schnet-qm9" in complaints
-    assert "ngplus-seed1.jsonl: is unfinished" in complaints
+        assert f"{name}.jsonl" in warnings
+    assert "adam-seed1.jsonl: is a run of schnet-qm9" in warnings
+    assert "ngplus-seed1.jsonl: is unfinished" in warnings
     assert (
-        "sgd-seed4.jsonl: has other data, model, metric or target than most of its kind (target); left out"
-        in complaints
+        "sgd-seed4.jsonl: has other data, model, metric or target than most of its kind (target); left out" in warnings
     )
-    assert "sgd-seed5.jsonl: has other optimizer settings than most of its kind (lr); left out" in complaints
+    assert "sgd-seed5.jsonl: has other optimizer settings than most of its kind (lr); left out" in warnings
 
 
 def test_a_cut_off_last_line_leaves_the_run_unfinished_and_named(tmp_path):
@@ -306,7 +304,7 @@ def test_a_cut_off_last_line_leaves_the_run_unfinished_and_named(tmp_path):
     cut.write_text(cut.read_text()[:-10])
     frame = compare(tmp_path, TASK, SCALE)
     assert list(frame.optimizer) == ["sgd"]
-    assert any("ngplus-seed1.jsonl" in each and "unfinished" in each for each in frame.attrs["complaints"])
+    assert any("ngplus-seed1.jsonl" in each and "unfinished" in each for each in frame.attrs["warnings"])
 
 
 def test_a_resumed_run_counts_once(tmp_path):
@@ -351,6 +349,6 @@ def test_seconds_of_two_devices_are_shown_and_not_tested(tmp_path):
     assert lars.wall_time_to_target_s == 0.002
     assert math.isnan(lars.wall_time_p_value)
     assert math.isnan(lars.wall_time_difference_s)
-    assert lars.restricted_to_s == 8  # seconds on B do not cut the time that those on A were watched for
+    assert lars.restricted_to_s == 8  # seconds on B do not cut the time that those on A were followed for
     assert ngplus.wall_time_difference_s == (2 - 8 + 3 - 8) / 2  # the two seeds on A
     assert (lars.epochs_difference, ngplus.epochs_difference) == (-2, -3)

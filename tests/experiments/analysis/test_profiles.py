@@ -41,7 +41,7 @@ def test_speed_up_is_the_geometric_mean_over_the_tasks_that_both_reach(results):
     assert (ngplus.tasks, ngplus.tasks_run, ngplus.tasks_reached, ngplus.speed_up_tasks) == (3, 3, 2, 2)
     assert ngplus.speed_up == pytest.approx(math.sqrt(4 * 2))
     assert 2 <= ngplus.speed_up_low <= ngplus.speed_up <= ngplus.speed_up_high <= 4
-    # The miss counts as the four epochs that were watched, against two.
+    # The miss counts as the four epochs that were followed, against two.
     assert ngplus.speed_up_restricted == pytest.approx(stats.gmean([4, 2, 0.5]))
     assert rows(results, "steps").loc["ngplus"].speed_up == ngplus.speed_up
 

@@ -118,7 +118,7 @@ def test_the_difference_is_the_mean_over_common_seeds_with_a_bootstrap_interval(
     assert paired_difference(ours, reference) == found
 
 
-def test_a_miss_is_as_late_as_the_run_was_watched_for():
+def test_a_miss_is_as_late_as_the_run_was_followed_for():
     found = paired_difference({1: 3.0, 2: MISS, 3: MISS}, {1: 5.0, 2: 8.0, 3: MISS}, until=10)
     assert found.mean == pytest.approx((-2 + 2 + 0) / 3)
     assert (found.low, found.high) == (-2.0, 2.0)

@@ -7,9 +7,9 @@ from experiments.analysis.survival import TimesToTarget
 MISS = math.inf
 
 
-def area(values, watched, until):
+def area(values, follow_up, until):
     """Under the product-limit curve, by its definition."""
-    ends = [(v, True) if math.isfinite(v) else (w, False) for v, w in zip(values, watched, strict=True)]
+    ends = [(v, True) if math.isfinite(v) else (w, False) for v, w in zip(values, follow_up, strict=True)]
     curve, alive, total, before = 1.0, len(ends), 0.0, 0.0
     for time in sorted({time for time, _ in ends}):
         total += curve * (min(time, until) - min(before, until))
@@ -38,23 +38,23 @@ def area(values, watched, until):
 )
 @pytest.mark.parametrize("until", [4, 5])
 def test_median_and_restricted_mean(values, median, until):
-    times = TimesToTarget(values=values, watched=[5] * len(values))
+    times = TimesToTarget(values=values, follow_up=[5] * len(values))
     assert times.median() == median
     plain = [min(value, until) for value in values]
     assert times.restricted_mean(until) == pytest.approx(sum(plain) / len(plain))
 
 
-def test_a_run_that_was_over_sooner_counts_as_long_as_it_was_watched():
-    values, watched = [4.0, MISS, 7.0, MISS, 9.0], [10.0, 5.0, 11.0, 8.0, 10.0]
-    times = TimesToTarget(values=values, watched=watched)
-    assert times.restricted_mean(10.0) == pytest.approx(area(values, watched, 10.0))
+def test_a_run_that_was_over_sooner_counts_as_long_as_it_was_followed():
+    values, follow_up = [4.0, MISS, 7.0, MISS, 9.0], [10.0, 5.0, 11.0, 8.0, 10.0]
+    times = TimesToTarget(values=values, follow_up=follow_up)
+    assert times.restricted_mean(10.0) == pytest.approx(area(values, follow_up, 10.0))
     # 4/5 after 4, of the three left then 2/3 after 7, and the last after 9.
     assert times.median() == 9.0
 
 
 @pytest.mark.parametrize(
-    ("values", "watched", "message"), [([], [], "one number"), ([math.nan], [1], "NaN"), ([1, 2], [1], "watched")]
+    ("values", "follow_up", "message"), [([], [], "one number"), ([math.nan], [1], "NaN"), ([1, 2], [1], "follow_up")]
 )
-def test_what_is_no_time_is_refused(values, watched, message):
+def test_what_is_no_time_is_refused(values, follow_up, message):
     with pytest.raises(ValueError, match=message):
-        TimesToTarget(values=values, watched=watched)
+        TimesToTarget(values=values, follow_up=follow_up)

@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from experiments.bench import steps
-from experiments.bench.steps import compare, renewing_and_plain
+from experiments.bench.steps import compare, split_refresh
 from experiments.bench.workloads import WORKLOADS, Workload, dlrm
 
 
 @pytest.mark.parametrize(
-    ("turn", "renewing", "plain"),
+    ("turn", "refresh", "plain"),
     [
         ([9.0, 2.0, 1.5, 1.25, 1.0], 9.0 + (2.0 + 1.5 + 1.25 + 1.0 - 4 * 1.125), 1.125),
         ([1.5, 9.0, 2.0, 1.25, 1.0], 9.0 + (2.0 + 1.25 + 1.0 - 3 * 1.125), 1.125),
@@ -19,20 +19,20 @@ from experiments.bench.workloads import WORKLOADS, Workload, dlrm
         ([1.5, 1.0, 1.25, 1.0, 9.0], 9.0, 1.0),
     ],
 )
-def test_the_dearest_place_renews_and_what_it_leaves_to_the_next_steps_is_added(turn, renewing, plain):
-    """The first place counts only where it renews, and plain steps are as far behind that as a turn has them."""
-    assert renewing_and_plain([turn, turn]) == [(renewing, plain)] * 2
+def test_the_most_expensive_place_is_the_refresh_and_what_it_leaves_to_the_next_steps_is_added(turn, refresh, plain):
+    """The first place counts only where it refreshes, and plain steps are as far behind that as a turn has them."""
+    assert split_refresh([turn, turn]) == [(refresh, plain)] * 2
 
 
-def test_one_slow_turn_does_not_move_the_renewing_place():
-    assert renewing_and_plain([[1.0, 1.0, 5.0, 1.0]] * 2 + [[1.0, 99.0, 5.0, 99.0]])[2] == (5.0, 99.0)
+def test_one_slow_turn_does_not_move_the_refresh():
+    assert split_refresh([[1.0, 1.0, 5.0, 1.0]] * 2 + [[1.0, 99.0, 5.0, 99.0]])[2] == (5.0, 99.0)
 
 
 def test_ratios_are_to_the_reference_of_the_same_round(monkeypatch):
     """On a clock that is read twice a step and says how long each step took."""
     monkeypatch.setitem(WORKLOADS, "dlrm", lambda device: replace(dlrm(device, batch=4, largest=50), turn=4))
     costs = iter([3.0, 1.0, 1.0, 1.0, 4.0, 8.0, 2.5, 2.0] * 3)
-    monkeypatch.setattr(steps, "_seconds", lambda peer, device: next(costs))
+    monkeypatch.setattr(steps, "_seconds", lambda candidate, device: next(costs))
     first, frame = compare("dlrm", ["sgd", "ngplus"], rounds=2, device="cpu", memory=False)
     assert [set(first.rounds), set(frame.rounds)] == [{1}, {2}]
     assert isinstance(frame, pd.DataFrame)
@@ -50,7 +50,7 @@ def test_our_kfac_trains_what_that_of_asdfghjkl_cannot(monkeypatch):
         return Workload(name="attention", model=layer, inputs=(x,), loss=torch.Tensor.mean, interval=200)
 
     monkeypatch.setitem(WORKLOADS, "transformer", attention)
-    monkeypatch.setattr(steps, "_seconds", lambda peer, device: peer.step() or 1.0)
+    monkeypatch.setattr(steps, "_seconds", lambda candidate, device: candidate.step() or 1.0)
     names = ["sgd", "kfac (asdfghjkl)", "kfac (ngplus.baselines)"]
     (frame,) = compare("transformer", names, rounds=1, device="cpu", memory=False)
     frame = frame.set_index("optimizer")

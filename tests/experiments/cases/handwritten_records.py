@@ -65,7 +65,7 @@ def run_lines(optimizer: str, seed: int, metrics: list[float | None], **changes)
 
 
 def write(results: Path, optimizer: str, seed: int, metrics: list[float | None], **changes) -> Path:
-    """The record of a run of `TASK`; a change of ``task`` makes it one that lies in the wrong folder."""
+    """The record of a run of `TASK`; a change of ``task`` makes it one that is in the wrong folder."""
     return write_run(results, optimizer, seed, metrics, folder=TASK, **changes)
 
 

@@ -48,7 +48,7 @@ def crystals(count: int = 8, *, seed: int = 0) -> list[Entry]:
     return entries
 
 
-def joined(entries: list[Entry]) -> Structures:
+def collect_entries(entries: list[Entry]) -> Structures:
     return collect(entries, "made up")
 
 

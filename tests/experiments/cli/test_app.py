@@ -42,7 +42,7 @@ def test_run_takes_the_optimizer_seed_and_epochs_it_is_given(command, tmp_path):
 
 def test_optimizers_take_turns_seed_by_seed(command, monkeypatch, tmp_path):
     asked = []
-    monkeypatch.setattr(jobs, "run_apart", lambda waiting, **how: asked.append((waiting, how)) or {})
+    monkeypatch.setattr(jobs, "run_in_processes", lambda waiting, **how: asked.append((waiting, how)) or {})
     names = ("--optimizer", "sgd", "--optimizer", "adam", "--results-dir", tmp_path)
     assert command("run", "toy", *names)[0] == 0
     assert command("sweep", "toy", *names, "--workers", 3)[0] == 0
@@ -53,7 +53,9 @@ def test_optimizers_take_turns_seed_by_seed(command, monkeypatch, tmp_path):
 
 def test_a_run_that_cannot_begin_does_not_stop_the_others(command, monkeypatch, tmp_path):
     asked = []
-    monkeypatch.setattr(jobs, "run_apart", lambda waiting, **_: asked.extend(waiting) or {"toy adam seed 0": "killed"})
+    monkeypatch.setattr(
+        jobs, "run_in_processes", lambda waiting, **_: asked.extend(waiting) or {"toy adam seed 0": "killed"}
+    )
     (tmp_path / "toy" / "tiny" / "runs").mkdir(parents=True)
     (tmp_path / "toy" / "tiny" / "runs" / "sgd-seed0.jsonl").write_text("{}\n")
     status, _, err = command("sweep", "toy", "--seed", 0, "--results-dir", tmp_path)
@@ -123,7 +125,21 @@ def test_list_names_tasks_scales_optimizers_runs_and_datasets(command, monkeypat
     assert status == 0
     for shown in ("toy", "tiny", "ngplus", "adam", "fashion-mnist", "warning: ", "adam-seed0.jsonl, line 1"):
         assert shown in out
-    assert [cell.strip() for cell in out.split("sgd")[1].split("│")[1:2]] == ["4"]
+    (row,) = [line.split() for line in out.splitlines() if line.split()[-1:] == ["sgd"]]
+    assert row[-2:] == ["4", "sgd"]
+
+
+def test_list_fits_80_columns_and_breaks_no_seeds(command, monkeypatch, tmp_path):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(listing, "TASKS", {"toy": TASKS["toy"]})
+    command("run", "toy", "--optimizer", "sgd", "--seed", 1, "--epochs", 1, "--results-dir", tmp_path)
+    first = tmp_path / "toy" / "tiny" / "runs" / "sgd-seed1.jsonl"
+    for seed in (2, 3, 5, 8, 9, 13):
+        copy = first.read_text().replace('"seed": 1,', f'"seed": {seed},', 1)
+        first.with_name(f"sgd-seed{seed}.jsonl").write_text(copy)
+    _, out, _ = command("list", "--results-dir", tmp_path)
+    assert max(map(len, out.splitlines())) <= 80
+    assert "1–3, 5, 8–9, 13" in out
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["list", "--help"], ["table", "--help"]])

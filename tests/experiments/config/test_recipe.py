@@ -1,6 +1,6 @@
 import pytest
 
-from experiments.config.recipe import RECIPES, load_recipe, scales_of
+from experiments.config.recipe import RECIPES, list_scales, load_recipe
 from experiments.dataclass_io import SettingsError, read_settings
 from experiments.errors import UserError
 from experiments.optimizers.registry import NGPlusSettings, SGDBase
@@ -39,7 +39,7 @@ def test_a_value_given_on_the_command_line_replaces_the_files_and_says_so(load):
 
 
 def test_the_settings_in_full_hold_the_defaults_too(load):
-    settings = load().settings_of("ngplus")
+    settings = load().manifest_settings("ngplus")
     assert settings["run"]["precision"] == "float32"
     assert settings["optimizer"]["base"] == {"kind": "sgd", "momentum": 0.9, "weight_decay": 0.0, "nesterov": False}
     assert settings["optimizer"]["damping_schedule"] == {"kind": "exponential", "rate": 0.8, "every_epochs": 1.0}
@@ -109,7 +109,7 @@ def test_the_reference_is_the_one_named_or_sgd_or_the_first(recipes, load):
     assert load("run.reference=adam").run.reference == "adam"
     changed(recipes, "optimizers.sgd", "optimizers.lars")
     assert load().run.reference == "lars"
-    assert load().settings_of("adam")["run"]["reference"] == "lars"
+    assert load().manifest_settings("adam")["run"]["reference"] == "lars"
 
 
 def test_a_target_may_be_the_references_best(load):
@@ -119,7 +119,7 @@ def test_a_target_may_be_the_references_best(load):
 def test_a_scale_may_carry_a_suffix(recipes):
     for name in ("paper-4096", "paper-2048", "paper", "small", "notes"):
         (recipes / "toy" / f"{name}.toml").write_text(toy.RECIPE)
-    assert scales_of("toy") == ["tiny", "small", "paper", "paper-2048", "paper-4096"]
+    assert list_scales("toy") == ["tiny", "small", "paper", "paper-2048", "paper-4096"]
     assert load_recipe("toy", "paper-2048").scale == "paper-2048"
 
 
@@ -132,11 +132,11 @@ def test_an_override_that_is_no_assignment_is_refused(load, override):
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_every_recipe_here_is_whole(path):
     assert path.parent.name in TASKS
-    assert path.stem in scales_of(path.parent.name, RECIPES)
+    assert path.stem in list_scales(path.parent.name, RECIPES)
     recipe = load_recipe(path.parent.name, path.stem, folder=RECIPES)
     assert recipe.optimizers
 
 
 def test_the_run_settings_of_a_table_can_be_read_again(load):
     recipe = load()
-    assert read_settings(type(recipe.run), recipe.settings_of("sgd")["run"], "here") == recipe.run
+    assert read_settings(type(recipe.run), recipe.manifest_settings("sgd")["run"], "here") == recipe.run

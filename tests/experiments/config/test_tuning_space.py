@@ -1,6 +1,6 @@
 import pytest
 
-from experiments.config.recipe import RECIPES, load_recipe, scales_of
+from experiments.config.recipe import RECIPES, list_scales, load_recipe
 from experiments.config.tuning_space import Range
 from experiments.dataclass_io import SettingsError
 from experiments.tasks import TASKS
@@ -48,8 +48,8 @@ def test_without_a_table_there_is_no_tuning(load):
 
 
 def test_a_share_of_a_range_is_taken_of_its_logarithm_where_told():
-    assert Range(low=1.0, high=9.0).at(0.25) == 3.0
-    assert Range(low=1.0, high=16.0, log=True).at(0.25) == 2.0
+    assert Range(low=1.0, high=9.0).interpolate(0.25) == 3.0
+    assert Range(low=1.0, high=16.0, log=True).interpolate(0.25) == 2.0
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_an_error_names_the_file_the_key_and_the_value(write, load, recipes, old
 
 @pytest.mark.parametrize("task", [name for name in TASKS if (RECIPES / name).exists()])
 def test_the_recipes_here_search_every_optimizers_learning_rate_over_a_decade_or_more(task):
-    for scale in scales_of(task, RECIPES):
+    for scale in list_scales(task, RECIPES):
         tuning = load_recipe(task, scale, folder=RECIPES).tuning
         for space in tuning.spaces.values() if tuning else ():
             assert space["lr"].high >= 10 * space["lr"].low

@@ -9,7 +9,7 @@ import pytest
 from experiments.data_io import array_folder
 from experiments.data_io.array_folder import folder_sha256, open_folder, prepare_folder
 from experiments.data_io.checksum import DataFileError
-from experiments.data_io.source_identity import joint_identity
+from experiments.data_io.source_identity import identify_jointly
 
 ARRAYS = {"numbers": np.arange(7, dtype=np.uint8), "positions": np.linspace(0, 1, 6, dtype=np.float32).reshape(2, 3)}
 WHAT = {"data": "made up", "cutoff": 5.0}
@@ -69,11 +69,11 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize(("damage", "complaint"), DAMAGES.items())
-def test_a_damaged_folder_is_refused_and_replaced(tmp_path, damage, complaint):
+@pytest.mark.parametrize(("damage", "message"), DAMAGES.items())
+def test_a_damaged_folder_is_refused_and_replaced(tmp_path, damage, message):
     folder = prepare(tmp_path / "there")
     damage(folder)
-    with pytest.raises(DataFileError, match=complaint) as caught:
+    with pytest.raises(DataFileError, match=message) as caught:
         open_folder(folder, WHAT, remedy="make it again")
     assert str(caught.value).endswith("make it again")
     prepare(folder)
@@ -103,7 +103,7 @@ def source(tmp_path):
             return {"digits": np.array([int(digit) for digit in path.read_text()])}
 
         folder = prepare_folder(
-            tmp_path / "there", WHAT, build or read, remedy="", source=lambda: joint_identity([path])
+            tmp_path / "there", WHAT, build or read, remedy="", source=lambda: identify_jointly([path])
         )
         return open_folder(folder, WHAT, remedy="")["digits"].tolist()
 
@@ -142,7 +142,7 @@ def test_another_file_of_the_same_size_and_time_is_another_source(tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).write_text("12")
         os.utime(tmp_path / name, ns=(0, 0))
-        identities.append(joint_identity([tmp_path / name]))
+        identities.append(identify_jointly([tmp_path / name]))
     assert identities[0] != identities[1]
 
 

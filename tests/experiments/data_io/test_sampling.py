@@ -3,26 +3,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments.data_io.sampling import balanced_subset, epoch_batches, hold_out
+from experiments.data_io.sampling import draw_balanced, epoch_batches, hold_out
 
 LABELS = np.repeat(np.arange(5), 20)[np.random.default_rng(3).permutation(100)]
 
 
 def test_a_balanced_subset_has_equally_many_of_each_class_and_no_index_twice():
-    chosen = balanced_subset(LABELS, 7, seed=1)
+    chosen = draw_balanced(LABELS, 7, seed=1)
     assert np.bincount(LABELS[chosen]).tolist() == [7] * 5
     assert len(set(chosen)) == 35
 
 
 def test_subsets_of_a_seed_are_nested_and_seeds_differ():
-    small, large = (set(balanced_subset(LABELS, size, seed=1)) for size in (4, 9))
+    small, large = (set(draw_balanced(LABELS, size, seed=1)) for size in (4, 9))
     assert small < large
-    assert small != set(balanced_subset(LABELS, 4, seed=2))
+    assert small != set(draw_balanced(LABELS, 4, seed=2))
 
 
 def test_too_few_of_a_class_is_an_error():
     with pytest.raises(ValueError, match="21 samples of class 0 asked for, there are 20"):
-        balanced_subset(LABELS, 21, seed=1)
+        draw_balanced(LABELS, 21, seed=1)
 
 
 def test_validation_is_held_out_and_does_not_depend_on_the_training_size():

@@ -5,13 +5,13 @@ from experiments.config.recipe import load_recipe
 from experiments.data_io.checksum import DataFileError
 from experiments.errors import UserError
 from experiments.estimate import batches
-from experiments.estimate.batches import choose, task_of
-from experiments.estimate.measuring import clock_of
+from experiments.estimate.batches import choose_batch, load_task_or_stand_in
+from experiments.estimate.measuring import make_clock
 from experiments.estimate.timed_steps import Parts
 from experiments.estimate.training_memory import MemoryUse
 
 CPU = torch.device("cpu")
-CLOCK = clock_of(CPU)
+CLOCK = make_clock(CPU)
 
 
 def largest(seconds=0.0, peak=100.0, available=None):
@@ -34,7 +34,7 @@ def test_a_smaller_one_is_measured_where_memory_is_short():
 
 
 def test_the_recipes_batch_is_the_measure_of_a_smaller_one(load, tmp_path):
-    bench = choose(load(), "sgd", tmp_path, CPU, CLOCK, size=2)
+    bench = choose_batch(load(), "sgd", tmp_path, CPU, CLOCK, size=2)
     assert (bench.size, bench.whole_size, bench.batches) == (2, 8, 6)
     assert bench.factor == 4.0
     assert bench.made_up is None
@@ -44,15 +44,15 @@ def test_the_recipes_batch_is_the_measure_of_a_smaller_one(load, tmp_path):
 @pytest.mark.parametrize("size", [0, 9])
 def test_a_batch_out_of_range_is_refused(load, tmp_path, size):
     with pytest.raises(UserError, match=f"batch = {size}: must be from 1 to the recipe's batch_size = 8"):
-        choose(load(), "sgd", tmp_path, CPU, CLOCK, size=size)
+        choose_batch(load(), "sgd", tmp_path, CPU, CLOCK, size=size)
 
 
 def test_parameters_that_do_not_fit_are_refused_before_anything_is_made(load, tmp_path, monkeypatch):
     monkeypatch.setattr(batches, "available_mib", lambda device: 1e-6)
     with pytest.raises(UserError, match="its parameters and the optimizer's state take"):
-        choose(load(), "sgd", tmp_path, CPU, CLOCK)
+        choose_batch(load(), "sgd", tmp_path, CPU, CLOCK)
 
 
 def test_data_that_nothing_stands_for_must_be_there(tmp_path):
     with pytest.raises(DataFileError, match="make data-fashion-mnist"):
-        task_of(load_recipe("resnet50-imagenet", "small"), tmp_path)
+        load_task_or_stand_in(load_recipe("resnet50-imagenet", "small"), tmp_path)

@@ -27,7 +27,7 @@ def test_a_batch_that_was_scaled_is_said(load):
 def test_forward_and_backward_are_one_figure_for_all_optimizers(load):
     first, second, third = estimate(load(), None, Options(device="cpu", steps=4)).measured.values()
     assert first.seconds.plain.batch == second.seconds.plain.batch == third.seconds.plain.batch
-    assert third.seconds.renewing.batch > 0
+    assert third.seconds.refresh.batch > 0
 
 
 def test_an_unknown_optimizer_is_refused(load):

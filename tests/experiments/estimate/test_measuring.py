@@ -7,12 +7,12 @@ from torch import nn
 
 from experiments import tasks
 from experiments.estimate import measuring
-from experiments.estimate.measuring import clock_of, loading_times, measure, quick_look, round_length
-from experiments.estimate.timed_steps import Parts, renews, take_steps, training_of
+from experiments.estimate.measuring import make_clock, measure, measure_briefly, measure_loading, round_length
+from experiments.estimate.timed_steps import Parts, has_refresh, make_training, take_steps
 from ngplus.curvature import Curvature
 
 CPU = torch.device("cpu")
-CLOCK = clock_of(CPU)
+CLOCK = make_clock(CPU)
 
 
 class Sleeper:
@@ -51,17 +51,17 @@ def toy_task(recipe):
 
 
 def test_loading_is_timed_apart_from_the_start_of_an_epoch():
-    start, batch = loading_times(Sleeper(), CLOCK)
+    start, batch = measure_loading(Sleeper(), CLOCK)
     assert 0.002 <= batch < 0.05 < start
 
 
 def test_what_grows_with_the_batch_is_told_from_the_update(recipe, monkeypatch):
     monkeypatch.setattr(import_module("torch.optim.sgd"), "sgd", lambda *_, **__: time.sleep(0.1))
-    step, _ = quick_look(recipe, "sgd", Sleeper(), CPU, CLOCK)
+    step, _ = measure_briefly(recipe, "sgd", Sleeper(), CPU, CLOCK)
     assert 0.006 <= step.batch < 0.1 <= step.update
 
 
-def test_a_renewing_step_is_told_from_a_plain_one(recipe, toy_task, monkeypatch):
+def test_a_refresh_step_is_told_from_a_plain_one(recipe, toy_task, monkeypatch):
     update = Curvature.update
 
     def slow(self, *arguments):
@@ -71,26 +71,26 @@ def test_a_renewing_step_is_told_from_a_plain_one(recipe, toy_task, monkeypatch)
     monkeypatch.setattr(Curvature, "update", slow)
     found = measure(recipe, "ngplus", toy_task, CPU, clock=CLOCK, round_length=4, steps=12)
     assert found.steps == 12
-    assert found.seconds.plain.update < 0.1 <= found.seconds.renewing.update
+    assert found.seconds.plain.update < 0.1 <= found.seconds.refresh.update
 
 
 def test_an_optimizer_is_measured_at_most_at_its_own_interval(recipe, toy_task, monkeypatch):
     built = []
-    training = measuring.training_of
-    monkeypatch.setattr(measuring, "training_of", lambda *given: built.append(given[-1]) or training(*given))
+    training = measuring.make_training
+    monkeypatch.setattr(measuring, "make_training", lambda *given: built.append(given[-1]) or training(*given))
     measure(recipe, "ngplus", toy_task, CPU, clock=CLOCK, round_length=50, steps=1)
     assert built == [4]
 
 
-def test_plain_steps_are_measured_though_every_step_renews(load, toy_task):
+def test_plain_steps_are_measured_though_every_step_refreshes(load, toy_task):
     found = measure(
         load("optimizers.ngplus.update_every=1"), "ngplus", toy_task, CPU, clock=CLOCK, round_length=50, steps=2
     )
     assert found.seconds.plain.update > 0
 
 
-def test_only_optimizers_with_an_interval_renew(recipe):
-    assert [name for name in recipe.optimizers if renews(recipe, name)] == ["ngplus"]
+def test_only_optimizers_with_an_interval_refresh(recipe):
+    assert [name for name in recipe.optimizers if has_refresh(recipe, name)] == ["ngplus"]
 
 
 def test_operations_are_counted_by_what_a_step_multiplies(recipe, toy_task):
@@ -99,7 +99,7 @@ def test_operations_are_counted_by_what_a_step_multiplies(recipe, toy_task):
     assert found.operations.plain.batch == 2 * 8 * (5 * 4 + 4 * 1) * 2 + 2 * 8 * 4
     assert found.operations.plain.update == 0
     ngplus = measure(recipe, "ngplus", toy_task, CPU, clock=CLOCK, round_length=2, steps=2, count_operations=True)
-    assert ngplus.operations.renewing.batch + ngplus.operations.renewing.update > found.operations.plain.batch
+    assert ngplus.operations.refresh.batch + ngplus.operations.refresh.update > found.operations.plain.batch
     # (6): a 4 × 4 inverse times the 4 × 6 gradient, a 1 × 1 inverse times the 1 × 5 one; the bias is a column.
     assert ngplus.operations.plain.update == 2 * (4 * 4 * 6 + 1 * 1 * 5)
 
@@ -107,12 +107,12 @@ def test_operations_are_counted_by_what_a_step_multiplies(recipe, toy_task):
 def test_low_ranks_products_in_place_are_counted(load, toy_task):
     recipe = load("optimizers.ngplus.solver=low_rank", "optimizers.ngplus.max_samples=1")
     ngplus = measure(recipe, "ngplus", toy_task, CPU, clock=CLOCK, round_length=2, steps=2, count_operations=True)
-    # (14): W, of 4 × 1 and of 1 × 1, times the gradient's 4 × 6 and 1 × 5 numbers, twice; the bias is a column.
+    # (14): W, of 4 × 1 and of 1 × 1, times the gradient's 4 × 6 and 1 × 5 elements, twice; the bias is a column.
     assert ngplus.operations.plain.update == 2 * 2 * (4 * 1 * 6 + 1 * 1 * 5)
 
 
 def test_processor_time_does_not_count_what_is_waited_for():
-    clock = clock_of(CPU, cpu_time=True)
+    clock = make_clock(CPU, cpu_time=True)
     start = clock()
     time.sleep(0.2)
     assert clock() - start < 0.1
@@ -124,7 +124,7 @@ def test_a_round_lasts_long_enough_for_a_disturbance_to_be_spread():
 
 
 def test_schedules_go_by_the_true_length_of_an_epoch(load, toy_task):
-    training = training_of(load(), "sgd", toy_task, CPU, every=2)
+    training = make_training(load(), "sgd", toy_task, CPU, every=2)
     rates = []
     take_steps(training, CLOCK, lambda steps: rates.append(training.optimizer.param_groups[0]["lr"]) or len(steps) == 9)
     assert max(rates) > 0.09  # the warm-up to 0.1 lasts half an epoch of six steps

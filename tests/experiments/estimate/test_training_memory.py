@@ -45,5 +45,5 @@ def test_the_peak_is_seen_though_it_is_over_and_earlier_peaks_are_not():
 
 
 def test_only_what_is_not_kept_grows_with_the_batch():
-    assert MemoryUse(kept=100.0, peak=130.0).at(4.0) == pytest.approx(220.0)
-    assert MemoryUse(kept=100.0, peak=None).at(4.0) is None
+    assert MemoryUse(kept=100.0, peak=130.0).extrapolate(4.0) == pytest.approx(220.0)
+    assert MemoryUse(kept=100.0, peak=None).extrapolate(4.0) is None

@@ -175,4 +175,4 @@ def test_gradients_divided_behind_the_backward_pass_leave_the_curvature_that_of_
 
 def test_parameters_of_no_model_are_refused():
     with pytest.raises(ValueError, match="use --task translation_ngplus"):
-        plugin.model_of([nn.Parameter(torch.zeros(2))])
+        plugin.recall_model([nn.Parameter(torch.zeros(2))])

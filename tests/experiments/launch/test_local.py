@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.launch.local import run_apart
+from experiments.launch.local import run_in_processes
 from experiments.records.provenance import REPOSITORY
 
 HERE = Path(__file__).parent
@@ -47,14 +47,14 @@ def alive(folder):
 
 def test_all_are_done_in_order_and_a_failure_is_named_with_its_reason(tmp_path):
     works = [Writes("a", tmp_path, ending="exit"), Writes("b", tmp_path, ending="kill"), Writes("c", tmp_path)]
-    assert run_apart(works) == {"a": "failed with exit status 2", "b": "killed by SIGKILL"}
+    assert run_in_processes(works) == {"a": "failed with exit status 2", "b": "killed by SIGKILL"}
     assert begun(tmp_path) == ["a", "b", "c"]
 
 
 def test_two_at_a_time_each_with_its_number_of_threads(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     works = [Writes(name, tmp_path, after_begun=2) for name in "abc"]
-    assert run_apart(works, workers=2, threads=3) == {}
+    assert run_in_processes(works, workers=2, threads=3) == {}
     assert {path.read_text().split()[1] for path in tmp_path.glob("*.begun")} == {"3"}
     first_end = min(path.stat().st_mtime_ns for path in tmp_path.glob("*.ended"))
     assert (tmp_path / f"{begun(tmp_path)[-1]}.begun").stat().st_mtime_ns >= first_end

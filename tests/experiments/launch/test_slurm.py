@@ -10,7 +10,7 @@ import pytest
 from submitit.core.utils import DelayedSubmission
 
 from experiments.errors import UserError
-from experiments.launch.jobs import jobs_of
+from experiments.launch.jobs import make_jobs
 from experiments.launch.slurm import Resources, submit
 from experiments.records.provenance import REPOSITORY
 from experiments.records.run_record import read_run
@@ -33,7 +33,7 @@ def submitted(recipes, options, monkeypatch, tmp_path):
     own = dataclasses.replace(options, results_dir=tmp_path / "cluster", checkpoint_every_s=0.0)
 
     def submit_(optimizers, resources, *overrides):
-        jobs = jobs_of("toy", "tiny", optimizers, [0], overrides, own)
+        jobs = make_jobs("toy", "tiny", optimizers, [0], overrides, own)
         return [job for _, job in submit(jobs, resources, tmp_path / "slurm", cluster="local")]
 
     return submit_

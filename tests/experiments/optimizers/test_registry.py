@@ -15,7 +15,7 @@ from experiments.optimizers.registry import (
     SGDBase,
     SGDSettings,
     SOAPSettings,
-    entry_of,
+    find_entry,
 )
 from ngplus import NGPlus
 
@@ -45,7 +45,7 @@ def ngplus(**changes) -> NGPlusSettings:
     ],
 )
 def test_ngplus_gets_its_base_with_the_bases_own_settings(model, base, kind, given):
-    optimizer = entry_of("ngplus-x").build(model, ngplus(base=base, samples="rows"))
+    optimizer = find_entry("ngplus-x").build(model, ngplus(base=base, samples="rows"))
     assert isinstance(optimizer, NGPlus)
     assert type(optimizer.base) is kind
     (group,) = optimizer.param_groups
@@ -57,7 +57,7 @@ def test_lars_is_its_formula(model):
     settings = LARSSettings(lr=0.5, momentum=0.9, weight_decay=1e-2, trust_coefficient=1e-3)
     before = copy.deepcopy(model)
     gradients = [parameter.grad.clone() for parameter in model.parameters()]
-    optimizer = entry_of("lars").build(model, settings)
+    optimizer = find_entry("lars").build(model, settings)
     optimizer.step()
     w, g = before.weight, gradients[0]
     trust = 1e-3 * w.norm() / (g.norm() + 1e-2 * w.norm())
@@ -67,7 +67,7 @@ def test_lars_is_its_formula(model):
 
 def test_sgd_gets_every_setting(model):
     settings = SGDSettings(lr=0.2, momentum=0.8, weight_decay=1e-3, nesterov=True)
-    (group,) = entry_of("sgd").build(model, settings).param_groups
+    (group,) = find_entry("sgd").build(model, settings).param_groups
     assert (group["lr"], group["momentum"], group["weight_decay"], group["nesterov"]) == (0.2, 0.8, 1e-3, True)
 
 
@@ -85,7 +85,7 @@ def test_every_entry_builds_an_optimizer_that_steps(model):
 
 def test_soap_loses_its_first_step(model):
     """As docs/baselines.md says, of the version that is installed."""
-    optimizer = entry_of("soap").build(model, SOAPSettings(lr=0.1))
+    optimizer = find_entry("soap").build(model, SOAPSettings(lr=0.1))
     moved = []
     for _ in range(3):
         before = model.weight.clone()
@@ -100,11 +100,11 @@ def test_a_name_that_is_not_there_lists_what_is(name):
     with pytest.raises(
         SettingsError, match=r"must be one of adagrad, adam, .*, sgd, shampoo, soap, or one of these with"
     ):
-        entry_of(name)
+        find_entry(name)
 
 
 def test_a_soap_state_goes_on_to_the_bit(model):
-    optimizer = entry_of("soap").build(model, SOAPSettings(lr=0.1, precondition_frequency=2))
+    optimizer = find_entry("soap").build(model, SOAPSettings(lr=0.1, precondition_frequency=2))
     x = torch.randn(8, 3).double()
 
     def train(own, stepper, steps):
@@ -117,7 +117,7 @@ def test_a_soap_state_goes_on_to_the_bit(model):
     file = io.BytesIO()
     torch.save(optimizer.state_dict(), file)
     other = copy.deepcopy(model)
-    resumed = entry_of("soap").build(other, SOAPSettings(lr=0.3))
+    resumed = find_entry("soap").build(other, SOAPSettings(lr=0.3))
     resumed.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
     train(model, optimizer, 4)
     train(other, resumed, 4)
@@ -128,11 +128,11 @@ def test_a_soap_state_goes_on_to_the_bit(model):
 def test_what_takes_no_sparse_gradients_says_so_when_it_is_made(name):
     model = nn.Sequential(nn.Embedding(4, 3, sparse=True), nn.Linear(3, 2))
     with pytest.raises(ValueError, match="takes no sparse gradients, which 0 has"):
-        entry_of(name).build(model, entry_of(name).settings(lr=0.1, **NEEDED.get(name, {})))
+        find_entry(name).build(model, find_entry(name).settings(lr=0.1, **NEEDED.get(name, {})))
 
 
 def test_a_method_around_adam_takes_no_sparse_gradients_either():
     model = nn.Sequential(nn.Embedding(4, 3, sparse=True), nn.Linear(3, 2))
     settings = ngplus(base=AdamBase())
     with pytest.raises(ValueError, match="NGPlus around Adam takes no sparse gradients, which 0 has"):
-        entry_of("ngplus").build(model, settings)
+        find_entry("ngplus").build(model, settings)

@@ -183,6 +183,6 @@ def test_a_foreign_or_damaged_record_names_file_and_line(path, text, message):
         read_run(path)
     assert str(path) in str(error.value)
     good = written(path.with_name("sgd-seed0.jsonl"), dataclasses.replace(MANIFEST, seed=0), epoch(0))
-    runs, complaints = read_runs(path.parent)
+    runs, warnings = read_runs(path.parent)
     assert [run.path for run in runs] == [good]
-    assert complaints == [str(error.value)]
+    assert warnings == [str(error.value)]

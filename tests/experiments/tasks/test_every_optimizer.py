@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from experiments.config.recipe import load_recipe
-from experiments.optimizers.registry import entry_of
+from experiments.optimizers.registry import find_entry
 from experiments.tasks import TASKS
 
 RECIPES = {task: load_recipe(task, "small") for task in TASKS}
@@ -19,7 +19,9 @@ ALL = [(task, name) for task, recipe in RECIPES.items() for name in recipe.optim
 def tiny(task):
     """The task with its embedded data, and a few of its batches."""
     recipe = load_recipe(task, "tiny")
-    made = TASKS[task](recipe.settings_of(next(iter(recipe.optimizers)))["task"], scale="tiny", data_dir=Path("data"))
+    made = TASKS[task](
+        recipe.manifest_settings(next(iter(recipe.optimizers)))["task"], scale="tiny", data_dir=Path("data")
+    )
     batches = made.train_batches(0, 0)
     return made, [next(batches) for _ in range(3)]
 
@@ -33,7 +35,7 @@ def test_an_optimizer_of_a_recipe_trains_its_task(task, name):
     if hasattr(settings, "update_every"):
         settings = replace(settings, update_every=2)
     settings = replace(settings, lr=1e-5)  # untuned ones may diverge on a model this small
-    optimizer = entry_of(name).build(model, settings)
+    optimizer = find_entry(name).build(model, settings)
     before = {key: value.clone() for key, value in model.named_parameters()}
     losses = []
     for batch in batches:

@@ -9,17 +9,17 @@ from experiments.tasks import TASKS
 from experiments.theory.layer_samples import (
     SCALE,
     SUBJECTS,
-    doubled,
     factors,
     gather,
+    get_parameters,
     load_task,
     next_matrix,
-    parameters_of,
-    singles,
+    split_batch,
     take,
+    to_double,
     train,
 )
-from experiments.theory.weight_uses import watch
+from experiments.theory.weight_uses import record_uses
 
 # fairseq's softmax is float32 whatever the model is.
 TOLERANCE = {"transformer-iwslt14": 1e-5}
@@ -44,8 +44,8 @@ def test_single_samples_average_to_the_batch_and_equal_their_factors(trained):
     subject, tolerance = SUBJECTS[task.name], TOLERANCE.get(task.name, 1e-9)
     batch = next(task.train_batches(0, 3))
     size = subject.size(batch)
-    samples = [take(task, model, part, subject.layers) for part in singles(task, 0, size, 3)]
-    whole = iter(torch.autograd.grad(task.loss(model, doubled(batch)), parameters_of(model, subject.layers)))
+    samples = [take(task, model, part, subject.layers) for part in split_batch(task, 0, size, 3)]
+    whole = iter(torch.autograd.grad(task.loss(model, to_double(batch)), get_parameters(model, subject.layers)))
     assert len(samples) == size > 5
     for layer in subject.layers:
         gradients = torch.stack([sample[layer].gradient for sample in samples])
@@ -60,7 +60,9 @@ def test_the_others_are_other_samples_of_the_same_epoch(tmp_path):
     model = train(task, steps=2, seed=0)
     pairs = gather(task, model, samples=30, seed=4)
     layer = "output_modules.0.outnet.0"
-    batches = [take(task, model, part, [layer])[layer] for index in (0, 1, 2) for part in singles(task, index, 25, 4)]
+    batches = [
+        take(task, model, part, [layer])[layer] for index in (0, 1, 2) for part in split_batch(task, index, 25, 4)
+    ]
     samples, others = pairs[-1]
     assert samples.name == layer
     torch.testing.assert_close(samples.gradients, torch.stack([each.gradient for each in batches[:30]]))
@@ -71,7 +73,7 @@ def test_the_others_are_other_samples_of_the_same_epoch(tmp_path):
 
 def test_a_bag_gives_its_gradient_to_each_of_its_rows():
     bag = nn.EmbeddingBag(5, 3, mode="sum").double()
-    with watch(bag) as uses:
+    with record_uses(bag) as uses:
         out = bag(torch.tensor([[1, 4, 4]]))
     g, a = factors(uses[0], torch.ones_like(out))
     (weight,) = torch.autograd.grad(out.sum(), [bag.weight])
@@ -80,7 +82,7 @@ def test_a_bag_gives_its_gradient_to_each_of_its_rows():
 
 def test_a_strided_convolution_without_bias_has_the_factors_of_its_gradient():
     convolution = nn.Conv2d(2, 3, 3, stride=2, padding=1, bias=False).double()
-    with watch(convolution) as uses:
+    with record_uses(convolution) as uses:
         out = convolution(torch.randn(1, 2, 5, 5, dtype=torch.float64))
     gradient = torch.randn_like(out)
     g, a = factors(uses[0], gradient)
@@ -90,7 +92,7 @@ def test_a_strided_convolution_without_bias_has_the_factors_of_its_gradient():
 
 def test_a_grouped_convolution_is_refused():
     convolution = nn.Conv2d(2, 2, 3, groups=2)
-    with watch(convolution) as uses:
+    with record_uses(convolution) as uses:
         out = convolution(torch.randn(1, 2, 5, 5))
     with pytest.raises(ValueError, match=r"conv2d with module\.groups=2"):
         factors(uses[0], out)

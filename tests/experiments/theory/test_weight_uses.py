@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from schnetpack.nn import Dense, shifted_softplus
 from torch import nn
 
-from experiments.theory.weight_uses import FUNCTIONS, watch
+from experiments.theory.weight_uses import FUNCTIONS, record_uses
 
 
 class Mixed(nn.Module):
@@ -29,7 +29,7 @@ class Mixed(nn.Module):
 
 def test_every_use_is_seen_in_order_with_its_positions():
     model = Mixed()
-    with watch(model) as uses:
+    with record_uses(model) as uses:
         model(torch.zeros(2, 7, dtype=torch.long))
     assert [(use.layer, use.function, use.positions) for use in uses] == [
         ("table", "embedding", 14),
@@ -42,7 +42,7 @@ def test_every_use_is_seen_in_order_with_its_positions():
 
 def test_the_output_is_what_comes_before_the_activation():
     dense, x = Dense(3, 2, activation=shifted_softplus), torch.randn(4, 3)
-    with watch(dense) as uses:
+    with record_uses(dense) as uses:
         dense(x)
     torch.testing.assert_close(uses[0].output, x @ dense.weight.mT + dense.bias)
     assert uses[0].inputs is x
@@ -50,13 +50,13 @@ def test_the_output_is_what_comes_before_the_activation():
 
 def test_functions_are_put_back_even_after_an_error():
     before = {name: getattr(F, name) for name in FUNCTIONS}
-    with pytest.raises(ValueError, match="stop"), watch(nn.Linear(2, 2)):
+    with pytest.raises(ValueError, match="stop"), record_uses(nn.Linear(2, 2)):
         raise ValueError("stop")
     assert before == {name: getattr(F, name) for name in FUNCTIONS}
 
 
 def test_weights_of_other_models_are_not_seen():
     mine, other = nn.Linear(2, 2), nn.Linear(2, 2)
-    with watch(mine) as uses:
+    with record_uses(mine) as uses:
         other(mine(torch.ones(1, 2)))
     assert [use.module for use in uses] == [mine]

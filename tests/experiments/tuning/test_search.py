@@ -9,7 +9,7 @@ import pytest
 from experiments.errors import UserError
 from experiments.tuning.search import Search
 from experiments.tuning.trial import trial_recipe
-from experiments.tuning.tune import best_of, tune
+from experiments.tuning.tune import pick_best, tune
 from tests.experiments.cases import toy
 
 TUNING = """
@@ -46,7 +46,7 @@ def numbers(tried):
 
 
 def test_a_trial_is_a_run_on_the_validation_split_with_the_schedule_in_miniature(recipe):
-    trial = trial_recipe(recipe.changed({"run.epochs": 8, "tuning.epochs": 2}), "sgd", {"lr": 0.5})
+    trial = trial_recipe(recipe.override({"run.epochs": 8, "tuning.epochs": 2}), "sgd", {"lr": 0.5})
     assert (trial.run.report_split, trial.run.epochs) == ("validation", 2)
     assert trial.optimizers["sgd"].settings.lr == 0.5
     assert trial.optimizers["sgd"].schedule.max_epoch == 3 / 4
@@ -88,7 +88,7 @@ def test_some_trials_are_stopped_and_the_best_is_one_that_was_not(recipe, option
         assert min(epoch.metric for epoch in each.run.epochs[1:]) > medians
         assert 2 <= last < 4
     whole = [each for each in tried if each.ended == "complete"]
-    assert best_of(tried).run.best_metric == min(each.run.best_metric for each in whole)
+    assert pick_best(tried).run.best_metric == min(each.run.best_metric for each in whole)
 
 
 def test_a_search_that_is_interrupted_ends_with_the_same_trials(recipe, options, tmp_path, monkeypatch):
@@ -142,17 +142,17 @@ def test_a_search_does_not_go_on_with_other_settings(recipe, options, tmp_path):
     Search(recipe, "sgd", options, tmp_path).run(1)
     for changed in ({"optimizers.sgd.momentum": 0.5}, {"run.target": 0.1, "optimizers.sgd.momentum": 0.5}):
         with pytest.raises(UserError, match=r"has trials with other settings: optimizer\.momentum; remove it"):
-            Search(recipe.changed(changed), "sgd", options, tmp_path).run(1)
+            Search(recipe.override(changed), "sgd", options, tmp_path).run(1)
     # What is tuned, and what changes no number, may have changed: the search has written the one itself.
-    Search(recipe.changed({"optimizers.sgd.lr": 0.5, "run.target": 0.1}), "sgd", options, tmp_path).run(1)
+    Search(recipe.override({"optimizers.sgd.lr": 0.5, "run.target": 0.1}), "sgd", options, tmp_path).run(1)
 
 
 def test_a_trial_that_diverges_counts_and_is_never_the_best(recipe, options, tmp_path):
-    broken = recipe.changed({"task.poison": 2, "task.dropout": 0.0})
+    broken = recipe.override({"task.poison": 2, "task.dropout": 0.0})
     tried = Search(broken, "sgd", options, tmp_path).run(2)
     assert [each.ended for each in tried] == ["diverged", "diverged"]
     with pytest.raises(UserError, match="sgd: no trial came to its end"):
-        best_of(tried)
+        pick_best(tried)
 
 
 def test_without_a_space_there_is_nothing_to_tune(load, options, tmp_path):

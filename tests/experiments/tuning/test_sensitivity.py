@@ -38,7 +38,7 @@ def recipe(recipes, load, monkeypatch):
                 failed[work.name] = str(error)
         return failed
 
-    monkeypatch.setattr(jobs, "run_apart", here)
+    monkeypatch.setattr(jobs, "run_in_processes", here)
     return load()
 
 
@@ -62,7 +62,7 @@ def test_every_cell_has_a_row_with_its_settings_and_is_run_once(recipe, options,
 
 def test_a_cell_is_the_run_that_the_recipe_has_with_its_changes(recipe, options, tmp_path):
     table = pd.read_csv(measure(recipe, options, folder=tmp_path / "grid"))
-    changed = recipe.changed(
+    changed = recipe.override(
         {
             "run.epochs": 2,
             "run.report_split": "validation",
@@ -102,7 +102,7 @@ def test_a_cell_that_fails_leaves_its_row_out_and_the_exit_status_says_so(recipe
     path = recipes / "toy" / "tiny.toml"
     path.write_text(path.read_text().replace("[0.3, 0.9]", "[0.3, -0.9]"))
     with pytest.raises(SystemExit) as exit_:
-        measure(recipe.changed({}), options, folder=tmp_path / "grid")
+        measure(recipe.override({}), options, folder=tmp_path / "grid")
     assert exit_.value.code == 1
     assert "optimizers.ngplus.lr=-0.9" in capsys.readouterr().err
     assert len(pd.read_csv(options.results_dir / "toy" / "tiny" / "sensitivity.csv")) == 5

@@ -6,18 +6,18 @@ import altair as alt
 import pandas as pd
 
 from experiments.analysis.comparison_table import number
-from experiments.analysis.figures.palette import colour_of, colour_on_dark
+from experiments.analysis.figures.palette import lighten_colour, pick_colour
 from experiments.analysis.report import chart_theme, rerun_commands
-from experiments.analysis.report.blocks import Block, Chart, Figure, Key, Line, Section, table_of
-from experiments.analysis.report.results_folder import Shelf
+from experiments.analysis.report.blocks import Block, Chart, Figure, Key, Line, Section, make_table
+from experiments.analysis.report.results_folder import ResultsFolder
 
 EQUAL = "every_10_over_sgd"
 
 
-def section(shelf: Shelf) -> Section:
+def section(results: ResultsFolder) -> Section:
     """A bar chart for each file of steps, then every file as a table."""
-    stems = sorted(path.stem for path in (shelf.root / "bench").glob("*.csv"))
-    files = {stem: table for stem in stems if (table := shelf.csv(f"bench/{stem}.csv")) is not None}
+    stems = sorted(path.stem for path in (results.root / "bench").glob("*.csv"))
+    files = {stem: table for stem in stems if (table := results.csv(f"bench/{stem}.csv")) is not None}
     blocks: list[Block] = []
     charts = [_chart(table, f"costs-{place}") for place, table in enumerate(filter(_of_steps, files.values()), 1)]
     if charts:
@@ -30,7 +30,7 @@ def section(shelf: Shelf) -> Section:
             )
         )
     blocks += [
-        table_of(table, f"bench/{stem}.csv", (rerun_commands.bench(stem),), folded=True)
+        make_table(table, f"bench/{stem}.csv", (rerun_commands.bench(stem),), folded=True)
         for stem, table in files.items()
     ]
     return Section(
@@ -58,15 +58,15 @@ def _chart(table: pd.DataFrame, id: str) -> Chart:
         title=title,
         summary=summary,
         spec=_spec(known, summary),
-        data=table_of(shown, title, (), folded=True),
+        data=make_table(shown, title, (), folded=True),
     )
 
 
 def _spec(table: pd.DataFrame, summary: str) -> dict[str, Any]:
     names = list(dict.fromkeys(map(str, table["optimizer"])))
-    legend = [Key(name=name, light=colour_of(_family(name)), dark=colour_on_dark(_family(name))) for name in names]
+    legend = [Key(name=name, light=pick_colour(_family(name)), dark=lighten_colour(_family(name))) for name in names]
     rows = [
-        {"optimizer": name, "ratio": chart_theme.rounded(ratio), "word": f"{number(ratio)}×"}
+        {"optimizer": name, "ratio": chart_theme.round_value(ratio), "word": f"{number(ratio)}×"}
         for name, ratio in zip(map(str, table["optimizer"]), table[EQUAL], strict=True)
     ]
     base = alt.Chart(alt.Data(values=rows)).encode(
@@ -78,7 +78,7 @@ def _spec(table: pd.DataFrame, summary: str) -> dict[str, Any]:
         tooltip=["optimizer:N", alt.Tooltip("ratio:Q", format=".3g")],
     )
     words = base.mark_text(align="left", dx=4).encode(text="word:N")
-    return chart_theme.finished(alt.layer(bars, words), summary, height=22 * len(names) + 10)
+    return chart_theme.finish_chart(alt.layer(bars, words), summary, height=22 * len(names) + 10)
 
 
 def _family(name: str) -> str:

@@ -26,7 +26,7 @@ def figure(comparable: Comparable, id: str) -> Figure:
     counts = {name: len(runs) for name, runs in comparable.by_optimizer().items()}
     seeds = ", ".join(f"{name} {count}" for name, count in counts.items())
     notes = [f"The line is the median over seeds, the band their range, from the first epoch on. Seeds: {seeds}."]
-    if lost := curves.diverged(comparable.by_optimizer()):
+    if lost := curves.count_diverged(comparable.by_optimizer()):
         words = ", ".join(f"{name} {share}" for name, share in lost.items())
         notes.append(f"Diverged, and in no median from there on: {words}.")
     if others := curves.other_devices(comparable.by_optimizer()):
@@ -48,7 +48,7 @@ def figure(comparable: Comparable, id: str) -> Figure:
 
 def _chart(comparable: Comparable, panel: Panel, id: str, *, target: float | None) -> Chart | None:
     """One panel, ``None`` if no run has a figure for it."""
-    found = {name: curves.curve_of(runs, panel.value) for name, runs in comparable.by_optimizer().items()}
+    found = {name: curves.summarise_curve(runs, panel.value) for name, runs in comparable.by_optimizer().items()}
     found = {name: curve for name, curve in found.items() if (curve.epochs > 0).any()}
     if not found:
         return None
@@ -82,7 +82,7 @@ def _spec(found: Mapping[str, Curve], panel: Panel, summary: str, target: float 
     hover = alt.selection_point(name="hover", nearest=True, on="pointerover", clear="pointerout", empty=False)
     line = base.mark_line(clip=True, strokeWidth=2).encode(
         y=alt.Y("median:Q", scale=_scale(found, panel), title=None),
-        strokeDash=alt.StrokeDash("optimizer:N", scale=chart_theme.dashed(legend), legend=None),
+        strokeDash=alt.StrokeDash("optimizer:N", scale=chart_theme.make_dash_scale(legend), legend=None),
     )
     band = base.mark_area(clip=True, opacity=0.16, line=False).encode(y=alt.Y("low:Q", title=None), y2="high:Q")
     points = (
@@ -96,15 +96,15 @@ def _spec(found: Mapping[str, Curve], panel: Panel, summary: str, target: float 
     )
     layers = [band, line, points] if target is None else [band, _target(target), line, points]
     parameters = alt.param(name="by", value=AXES[0]), alt.param(name="shown", value=names)
-    spec = chart_theme.finished(alt.layer(*layers), summary, *parameters)
-    return _titled(spec)
+    spec = chart_theme.finish_chart(alt.layer(*layers), summary, *parameters)
+    return _with_title(spec)
 
 
 def _scale(found: Mapping[str, Curve], panel: Panel) -> alt.Scale:
-    span = curves.span_of(list(found.values()), logarithmic=panel.lower_is_better)
+    span = curves.find_span(list(found.values()), logarithmic=panel.lower_is_better)
     if span is None:
         return alt.Scale(zero=False)
-    limits = [chart_theme.rounded(span.low), chart_theme.rounded(span.high)]
+    limits = [chart_theme.round_value(span.low), chart_theme.round_value(span.high)]
     return alt.Scale(domain=limits, type="log") if span.logarithmic else alt.Scale(domain=limits, zero=False)
 
 
@@ -113,7 +113,7 @@ def _ticks() -> alt.Axis:
     return alt.Axis(grid=False, tickMinStep=alt.expr("by == 'seconds' ? 0.001 : 1"))
 
 
-def _titled(spec: dict[str, Any]) -> dict[str, Any]:
+def _with_title(spec: dict[str, Any]) -> dict[str, Any]:
     """With a title of the axis that says what is chosen: Vega-Lite takes an expression there, Altair does not."""
     spec["layer"][0]["encoding"]["x"]["axis"]["title"] = {"expr": "by == 'seconds' ? 'seconds of training' : 'epochs'"}
     return spec
@@ -125,7 +125,7 @@ def _figure(name: str) -> alt.Tooltip:
 
 def _target(value: float) -> alt.Chart:
     return (
-        alt.Chart(alt.Data(values=[{"target": chart_theme.rounded(value)}]))
+        alt.Chart(alt.Data(values=[{"target": chart_theme.round_value(value)}]))
         .mark_rule(clip=True, strokeDash=[4, 3], color=alt.expr("dark ? '#cccccc' : '#444444'"))
         .encode(y="target:Q", tooltip=[alt.Tooltip("target:Q", format=".4g")])
     )
@@ -137,7 +137,10 @@ def _values(found: Mapping[str, Curve]) -> list[dict[str, Any]]:
         {
             "optimizer": name,
             "epoch": int(curve.epochs[place]),
-            **{part: chart_theme.rounded(getattr(curve, part)[place]) for part in ("seconds", "median", "low", "high")},
+            **{
+                part: chart_theme.round_value(getattr(curve, part)[place])
+                for part in ("seconds", "median", "low", "high")
+            },
         }
         for name, curve in found.items()
         for place in range(len(curve.epochs))

@@ -1,4 +1,4 @@
-"""NG+ beside the optimizer it is compared with, a row a task: the page in a minute."""
+"""NG+ compared with each task's reference, a row a task: the page in a minute."""
 
 from collections.abc import Mapping
 
@@ -53,7 +53,7 @@ def _rows(task: str, study: Study) -> list[list[str]]:
         [
             TITLES.get(task, task),
             _ratio(ours, reference, "epochs_to_target"),
-            _ratio(ours, reference, TIME) if profiles.timed_alike(ours, reference) else "on other devices",
+            _ratio(ours, reference, TIME) if profiles.ran_on_same_device(ours, reference) else "on other devices",
             f"{best} against {theirs} {ours['metric']}",
             number(ours["p_value_holm"], digits=2),
             f"{ours['seeds']} and {reference['seeds']}",

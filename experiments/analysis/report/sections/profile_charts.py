@@ -17,7 +17,7 @@ AXES = ("epochs", "seconds")
 
 def blocks(studies: Mapping[str, Study], scale: str) -> list[Block]:
     """The profile of a scale and its table; a sentence if there are fewer than two tasks to compare over."""
-    entries = profiles.entries_of({task: study.frame for task, study in studies.items()})
+    entries = profiles.select_entries({task: study.frame for task, study in studies.items()})
     if len(entries) < 2:
         count = "no task has" if not entries else "one task alone has"
         return [Line(text=f"Scale {scale}: {count} runs with a target here; a profile needs two.")]
@@ -58,7 +58,8 @@ def _steps(entries: Mapping[str, Mapping[str, pd.Series]], name: str, axis: str)
     factors, shares = profiles.curve(profiles.ratios(entries, name, axis))
     pairs = zip(factors, shares, strict=True)
     return [
-        {"optimizer": name, "by": axis, "x": chart_theme.rounded(x), "share": chart_theme.rounded(y)} for x, y in pairs
+        {"optimizer": name, "by": axis, "x": chart_theme.round_value(x), "share": chart_theme.round_value(y)}
+        for x, y in pairs
     ]
 
 
@@ -77,7 +78,7 @@ def _spec(rows: Sequence[Mapping[str, Any]], names: Sequence[str], summary: str)
             ),
             y=alt.Y("share:Q", scale=alt.Scale(domain=[0, 1]), title=None),
             color=alt.Color("optimizer:N", scale=chart_theme.colours(legend), legend=None),
-            strokeDash=alt.StrokeDash("optimizer:N", scale=chart_theme.dashed(legend), legend=None),
+            strokeDash=alt.StrokeDash("optimizer:N", scale=chart_theme.make_dash_scale(legend), legend=None),
             tooltip=[
                 "optimizer:N",
                 alt.Tooltip("x:Q", title="factor", format=".3g"),
@@ -86,7 +87,7 @@ def _spec(rows: Sequence[Mapping[str, Any]], names: Sequence[str], summary: str)
         )
     )
     parameters = alt.param(name="by", value=AXES[0]), alt.param(name="shown", value=list(names))
-    return chart_theme.finished(chart, summary, *parameters)
+    return chart_theme.finish_chart(chart, summary, *parameters)
 
 
 def _factors(entries: Mapping[str, Mapping[str, pd.Series]], names: Sequence[str], scale: str) -> Table:

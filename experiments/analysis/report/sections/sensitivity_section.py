@@ -10,29 +10,32 @@ from experiments.analysis.comparison_table import number
 from experiments.analysis.figures.heatmaps import HeatMap, colour_range, heat_map
 from experiments.analysis.report import chart_theme, rerun_commands
 from experiments.analysis.report.blocks import Block, Chart, Figure, Line, Table
-from experiments.analysis.report.results_folder import Shelf
+from experiments.analysis.report.results_folder import ResultsFolder
 
 
-def blocks(shelf: Shelf, task: str, scale: str, id: str, *, higher_is_better: bool | None) -> list[Block]:
+def blocks(results: ResultsFolder, task: str, scale: str, id: str, *, higher_is_better: bool | None) -> list[Block]:
     """A heat map a grid; a sentence if no grid was run.
 
     Args:
-        shelf: the results.
+        results: the results.
         task: the task.
         scale: its scale.
         id: unique on the page.
         higher_is_better: of the metric, ``None`` if no run says; better is darker.
+
+    Returns:
+        What stands on the page.
     """
     rerun = (rerun_commands.sensitivity(task, scale),)
     place = f"{task}/{scale}/sensitivity.csv"
-    table = shelf.csv(place, columns=("grid", "ended", "split", "epochs"))
+    table = results.csv(place, columns=("grid", "ended", "split", "epochs"))
     if table is None:
         return [Line(text="No sensitivity grid was run here.", rerun=rerun)]
     metric = str(table.columns[-1])
     try:
         maps = {str(name): heat_map(own) for name, own in table.groupby("grid", sort=False)}
     except (IndexError, TypeError, ValueError) as error:
-        shelf.complain(f"{place}: cannot be laid out: {error}")
+        results.warn(f"{place}: cannot be laid out: {error}")
         return [Line(text="The sensitivity grid here is damaged; see what was left out.", rerun=rerun)]
     charts = [
         _chart(name, each, metric, f"{id}-{number_}", higher_is_better=bool(higher_is_better))
@@ -85,7 +88,7 @@ def _spec(found: HeatMap, summary: str, *, higher_is_better: bool) -> dict[str, 
         tooltip=["down:N", "across:N", alt.Tooltip("best:Q", format=".4g"), "ended:N"],
     )
     words = base.mark_text(fontSize=11).encode(text="word:N", fill=alt.Fill("ink:N", scale=None))
-    return chart_theme.finished(alt.layer(cells, words), summary, height=44 * len(found.rows) + 10)
+    return chart_theme.finish_chart(alt.layer(cells, words), summary, height=44 * len(found.rows) + 10)
 
 
 def _cells(found: HeatMap, *, higher_is_better: bool) -> list[dict[str, Any]]:
@@ -98,7 +101,7 @@ def _cells(found: HeatMap, *, higher_is_better: bool) -> list[dict[str, Any]]:
             {
                 "down": found.rows[row],
                 "across": found.columns[column],
-                "best": chart_theme.rounded(best),
+                "best": chart_theme.round_value(best),
                 "word": number(best, digits=4) if math.isfinite(best) else found.ended[row, column] or "not run",
                 "ended": found.ended[row, column],
                 "ink": "#000000" if bright else "#ffffff" if math.isfinite(best) else "#808080",

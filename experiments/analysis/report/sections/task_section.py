@@ -5,8 +5,8 @@ from urllib.parse import quote
 
 from experiments.analysis import comparison_table
 from experiments.analysis.report import rerun_commands
-from experiments.analysis.report.blocks import Block, Line, Links, Section, Table, table_of
-from experiments.analysis.report.results_folder import SCALES, Shelf, Study
+from experiments.analysis.report.blocks import Block, Line, Links, Section, Table, make_table
+from experiments.analysis.report.results_folder import SCALES, ResultsFolder, Study
 from experiments.analysis.report.sections import (
     curve_charts,
     hardware_section,
@@ -26,15 +26,18 @@ TITLES = {
 _OWN = ("comparison", "tuning", "sensitivity")
 
 
-def section(shelf: Shelf, task: str, studies: dict[str, Study]) -> Section:
+def section(results: ResultsFolder, task: str, studies: dict[str, Study]) -> Section:
     """Everything of a task.
 
     Args:
-        shelf: the results.
+        results: the results.
         task: its name.
         studies: its runs, by scale.
+
+    Returns:
+        A part for each scale.
     """
-    found = shelf.scales(task)
+    found = results.scales(task)
     missing = [scale for scale in SCALES if scale not in found]
     blocks: list[Block] = [
         Line(text=f"Scale {scale}: nothing is recorded here.", rerun=(rerun_commands.train(task, scale),))
@@ -44,7 +47,7 @@ def section(shelf: Shelf, task: str, studies: dict[str, Study]) -> Section:
         id=slug(task),
         title=f"{TITLES.get(task, 'A task of another repository')}: {task}",
         blocks=blocks,
-        parts=[_at_scale(shelf, task, scale, studies.get(scale)) for scale in found],
+        parts=[_at_scale(results, task, scale, studies.get(scale)) for scale in found],
     )
 
 
@@ -53,7 +56,7 @@ def slug(*parts: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", "-".join(parts).lower()).strip("-")
 
 
-def _at_scale(shelf: Shelf, task: str, scale: str, study: Study | None) -> Section:
+def _at_scale(results: ResultsFolder, task: str, scale: str, study: Study | None) -> Section:
     id = slug(task, scale)
     higher = study.comparable.runs[0].manifest.metric.higher_is_better if study else None
     parts = [
@@ -63,13 +66,13 @@ def _at_scale(shelf: Shelf, task: str, scale: str, study: Study | None) -> Secti
             title="Time split",
             blocks=time_split_section.blocks(study, f"{id}-split") if study else _none(),
         ),
-        Section(id=f"{id}-tuning", title="Tuning", blocks=tuning_section.blocks(shelf, task, scale, f"{id}-trials")),
+        Section(id=f"{id}-tuning", title="Tuning", blocks=tuning_section.blocks(results, task, scale, f"{id}-trials")),
         Section(
             id=f"{id}-sensitivity",
             title="Sensitivity",
-            blocks=sensitivity_section.blocks(shelf, task, scale, f"{id}-grid", higher_is_better=higher),
+            blocks=sensitivity_section.blocks(results, task, scale, f"{id}-grid", higher_is_better=higher),
         ),
-        *_further(shelf, task, scale, id),
+        *_further(results, task, scale, id),
         Section(id=f"{id}-hardware", title="Hardware", blocks=_hardware(study)),
     ]
     data = study.comparable.runs[0].manifest.dataset.name if study else "no finished runs"
@@ -103,13 +106,13 @@ def _hardware(study: Study | None) -> list[Block]:
     return [hardware_section.table(study.comparable), Links(text="The records", files=files)]
 
 
-def _further(shelf: Shelf, task: str, scale: str, id: str) -> list[Section]:
+def _further(results: ResultsFolder, task: str, scale: str, id: str) -> list[Section]:
     """What else was measured at this scale."""
-    stems = sorted(path.stem for path in (shelf.root / task / scale).glob("*.csv") if path.stem not in _OWN)
-    tables = {stem: frame for stem in stems if (frame := shelf.csv(f"{task}/{scale}/{stem}.csv")) is not None}
+    stems = sorted(path.stem for path in (results.root / task / scale).glob("*.csv") if path.stem not in _OWN)
+    tables = {stem: frame for stem in stems if (frame := results.csv(f"{task}/{scale}/{stem}.csv")) is not None}
     if not tables:
         return []
     blocks: list[Block] = [
-        table_of(frame, f"{task}/{scale}/{stem}.csv", (), folded=True) for stem, frame in tables.items()
+        make_table(frame, f"{task}/{scale}/{stem}.csv", (), folded=True) for stem, frame in tables.items()
     ]
     return [Section(id=f"{id}-further", title="Further measurements", blocks=blocks)]

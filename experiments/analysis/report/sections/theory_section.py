@@ -8,8 +8,8 @@ from urllib.parse import quote
 from PIL import Image
 
 from experiments.analysis.report import rerun_commands
-from experiments.analysis.report.blocks import Block, Line, Links, Picture, Section, table_of
-from experiments.analysis.report.results_folder import Shelf
+from experiments.analysis.report.blocks import Block, Line, Links, Picture, Section, make_table
+from experiments.analysis.report.results_folder import ResultsFolder
 
 # A title, and what is to be seen.
 PICTURES = {
@@ -50,22 +50,22 @@ PICTURES = {
 }
 
 
-def section(shelf: Shelf) -> Section:
+def section(results: ResultsFolder) -> Section:
     """A part for each folder, then the errata."""
-    parts = [_part(shelf, folder) for folder in sorted((shelf.root / "theory").glob("*/")) if folder.is_dir()]
-    return Section(id="theory", title="Theory", blocks=_errata(shelf), parts=parts)
+    parts = [_part(results, folder) for folder in sorted((results.root / "theory").glob("*/")) if folder.is_dir()]
+    return Section(id="theory", title="Theory", blocks=_errata(results), parts=parts)
 
 
-def _errata(shelf: Shelf) -> list[Block]:
-    errata = shelf.csv("theory/errata.csv")
+def _errata(results: ResultsFolder) -> list[Block]:
+    errata = results.csv("theory/errata.csv")
     rerun = (rerun_commands.THEORY,)
     if errata is None:
         return [Line(text="The errata were not checked here.", rerun=rerun)]
     caption = "Formulas as printed and as corrected; 0 is right"
-    return [table_of(errata, caption, rerun)]
+    return [make_table(errata, caption, rerun)]
 
 
-def _part(shelf: Shelf, folder: Path) -> Section:
+def _part(results: ResultsFolder, folder: Path) -> Section:
     rerun = (rerun_commands.theory(folder.name),)
     blocks: list[Block] = []
     for path in sorted(folder.glob("*.png")):
@@ -73,7 +73,7 @@ def _part(shelf: Shelf, folder: Path) -> Section:
         try:
             blocks.append(picture(path, name, rerun))
         except (OSError, Image.DecompressionBombError):
-            shelf.complain(f"theory/{name}.png: is no image that can be read")
+            results.warn(f"theory/{name}.png: is no image that can be read")
     files = [(path.name, quote(f"../theory/{folder.name}/{path.name}")) for path in sorted(folder.glob("*.csv"))]
     if files:
         blocks.append(Links(text="The figures' numbers", files=files))
@@ -86,6 +86,14 @@ def _part(shelf: Shelf, folder: Path) -> Section:
 
 def picture(path: Path, name: str, rerun: tuple[str, ...]) -> Picture:
     """A picture as lossless WebP: a third of the PNG's size.
+
+    Args:
+        path: a PNG file.
+        name: folder and stem, a key of `PICTURES`.
+        rerun: the commands that make it again.
+
+    Returns:
+        The picture with its caption and its description in words.
 
     Raises:
         OSError: it cannot be read.

@@ -27,7 +27,7 @@ def blocks(study: Study, id: str) -> list[Block]:
         return [Line(text="No optimizer here reports how its time splits.")]
     splits = {row["optimizer"]: split(row) for _, row in frame.iterrows()}
     first = frame.iloc[0]
-    summary = "Seconds an epoch, medians over seeds: " + "; ".join(map(_said, splits, splits.values())) + "."
+    summary = "Seconds an epoch, medians over seeds: " + "; ".join(map(_describe_split, splits, splits.values())) + "."
     chart = Chart(
         id=f"{id}-1", title="seconds an epoch", summary=summary, spec=_spec(splits, summary), data=_table(splits)
     )
@@ -42,7 +42,7 @@ def split(row: pd.Series) -> dict[str, float]:
     return {NAMES[0]: max(row["time_per_epoch_s"] - sum(known.values()), 0.0), **known}
 
 
-def _said(name: str, parts: dict[str, float]) -> str:
+def _describe_split(name: str, parts: dict[str, float]) -> str:
     own = [f"{part} {number(parts[part])}" for part in NAMES[1:] if parts[part] > 0]
     inside = f", of it {', '.join(own)}" if own else ""
     return f"{name} {number(sum(parts.values()))}{inside}"
@@ -50,7 +50,7 @@ def _said(name: str, parts: dict[str, float]) -> str:
 
 def _spec(splits: dict[str, dict[str, float]], summary: str) -> dict[str, Any]:
     rows = [
-        {"optimizer": name, "part": part, "seconds": chart_theme.rounded(parts[part]), "place": place}
+        {"optimizer": name, "part": part, "seconds": chart_theme.round_value(parts[part]), "place": place}
         for name, parts in splits.items()
         for place, part in enumerate(NAMES)
     ]
@@ -65,7 +65,7 @@ def _spec(splits: dict[str, dict[str, float]], summary: str) -> dict[str, Any]:
             tooltip=["optimizer:N", "part:N", alt.Tooltip("seconds:Q", format=".3g")],
         )
     )
-    return chart_theme.finished(chart, summary, height=26 * len(splits) + 10)
+    return chart_theme.finish_chart(chart, summary, height=26 * len(splits) + 10)
 
 
 def _table(splits: dict[str, dict[str, float]]) -> Table:

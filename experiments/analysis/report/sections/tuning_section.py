@@ -7,17 +7,17 @@ import pandas as pd
 
 from experiments.analysis.figures import curves
 from experiments.analysis.report import chart_theme, rerun_commands
-from experiments.analysis.report.blocks import Block, Chart, Figure, Line, Table, table_of
-from experiments.analysis.report.results_folder import Shelf, in_words
+from experiments.analysis.report.blocks import Block, Chart, Figure, Line, Table, make_table
+from experiments.analysis.report.results_folder import ResultsFolder, format_cell
 
 # The columns that are no settings.
 _COURSE = ("optimizer", "trial", "ended", "seed", "split", "epochs", "loss")
 
 
-def blocks(shelf: Shelf, task: str, scale: str, id: str) -> list[Block]:
+def blocks(results: ResultsFolder, task: str, scale: str, id: str) -> list[Block]:
     """The best of each optimizer, all trials as points over the learning rate, and all of them in words."""
     place = f"{task}/{scale}/tuning.csv"
-    trials = shelf.csv(place, columns=("optimizer", "split", "epochs"))
+    trials = results.csv(place, columns=("optimizer", "split", "epochs"))
     if trials is None:
         return [Line(text="No settings were searched here.", rerun=(rerun_commands.tune(task, scale),))]
     rerun = (rerun_commands.tune(task, scale),)
@@ -25,7 +25,7 @@ def blocks(shelf: Shelf, task: str, scale: str, id: str) -> list[Block]:
     if _can_be_drawn(trials):
         found.append(_figure(trials, id, rerun))
     else:
-        found.append(table_of(trials, "All trials", rerun, folded=True))
+        found.append(make_table(trials, "All trials", rerun, folded=True))
     return found
 
 
@@ -41,8 +41,8 @@ def _best(trials: pd.DataFrame, rerun: tuple[str, ...]) -> Table:
     rows = []
     for name, own in trials.groupby("optimizer", sort=False):
         best = own.iloc[0]
-        chosen = ", ".join(f"{key} {in_words(best[key])}" for key in settings if in_words(best[key]))
-        rows.append([str(name), str(len(own)), chosen, in_words(best[metric]), str(best["epochs"])])
+        chosen = ", ".join(f"{key} {format_cell(best[key])}" for key in settings if format_cell(best[key]))
+        rows.append([str(name), str(len(own)), chosen, format_cell(best[metric]), str(best["epochs"])])
     splits = ", ".join(sorted(set(map(str, trials["split"]))))
     return Table(
         caption=f"Best of the settings tried, on the {splits} split",
@@ -56,7 +56,7 @@ def _figure(trials: pd.DataFrame, id: str, rerun: tuple[str, ...]) -> Figure:
     metric = trials.columns[-1]
     spread = trials.groupby("optimizer", sort=False)[metric].agg(["count", "min", "max"])
     said = "; ".join(
-        f"{name} {row['count']:g} trials from {in_words(float(row['min']))} to {in_words(float(row['max']))}"
+        f"{name} {row['count']:g} trials from {format_cell(float(row['min']))} to {format_cell(float(row['max']))}"
         for name, row in spread.iterrows()
     )
     summary = f"{_spoken(metric)} of each trial over its learning rate: {said}."
@@ -66,7 +66,7 @@ def _figure(trials: pd.DataFrame, id: str, rerun: tuple[str, ...]) -> Figure:
         title=_spoken(metric),
         summary=summary,
         spec=_spec(trials, names, metric, summary),
-        data=table_of(trials, "All trials", (), folded=True),
+        data=make_table(trials, "All trials", (), folded=True),
     )
     return Figure(id=id, caption="What was tried", charts=[chart], rerun=rerun, legend=chart_theme.keys(names))
 
@@ -75,8 +75,8 @@ def _spec(trials: pd.DataFrame, names: list[str], metric: str, summary: str) -> 
     rows = [
         {
             "optimizer": str(row["optimizer"]),
-            "lr": chart_theme.rounded(row["lr"]),
-            "metric": chart_theme.rounded(row[metric]),
+            "lr": chart_theme.round_value(row["lr"]),
+            "metric": chart_theme.round_value(row[metric]),
         }
         for _, row in trials.iterrows()
         if row["lr"] > 0
@@ -95,7 +95,7 @@ def _spec(trials: pd.DataFrame, names: list[str], metric: str, summary: str) -> 
             tooltip=["optimizer:N", alt.Tooltip("lr:Q", format=".3g"), alt.Tooltip("metric:Q", format=".4g")],
         )
     )
-    return chart_theme.finished(chart, summary, alt.param(name="shown", value=names))
+    return chart_theme.finish_chart(chart, summary, alt.param(name="shown", value=names))
 
 
 def _spoken(metric: str) -> str:

@@ -1,4 +1,4 @@
-"""``verdicts.csv``: each claim of the paper beside what was measured, counted and in a table."""
+"""``verdicts.csv``: each claim of the paper compared with what was measured, counted and in a table."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import get_args
 
 import pandas as pd
 
-from experiments.analysis.report.results_folder import Shelf
+from experiments.analysis.report.results_folder import ResultsFolder
 from experiments.records.claim_checks import Outcome
 
 FILE = "verdicts.csv"
@@ -43,15 +43,15 @@ class Tally:
     meaning: str
 
 
-def read(shelf: Shelf) -> list[Verdict]:
+def read(results: ResultsFolder) -> list[Verdict]:
     """The claims in the order of the file; a verdict that is none of the four is named."""
-    table = shelf.csv(FILE, columns=COLUMNS)
+    table = results.csv(FILE, columns=COLUMNS)
     if table is None:
         return []
     found = [_verdict(row) for _, row in table.iterrows()]
     for each in found:
         if each.verdict not in WORDS:
-            shelf.complain(f"{FILE}: {each.id}: {each.verdict!r} is no verdict; left out")
+            results.warn(f"{FILE}: {each.id}: {each.verdict!r} is no verdict; left out")
     return [each for each in found if each.verdict in WORDS]
 
 

@@ -5,8 +5,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from experiments.analysis.comparable_runs import load_comparable
-from experiments.analysis.figures.curves import curve_of, draw, figure, legend_below, panels
-from experiments.analysis.figures.palette import COLOURS, colour_of, dashes_of
+from experiments.analysis.figures.curves import draw, figure, legend_below, panels, summarise_curve
+from experiments.analysis.figures.palette import COLOURS, pick_colour, pick_dashes
 from experiments.errors import UserError
 from tests.experiments.cases.handwritten_records import HIT_1, HIT_2, HIT_3, HIT_4, SCALE, TASK, add_others, write
 
@@ -21,7 +21,7 @@ def results(tmp_path):
 
 def test_the_curve_is_the_median_and_the_range_over_seeds(results):
     runs = load_comparable(results, TASK, SCALE).by_optimizer()["sgd"]
-    curve = curve_of(runs, lambda epoch: epoch.metric)
+    curve = summarise_curve(runs, lambda epoch: epoch.metric)
     assert curve.epochs.tolist() == [0, 1, 2, 3, 4]
     assert curve.seconds.tolist() == [0, 2, 4, 6, 8]
     columns = np.array([HIT_2, HIT_4, HIT_3])
@@ -32,7 +32,7 @@ def test_the_curve_is_the_median_and_the_range_over_seeds(results):
 
 def test_epochs_without_a_value_are_left_out(results):
     runs = load_comparable(results, TASK, SCALE).by_optimizer()["sgd"]
-    assert curve_of(runs, lambda epoch: epoch.train_loss).epochs.tolist() == [1, 2, 3, 4]
+    assert summarise_curve(runs, lambda epoch: epoch.train_loss).epochs.tolist() == [1, 2, 3, 4]
 
 
 def test_the_figure_shows_loss_and_metric_against_epochs_and_seconds_with_the_target(results):
@@ -84,10 +84,10 @@ def test_no_runs_is_an_error(tmp_path):
 
 def test_an_optimizer_keeps_its_colour_and_its_variants_differ_in_dashes():
     assert len(set(COLOURS.values())) == len(COLOURS)
-    assert colour_of("ngplus-adam") == colour_of("ngplus")
+    assert pick_colour("ngplus-adam") == pick_colour("ngplus")
     shown = ["ngplus", "ngplus-adam", "sgd"]
-    assert dashes_of("ngplus", shown) != dashes_of("ngplus-adam", shown)
-    assert dashes_of("ngplus", shown) == dashes_of("sgd", shown) == "solid"
+    assert pick_dashes("ngplus", shown) != pick_dashes("ngplus-adam", shown)
+    assert pick_dashes("ngplus", shown) == pick_dashes("sgd", shown) == "solid"
 
 
 def test_each_further_figure_has_a_row_of_its_own_with_its_unit(tmp_path):

@@ -144,7 +144,7 @@ def test_a_folder_that_is_not_there_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "complaint",
+    "message",
     [
         f"{TASK}/tiny/runs/junk-seed1.jsonl, line 1: not JSON",
         f"{TASK}/tiny/runs/binary-seed1.jsonl, line 1: not JSON",
@@ -158,8 +158,8 @@ def test_a_folder_that_is_not_there_is_an_error(tmp_path):
         "<b>bold: is no task of this repository",
     ],
 )
-def test_what_is_damaged_or_foreign_is_named_and_the_rest_goes_on(spoilt, complaint):
-    assert complaint in spoilt.text
+def test_what_is_damaged_or_foreign_is_named_and_the_rest_goes_on(spoilt, message):
+    assert message in spoilt.text
 
 
 def test_the_rest_is_as_if_the_damaged_were_not_there(spoilt, page):

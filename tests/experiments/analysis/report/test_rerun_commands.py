@@ -1,5 +1,6 @@
 import re
 import shlex
+import subprocess
 from importlib.util import find_spec
 
 import pytest
@@ -25,12 +26,15 @@ SAID = [
     *(rerun_commands.bench(stem) for stem in ("curvature", "criteo-reader", "schnet-loading-cpu", "steps-dlrm-cpu")),
 ]
 
+PATTERNS = {"reproduce-TASK", "tune-TASK", "data-NAME", "bench-NAME"}
+
 
 @pytest.mark.parametrize("command", sorted(set(SAID)))
 def test_every_command_the_page_names_exists(command):
     words = shlex.split(command)
     if words[0] == "make":
-        assert re.search(rf"^{re.escape(words[1])}:", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
+        dry = subprocess.run(["make", "-n", *words[1:]], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+        assert "-m experiments" in dry.stdout
     elif words[2] == "experiments":
         assert CliRunner().invoke(app.app, [words[3], "--help"]).exit_code == 0
     else:
@@ -40,3 +44,14 @@ def test_every_command_the_page_names_exists(command):
 
 def test_a_task_that_nobody_knows_is_run_by_name():
     assert rerun_commands.train("mine", "tiny") == "python -m experiments run mine --scale tiny"
+
+
+def test_help_is_a_screen_that_names_every_target():
+    shown = subprocess.run(["make", "help"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    lines = shown.splitlines()
+    assert len(lines) <= 30
+    assert max(map(len, lines)) <= 100
+    makefile = (REPOSITORY / "Makefile").read_text()
+    named = {line.split()[0] for line in lines}
+    assert set(re.findall(r"^([a-z0-9-]+):(?!=)", makefile, re.MULTILINE)) - {"force"} == named - PATTERNS
+    assert named >= PATTERNS

@@ -29,7 +29,7 @@ def test_positions_in_bohr_become_ångström(database):
 
 
 @pytest.mark.parametrize(
-    ("metadata", "complaint"),
+    ("metadata", "message"),
     [
         ({"_property_unit_dict": {TARGET: "Debye"}}, r"the unit of energy_U0 is 'Debye'; must be one of eV, "),
         ({"_property_unit_dict": {TARGET: "eV/Ang"}}, r"the unit of energy_U0 is 'eV/Ang'"),
@@ -38,10 +38,10 @@ def test_positions_in_bohr_become_ångström(database):
         ({"_property_unit_dict": None}, "does not say in which units it is"),
     ],
 )
-def test_a_wrong_property_or_unit_is_named(database, metadata, complaint):
+def test_a_wrong_property_or_unit_is_named(database, metadata, message):
     with ase.db.connect(database) as connection:
         connection.metadata = {**connection.metadata, **metadata}
-    with pytest.raises(DataFileError, match=complaint):
+    with pytest.raises(DataFileError, match=message):
         read(database)
 
 

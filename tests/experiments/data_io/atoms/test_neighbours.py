@@ -37,7 +37,7 @@ def pairs_of(structures, found, k):
 @pytest.mark.parametrize("entries", [molecules.molecules(), molecules.crystals()], ids=["molecules", "crystals"])
 @pytest.mark.parametrize("cutoff", [1.5, 5.0])
 def test_the_pairs_are_those_that_every_pair_of_images_gives(entries, cutoff):
-    structures = molecules.joined(entries)
+    structures = molecules.collect_entries(entries)
     found = find_neighbours(structures, cutoff)
     for k, entry in enumerate(entries):
         pairs = pairs_of(structures, found, k)
@@ -46,7 +46,7 @@ def test_the_pairs_are_those_that_every_pair_of_images_gives(entries, cutoff):
 
 
 def test_several_processes_find_the_same_in_the_same_order(monkeypatch):
-    structures = molecules.joined(molecules.crystals(20))
+    structures = molecules.collect_entries(molecules.crystals(20))
     alone = find_neighbours(structures, 4.0)
     monkeypatch.setattr(neighbours, "FEW", 10)
     monkeypatch.setattr(neighbours, "CHUNK", 7)
@@ -58,40 +58,40 @@ def test_several_processes_find_the_same_in_the_same_order(monkeypatch):
 
 def test_atoms_and_molecules_without_a_neighbour_have_no_pairs():
     entries = molecules.molecules()
-    structures = molecules.joined(entries)
+    structures = molecules.collect_entries(entries)
     found = find_neighbours(structures, 5.0)
     assert np.diff(found.starts)[structures.n_atoms == 1].tolist() == [0, 0]
 
 
 def test_a_flat_molecule_has_its_pairs():
     entry = dataclasses.replace(molecules.molecules(6)[5], positions=np.arange(18.0).reshape(6, 3) * [1, 0, 0])
-    assert np.diff(find_neighbours(molecules.joined([entry]), 100.0).starts).tolist() == [30]
+    assert np.diff(find_neighbours(molecules.collect_entries([entry]), 100.0).starts).tolist() == [30]
 
 
 def test_indices_are_stored_as_small_as_the_largest_structure_allows():
     many = dataclasses.replace(
         molecules.molecules(1)[0], numbers=np.ones(300, int), positions=np.random.default_rng(0).random((300, 3))
     )
-    assert find_neighbours(molecules.joined([many]), 5.0).centres.dtype == np.uint16
-    assert find_neighbours(molecules.joined(molecules.molecules()), 5.0).centres.dtype == np.uint8
+    assert find_neighbours(molecules.collect_entries([many]), 5.0).centres.dtype == np.uint16
+    assert find_neighbours(molecules.collect_entries(molecules.molecules()), 5.0).centres.dtype == np.uint8
 
 
 @pytest.mark.parametrize(
-    ("cutoff", "complaint"),
+    ("cutoff", "message"),
     [
         (0.1, "cutoff = 0.1: no two atoms of any structure are so near to each other"),
         (0.0, "cutoff = 0.0: must be at least 0.1 Å"),
         (float("nan"), "cutoff = nan: must be at least 0.1 Å"),
     ],
 )
-def test_a_cutoff_that_leaves_no_pairs_is_refused(cutoff, complaint):
-    with pytest.raises(ValueError, match=complaint):
-        find_neighbours(molecules.joined(molecules.molecules()), cutoff)
+def test_a_cutoff_that_leaves_no_pairs_is_refused(cutoff, message):
+    with pytest.raises(ValueError, match=message):
+        find_neighbours(molecules.collect_entries(molecules.molecules()), cutoff)
 
 
 @pytest.fixture
 def kept(tmp_path):
-    structures = molecules.joined(molecules.crystals())
+    structures = molecules.collect_entries(molecules.crystals())
     return prepare_folder(tmp_path / "package", {}, structures.arrays, remedy=""), structures
 
 
@@ -104,10 +104,10 @@ def test_pairs_are_found_once_for_a_cutoff(kept, monkeypatch):
     assert again.centres.tolist() == find_neighbours(structures, 4.0).centres.tolist()
 
 
-def test_pairs_of_other_structures_are_found_anew(kept):
+def test_pairs_of_other_structures_are_found_again(kept):
     folder, structures = kept
     prepare_neighbours(folder, structures, 4.0, remedy="")
-    other = molecules.joined(molecules.crystals(4, seed=1))
+    other = molecules.collect_entries(molecules.crystals(4, seed=1))
     prepare_folder(folder, {"other": True}, other.arrays, remedy="")
     assert len(prepare_neighbours(folder, other, 4.0, remedy="").starts) == 5
 

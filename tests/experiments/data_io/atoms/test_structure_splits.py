@@ -53,14 +53,14 @@ def test_the_test_split_depends_on_its_size_alone_and_training_sets_are_nested()
 
 
 @pytest.mark.parametrize(
-    ("sizes", "complaint"),
+    ("sizes", "message"),
     [
         ({"test_size": 201}, r"test_size \+ validation_size \+ train_size = 221: there are 200 structures only"),
         ({"train_size": 151}, r"= 201: there are 200 structures only"),
     ],
 )
-def test_sizes_larger_than_the_data_are_refused(sizes, complaint):
-    with pytest.raises(ValueError, match=complaint):
+def test_sizes_larger_than_the_data_are_refused(sizes, message):
+    with pytest.raises(ValueError, match=message):
         parts(**sizes)
 
 
@@ -72,7 +72,7 @@ def test_a_size_that_whole_groups_cannot_fill_is_refused():
 def test_compositions_are_compared_in_lowest_terms():
     entries = molecules.crystals(3)
     a, b, c = ([26, 26, 8, 8, 8], [26, 26, 26, 26, 8, 8, 8, 8, 8, 8], [26, 8])
-    structures = molecules.joined(
+    structures = molecules.collect_entries(
         [
             type(entry)(
                 name=entry.name,

@@ -10,7 +10,7 @@ from tests.experiments.cases import molecules
 
 def test_entries_are_joined_in_their_order():
     entries = molecules.molecules()
-    joined = molecules.joined(entries)
+    joined = molecules.collect_entries(entries)
     assert len(joined) == len(entries)
     for k, entry in enumerate(entries):
         atoms = slice(joined.starts[k], joined.starts[k + 1])
@@ -22,9 +22,9 @@ def test_entries_are_joined_in_their_order():
 def test_a_selection_is_what_joining_those_entries_gives():
     entries = molecules.crystals()
     indices = np.array([5, 0, 5, 3])
-    chosen = molecules.joined(entries).select(indices)
+    chosen = molecules.collect_entries(entries).select(indices)
     for k, index in enumerate(indices):
-        alone = molecules.joined([entries[index]])
+        alone = molecules.collect_entries([entries[index]])
         atoms = slice(chosen.starts[k], chosen.starts[k + 1])
         assert chosen.positions[atoms].tolist() == alone.positions.tolist()
         assert chosen.cells[k].tolist() == alone.cells[0].tolist()
@@ -40,7 +40,7 @@ def test_ranges_are_gathered_as_a_loop_would_gather_them():
 
 def test_elements_are_counted_by_structure():
     entries = molecules.molecules()
-    counts = molecules.joined(entries).element_counts()
+    counts = molecules.collect_entries(entries).element_counts()
     assert counts.tolist() == [[(entry.numbers == z).sum() for z in range(100)] for entry in entries]
 
 
@@ -48,7 +48,7 @@ GOOD = molecules.crystals(1)[0]
 
 
 @pytest.mark.parametrize(
-    ("change", "complaint"),
+    ("change", "message"),
     [
         ({"target": np.nan}, "has the target nan"),
         ({"target": np.inf}, "has the target inf"),
@@ -62,8 +62,8 @@ GOOD = molecules.crystals(1)[0]
         ({"cell": np.full((3, 3), np.nan)}, "has a degenerate cell"),
     ],
 )
-def test_an_entry_that_cannot_be_used_is_named_with_its_source(change, complaint):
-    with pytest.raises(DataFileError, match=f"^some file: mp-1 {complaint}"):
+def test_an_entry_that_cannot_be_used_is_named_with_its_source(change, message):
+    with pytest.raises(DataFileError, match=f"^some file: mp-1 {message}"):
         collect([dataclasses.replace(GOOD, **change)], "some file")
 
 
@@ -86,14 +86,14 @@ def test_no_entry_is_an_error():
 
 
 @pytest.mark.parametrize(
-    ("change", "complaint"),
+    ("change", "message"),
     [
         ({"positions": np.zeros((3, 3))}, r"positions must be float32 of shape \(3, 3\), got float64"),
         ({"starts": np.array([0, 2])}, r"starts must go from 0 to 3, got 0 to 2"),
         ({"target": np.zeros(2)}, r"starts must be int64 of shape \(3,\), got int64 of shape \(2,\)"),
     ],
 )
-def test_arrays_that_do_not_fit_are_refused(change, complaint):
+def test_arrays_that_do_not_fit_are_refused(change, message):
     good = {
         "numbers": np.ones(3, np.uint8),
         "positions": np.zeros((3, 3), np.float32),
@@ -101,5 +101,5 @@ def test_arrays_that_do_not_fit_are_refused(change, complaint):
         "target": np.zeros(1),
     }
     Structures(**good)
-    with pytest.raises(ValueError, match=complaint):
+    with pytest.raises(ValueError, match=message):
         Structures(**(good | change))

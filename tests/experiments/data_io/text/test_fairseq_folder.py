@@ -134,7 +134,7 @@ def test_a_joined_dictionary_counts_both_languages(folder, tmp_path):
     target = tmp_path / "joined"
     parser = fairseq_folder.options.get_preprocessing_parser()
     prefixes = [f"--{split}pref={text / split}" for split in SIZES]
-    with fairseq_folder.unchanged_logging():
+    with fairseq_folder.restore_logging():
         fairseq_folder.preprocess.main(
             parser.parse_args(
                 ["-s", "de", "-t", "en", "--joined-dictionary", f"--destdir={target}", "--padding-factor=1", *prefixes]

@@ -5,11 +5,11 @@ import pytest
 from experiments.data_io.checksum import DataFileError
 from experiments.data_io.text.parallel_text import (
     Pair,
+    drop_repeats,
     parse_tsv_line,
     read_lines,
     read_tsv,
     split_by_document,
-    without_repeats,
     write_tsv,
 )
 
@@ -47,7 +47,7 @@ def test_a_sentence_that_came_before_is_left_out_whatever_its_numbers():
         Pair("c", "Gehe zu Seite 3.", "See page 3."),
         Pair("d", "Nein.", "No."),
     ]
-    assert without_repeats(pairs) == [pairs[0], pairs[3]]
+    assert drop_repeats(pairs) == [pairs[0], pairs[3]]
 
 
 def documents(count, each):

@@ -5,7 +5,7 @@ import torch
 from experiments.config.recipe import load_recipe
 from experiments.data_io.atoms.neighbours import find_neighbours
 from experiments.data_io.atoms.structures import Structures
-from experiments.estimate.batches import parameter_mib, task_of
+from experiments.estimate.batches import load_task_or_stand_in, parameter_mib
 from experiments.estimate.stand_ins import STAND_INS
 from experiments.estimate.stand_ins.made_up_structures import supercells
 from experiments.tasks import TASKS
@@ -25,7 +25,7 @@ def stand_in(tmp_path):
     """A task of the paper's scale where there are no data, its largest parts made small."""
 
     def make(name, *overrides):
-        task, made_up = task_of(load_recipe(name, "paper", overrides=overrides), tmp_path)
+        task, made_up = load_task_or_stand_in(load_recipe(name, "paper", overrides=overrides), tmp_path)
         assert made_up
         assert task.made_up in made_up
         return task

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from experiments.estimate.stand_ins.criteo_log import VALUES
-from experiments.tasks.dlrm.clicks import Clicks, Frequent, Hashed, Vocabulary, rank_of, ranked
+from experiments.tasks.dlrm.clicks import Clicks, Frequent, Hashed, Vocabulary, invert_order, rank_categories
 
 TRAIN = slice(2, 40)
 
@@ -15,7 +15,7 @@ def columns():
 
 
 def test_ranks_order_the_values_by_their_count_in_the_training_part(columns):
-    ranks, vocabulary = ranked(columns, TRAIN)
+    ranks, vocabulary = rank_categories(columns, TRAIN)
     assert vocabulary.sizes().tolist() == [len(set(column)) for column in columns.T.tolist()]
     for j, column in enumerate(columns.T.tolist()):
         counter = Counter(column[TRAIN])
@@ -28,9 +28,9 @@ def test_ranks_order_the_values_by_their_count_in_the_training_part(columns):
 
 @pytest.mark.parametrize("min_count", [0, 1, 2, 5, 1000])
 def test_a_frequent_value_has_a_row_of_its_own_and_the_others_share_row_0(columns, min_count):
-    ranks, vocabulary = ranked(columns, TRAIN)
+    ranks, vocabulary = rank_categories(columns, TRAIN)
     chosen = Frequent(vocabulary, min_count)
-    rows = chosen.of(ranks)
+    rows = chosen.to_rows(ranks)
     assert rows.dtype == np.int64
     for j, column in enumerate(columns.T.tolist()):
         counter = Counter(column[TRAIN])
@@ -49,9 +49,9 @@ def number_as_the_dlrm(column, max_ind_range):
 
 @pytest.mark.parametrize("number", [1, 7, 30, 10**6])
 def test_hashed_tables_are_as_long_as_the_dlrms_and_as_many_values_share_a_row(columns, number):
-    ranks, vocabulary = ranked(columns, TRAIN)
+    ranks, vocabulary = rank_categories(columns, TRAIN)
     hashed = Hashed(vocabulary, number)
-    rows = hashed.of(ranks)
+    rows = hashed.to_rows(ranks)
     assert rows.dtype == np.int64
     for j, column in enumerate(columns.T.tolist()):
         size, expected = number_as_the_dlrm(column, number)
@@ -71,15 +71,15 @@ def test_hashed_tables_of_criteo_have_33_million_rows():
 
 
 def test_hashing_is_by_the_number_of_a_value_whatever_the_value():
-    ranks, vocabulary = ranked(np.array([[0xFFFFFFFF], [0], [7], [7]], np.uint32), slice(0, 4))
+    ranks, vocabulary = rank_categories(np.array([[0xFFFFFFFF], [0], [7], [7]], np.uint32), slice(0, 4))
     hashed = Hashed(vocabulary, 10**7)
     assert hashed.sizes == [3]
-    assert hashed.of(ranks).tolist() == [[2], [1], [0], [0]]
+    assert hashed.to_rows(ranks).tolist() == [[2], [1], [0], [0]]
 
 
 def test_rank_of_is_the_inverse():
     order = np.random.default_rng(0).permutation(20)
-    assert rank_of(order)[order].tolist() == list(range(20))
+    assert invert_order(order)[order].tolist() == list(range(20))
 
 
 def test_columns_that_do_not_fit_together_are_refused():

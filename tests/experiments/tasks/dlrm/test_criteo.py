@@ -26,7 +26,7 @@ def source(tmp_path):
 
 
 def prepare(source, data_dir):
-    make_columns(source, criteo_format.prepared_in(data_dir), piece_size=PIECE)
+    make_columns(source, criteo_format.columns_path(data_dir), piece_size=PIECE)
     return criteo.load(data_dir)
 
 
@@ -105,7 +105,7 @@ def test_a_preparation_that_was_stopped_goes_on_from_there_and_ends_the_same(sta
     monkeypatch.setattr(module, stage, stopping)
     with pytest.raises(KeyboardInterrupt):
         prepare(source, tmp_path)
-    assert not criteo_format.prepared_in(tmp_path).exists()
+    assert not criteo_format.columns_path(tmp_path).exists()
 
     again = []
     monkeypatch.setattr(module, stage, lambda *arguments: again.append(1) or original(*arguments))
@@ -113,7 +113,7 @@ def test_a_preparation_that_was_stopped_goes_on_from_there_and_ends_the_same(sta
     total = {"parse": -(-len(TEXT) // PIECE), "rank_column": 26, "_write_manifest": 1}[stage]
     finished = 0 if stage == "_write_manifest" else 4
     assert len(again) == total - finished
-    assert content(criteo_format.prepared_in(tmp_path)) == content(criteo_format.prepared_in(tmp_path / "whole"))
+    assert content(criteo_format.columns_path(tmp_path)) == content(criteo_format.columns_path(tmp_path / "whole"))
 
 
 def test_a_piece_cut_short_is_made_again(source, tmp_path):
@@ -141,7 +141,7 @@ def test_a_wrong_line_is_named_with_the_file_and_its_number_and_mended_it_goes_o
     source.write_bytes(text_of(lines))
     with pytest.raises(DataFileError, match=r"criteo/train\.txt, line 322: category 7 = 'nothex'"):
         prepare(source, tmp_path)
-    assert not criteo_format.prepared_in(tmp_path).exists()
+    assert not criteo_format.columns_path(tmp_path).exists()
     source.write_bytes(TEXT)
     assert len(prepare(source, tmp_path)[0].labels) == 500
 
@@ -212,7 +212,7 @@ def test_a_disk_that_takes_no_more_is_reported_and_what_was_made_is_gone_on_from
             prepare(source, tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert not criteo_format.prepared_in(tmp_path).exists()
+    assert not criteo_format.columns_path(tmp_path).exists()
     assert not list((tmp_path / "criteo").rglob("*.partial"))
     assert (tmp_path / "criteo" / ".prepared.work" / "ranks-25.npy").is_file()
     assert len(prepare(source, tmp_path)[0].labels) == 500
@@ -239,9 +239,9 @@ def test_the_digest_names_the_data_and_not_when_it_was_read(source, tmp_path):
 
 def test_only_the_whole_log_is_called_criteo_kaggle(source, tmp_path, monkeypatch):
     clicks, _ = prepare(source, tmp_path)
-    assert criteo.name_of(clicks) == "log in Criteo's format, 500 lines"
+    assert criteo.name_log(clicks) == "log in Criteo's format, 500 lines"
     monkeypatch.setattr(criteo, "OFFICIAL_LINES", 500)
-    assert criteo.name_of(clicks) == "Criteo Kaggle"
+    assert criteo.name_log(clicks) == "Criteo Kaggle"
 
 
 def stopped_at(stage, source, tmp_path, monkeypatch):
@@ -264,7 +264,7 @@ def test_nothing_that_was_made_of_another_file_is_taken(stage, count, source, tm
     source.write_bytes(other)
     prepare(source, tmp_path)
     prepare(put_log(tmp_path / "other", other), tmp_path / "other")
-    assert content(criteo_format.prepared_in(tmp_path)) == content(criteo_format.prepared_in(tmp_path / "other"))
+    assert content(criteo_format.columns_path(tmp_path)) == content(criteo_format.columns_path(tmp_path / "other"))
 
 
 @pytest.mark.parametrize("missing", ["ranks", "values", "counts"])
@@ -274,7 +274,7 @@ def test_a_ranked_column_that_lacks_a_file_is_ranked_again(missing, source, tmp_
     assert len(prepare(source, tmp_path)[0].labels) == 500
 
 
-def test_another_file_is_not_trained_on_as_it_was_and_is_prepared_anew(source, tmp_path):
+def test_another_file_is_not_trained_on_as_it_was_and_is_prepared_again(source, tmp_path):
     PREPARE["criteo"](tmp_path)
     source.write_bytes(text_of(LINES[:100]))
     with pytest.raises(
@@ -296,7 +296,7 @@ def test_a_file_that_grows_while_it_is_read_is_refused(source, tmp_path, monkeyp
         patch.setattr(criteo_columns, "_put_together", growing)
         with pytest.raises(DataFileError, match=r"train\.txt was changed while it was read"):
             prepare(source, tmp_path)
-    assert not criteo_format.prepared_in(tmp_path).exists()
+    assert not criteo_format.columns_path(tmp_path).exists()
     assert len(prepare(source, tmp_path)[0].labels) == 1000
 
 
@@ -324,7 +324,7 @@ def test_a_changed_file_of_the_same_size_is_refused(name, source, tmp_path):
 
 def test_files_are_hashed_once_where_they_are_copied_to(source, tmp_path, monkeypatch):
     folder = PREPARE["criteo"](tmp_path)
-    copy = criteo_format.prepared_in(tmp_path / "copy")
+    copy = criteo_format.columns_path(tmp_path / "copy")
     copy.mkdir(parents=True)
     for path in folder.iterdir():
         (copy / path.name).write_bytes(path.read_bytes())
@@ -355,7 +355,7 @@ def test_a_log_without_a_last_seventh_is_refused(tmp_path):
 
 def test_a_link_to_another_disk_is_followed(source, tmp_path):
     (tmp_path / "large").mkdir()
-    folder = criteo_format.prepared_in(tmp_path)
+    folder = criteo_format.columns_path(tmp_path)
     folder.symlink_to(tmp_path / "large")
     assert len(prepare(source, tmp_path)[0].labels) == 500
     assert folder.is_symlink()

@@ -10,7 +10,7 @@ import torch
 from experiments.config.recipe import RECIPES, load_recipe
 from experiments.data_io.checksum import DataFileError
 from experiments.dataclass_io import SettingsError
-from experiments.optimizers.registry import entry_of
+from experiments.optimizers.registry import find_entry
 from experiments.tasks import TASKS
 from experiments.tasks.datasets import PREPARE
 from experiments.tasks.dlrm import flights, flights_table
@@ -201,7 +201,7 @@ def _after(steps, build, **changes):
 @pytest.mark.parametrize("name", ["sgd", "adagrad"])
 def test_sparse_and_dense_tables_give_the_same_steps(name):
     def build(model):
-        return entry_of(name).build(model, entry_of(name).settings(lr=0.05))
+        return find_entry(name).build(model, find_entry(name).settings(lr=0.05))
 
     dense, sparse = (_after(3, build, sparse=flag)[0] for flag in (False, True))
     assert sparse.tables[0].weight.grad.is_sparse
@@ -224,7 +224,7 @@ def test_ngplus_trains_it(base, sparse):
             "optimizers.ngplus-adagrad.update_every=5",
         ),
     )
-    build = partial(entry_of("ngplus").build, settings=recipe.optimizers["ngplus-adagrad"].settings)
+    build = partial(find_entry("ngplus").build, settings=recipe.optimizers["ngplus-adagrad"].settings)
     _, losses = _after(60, build, sparse=sparse)
     assert torch.stack(losses[-10:]).mean() < torch.stack(losses[:3]).mean() - 0.05
 
@@ -262,17 +262,17 @@ class _Interrupt:
     def __init__(self, at):
         self.at = at
 
-    def started(self, manifest, epoch, steps_per_epoch):
+    def on_start(self, manifest, epoch, steps_per_epoch):
         pass
 
-    def stepped(self, step_in_epoch):
+    def on_step(self, step_in_epoch):
         pass
 
-    def recorded(self, epoch):
+    def on_epoch(self, epoch):
         if epoch.epoch == self.at:
             raise InterruptedError
 
-    def ended(self, end):
+    def on_end(self, end):
         pass
 
     def close(self):
@@ -423,4 +423,4 @@ def test_every_recipe_fits_its_task(scale, small_sample, log_dir, monkeypatch):
     widths = [layer.out_features for layer in (*model.bottom, *model.top) if hasattr(layer, "out_features")]
     assert widths == [512, 256, 64, 16, 512, 256, 1]
     for chosen in recipe.optimizers.values():
-        entry_of(chosen.name).build(made.build_model(), chosen.settings)
+        find_entry(chosen.name).build(made.build_model(), chosen.settings)

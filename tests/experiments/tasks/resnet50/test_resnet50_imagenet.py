@@ -8,7 +8,7 @@ import torch
 import torchvision
 from torch.nn.functional import cross_entropy
 
-from experiments.config.recipe import load_recipe, scales_of
+from experiments.config.recipe import list_scales, load_recipe
 from experiments.dataclass_io import SettingsError
 from experiments.errors import UserError
 from experiments.tasks import TASKS
@@ -225,7 +225,7 @@ def test_a_split_that_is_empty_is_named():
         ({"bath_size": 3}, "bath_size = 3: unknown key"),
         ({"batch_size": "20"}, "batch_size = '20': must be an integer"),
         ({"batch_size": 1}, "batch_size = 1: must be at least 2"),
-        ({"label_smoothing": 1.0}, r"label_smoothing = 1.0: must lie in \[0, 1\)"),
+        ({"label_smoothing": 1.0}, r"label_smoothing = 1.0: must be in \[0, 1\)"),
         ({"validation_size": -10}, "validation_size = -10: must be at least 0"),
         ({"validation_size": 601}, "validation_size = 601: must be a multiple of the number of classes, 10"),
         ({"train_size": 10}, "train_size = 10: must hold one batch of 20"),
@@ -258,7 +258,7 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch):
 def test_every_recipe_fits_its_task(scale, imagenet_dir, monkeypatch):
     from experiments.tasks.resnet50 import resnet50_imagenet
 
-    assert scale in scales_of("resnet50-imagenet")
+    assert scale in list_scales("resnet50-imagenet")
     recipe = load_recipe("resnet50-imagenet", scale)
     read = []
     monkeypatch.setattr(resnet50_imagenet, "_source", lambda settings, _: read.append(settings) or _Data())

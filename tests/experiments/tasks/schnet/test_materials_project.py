@@ -2,7 +2,7 @@ import ase.db
 import numpy as np
 import pytest
 
-from experiments.data_io.checksum import DataFileError, sha256_of
+from experiments.data_io.checksum import DataFileError, compute_sha256
 from experiments.tasks.schnet import materials_project
 from tests.experiments.cases import molecules
 
@@ -13,7 +13,7 @@ ENTRIES = molecules.crystals(10)
 def package(tmp_path, monkeypatch):
     path = tmp_path / "flla_2015.csv"
     molecules.write_flla(ENTRIES, path)
-    monkeypatch.setattr(materials_project, "SHA256", sha256_of(path))
+    monkeypatch.setattr(materials_project, "SHA256", compute_sha256(path))
 
     def fetch(requirement, member, scratch, *, source):
         assert (requirement, source) == ("matminer==0.3.9", True)
@@ -31,7 +31,7 @@ def test_every_source_gives_the_same_arrays(source, package, tmp_path):
     molecules.write_database(ENTRIES, database, "formation_energy_per_atom")
     materials_project.prepare(tmp_path, source)
     loaded = materials_project.load(tmp_path, source)
-    for name, array in molecules.joined(ENTRIES).arrays().items():
+    for name, array in molecules.collect_entries(ENTRIES).arrays().items():
         np.testing.assert_allclose(loaded.structures.arrays()[name], array, rtol=1e-5, atol=1e-6)
     assert not list(tmp_path.rglob(".download"))
 
@@ -49,7 +49,7 @@ def test_the_package_must_have_been_prepared(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "complaint"),
+    ("old", "new", "message"),
     [
         ("'occu': 1", "'occu': 0.5", "mp-1 cannot be read: .*not always occupied"),
         ("'matrix'", "'other'", r"mp-1 cannot be read: KeyError\('matrix'\)"),
@@ -58,9 +58,9 @@ def test_the_package_must_have_been_prepared(tmp_path):
         (",structure,", ",other,", r"mp-1 cannot be read: KeyError\('structure'\)"),
     ],
 )
-def test_a_row_that_cannot_be_read_is_named(old, new, complaint, package):
+def test_a_row_that_cannot_be_read_is_named(old, new, message, package):
     package.write_text(package.read_text().replace(old, new))
-    with pytest.raises(DataFileError, match=complaint):
+    with pytest.raises(DataFileError, match=message):
         list(materials_project._read_csv(package))
 
 

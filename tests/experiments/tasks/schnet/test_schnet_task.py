@@ -9,14 +9,14 @@ from schnetpack import properties
 from schnetpack.nn import GaussianRBF
 from torch import nn
 
-from experiments.config.recipe import load_recipe, scales_of
+from experiments.config.recipe import list_scales, load_recipe
 from experiments.data_io.atoms.structures import Structures
 from experiments.data_io.checksum import DataFileError
 from experiments.dataclass_io import SettingsError, read_settings
-from experiments.optimizers.registry import NGPlusSettings, entry_of
+from experiments.optimizers.registry import NGPlusSettings, find_entry
 from experiments.tasks import TASKS
 from experiments.tasks.schnet import materials_project, qm9
-from experiments.tasks.schnet.schnet_task import RadialBasis, ahead
+from experiments.tasks.schnet.schnet_task import RadialBasis, map_ahead
 from experiments.tasks.schnet.structure_batches import TARGET
 from ngplus.layers import find_layers
 from tests.experiments.cases import molecules
@@ -181,7 +181,7 @@ def test_ngplus_lowers_the_loss(made, samples):
     net = made.build_model()
     settings = {"lr": 1e-2, "damping": 0.17, "update_every": 2, "samples": samples}
     base = {"kind": "adam"}
-    optimizer = entry_of("ngplus").build(net, read_settings(NGPlusSettings, settings | {"base": base}, "here"))
+    optimizer = find_entry("ngplus").build(net, read_settings(NGPlusSettings, settings | {"base": base}, "here"))
     losses = []
     for epoch in range(6):
         for batch in made.train_batches(epoch, seed=1):
@@ -216,12 +216,12 @@ def test_items_come_in_order_and_one_is_made_ahead():
         made.append(index)
         return index * 10
 
-    items = ahead(make, iter(range(5)))
+    items = map_ahead(make, iter(range(5)))
     assert list(islice(items, 2)) == [0, 10]
     items.close()
     assert made == [0, 1, 2]
-    assert list(ahead(make, range(5))) == [0, 10, 20, 30, 40]
-    assert list(ahead(make, [])) == []
+    assert list(map_ahead(make, range(5))) == [0, 10, 20, 30, 40]
+    assert list(map_ahead(make, [])) == []
 
 
 def test_an_error_in_the_thread_reaches_the_loop():
@@ -229,7 +229,7 @@ def test_an_error_in_the_thread_reaches_the_loop():
         raise ValueError(f"no {index}")
 
     with pytest.raises(ValueError, match="no 7"):
-        list(ahead(make, [7]))
+        list(map_ahead(make, [7]))
 
 
 # --- errors
@@ -237,7 +237,7 @@ def test_an_error_in_the_thread_reaches_the_loop():
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
-    ("changes", "complaint"),
+    ("changes", "message"),
     [
         ({"batch_size": 0}, "batch_size = 0: must be at least 1"),
         ({"train_size": 10}, "train_size = 10: must hold one batch of 20"),
@@ -251,8 +251,8 @@ def test_an_error_in_the_thread_reaches_the_loop():
         ({"colour": 1}, "colour = 1: unknown key"),
     ],
 )
-def test_a_setting_that_does_not_fit_is_named(name, changes, complaint):
-    with pytest.raises(SettingsError, match=rf"{name}/tiny, \[task\].*{complaint}"):
+def test_a_setting_that_does_not_fit_is_named(name, changes, message):
+    with pytest.raises(SettingsError, match=rf"{name}/tiny, \[task\].*{message}"):
         task(name, **changes)
 
 
@@ -283,7 +283,7 @@ def test_a_database_is_read_and_its_neighbours_are_kept(tmp_path):
 # --- recipes
 
 
-@pytest.mark.parametrize(("name", "scale"), [(name, scale) for name in NAMES for scale in scales_of(name)])
+@pytest.mark.parametrize(("name", "scale"), [(name, scale) for name in NAMES for scale in list_scales(name)])
 def test_recipes_can_be_read_and_say_tuned_and_reported_on_different_structures(name, scale):
     recipe = load_recipe(name, scale)
     assert {"adam", "ngplus-adam"} <= recipe.optimizers.keys()

@@ -32,7 +32,7 @@ def pairs(batch):
 
 @pytest.mark.parametrize("entries", [molecules.molecules(), molecules.crystals()], ids=["molecules", "crystals"])
 def test_a_batch_is_the_one_that_schnetpack_loads(entries, tmp_path):
-    structures = molecules.joined(entries)
+    structures = molecules.collect_entries(entries)
     batch = assemble(structures, find_neighbours(structures, 3.0), structures.target, INDICES)
     theirs = schnetpacks_batch(entries, tmp_path / "some.db", 3.0)
     for key, value in batch.items():

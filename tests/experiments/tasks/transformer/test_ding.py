@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments.data_io.checksum import DataFileError, sha256_of
+from experiments.data_io.checksum import DataFileError, compute_sha256
 from experiments.data_io.text.parallel_text import Pair
 from experiments.tasks.transformer import ding
 
@@ -22,7 +22,7 @@ def write(tmp_path, text):
 
 
 def test_whole_sentences_are_taken_without_their_remarks(tmp_path):
-    assert ding.pairs_of(write(tmp_path, TEXT)) == [
+    assert ding.read_pairs(write(tmp_path, TEXT)) == [
         Pair("line 2", "Er mag Aal nicht.", "He does not like eel."),
         Pair("line 3", "Der Hund bellt laut.", "The dog barks loudly."),
     ]
@@ -31,7 +31,7 @@ def test_whole_sentences_are_taken_without_their_remarks(tmp_path):
 @pytest.mark.parametrize("line", ["nur Deutsch", "a :: b :: c", "a | b :: c"])
 def test_a_line_with_unequal_sides_is_named(tmp_path, line):
     with pytest.raises(DataFileError, match="de-en, line 2"):
-        ding.pairs_of(write(tmp_path, f"# Ding\n{line}\n"))
+        ding.read_pairs(write(tmp_path, f"# Ding\n{line}\n"))
 
 
 def test_preparing_freezes_the_pairs(tmp_path, monkeypatch):
@@ -45,6 +45,6 @@ def test_preparing_freezes_the_pairs(tmp_path, monkeypatch):
     with pytest.raises(DataFileError, match="of another version"):
         ding.prepare(tmp_path)
     made = tmp_path / "ding" / "pairs.tsv"
-    monkeypatch.setattr(ding, "SHA256", sha256_of(made))
+    monkeypatch.setattr(ding, "SHA256", compute_sha256(made))
     assert ding.prepare(tmp_path) == made
     assert len(ding.load(tmp_path)) == 2

@@ -83,7 +83,7 @@ def test_archive_and_folder_both_convert(archive, tmp_path, packed):
             opened.add(archive, "de-en")
     folder = iwslt14_archive.convert(raw, tmp_path / "data", merges=20)
     assert folder.sizes == {"train": 50, "valid": 2, "test": 15}
-    assert iwslt14.title_of(folder) == "IWSLT14 de-en"
+    assert iwslt14.name_folder(folder) == "IWSLT14 de-en"
     assert iwslt14.prepare(tmp_path / "data") == tmp_path / "data" / "iwslt14"
     assert "@@" in (folder.path / "text" / "train.de").read_text(encoding="utf-8")
 
@@ -93,7 +93,7 @@ def test_a_folder_of_fairseq_preprocess_is_taken_as_it_is(archive, tmp_path):
     (made.path / "about.json").unlink()
     taken = iwslt14_archive.convert(made.path, tmp_path / "data")
     assert taken.sha256 == made.sha256
-    assert iwslt14.title_of(taken) == "de-en folder of fairseq-preprocess"
+    assert iwslt14.name_folder(taken) == "de-en folder of fairseq-preprocess"
     assert iwslt14_archive.convert(taken.path, tmp_path / "data") == taken
 
 

@@ -39,7 +39,7 @@ def test_paragraphs_of_one_id_are_paired_sentence_by_sentence(trees):
         "<p>This sentence has no id either.</p>",
     )
     page(german, "nur-deutsch.html", '<p id="par_id1">Diese Seite ist nicht übersetzt.</p>')
-    assert libreoffice_help.pairs_of(german, english) == [
+    assert libreoffice_help.read_pairs(german, english) == [
         Pair("scalc/a.html", "Wählen Sie Öffnen im Menü.", "Choose Open in the menu."),
         Pair("scalc/a.html", "Die Datei wird geöffnet.", "The file is opened."),
     ]
@@ -52,7 +52,7 @@ def test_of_hidden_variants_the_default_one_is_read(trees):
     )
     for root, words in zip(trees, [("Einstellungen", "Optionen"), ("Preferences", "Options")], strict=True):
         page(root, "a.html", f'<p id="p">{switch.format(*words)}<!-- no text --></p>')
-    assert libreoffice_help.pairs_of(*trees) == [
+    assert libreoffice_help.read_pairs(*trees) == [
         Pair("a.html", "Choose Optionen and wait.", "Choose Options and wait.")
     ]
 
@@ -73,14 +73,14 @@ def test_of_hidden_variants_the_default_one_is_read(trees):
 def test_what_is_no_translated_sentence_is_left_out(trees, de, en):
     for root, text in zip(trees, (de, en), strict=True):
         page(root, "a.html", f'<p id="1">{text}</p><p id="2">Dieser ist gut {root.name}.</p>')
-    assert [pair.de for pair in libreoffice_help.pairs_of(*trees)] == ["Dieser ist gut de."]
+    assert [pair.de for pair in libreoffice_help.read_pairs(*trees)] == ["Dieser ist gut de."]
 
 
 def test_trees_without_a_common_page_are_refused(trees):
     page(trees[0], "a.html", "")
     page(trees[1], "b.html", "")
     with pytest.raises(DataFileError, match="no page in common"):
-        libreoffice_help.pairs_of(*trees)
+        libreoffice_help.read_pairs(*trees)
 
 
 def test_preparing_fetches_both_packages_and_freezes_the_pairs(tmp_path, monkeypatch):
@@ -94,7 +94,7 @@ def test_preparing_fetches_both_packages_and_freezes_the_pairs(tmp_path, monkeyp
     with pytest.raises(DataFileError, match="of another version than"):
         libreoffice_help.prepare(tmp_path)
     made = tmp_path / "libreoffice-help" / "pairs.tsv"
-    monkeypatch.setattr(libreoffice_help, "SHA256", libreoffice_help.sha256_of(made))
+    monkeypatch.setattr(libreoffice_help, "SHA256", libreoffice_help.compute_sha256(made))
     made.write_text("damaged")
     assert libreoffice_help.prepare(tmp_path) == made
     assert libreoffice_help.load(tmp_path) == [Pair("a.html", "Das ist ein Satz.", "This is a sentence.")]

@@ -292,20 +292,20 @@ def test_a_token_as_sample_is_one_row_of_one_sentence(make, shared, reduction):
 def token_rows(task, model, batch, layers):
     """What each row of a layer's input and output adds to the gradient, from sentences without padding.
 
-    fairseq's attention is taken off torch's one function, so that its linear layers are called and can be watched.
+    fairseq's attention is taken off torch's one function, so that its linear layers are called and their hooks run.
     """
     rows = {layer.name: [] for layer in layers.values()}
     calls = []
     attentions = [module for module in model.modules() if hasattr(module, "onnx_trace") and hasattr(module, "q_proj")]
 
-    def watch(module, args, output):
+    def record(module, args, output):
         if id(getattr(module, "weight", None)) not in layers:
             return output
         output.retain_grad()
         calls.append((module, args[0].detach(), output))
         return output.clone()  # attention scales its queries in place
 
-    handles = [module.register_forward_hook(watch) for module in model.modules()]
+    handles = [module.register_forward_hook(record) for module in model.modules()]
     model.zero_grad()
     for module in attentions:
         module.onnx_trace = True

@@ -15,7 +15,7 @@ SHAPES = [(6, 20, 2), (4, 5, 30), (20, 6, 3)]
 @pytest.mark.parametrize("method", timings.TIMED)
 def test_builds_and_directions_cost_what_is_counted(method, m, n, kappa):
     layer = LayerShape(name="", m=m, n=n, kappa=kappa)
-    parts = timings.parts_of(method, layer, timings.draw_factors(layer, 3, seed=0))
+    parts = timings.make_parts(method, layer, timings.draw_factors(layer, 3, seed=0))
     counted = COSTS[method](layer, 3)
     for part in ("build", "apply"):
         with FlopCounterMode(display=False) as counter:
