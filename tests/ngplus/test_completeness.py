@@ -117,6 +117,23 @@ def test_a_weight_with_uses_that_are_not_captured_goes_to_the_base(case, pieces,
         assert torch.equal(dict(model.named_parameters())[name].grad, before[name])
 
 
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("penalty_first", [False, True])
+def test_a_backward_of_its_own_for_an_uncaptured_use_counts_before_and_after_the_models(penalty_first, zeros):
+    model, index = Language(), torch.randint(11, (6, 4))
+    optimizer = NGPlus(model, lr=1e-12, damping=DAMPING, update_every=1)
+    if zeros:
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+    for penalty in (penalty_first, not penalty_first):
+        (model.layer.weight.square().sum() if penalty else oracle.energy(model(index))).backward()
+    before = model.layer.weight.grad.clone()
+    with pytest.warns(UserWarning, match=f"^layer.weight {REASON}"):
+        optimizer.step()
+    assert set(optimizer.curvature) == {"table.weight"}
+    assert torch.equal(model.layer.weight.grad, before)
+
+
 def test_a_partial_capture_is_accepted_where_one_says_so():
     build, loss, _ = PARTIAL["a penalty"]
     optimizer, _, messages = step(build(), loss, torch.randint(11, (6, 4)), partial_capture="accept")
