@@ -70,6 +70,10 @@ class Entries(Protocol):
         """The summands of a use, (samples, k, κ), and the place of the first of its k entries among all."""
         ...
 
+    def sizes(self, part: Part, products: Tensor) -> Tensor:
+        """How large what is rounded in ``products`` is, in their shape."""
+        ...
+
     def of_gradient(self, gradient: Tensor) -> Tensor:
         """The entries of a weight's gradient, (count,), perhaps in its memory."""
         ...
@@ -150,6 +154,11 @@ class MatrixEntries:
         if rows.shape[1] < self.count:
             columns = columns[:, place : place + rows.shape[1]]
         return rows * columns, place
+
+    def sizes(self, part: Part, products: Tensor) -> Tensor:
+        """The products themselves."""
+        del part
+        return products
 
     def _row_entries(self, factor: Factor) -> tuple[Tensor, int]:
         if isinstance(factor, OneHot):  # a table that is a linear layer's weight too
@@ -250,6 +259,11 @@ class TableEntries:
         columns = part.columns.entries[:, 0, self.column : self.column + self.count]
         return self._signed_rows(part.rows).unsqueeze(1) * columns.to(statistics_dtype(columns.dtype)), 0
 
+    def sizes(self, part: Part, products: Tensor) -> Tensor:
+        """The products themselves: softmax over a long table, whose rows add up to zero, hardly cancels in them."""
+        del part
+        return products
+
     def _signed_rows(self, factor: Factor) -> Tensor:
         """sᵀGᵢ, (samples, κ)."""
         if isinstance(factor, OneHot):
@@ -316,6 +330,18 @@ class MatrixSums(TableEntries):
         sums = self._sums(columns.to(statistics_dtype(columns.dtype))).mT
         return self._signed_rows(part.rows).unsqueeze(1) * sums, 0
 
+    def sizes(self, part: Part, products: Tensor) -> Tensor:
+        """Root sums of squares in place of the sums, which cancel: the rows of a softmax's gradient add up to zero."""
+        del products
+        assert isinstance(part.columns, Dense)
+        columns = part.columns.entries[:, 0].mT
+        columns = self._grouped(columns.to(statistics_dtype(columns.dtype)).square()).sqrt().mT
+        if not isinstance(part.rows, Dense):
+            return self._signed_rows(part.rows).unsqueeze(1) * columns
+        rows = part.rows.entries[:, 0]
+        norms: Tensor = torch.linalg.vector_norm(rows.to(statistics_dtype(rows.dtype)), dim=1, keepdim=True)
+        return norms * columns
+
     def of_gradient(self, gradient: Tensor) -> Tensor:
         """The entries of sᵀG T."""
         dtype = statistics_dtype(gradient.dtype)
@@ -331,11 +357,13 @@ class MatrixSums(TableEntries):
 
     def _sums(self, values: Tensor) -> Tensor:
         """Those over the last dimension, the columns."""
-        width = values.shape[-1]
-        signed = values * _signs_from(self.column, width, values)
-        if width % self.count:
-            signed = F.pad(signed, (0, -width % self.count))
-        return signed.reshape(*signed.shape[:-1], -1, self.count).sum(-2)
+        return self._grouped(values * _signs_from(self.column, values.shape[-1], values))
+
+    def _grouped(self, values: Tensor) -> Tensor:
+        """Each ``count``-th column added up."""
+        if values.shape[-1] % self.count:
+            values = F.pad(values, (0, -values.shape[-1] % self.count))
+        return values.reshape(*values.shape[:-1], -1, self.count).sum(-2)
 
 
 def _signs_from(start: int, count: int, like: Tensor) -> Tensor:
@@ -404,7 +432,8 @@ class Comparison:
             captured = F.pad(captured, (place, count - place - len(captured)))
         self._captured.append(_read(captured))
         few = len(self._products) < KEPT and products.numel() <= KEPT * SUMMANDS
-        self._products.append(products if few else torch.linalg.vector_norm(products))
+        sizes = self._entries.sizes(part, products)
+        self._products.append(sizes if few else torch.linalg.vector_norm(sizes))
         self._dtypes.add(dtype)
 
     def add_gradient(self, gradient: Tensor) -> None:

@@ -144,6 +144,23 @@ def test_a_backward_of_its_own_for_an_uncaptured_use_counts_before_and_after_the
     assert torch.equal(model.layer.weight.grad, before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("classes", [2, 3])
+def test_gradients_whose_rows_add_up_to_zero_are_no_other_source(classes, dtype):
+    """As those of a softmax do, so that their sums are made of rounding alone."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 12), nn.Tanh(), nn.Linear(12, classes)).to(dtype)
+    optimizer = NGPlus(model, lr=1e-3, damping=DAMPING, update_every=1)
+    for _ in range(40):
+        optimizer.zero_grad()
+        x, y = torch.randn(4, 32).to(dtype), torch.randint(classes, (4,))
+        F.cross_entropy(model(x), y).backward()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            optimizer.step()
+    assert len(optimizer.curvature) == 2
+
+
 def test_a_partial_capture_is_accepted_where_one_says_so():
     build, loss, _ = PARTIAL["a penalty"]
     optimizer, _, messages = step(build(), loss, torch.randint(11, (6, 4)), partial_capture="accept")
