@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -39,6 +40,11 @@ def model_and_params(
 
 
 def _check_ready(model: nn.Module) -> None:
+    if scripted := [name for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]:
+        raise TypeError(
+            f"{scripted[0] or 'the model'} is a torch.jit.ScriptModule, whose calls cannot be seen: make the optimizer "
+            "of a model that is not scripted"
+        )
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise ValueError(f"{name} has no shape yet: run the model once before making the optimizer")

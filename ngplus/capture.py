@@ -559,6 +559,9 @@ class Capture:
         if record is None or record.comparison is None or record.opaque is not None:
             return
         if record.accumulator is not None and _adds_to(record.accumulator):
+            if record.comparison.is_empty and layer.weight.grad is not None:
+                # What is there before the first backward pass of a captured use has another source, or is zero.
+                record.comparison.add_gradient(layer.weight.grad.detach())
             record.comparison.add_gradient(gradient.detach())
 
     def _grouped(self, part: Part, grouping: SampleIndex, use: _Use) -> Part:

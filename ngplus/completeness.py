@@ -7,7 +7,9 @@ compared in a few entries (r, c) of the matrix, drawn anew on every curvature st
 
 A use that was not captured changes all of them, as a rule: a functional use in the training loop, a custom
 `torch.autograd.Function`, a penalty on the weight. Of a table, where such a use may touch few rows, a sixteenth of the
-rows or more count together, with random signs s: Σᵢ Σ_κ (sᵀGᵢ)[κ] Aᵢ[c, κ] against (sᵀG)[c].
+rows or more count together, with random signs s: Σᵢ Σ_κ (sᵀGᵢ)[κ] Aᵢ[c, κ] against (sᵀG)[c]. Of a linear layer whose
+output is small all rows and columns do, in a few sums with signs T for the columns: Σᵢ Σ_κ (sᵀGᵢ)[κ] (TᵀAᵢ)[·, κ]
+against sᵀG T.
 
 The gradient is taken from a hook on the weight, before accumulation, clipping, unscaling or averaging over processes.
 """
@@ -40,6 +42,9 @@ ENTRIES = 8
 SUMMANDS = 2**12
 """Products of a use beyond which fewer entries are compared, two at the least."""
 
+SMALL = 2**14, 2**20
+"""Elements of a linear layer's output and of its weight up to which all entries of its matrix count together."""
+
 KEPT = 64
 """Uses of a layer whose products are kept until they are compared; of more of them it is their norms."""
 
@@ -63,6 +68,10 @@ class Entries(Protocol):
 
     def products(self, part: Part) -> tuple[Tensor, int]:
         """The summands of a use, (samples, k, κ), and the place of the first of its k entries among all."""
+        ...
+
+    def sizes(self, part: Part, products: Tensor) -> Tensor:
+        """How large what is rounded in ``products`` is, in their shape."""
         ...
 
     def of_gradient(self, gradient: Tensor) -> Tensor:
@@ -145,6 +154,11 @@ class MatrixEntries:
         if rows.shape[1] < self.count:
             columns = columns[:, place : place + rows.shape[1]]
         return rows * columns, place
+
+    def sizes(self, part: Part, products: Tensor) -> Tensor:
+        """The products themselves."""
+        del part
+        return products
 
     def _row_entries(self, factor: Factor) -> tuple[Tensor, int]:
         if isinstance(factor, OneHot):  # a table that is a linear layer's weight too
@@ -245,6 +259,11 @@ class TableEntries:
         columns = part.columns.entries[:, 0, self.column : self.column + self.count]
         return self._signed_rows(part.rows).unsqueeze(1) * columns.to(statistics_dtype(columns.dtype)), 0
 
+    def sizes(self, part: Part, products: Tensor) -> Tensor:
+        """The products themselves: softmax over a long table, whose rows add up to zero, hardly cancels in them."""
+        del part
+        return products
+
     def _signed_rows(self, factor: Factor) -> Tensor:
         """sᵀGᵢ, (samples, κ)."""
         if isinstance(factor, OneHot):
@@ -253,6 +272,9 @@ class TableEntries:
             signs = self._signs(factor.index, factor.weight.dtype) * factor.weight
             return signs.new_zeros(factor.bags).index_add_(0, factor.bag, signs).unsqueeze(1)
         assert isinstance(factor, Dense)
+        return self._signed_dense_rows(factor)
+
+    def _signed_dense_rows(self, factor: Dense) -> Tensor:
         dtype, first, count = statistics_dtype(factor.entries.dtype), factor.first_row, factor.entries.shape[2]
         rows, signs = self._counting(first, count, dtype, factor.device)
         entries = factor.entries[:, 0].mT.index_select(2, rows - first).to(dtype)  # (samples, κ, rows)
@@ -284,6 +306,74 @@ class TableEntries:
         return _signs(self.long, dtype, rows.device)[(rows + self.shift) & (PERIOD - 1)]
 
 
+@dataclass(kw_only=True, slots=True)
+class MatrixSums(TableEntries):
+    """Sums with random signs over all rows of a matrix and over each ``count``-th of its columns.
+
+    Attributes:
+        count: of the sums.
+        column: shift of the columns' signs.
+        shift: of the rows' signs.
+        long: False.
+    """
+
+    @classmethod
+    def drawn(cls, layer: Layer, most: int, generator: random.Random) -> MatrixSums:
+        """Up to ``most`` sums."""
+        column, shift = generator.randrange(PERIOD), generator.randrange(PERIOD)
+        return cls(count=min(most, layer.weight.shape[1]), column=column, shift=shift, long=False)
+
+    def products(self, part: Part) -> tuple[Tensor, int]:
+        """(sᵀGᵢ)[κ] (TᵀAᵢ)[·, κ], where a column of T has the signs of the columns of one sum."""
+        assert isinstance(part.columns, Dense)
+        columns = part.columns.entries[:, 0].mT
+        sums = self._sums(columns.to(statistics_dtype(columns.dtype))).mT
+        return self._signed_rows(part.rows).unsqueeze(1) * sums, 0
+
+    def sizes(self, part: Part, products: Tensor) -> Tensor:
+        """Root sums of squares in place of the sums, which cancel: the rows of a softmax's gradient add up to zero."""
+        del products
+        assert isinstance(part.columns, Dense)
+        columns = part.columns.entries[:, 0].mT
+        columns = self._grouped(columns.to(statistics_dtype(columns.dtype)).square()).sqrt().mT
+        if not isinstance(part.rows, Dense):
+            return self._signed_rows(part.rows).unsqueeze(1) * columns
+        rows = part.rows.entries[:, 0]
+        norms: Tensor = torch.linalg.vector_norm(rows.to(statistics_dtype(rows.dtype)), dim=1, keepdim=True)
+        return norms * columns
+
+    def of_gradient(self, gradient: Tensor) -> Tensor:
+        """The entries of sᵀG T."""
+        dtype = statistics_dtype(gradient.dtype)
+        values = gradient if gradient.layout == torch.strided else gradient.to_dense()
+        values = values.to(dtype)
+        with without_autocast([values.device.type]):
+            return self._sums(_signs_from(self.shift, len(values), values) @ values)
+
+    def _signed_dense_rows(self, factor: Dense) -> Tensor:
+        entries = factor.entries[:, 0].mT
+        entries = entries.to(statistics_dtype(entries.dtype))
+        return entries @ _signs_from(self.shift + factor.first_row, entries.shape[2], entries)
+
+    def _sums(self, values: Tensor) -> Tensor:
+        """Those over the last dimension, the columns."""
+        return self._grouped(values * _signs_from(self.column, values.shape[-1], values))
+
+    def _grouped(self, values: Tensor) -> Tensor:
+        """Each ``count``-th column added up."""
+        if values.shape[-1] % self.count:
+            values = F.pad(values, (0, -values.shape[-1] % self.count))
+        return values.reshape(*values.shape[:-1], -1, self.count).sum(-2)
+
+
+def _signs_from(start: int, count: int, like: Tensor) -> Tensor:
+    """The signs of ``count`` numbers from ``start`` on."""
+    signs, start = _signs(False, like.dtype, like.device), start % PERIOD
+    if start + count <= PERIOD:
+        return signs[start : start + count]
+    return signs[torch.arange(start, start + count, device=like.device) & (PERIOD - 1)]
+
+
 def draw(layer: Layer, shape: Shape, output_size: int, generator: random.Random) -> Entries:
     """Which entries to compare.
 
@@ -295,6 +385,9 @@ def draw(layer: Layer, shape: Shape, output_size: int, generator: random.Random)
     """
     summands = max(1, output_size // layer.weight.shape[0])
     most = min(ENTRIES, max(2, SUMMANDS // summands))
+    small = output_size <= SMALL[0] and layer.weight.numel() <= SMALL[1]
+    if layer.weight.dim() == 2 and not layer.looked_up and small:
+        return MatrixSums.drawn(layer, most, generator)
     if layer.looked_up:
         return TableEntries.drawn(layer, most, generator)
     return MatrixEntries.drawn(layer, shape, most, generator)
@@ -339,7 +432,8 @@ class Comparison:
             captured = F.pad(captured, (place, count - place - len(captured)))
         self._captured.append(_read(captured))
         few = len(self._products) < KEPT and products.numel() <= KEPT * SUMMANDS
-        self._products.append(products if few else torch.linalg.vector_norm(products))
+        sizes = self._entries.sizes(part, products)
+        self._products.append(sizes if few else torch.linalg.vector_norm(sizes))
         self._dtypes.add(dtype)
 
     def add_gradient(self, gradient: Tensor) -> None:
@@ -423,4 +517,4 @@ def _reduced_precision(device: torch.device) -> bool:
     return convolutions or torch.get_float32_matmul_precision() != "highest"
 
 
-__all__ = ["Comparison", "Entries", "MatrixEntries", "TableEntries", "draw", "values_of"]
+__all__ = ["Comparison", "Entries", "MatrixEntries", "MatrixSums", "TableEntries", "draw", "values_of"]

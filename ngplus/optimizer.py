@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from ngplus import distributed, eager
 from ngplus.arguments import Params, check_group, check_whole, make_base, model_and_params
-from ngplus.capture import Capture, Statistic
+from ngplus.capture import Capture, Statistic, is_zero
 from ngplus.curvature import Curvature as CurvatureOfLayers
 from ngplus.curvature import LayerState, layer_statistic, sampling
 from ngplus.distributed import world_size
@@ -46,6 +46,10 @@ from ngplus.touched import Loan
 
 LATE_TRIES = 3
 """How many steps in a row a layer that has a gradient but no curvature is watched for, between curvature steps."""
+
+
+UNSEEN = "has a gradient on a curvature step, but no backward pass through the model was seen to bring it"
+"""Why a layer that has a curvature is left to the base where none of its uses was captured."""
 
 
 class NGPlus(Optimizer, Joinable):
@@ -385,14 +389,28 @@ class NGPlus(Optimizer, Joinable):
     def _collect(self, wanted: Sequence[Layer]) -> tuple[Mapping[Layer, Statistic], Mapping[Layer, str], float]:
         """The sums of this process's batch, the layers whose samples are not known, and the scale of the loss."""
         if self._capture is not None:
-            statistics = self._capture.collect()
+            statistics, unsupported = self._capture.collect(), self._capture.unsupported()
+            unseen = self._unseen([layer for layer in wanted if layer not in statistics and layer not in unsupported])
             for layer, statistic in list(statistics.items()):
                 statistic.reduction = reduction_of(self._options.loss_reduction, layer.module)
                 if statistic.reduction == 0:  # a batch whose targets are all ignored
                     del statistics[layer]
-            return statistics, self._capture.unsupported(), loss_scale()
+            return statistics, {**unsupported, **dict.fromkeys(unseen, UNSEEN)}, loss_scale()
         pairs = ((layer, layer_statistic(layer, self._options, self._generator)) for layer in wanted)
         return {layer: statistic for layer, statistic in pairs if statistic is not None}, {}, 1.0
+
+    def _unseen(self, layers: Iterable[Layer]) -> list[Layer]:
+        """Those with a curvature whose gradient came without a captured use: what they have is of other gradients.
+
+        A gradient of zeros is no use. Of several processes another one may have used the layer.
+        """
+        if world_size() > 1:
+            return []
+        return [
+            layer
+            for layer in layers
+            if layer in self._curvature.states and (grad := layer.weight.grad) is not None and not is_zero(grad)
+        ]
 
     def _agree(self, damping: Mapping[Layer, float], with_batch: bool) -> dict[Layer, float]:
         """Make sure that all processes update the same layers, and with the same λ: that of those with a batch."""

@@ -111,7 +111,7 @@ class Options:
     def _check_batch_dim(self) -> None:
         dims = self.batch_dim.values() if isinstance(self.batch_dim, Mapping) else [self.batch_dim]
         for dim in dims:
-            if isinstance(dim, bool) or not isinstance(dim, int):
+            if isinstance(dim, bool) or not isinstance(dim, Integral):
                 raise TypeError(f"batch_dim must be an integer ≥ 0 or a dict of them by module name, got {dim!r}")
             if dim < 0:
                 raise ValueError(f"batch_dim must be ≥ 0, got {dim!r}")

@@ -95,7 +95,7 @@ def _kfac(workload: Workload, interval: int) -> Candidate:
     from asdl import FISHER_EMP, KfacGradientMaker, PreconditioningConfig
 
     if any(isinstance(m, (nn.MultiheadAttention, nn.Embedding, nn.EmbeddingBag)) for m in workload.model.modules()):
-        raise Unsupported("asdfghjkl's K-FAC has no attention or embeddings")
+        raise Unsupported("asdfghjkl's K-FAC has no attention, and no embeddings of indices in one dimension")
     config = PreconditioningConfig(
         preconditioner_upd_interval=interval,
         curvature_upd_interval=interval,

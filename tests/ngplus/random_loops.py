@@ -271,7 +271,7 @@ def run(habits: Habits) -> Counter[str]:
             loop.matrices()[number][1].requires_grad_(False)
     expected = oracle.sample_gradients(model, loop.sample_losses())
     damping = {matrix: _damping(samples, SHARE[habits.dtype]) for matrix, samples in expected.items()}
-    optimizer = NGPlus(model, params=_groups(model, damping), lr=1e-12, update_every=habits.update_every)
+    optimizer = NGPlus(model, params=_groups(model, damping), lr=1e-15, update_every=habits.update_every)
     kept: list[Tensor] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -12,7 +12,7 @@ from torch import nn
 from torch.func import functional_call
 
 from ngplus import NGPlus
-from ngplus.completeness import Comparison, MatrixEntries, Spread, TableEntries, draw, values_of
+from ngplus.completeness import Comparison, MatrixEntries, MatrixSums, Spread, TableEntries, draw, values_of
 from ngplus.factors import Bags, Dense, OneHot
 from ngplus.gfim import Part
 from ngplus.layers import find_layers
@@ -44,11 +44,11 @@ class Fused(torch.autograd.Function):
 class Language(nn.Module):
     """A table, a layer and a head that is the table or not."""
 
-    def __init__(self, fused=False):
+    def __init__(self, fused=False, width=5):
         super().__init__()
         torch.manual_seed(0)
-        self.table = nn.Embedding(11, 5)
-        self.layer = nn.Linear(5, 5)
+        self.table = nn.Embedding(11, width)
+        self.layer = nn.Linear(width, width)
         self.fused = fused
         self.double()
 
@@ -77,6 +77,16 @@ PARTIAL = {
     "a penalty": (
         Language,
         lambda m, x: oracle.energy(m(x)) + 0.1 * m.layer.weight.square().sum(),
+        {"layer.weight"},
+    ),
+    "a penalty on one row": (
+        lambda: Language(width=64),
+        lambda m, x: oracle.energy(m(x)) + 10 * m.layer.weight[50].square().sum(),
+        {"layer.weight"},
+    ),
+    "a penalty on one column": (
+        lambda: Language(width=64),
+        lambda m, x: oracle.energy(m(x)) + 10 * m.layer.weight[:, 50].square().sum(),
         {"layer.weight"},
     ),
     "fast weights": (Language, fast_weights, {"table.weight", "layer.weight"}),
@@ -115,6 +125,40 @@ def test_a_weight_with_uses_that_are_not_captured_goes_to_the_base(case, pieces,
     for name in partial:
         assert name in messages[0]
         assert torch.equal(dict(model.named_parameters())[name].grad, before[name])
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("penalty_first", [False, True])
+def test_a_backward_of_its_own_for_an_uncaptured_use_counts_before_and_after_the_models(penalty_first, zeros):
+    model, index = Language(), torch.randint(11, (6, 4))
+    optimizer = NGPlus(model, lr=1e-12, damping=DAMPING, update_every=1)
+    if zeros:
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+    for penalty in (penalty_first, not penalty_first):
+        (model.layer.weight.square().sum() if penalty else oracle.energy(model(index))).backward()
+    before = model.layer.weight.grad.clone()
+    with pytest.warns(UserWarning, match=f"^layer.weight {REASON}"):
+        optimizer.step()
+    assert set(optimizer.curvature) == {"table.weight"}
+    assert torch.equal(model.layer.weight.grad, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("classes", [2, 3])
+def test_gradients_whose_rows_add_up_to_zero_are_no_other_source(classes, dtype):
+    """As those of a softmax do, so that their sums are made of rounding alone."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 12), nn.Tanh(), nn.Linear(12, classes)).to(dtype)
+    optimizer = NGPlus(model, lr=1e-3, damping=DAMPING, update_every=1)
+    for _ in range(40):
+        optimizer.zero_grad()
+        x, y = torch.randn(4, 32).to(dtype), torch.randint(classes, (4,))
+        F.cross_entropy(model(x), y).backward()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            optimizer.step()
+    assert len(optimizer.curvature) == 2
 
 
 def test_a_partial_capture_is_accepted_where_one_says_so():
@@ -269,26 +313,29 @@ def part_of(module, samples=4, positions=3):
 
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("seed", range(4))
-def test_the_compared_entries_of_uses_and_of_the_gradient_agree(name, seed):
+@pytest.mark.parametrize("output_size", [0, 10**6])
+def test_the_compared_entries_of_uses_and_of_the_gradient_agree(name, seed, output_size):
     module = copy.deepcopy(LAYERS[name]).double()
     (layer,) = find_layers(module)
     part, gradient = part_of(module)
-    entries = draw(layer, layer.shape(None), 0, random.Random(seed))
+    entries = draw(layer, layer.shape(None), output_size, random.Random(seed))
     products, place = entries.products(part)
     assert place == 0
     torch.testing.assert_close(products.sum(dim=(0, 2)), entries.of_gradient(gradient))
-    assert isinstance(entries, TableEntries if isinstance(module, nn.Embedding) else MatrixEntries)
+    small = MatrixSums if isinstance(module, nn.Linear) and not output_size else MatrixEntries
+    assert type(entries) is (TableEntries if isinstance(module, nn.Embedding) else small)
     torch.testing.assert_close(entries.of_gradient(gradient.to_sparse(1)), entries.of_gradient(gradient))
 
 
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("seed", range(4))
-def test_what_is_added_to_a_gradient_is_found(name, seed):
+@pytest.mark.parametrize("output_size", [0, 10**6])
+def test_what_is_added_to_a_gradient_is_found(name, seed, output_size):
     module = copy.deepcopy(LAYERS[name]).double()
     (layer,) = find_layers(module)
     part, gradient = part_of(module)
     for extra, complete in ((0.0, True), (1e-12, True), (1e-5, False), (float("nan"), True)):
-        entries = draw(layer, layer.shape(None), 0, random.Random(seed))
+        entries = draw(layer, layer.shape(None), output_size, random.Random(seed))
         comparison = Comparison(entries)
         comparison.add_use(part, torch.float64)
         comparison.add_gradient(gradient * (1 + extra))
@@ -296,9 +343,10 @@ def test_what_is_added_to_a_gradient_is_found(name, seed):
         assert comparison.is_complete(values) == (complete or not entries.of_gradient(gradient).any())
 
 
-def test_slices_of_a_weight_are_compared_at_their_place():
+@pytest.mark.parametrize("output_size", [0, 10**6])
+def test_slices_of_a_weight_are_compared_at_their_place(output_size):
     layer = find_layers(nn.MultiheadAttention(4, 2).double())[0]
-    entries = draw(layer, layer.shape(None), 0, random.Random(3))
+    entries = draw(layer, layer.shape(None), output_size, random.Random(3))
     gradient = torch.zeros(12, 4, dtype=torch.float64)
     total = torch.zeros(entries.count, dtype=torch.float64)
     for first in (0, 4, 8):
@@ -309,9 +357,10 @@ def test_slices_of_a_weight_are_compared_at_their_place():
     torch.testing.assert_close(total, entries.of_gradient(gradient))
 
 
-def test_a_table_that_is_a_linear_layers_weight_too_is_compared_row_by_row():
+@pytest.mark.parametrize("output_size", [0, 10**6])
+def test_a_table_that_is_a_linear_layers_weight_too_is_compared_row_by_row(output_size):
     layer = find_layers(nn.Linear(5, 9).double())[0]
-    entries = draw(layer, layer.shape(None), 0, random.Random(0))
+    entries = draw(layer, layer.shape(None), output_size, random.Random(0))
     index, columns = torch.randint(9, (4, 3)), points(4, 1, 5, 3)
     looked_up = OneHot(index, 9, torch.float64)
     gradient = torch.einsum("bgmk,bgnk->mn", looked_up.dense(), columns)

@@ -239,3 +239,33 @@ def one_token_at_a_time(model, sentences):
             inputs = nn.functional.pad((mixed if name == "out" else x).detach(), (0, 1), value=1.0)  # a 1 for the bias
             rows[matrix] += [torch.outer(g, a)[None] for g, a in zip(gradient, inputs, strict=True)]
     return rows
+
+
+class CutUp(nn.Module):
+    """A model that cuts its batch into two equal pieces, and may number their samples."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(4, 3).double()
+        self.optimizer = None
+
+    def forward(self, x):
+        number, out = 0, []
+        for piece in x.chunk(2):
+            if self.optimizer is not None:
+                self.optimizer.sample_index = torch.arange(number, number + len(piece))
+            number += len(piece)
+            out.append(self.layer(piece).tanh())
+        return torch.cat(out)
+
+
+@pytest.mark.parametrize("numbered", [False, True])
+def test_a_batch_that_a_model_cuts_up_inside_of_one_call_can_be_numbered(numbered):
+    model, x = CutUp(), torch.randn(6, 4, dtype=torch.float64)
+    expected = oracle.directions(oracle.sample_gradients(model, oracle.sample_losses(x)), 0.3)
+    optimizer = NGPlus(model, lr=1e-12, damping=0.3, update_every=1, loss_reduction=6)
+    model.optimizer = optimizer if numbered else None
+    oracle.batch_loss(x)(model).backward()
+    optimizer.step()
+    assert (oracle.error(model, expected) <= 1e-9) == numbered

@@ -7,6 +7,7 @@ import warnings
 import oracle
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.optim import lr_scheduler
 
@@ -410,6 +411,56 @@ def test_a_gradient_that_never_comes_from_the_model_is_given_up_with_a_warning()
     assert len(caught) == 1
     assert caught[0].startswith("sometimes.weight has a gradient, but in 3 steps no backward pass")
     assert not optimizer._capture.armed
+
+
+def by_hand(model, loss):
+    for parameter, gradient in zip(model.parameters(), torch.autograd.grad(loss, model.parameters()), strict=True):
+        parameter.grad = gradient
+
+
+def backward(_model, loss):
+    loss.backward()
+
+
+LATER = {
+    "a loop of its own": (lambda m, x: F.linear(x, m.weight, m.bias), backward),
+    "gradients put in by hand": (lambda m, x: m(x), by_hand),
+}
+
+
+@pytest.mark.parametrize("later", LATER)
+@pytest.mark.parametrize("set_to_none", [False, True])
+def test_a_layer_that_is_no_longer_captured_loses_its_curvature_with_a_warning(later, set_to_none):
+    model, x = nn.Linear(4, 3), points(5, 4).float()
+    optimizer = NGPlus(model, lr=1e-9, update_every=2)
+    forward, bring = LATER[later]
+    for step in range(3):
+        optimizer.zero_grad(set_to_none)
+        if step == 0:
+            oracle.energy(model(x)).backward()
+        else:
+            bring(model, oracle.energy(forward(model, x)))
+        before = model.weight.grad.clone()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer.step()
+        assert [str(w.message).startswith("weight has a gradient on a curvature step, but") for w in caught] == (
+            [True] if step == 2 else []
+        )
+    assert not optimizer.curvature
+    assert torch.equal(model.weight.grad, before)
+
+
+def test_a_layer_that_a_curvature_step_does_not_use_keeps_its_curvature_beside_a_gradient_of_zeros():
+    model = nn.ModuleList([nn.Linear(4, 3), nn.Linear(4, 3)])
+    optimizer = NGPlus(model, lr=1e-9, update_every=1)
+    for used in ([0, 1], [0]):
+        optimizer.zero_grad(set_to_none=False)
+        sum(oracle.energy(model[i](points(5, 4).float())) for i in used).backward()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            optimizer.step()
+    assert {name: state.updates for name, state in optimizer.curvature.items()} == {"0.weight": 2, "1.weight": 1}
 
 
 # Small batches ------------------------------------------------------------------------------------------------------

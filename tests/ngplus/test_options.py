@@ -182,6 +182,20 @@ def test_a_rate_of_zero_moves_nothing_but_what_the_base_keeps():
     assert set(optimizer.curvature) == {"weight"}
 
 
+def test_batch_dim_may_be_numpys():
+    assert torch.equal(moved(batch_dim=np.int64(0)), moved(batch_dim=0))
+    with pytest.raises(TypeError, match="batch_dim must be an integer"):
+        moved(batch_dim=np.float64(0))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*")
+def test_a_scripted_model_or_part_is_refused_by_name():
+    part = torch.jit.script(nn.Linear(3, 2))
+    for model, name in ((part, "the model"), (nn.Sequential(nn.Linear(2, 3), part), "1")):
+        with pytest.raises(TypeError, match=f"^{name} is a torch.jit.ScriptModule"):
+            NGPlus(model)
+
+
 @pytest.mark.parametrize("kind", [np.float32, torch.tensor])
 def test_a_group_and_a_scheduler_may_set_the_damping_to_a_number_of_any_kind(kind):
     model = nn.Linear(3, 2)

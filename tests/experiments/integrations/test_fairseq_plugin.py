@@ -89,11 +89,15 @@ def check_state(checkpoint):
     """The optimizer went on where it was: its steps are all counted, its damping is that of the last curvature."""
     state = checkpoint["last_optimizer_state"]
     updates = checkpoint["optimizer_history"][-1]["num_updates"]
-    assert state["ngplus"]["steps"] == updates
-    assert state["param_groups"][0]["damping"] == pytest.approx(0.2 * 0.5 ** (3 / 2))
-    layers = state["ngplus"]["layers"]
-    assert {"decoder.embed_tokens.weight", "encoder.layers.0.self_attn.q_proj.weight"} <= set(layers)
-    assert {layer["updates"] for layer in layers.values()} == {-(-updates // 5)}
+    group = state["param_groups"][0]
+    assert group["ngplus"]["steps"] == updates
+    assert group["damping"] == pytest.approx(0.2 * 0.5 ** (3 / 2))
+    layers = [entries for entries in state["state"].values() if "ngplus_matrix" in entries]
+    weights = checkpoint["model"]
+    for name, bias in (("decoder.embed_tokens.weight", 0), ("encoder.layers.0.self_attn.q_proj.weight", 1)):
+        rows, columns = weights[name].shape
+        assert [1, rows, columns + bias, 0] in [entries["ngplus_matrix"].tolist() for entries in layers], name
+    assert {entries["ngplus_updates"] for entries in layers} == {-(-updates // 5)}
 
 
 @pytest.mark.slow
