@@ -50,6 +50,9 @@ def _sample_gradients(layer: nn.Conv2d | nn.Linear, inputs: Tensor, gradients: T
 class ReleasedCurvature:
     """Builds the released curvature inside every backward of ``model`` while the context is open.
 
+    Args:
+        model: whose backward it is.
+
     Attributes:
         seconds: spent on building so far.
     """

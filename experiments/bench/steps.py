@@ -38,6 +38,9 @@ def compare(model: str, names: Iterable[str], *, rounds: int, device: str, memor
         rounds: how many count, after one that does not.
         device: where.
         memory: whether to measure peak memory too at the end, each optimizer in a process of its own.
+
+    Yields:
+        A row an optimizer.
     """
     candidates, reasons, workload = _make(model, names, device)
     turns: dict[str, list[list[float]]] = {name: [] for name in candidates}

@@ -132,6 +132,9 @@ def compare(samples: LayerSamples, others: Tensor, dampings: Sequence[float] = D
         samples: N samples of a layer.
         others: gradients of other samples of the same layer, (N', m, n).
         dampings: the shares.
+
+    Returns:
+        Rows of a table.
     """
     gradients, G = samples.gradients, others.mean(dim=0)
     V, W = gradients.flatten(1), others.flatten(1)

@@ -48,6 +48,9 @@ def read_ase_database(path: Path, target: str, *, periodic: bool) -> Iterator[En
         target: the property to learn, an energy.
         periodic: whether they must be crystals, periodic in all three directions, or molecules.
 
+    Yields:
+        One structure.
+
     Raises:
         DataFileError: the file is missing or no database, has no such property, no unit or a unit of
             something else, or a row lacks the property or is not periodic as it should be.

@@ -78,6 +78,10 @@ class FairseqNGPlus(FairseqOptimizer):
     The trainer runs backward on losses summed over the target tokens of the step and divides the gradients by
     their number afterwards. So the curvature is that of a summed loss, which needs no number of tokens.
 
+    Args:
+        cfg: the arguments of the command line.
+        params: of a model that the task built.
+
     Raises:
         ValueError: the parameters are not those of a model that the task built.
     """

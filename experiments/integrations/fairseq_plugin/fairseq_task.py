@@ -30,6 +30,17 @@ class TranslationWithNGPlus(TranslationTask):
     def train_step(self, sample: dict, model: nn.Module, criterion: nn.Module, optimizer: Any, *args: Any, **kw: Any):
         """One forward and backward pass; before one that builds curvature, NG+ is told of damping and padding.
 
+        Args:
+            sample: a batch as fairseq collates it.
+            model: that is trained.
+            criterion: the loss.
+            optimizer: fairseq's wrapper of it.
+            *args: as fairseq's task takes them.
+            **kw: as fairseq's task takes them.
+
+        Returns:
+            Loss, sample size and what is logged, as fairseq's task returns them.
+
         Raises:
             ValueError: the optimizer is NG+ under ``--amp``.
         """

@@ -28,6 +28,10 @@ _HEXADECIMAL = re.compile(rb"0*[0-9a-fA-F]{1,8}")
 class LineError(ValueError):
     """A line that is not as it should be.
 
+    Args:
+        line: its number, the first is 1.
+        what: what is wrong with it.
+
     Attributes:
         line: its number, the first is 1.
         what: what is wrong with it.
