@@ -100,7 +100,7 @@ def load_comparable(results_dir: Path, task: str, scale: str) -> Comparable:
     alike = []
     for name in sorted({run.manifest.optimizer for run in runs}):
         own = [run for run in runs if run.manifest.optimizer == name]
-        alike += _majority(own, _settings, "optimizer settings", warnings)
+        alike += _majority(own, _optimizer_settings, "optimizer settings", warnings)
     if not alike:
         reasons = "".join(f"\n  {warning}" for warning in warnings)
         raise UserError(f"{folder / 'runs'}: there is no finished run to compare{reasons}")
@@ -115,7 +115,7 @@ def _question(run: Run) -> Mapping[str, Any]:
     return shared | select_numeric_settings({name: manifest.recipe.get(name, {}) for name in ("task", "run")})
 
 
-def _settings(run: Run) -> Mapping[str, Any]:
+def _optimizer_settings(run: Run) -> Mapping[str, Any]:
     return select_numeric_settings(run.manifest.recipe.get("optimizer", {}))
 
 

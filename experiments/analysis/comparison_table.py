@@ -158,12 +158,8 @@ def _markdown(frame: pd.DataFrame) -> str:
     header, rows = cells(frame)
     rule = ["---"] + ["---:"] * (len(header) - 1)
     lines = ["| " + " | ".join(cells) + " |" for cells in (header, rule, *rows)]
-    return "\n".join([f"**{title(frame)}**", "", *lines, "", *_separate(notes(frame))])
-
-
-def _separate(notes: list[str]) -> list[str]:
-    """Each note a paragraph of its own."""
-    return "\n\n".join(notes).split("\n")
+    # Each note is a paragraph of its own.
+    return "\n".join([f"**{title(frame)}**", "", *lines, "", "\n\n".join(notes(frame))])
 
 
 def _latex(frame: pd.DataFrame) -> str:

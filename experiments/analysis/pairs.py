@@ -107,7 +107,7 @@ def compare_medians(
         return words, "inconclusive", f"{evidence}: no difference that these seeds can show"
     if (gap.mean < 0) != (check.better == "less"):
         return words, "not reproduced", f"{evidence}: the difference goes the other way"
-    if check.ratio is not None and not _as_good(check, ratio):
+    if check.ratio is not None and not (ratio <= check.ratio if check.better == "less" else ratio >= check.ratio):
         return words, "not reproduced", f"{evidence}: the direction holds, the size ({check.ratio:.3g}×) does not"
     return words, "reproduced", evidence
 
@@ -128,10 +128,6 @@ def _excludes_the_size(
         return False
     claimed = (check.ratio - 1) * float(np.median(list(theirs.values())))
     return claimed < gap.low if check.better == "less" else claimed > gap.high
-
-
-def _as_good(check: Comparison, ratio: float) -> bool:
-    return ratio <= check.ratio if check.better == "less" else ratio >= check.ratio
 
 
 def collect_values(comparable: Comparable, runs: Sequence[Run], measure: str) -> dict[int, float]:

@@ -32,7 +32,8 @@ def render(frame: pd.DataFrame, format: Format = "terminal", *, short: bool = Fa
         ValueError: for another format.
     """
     names = _SHORT if short else _WHOLE
-    rows = [[row[name] for name in names] for row in _rows(headlines(frame) if short else frame)]
+    claims = (headlines(frame) if short else frame).fillna({"seeds": 0}).to_dict("records")
+    rows = [[(row | {"measured on": _measured_on(row)})[name] for name in names] for row in claims]
     match format:
         case "terminal":
             return _terminal(names, rows, summary(frame))
@@ -45,11 +46,6 @@ def summary(frame: pd.DataFrame) -> str:
     """How often each verdict was given, in one line."""
     counts = ", ".join(f"{count} {word}" for word, count in tally(frame).items())
     return f"{len(frame)} claims: {counts}"
-
-
-def _rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """Each claim with what our figure was measured on."""
-    return [row | {"measured on": _measured_on(row)} for row in frame.fillna({"seeds": 0}).to_dict("records")]
 
 
 def _measured_on(row: Mapping[str, Any]) -> str:

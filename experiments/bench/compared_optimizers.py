@@ -41,16 +41,8 @@ def _train(workload: Workload, optimizer: Optimizer) -> Candidate:
     return Candidate(optimizer=optimizer, step=step)
 
 
-def _sgd(workload: Workload, _interval: int) -> Candidate:
-    return _train(workload, torch.optim.SGD(workload.model.parameters(), lr=1e-9, momentum=0.9))
-
-
-def _adam(workload: Workload, _interval: int) -> Candidate:
-    return _train(workload, torch.optim.Adam(workload.model.parameters(), lr=1e-9))
-
-
-def _adagrad(workload: Workload, _interval: int) -> Candidate:
-    return _train(workload, torch.optim.Adagrad(workload.model.parameters(), lr=1e-9))
+def _torch(workload: Workload, _interval: int, cls: type[Optimizer], **options: Any) -> Candidate:
+    return _train(workload, cls(workload.model.parameters(), lr=1e-9, **options))
 
 
 def _ngplus(workload: Workload, interval: int, base: type[Optimizer], **options: Any) -> Candidate:
@@ -130,9 +122,9 @@ def _own_kfac(workload: Workload, interval: int) -> Candidate:
 
 
 CANDIDATES: dict[str, Callable[[Workload, int], Candidate]] = {
-    "sgd": _sgd,
-    "adam": _adam,
-    "adagrad": _adagrad,
+    "sgd": partial(_torch, cls=torch.optim.SGD, momentum=0.9),
+    "adam": partial(_torch, cls=torch.optim.Adam),
+    "adagrad": partial(_torch, cls=torch.optim.Adagrad),
     "muon": _muon,
     "ngplus": partial(_ngplus, base=torch.optim.SGD),
     "ngplus-adam": partial(_ngplus, base=torch.optim.Adam),

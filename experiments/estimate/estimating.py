@@ -186,7 +186,7 @@ def _assumptions(
             if cpu_time
             else []
         ),
-        f"{recipe.run.precision}, {_batches(recipe.run.accumulate)} to a step, "
+        f"{recipe.run.precision}, {recipe.run.accumulate} batch{'es' if recipe.run.accumulate > 1 else ''} to a step, "
         f"{torch.get_num_threads()} CPU threads, one process; "
         + ", ".join(f"{found.steps} steps of {name}" for name, found in measured.items())
         + " measured: means over the middle half of rounds, "
@@ -195,10 +195,6 @@ def _assumptions(
         "evaluation and checkpoints are left out, as the clock of a run leaves them out",
         _memory(device),
     ]
-
-
-def _batches(count: int) -> str:
-    return "1 batch" if count == 1 else f"{count} batches"
 
 
 def _loading(bench: Bench, found: Measured) -> str:

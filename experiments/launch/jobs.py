@@ -39,7 +39,7 @@ class Job:
     def is_finished(self) -> bool:
         """Whether there is nothing to do; says so."""
         done = read_finished_run(self.recipe, self.optimizer, self.seed, self.options)
-        if done and _is_first():
+        if done and os.environ.get("RANK", "0") == "0":
             what = f"{done.end.reason} before on {done.manifest.dataset.name}"
             print(f"{self.optimizer} seed {self.seed}: {what}, see {done.path}")
         return done is not None
@@ -139,7 +139,3 @@ def report_errors_in_one_line(command: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
-
-
-def _is_first() -> bool:
-    return os.environ.get("RANK", "0") == "0"

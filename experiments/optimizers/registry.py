@@ -207,10 +207,6 @@ def _build_lars(model: nn.Module, settings: LARSSettings) -> Optimizer:
     return LARS(model.parameters(), **asdict(settings))
 
 
-def _build_muon(model: nn.Module, settings: MuonSettings) -> Optimizer:
-    return MuonAndAdamW(model, **asdict(settings))
-
-
 def _build_soap(model: nn.Module, settings: SOAPSettings) -> Optimizer:
     from pytorch_optimizer import SOAP  # as for LARS
 
@@ -240,7 +236,7 @@ OPTIMIZERS: dict[str, Entry] = {
     "adam": Entry(settings=AdamSettings, build=_build_adam),
     "kfac": _entry_around_base(KFACSettings, KFAC),
     "lars": Entry(settings=LARSSettings, build=_build_lars),
-    "muon": Entry(settings=MuonSettings, build=_build_muon),
+    "muon": Entry(settings=MuonSettings, build=lambda model, given: MuonAndAdamW(model, **asdict(given))),
     "ngplus": _entry_around_base(NGPlusSettings, NGPlus),
     "seng": _entry_around_base(SENGSettings, SENG),
     "sgd": _torch_entry(SGDSettings, torch.optim.SGD),

@@ -65,7 +65,7 @@ class Lines:
     def _line(self, epoch: Epoch) -> str:
         metric = self._manifest.metric.name
         figures = {"train loss": epoch.train_loss, "loss": epoch.eval_loss, metric: epoch.metric}
-        shown = "  ".join(f"{name} {_figure(value)}" for name, value in figures.items())
+        shown = "  ".join(f"{name} {('–' if value is None else f'{value:.4g}')}" for name, value in figures.items())
         return f"{self._name}: epoch {epoch.epoch}/{self._manifest.epochs}  {shown}  {epoch.seconds:.1f} s"
 
 
@@ -144,7 +144,3 @@ class TensorBoard:
 def make_terminal_callback(*, bar: bool) -> Callback:
     """Lines, with a bar on a terminal if it is wanted."""
     return Bar() if bar and sys.stdout.isatty() else Lines()
-
-
-def _figure(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4g}"

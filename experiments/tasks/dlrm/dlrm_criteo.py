@@ -95,9 +95,10 @@ class DLRMCriteo:
         except ValueError as error:
             raise SettingsError(f"{where}: {error}") from None
         self._rows = _rows(self.settings, self._clicks)
+        parts = self.settings.epoch_parts
         sizes = {part: stop - start for part, (start, stop) in self._clicks.parts.items()}
         self.dataset = DatasetInfo(
-            name=name + _pass_name(self.settings.epoch_parts),
+            name=name if parts == 1 else f"{name}; an epoch is 1/{parts} of a pass",
             sha256=digest,
             licence=licence,
             train_size=sizes["train"],
@@ -212,7 +213,3 @@ def _rows(settings: Settings, clicks: Clicks) -> Rows:
     if settings.hash_rows is not None:
         return Hashed(clicks.vocabulary, settings.hash_rows)
     return Frequent(clicks.vocabulary, settings.min_count)
-
-
-def _pass_name(parts: int) -> str:
-    return "" if parts == 1 else f"; an epoch is 1/{parts} of a pass"

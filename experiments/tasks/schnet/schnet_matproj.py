@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from experiments.data_io.atoms.structure_cache import StructureSet
 from experiments.dataclass_io import read_settings
 from experiments.tasks.protocol import Metric
 from experiments.tasks.schnet import materials_project
@@ -49,17 +48,13 @@ class SchNetMatProj(SchNetTask):
     def __init__(self, settings: Mapping[str, Any], *, scale: str, data_dir: Path) -> None:
         where = f"{self.name}/{scale}, [task]"
         chosen = read_settings(Settings, settings, where)
-        super().__init__(chosen, _load(chosen, data_dir), where=where)
+        if chosen.data == "embedded":
+            data = materials_project.load_embedded()
+        else:
+            data = materials_project.load(data_dir, chosen.data)
+        super().__init__(chosen, data, where=where)
 
     def baseline(self, train: np.ndarray) -> np.ndarray:
         """The mean of the training split, as schnetpack does for a property that does not grow with the size."""
         target = self._structures.target
         return np.full(len(target), target[train].mean())
-
-
-def _load(settings: Settings, data_dir: Path) -> StructureSet:
-    return (
-        materials_project.load_embedded()
-        if settings.data == "embedded"
-        else materials_project.load(data_dir, settings.data)
-    )

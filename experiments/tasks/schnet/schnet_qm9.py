@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from experiments.data_io.atoms.structure_cache import StructureSet
 from experiments.dataclass_io import read_settings
 from experiments.tasks.protocol import Metric
 from experiments.tasks.schnet import qm9
@@ -53,7 +52,8 @@ class SchNetQM9(SchNetTask):
         where = f"{self.name}/{scale}, [task]"
         chosen = read_settings(Settings, settings, where)
         self._references = chosen.references
-        super().__init__(chosen, _load(chosen, data_dir), where=where)
+        data = qm9.load_embedded() if chosen.data == "embedded" else qm9.load(data_dir, chosen.data)
+        super().__init__(chosen, data, where=where)
 
     def baseline(self, train: np.ndarray) -> np.ndarray:
         """See `Settings.references`; in eV."""
@@ -61,7 +61,3 @@ class SchNetQM9(SchNetTask):
         if self._references == "linear-fit":
             return linear_fit(known).sum_over_atoms(self._structures)
         return free_atoms(known, qm9.atom_energies()).sum_over_atoms(self._structures)
-
-
-def _load(settings: Settings, data_dir: Path) -> StructureSet:
-    return qm9.load_embedded() if settings.data == "embedded" else qm9.load(data_dir, settings.data)

@@ -20,7 +20,7 @@ from torch.nn.functional import mse_loss, threshold
 
 from experiments.data_io.atoms.neighbours import Neighbours, find_neighbours, prepare_neighbours
 from experiments.data_io.atoms.structure_cache import StructureSet
-from experiments.data_io.atoms.structure_splits import StructureSplit, cut
+from experiments.data_io.atoms.structure_splits import cut
 from experiments.data_io.sampling import epoch_batches
 from experiments.dataclass_io import SettingsError
 from experiments.integrations.schnetpack_rows import sample_index
@@ -115,7 +115,13 @@ class SchNetTask:
     def __init__(self, settings: SplitSettings, data: StructureSet, *, where: str) -> None:
         self.settings, self._structures = settings, data.structures
         try:
-            self._split = _cut(settings, data)
+            self._split = cut(
+                data.order,
+                data.groups,
+                train_size=settings.train_size,
+                validation_size=settings.validation_size,
+                test_size=settings.test_size,
+            )
             self._neighbours = _neighbours(data, settings.model.cutoff)
             self._residual = data.structures.target - self.baseline(self._split.train)
         except ValueError as error:
@@ -230,16 +236,6 @@ def map_ahead[Index, Item](make: Callable[[Index], Item], order: Iterable[Index]
 def _predict(model: nn.Module, batch: Batch) -> Tensor:
     """The model's energies, (B,); it writes what it computes into the dictionary it is given."""
     return model({key: value for key, value in batch.items() if key != TARGET})[OUTPUT]
-
-
-def _cut(settings: SplitSettings, data: StructureSet) -> StructureSplit:
-    return cut(
-        data.order,
-        data.groups,
-        train_size=settings.train_size,
-        validation_size=settings.validation_size,
-        test_size=settings.test_size,
-    )
 
 
 def _neighbours(data: StructureSet, cutoff: float) -> Neighbours:

@@ -100,7 +100,10 @@ class TransformerIWSLT14:
         )
         self._train = self._batches("train", _with_words(self._task.datasets["train"].sizes, folder))
         self._eval = {split: self._batches(name) for split, name in _FAIRSEQ_SPLIT.items()}
-        self._to_translate = {split: self._batches(name, self._chosen(name)) for split, name in _FAIRSEQ_SPLIT.items()}
+        self._to_translate = {
+            split: self._batches(name, self.settings.search.chosen(len(self._task.datasets[name])))
+            for split, name in _FAIRSEQ_SPLIT.items()
+        }
         self._translator = Translator(self._task, self.settings.search)
         self.dataset = DatasetInfo(
             name=source.name(folder),
@@ -164,9 +167,6 @@ class TransformerIWSLT14:
     def _batches(self, name: str, indices: np.ndarray | None = None) -> Batches:
         where = f"{self._task.cfg.data}, {name} split"
         return Batches(self._task.datasets[name], where, max_tokens=self.settings.max_tokens, indices=indices)
-
-    def _chosen(self, name: str) -> np.ndarray:
-        return self.settings.search.chosen(len(self._task.datasets[name]))
 
 
 def _with_words(sizes: np.ndarray, folder: Folder) -> np.ndarray:

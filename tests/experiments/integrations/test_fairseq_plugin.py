@@ -112,6 +112,7 @@ def test_a_task_that_hides_the_model_is_refused_with_what_to_change(tmp_path):
     assert "use --task translation_ngplus" in log
 
 
+@pytest.mark.filterwarnings("ignore:.*GradScaler")  # deprecated, and of no use without a GPU, says torch of fairseq's
 def test_a_scaled_loss_is_refused(model):
     made = plugin.FairseqNGPlus(config(), model.parameters())
     common = argparse.Namespace(fp16_init_scale=4, min_loss_scale=1e-4)

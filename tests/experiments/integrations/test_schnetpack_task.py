@@ -26,6 +26,12 @@ from experiments.records.provenance import REPOSITORY
 from ngplus import NGPlus
 from tests.experiments.cases import molecules
 
+# Lightning's, of its own code and of a model that schnetpack's task keeps among its hyperparameters.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Attribute 'model' is an instance of `nn.Module`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated"),
+]
+
 NGPLUS = {"base": torch.optim.Adam, "lr": 1e-3, "damping": 0.17, "update_every": 2}
 
 

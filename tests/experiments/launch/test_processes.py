@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments.launch import jobs
 from experiments.records.provenance import REPOSITORY
 from experiments.records.run_record import read_run
 from experiments.training.run import run
@@ -107,14 +108,24 @@ def _lines(runs: Path):
         yield from path.read_text().splitlines()
 
 
-def test_a_run_that_was_deleted_is_the_only_one_that_is_run_again(environment, tmp_path):
-    sweep = [sys.executable, *arguments(tmp_path, "--seed", "0", "--epochs", "1", "--workers", "3")]
-    sweep[sweep.index("run")] = "sweep"
-    subprocess.run(sweep, env=environment, check=True, stdout=subprocess.DEVNULL)
-    runs = tmp_path / "toy" / "tiny" / "runs"
+def test_a_run_that_was_deleted_is_the_only_one_that_is_run_again(recipes, options, monkeypatch):
+    started = []
+
+    def run_here(works, **_):
+        for work in works:
+            started.append(work.optimizer)
+            work.run()
+        return {}
+
+    monkeypatch.setattr(jobs, "run_in_processes", run_here)
+    wanted = jobs.make_jobs("toy", "tiny", None, [0], ("run.epochs=1",), options)
+    jobs.run_jobs(wanted)
+    assert started == ["sgd", "adam", "ngplus"]
+    runs = options.results_dir / "toy" / "tiny" / "runs"
     before = {path.name: path.stat().st_mtime_ns for path in runs.iterdir()}
     (runs / "adam-seed0.jsonl").unlink()
-    subprocess.run(sweep, env=environment, check=True, stdout=subprocess.DEVNULL)
+    jobs.run_jobs(wanted)
+    assert started[3:] == ["adam"]
     after = {path.name: path.stat().st_mtime_ns for path in runs.iterdir()}
     assert [name for name in before if before[name] != after[name]] == ["adam-seed0.jsonl"]
     assert len(after) == 3

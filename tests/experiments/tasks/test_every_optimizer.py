@@ -26,6 +26,8 @@ def tiny(task):
     return made, [next(batches) for _ in range(3)]
 
 
+# K-FAC says what of the Transformer it leaves to Adam.
+@pytest.mark.filterwarnings("ignore:.* is looked up as a table and multiplied as a matrix:UserWarning")
 @pytest.mark.parametrize(("task", "name"), ALL, ids=lambda value: value)
 def test_an_optimizer_of_a_recipe_trains_its_task(task, name):
     made, batches = tiny(task)

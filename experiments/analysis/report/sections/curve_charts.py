@@ -75,7 +75,11 @@ def _spec(found: Mapping[str, Curve], panel: Panel, summary: str, target: float 
         .transform_filter("indexof(shown, datum.optimizer) >= 0")
         .transform_calculate(x="by == 'seconds' ? datum.seconds : datum.epoch")
         .encode(
-            x=alt.X("x:Q", scale=alt.Scale(nice=False, zero=True), axis=_ticks()),
+            x=alt.X(
+                "x:Q",
+                scale=alt.Scale(nice=False, zero=True),
+                axis=alt.Axis(grid=False, tickMinStep=alt.expr("by == 'seconds' ? 0.001 : 1")),
+            ),
             color=alt.Color("optimizer:N", scale=chart_theme.colours(legend), legend=None),
         )
     )
@@ -90,7 +94,11 @@ def _spec(found: Mapping[str, Curve], panel: Panel, summary: str, target: float 
         .encode(
             y="median:Q",
             opacity=alt.condition(hover, alt.value(1), alt.value(0)),
-            tooltip=["optimizer:N", "epoch:Q", *(_figure(name) for name in ("seconds", "median", "low", "high"))],
+            tooltip=[
+                "optimizer:N",
+                "epoch:Q",
+                *(alt.Tooltip(f"{name}:Q", format=",.4g") for name in ("seconds", "median", "low", "high")),
+            ],
         )
         .add_params(hover)
     )
@@ -108,19 +116,10 @@ def _scale(found: Mapping[str, Curve], panel: Panel) -> alt.Scale:
     return alt.Scale(domain=limits, type="log") if span.logarithmic else alt.Scale(domain=limits, zero=False)
 
 
-def _ticks() -> alt.Axis:
-    """Epochs are counted in whole numbers."""
-    return alt.Axis(grid=False, tickMinStep=alt.expr("by == 'seconds' ? 0.001 : 1"))
-
-
 def _with_title(spec: dict[str, Any]) -> dict[str, Any]:
     """With a title of the axis that says what is chosen: Vega-Lite takes an expression there, Altair does not."""
     spec["layer"][0]["encoding"]["x"]["axis"]["title"] = {"expr": "by == 'seconds' ? 'seconds of training' : 'epochs'"}
     return spec
-
-
-def _figure(name: str) -> alt.Tooltip:
-    return alt.Tooltip(f"{name}:Q", format=",.4g")
 
 
 def _target(value: float) -> alt.Chart:
