@@ -106,6 +106,15 @@ every_epochs = { value = 1, source = "made up" }
 """
 
 
+# What a clock or a memory gauge says is different in every run.
+GAUGES = {"seconds", "peak_memory_mb", "curvature_s", "inverse_s", "apply_s"}
+
+
+def reproducible_values(run):
+    """What two runs with the same settings and seed have in common, an epoch a dictionary."""
+    return [{k: v for k, v in vars(epoch).items() if k not in GAUGES} for epoch in run.epochs]
+
+
 def install(folder: Path) -> None:
     """Make the toy a task, and put its recipe into a folder."""
     tasks.TASKS["toy"] = Toy
