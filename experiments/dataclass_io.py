@@ -20,7 +20,14 @@ class SettingsError(UserError):
 
 
 def list_allowed(names: Iterable[str]) -> str:
-    """The allowed names, for an error message."""
+    """The allowed names, for an error message.
+
+    Args:
+        names: in any order.
+
+    Returns:
+        ``"must be one of …"``, sorted.
+    """
     return "must be one of " + ", ".join(sorted(names))
 
 
@@ -54,7 +61,14 @@ def read_settings[T](cls: type[T], table: Mapping[str, Any], where: str) -> T:
 
 
 def to_table(settings: Any) -> Any:
-    """The table that `read_settings` would make `settings` from, defaults included."""
+    """The table that `read_settings` would make `settings` from, defaults included.
+
+    Args:
+        settings: a settings dataclass, or a value in one.
+
+    Returns:
+        Plain tables, lists and values.
+    """
     if dataclasses.is_dataclass(settings):
         kind = {"kind": settings.kind} if hasattr(settings, "kind") else {}
         return kind | {f.name: to_table(getattr(settings, f.name)) for f in dataclasses.fields(settings)}

@@ -9,7 +9,15 @@ class UserError(Exception):
 
 
 def write_failure(path: Path, error: OSError) -> str:
-    """What to tell a user whose disk did not take a line or a checkpoint."""
+    """What to tell a user whose disk did not take a line or a checkpoint.
+
+    Args:
+        path: that was written to.
+        error: what the system said.
+
+    Returns:
+        One line that names the file, the reason and the remedy.
+    """
     what = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error.strerror or error)
     return (
         f"{path}: could not be written: {what}; nothing written before is lost: "

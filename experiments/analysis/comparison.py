@@ -131,14 +131,26 @@ def compare(results_dir: Path, task: str, scale: str) -> pd.DataFrame:
 
 
 def write_csv(frame: pd.DataFrame, path: Path) -> None:
-    """Replace the file as a whole, so that a kill leaves the old table or the new one."""
+    """Replace the file as a whole, so that a kill leaves the old table or the new one.
+
+    Args:
+        frame: a comparison, a row an optimizer.
+        path: the file.
+    """
     partial = path.with_suffix(".csv.partial")
     frame.to_csv(partial, index=False, float_format="%.6g")
     partial.replace(path)
 
 
 def summarise(comparable: Comparable) -> pd.DataFrame:
-    """The table that `compare` writes."""
+    """The table that `compare` writes.
+
+    Args:
+        comparable: the runs of a task at a scale.
+
+    Returns:
+        A row an optimizer, the reference first.
+    """
     runs = comparable.by_optimizer()
     reference = comparable.reference()
     outcomes = {

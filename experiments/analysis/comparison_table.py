@@ -42,7 +42,14 @@ def render(frame: pd.DataFrame, format: Format = "terminal") -> str:
 
 
 def title(frame: pd.DataFrame) -> str:
-    """The task, the data really used, the target and the length."""
+    """The task, the data really used, the target and the length.
+
+    Args:
+        frame: a comparison, a row an optimizer.
+
+    Returns:
+        One line.
+    """
     first = frame.iloc[0]
     rule = f" ({first.reference}'s best)" if first.target_rule == REFERENCE_BEST else ""
     target = "no target" if math.isnan(first.target) else f"target {first.metric} {first.target:.4g}{rule}"
@@ -50,7 +57,14 @@ def title(frame: pd.DataFrame) -> str:
 
 
 def notes(frame: pd.DataFrame) -> list[str]:
-    """What a reader needs to know to read the table right."""
+    """What a reader needs to know to read the table right.
+
+    Args:
+        frame: a comparison, a row an optimizer.
+
+    Returns:
+        A sentence or more each.
+    """
     first = frame.iloc[0]
     coverage = frame.interval_coverage.min()
     worth = f", which cover the true median with {coverage:.0%} or more" if coverage > 0 else ""
@@ -81,7 +95,14 @@ def _devices(frame: pd.DataFrame) -> str:
 
 
 def cells(frame: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
-    """The header, and the rows in words: an optimizer each."""
+    """The header, and the rows in words: an optimizer each.
+
+    Args:
+        frame: a comparison, a row an optimizer.
+
+    Returns:
+        Header and rows.
+    """
     first = frame.iloc[0]
     header = [
         "optimizer",
@@ -112,7 +133,16 @@ def _row(row: Any) -> list[str]:
 
 
 def number(value: float, *, suffix: str = "", digits: int = 3) -> str:
-    """Significant digits, thousands grouped; what there is not is a dash, what is infinite was missed."""
+    """Significant digits, thousands grouped; what there is not is a dash, what is infinite was missed.
+
+    Args:
+        value: finite, infinite or NaN.
+        suffix: what follows the digits.
+        digits: how many are significant.
+
+    Returns:
+        A cell.
+    """
     if math.isnan(value):
         return "–"
     if math.isinf(value):

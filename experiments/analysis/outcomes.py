@@ -53,7 +53,15 @@ class Outcome:
 
 
 def summarise_run(run: Run, target: float | None) -> Outcome:
-    """Reduce a finished run to an `Outcome`."""
+    """Reduce a finished run to an `Outcome`.
+
+    Args:
+        run: that is over.
+        target: value of the metric that counts as reached.
+
+    Returns:
+        What it came to.
+    """
     hit = _first_hit(run, target)
     missed = math.inf if target is not None else math.nan
     seconds = np.diff([epoch.seconds for epoch in run.epochs])
@@ -93,7 +101,15 @@ class Timed(Protocol):
 
 
 def select_same_device[T: Timed](own: Mapping[int, T], others: Mapping[int, T]) -> dict[int, T]:
-    """Those of the seeds that both have from one and the same device."""
+    """Those of the seeds that both have from one and the same device.
+
+    Args:
+        own: one optimizer's, by seed.
+        others: another's, by seed.
+
+    Returns:
+        Of ``own``, by seed.
+    """
     return {
         seed: each
         for seed, each in own.items()

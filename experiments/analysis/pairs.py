@@ -77,7 +77,17 @@ def _curve(run: Run, value: str, length: int) -> list[float]:
 def compare_medians(
     check: Comparison, ours: Mapping[int, float], theirs: Mapping[int, float], until: float
 ) -> tuple[str, Word, str]:
-    """The two medians over the seeds that both have in words, the verdict, and the reason."""
+    """The two medians over the seeds that both have in words, the verdict, and the reason.
+
+    Args:
+        check: what the paper says of the two.
+        ours: value by seed.
+        theirs: value by seed.
+        until: how long runs were followed for.
+
+    Returns:
+        Words, verdict and reason.
+    """
     seeds = sorted(ours.keys() & theirs.keys())
     ours, theirs = ({seed: each[seed] for seed in seeds} for each in (ours, theirs))
     if not seeds:
@@ -131,7 +141,16 @@ def _excludes_the_size(
 
 
 def collect_values(comparable: Comparable, runs: Sequence[Run], measure: str) -> dict[int, float]:
-    """A measure by seed; a further figure is taken where the metric was best."""
+    """A measure by seed; a further figure is taken where the metric was best.
+
+    Args:
+        comparable: the runs of a task at a scale.
+        runs: an optimizer's.
+        measure: a field of `Outcome`, or ``others.`` and the name of a further figure.
+
+    Returns:
+        Values by seed.
+    """
     name = measure.removeprefix("others.")
     if name == measure:
         return {run.manifest.seed: getattr(summarise_run(run, comparable.target), name) for run in runs}
@@ -145,12 +164,26 @@ def _at_best(run: Run, name: str) -> float:
 
 
 def too_few(seeds: int) -> str:
-    """Why nothing follows from that many seeds."""
+    """Why nothing follows from that many seeds.
+
+    Args:
+        seeds: how many there are.
+
+    Returns:
+        A sentence.
+    """
     return f"{seeds} {'seed' if seeds == 1 else 'seeds'} in common, {MIN_SEEDS} are needed"
 
 
 def number(value: float) -> str:
-    """Four significant digits, whole from 100,000 on; an infinite time was missed."""
+    """Four significant digits, whole from 100,000 on; an infinite time was missed.
+
+    Args:
+        value: finite or infinite.
+
+    Returns:
+        In words.
+    """
     if math.isinf(value):
         return "missed"
     return f"{value:,.4g}" if abs(value) < 1e5 else f"{value:,.0f}"

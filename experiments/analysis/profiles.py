@@ -79,17 +79,39 @@ def profile(results_dir: Path, tasks: Sequence[str], scale: str) -> pd.DataFrame
 
 
 def select_entries(frames: Mapping[str, pd.DataFrame]) -> dict[str, dict[str, pd.Series]]:
-    """The rows that enter, by task and optimizer, from each task's comparison; a task without a target is left out."""
+    """The rows that enter, by task and optimizer, from each task's comparison; a task without a target is left out.
+
+    Args:
+        frames: comparisons by task.
+
+    Returns:
+        Rows by task and optimizer.
+    """
     return {task: entrants(frame) for task, frame in frames.items() if not frame["target"].isna().all()}
 
 
 def names_in(entries: Mapping[str, Mapping[str, pd.Series]]) -> list[str]:
-    """The optimizers of any task."""
+    """The optimizers of any task.
+
+    Args:
+        entries: from `select_entries`.
+
+    Returns:
+        Names, sorted.
+    """
     return sorted({name for own in entries.values() for name in own})
 
 
 def tabulate(entries: Mapping[str, Mapping[str, pd.Series]], scale: str) -> pd.DataFrame:
-    """The table that `profile` writes."""
+    """The table that `profile` writes.
+
+    Args:
+        entries: from `select_entries`.
+        scale: for the table.
+
+    Returns:
+        A row an optimizer and measure.
+    """
     rows = [_row(entries, name, measure) for measure in MEASURES for name in names_in(entries)]
     table = pd.DataFrame(rows, columns=list(COLUMNS)[1:])
     table.insert(0, "scale", scale)
@@ -97,7 +119,14 @@ def tabulate(entries: Mapping[str, Mapping[str, pd.Series]], scale: str) -> pd.D
 
 
 def entrants(frame: pd.DataFrame) -> dict[str, pd.Series]:
-    """The rows of a task's comparison that enter, by the optimizer's name without a suffix."""
+    """The rows of a task's comparison that enter, by the optimizer's name without a suffix.
+
+    Args:
+        frame: a comparison, a row an optimizer.
+
+    Returns:
+        Rows by optimizer.
+    """
     rows = {row["optimizer"]: row for _, row in frame.iterrows()}
     reference = frame["reference"].iloc[0]
     found = {}
@@ -110,7 +139,15 @@ def entrants(frame: pd.DataFrame) -> dict[str, pd.Series]:
 
 
 def ran_on_same_device(row: pd.Series, reference: pd.Series) -> bool:
-    """Whether all runs of two rows were made on one device."""
+    """Whether all runs of two rows were made on one device.
+
+    Args:
+        row: an optimizer's.
+        reference: the reference's.
+
+    Returns:
+        Whether their seconds can be compared.
+    """
     return row["device"] == reference["device"] and DEVICES not in row["device"]
 
 
@@ -126,7 +163,16 @@ def entering(entries: Mapping[str, Mapping[str, pd.Series]], measure: str) -> di
 
 
 def ratios(entries: Mapping[str, Mapping[str, pd.Series]], name: str, measure: str) -> np.ndarray:
-    """An optimizer's time over the fastest one's on each task, infinite where it never reaches the target."""
+    """An optimizer's time over the fastest one's on each task, infinite where it never reaches the target.
+
+    Args:
+        entries: from `select_entries`.
+        name: of the optimizer.
+        measure: a column of times.
+
+    Returns:
+        One a task.
+    """
     column, found = MEASURES[measure], []
     for own in entering(entries, measure).values():
         fastest = min((row[column] for row in own.values()), default=math.inf)
@@ -136,7 +182,14 @@ def ratios(entries: Mapping[str, Mapping[str, pd.Series]], name: str, measure: s
 
 
 def score(factors: np.ndarray) -> float:
-    """Mean over 1 to `MAX_FACTOR` of the share of `factors` that are no greater."""
+    """Mean over 1 to `MAX_FACTOR` of the share of `factors` that are no greater.
+
+    Args:
+        factors: from `ratios`.
+
+    Returns:
+        0 to 1.
+    """
     within = np.clip((MAX_FACTOR - factors) / (MAX_FACTOR - 1.0), 0.0, 1.0)
     return float(within.mean()) if len(within) else math.nan
 
@@ -211,7 +264,14 @@ def figure(entries: Mapping[str, Mapping[str, pd.Series]], names: Sequence[str],
 
 
 def curve(factors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The steps of a profile: factors from 1 to `MAX_FACTOR`, and the share of tasks within each."""
+    """The steps of a profile: factors from 1 to `MAX_FACTOR`, and the share of tasks within each.
+
+    Args:
+        factors: from `ratios`.
+
+    Returns:
+        Factors and shares, of one length.
+    """
     inside = np.sort(factors[factors <= MAX_FACTOR])
     at = np.concatenate([[1.0], inside, [MAX_FACTOR]])
     return at, np.array([np.mean(factors <= each) for each in at])

@@ -172,6 +172,12 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
     The i-th smallest of m, from 0, becomes ``(m − i) p``, at least what a smaller one became and at most 1.
     A NaN is no test: it stays and does not count.
+
+    Args:
+        p_values: of one family; NaN is left as it is.
+
+    Returns:
+        Corrected, in the same order.
     """
     values = np.asarray(p_values, dtype=float)
     order = np.argsort(values)[: np.count_nonzero(~np.isnan(values))]

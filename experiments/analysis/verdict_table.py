@@ -66,6 +66,14 @@ def _terminal(names: Sequence[str], rows: list[list[str]], last: str) -> str:
 
 
 def markdown(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
+    """A table in Markdown.
+
+    Args:
+        names: of the columns.
+        rows: of cells.
+
+    Returns:
+        The lines of the table.
+    """
     escaped = [[cell.replace("|", r"\|") for cell in cells] for cells in rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (names, ["---"] * len(names), *escaped))

@@ -89,13 +89,27 @@ def judge_claims(results_dir: Path) -> pd.DataFrame:
 
 
 def headlines(frame: pd.DataFrame) -> pd.DataFrame:
-    """The rows of the claims that the paper is read for."""
+    """The rows of the claims that the paper is read for.
+
+    Args:
+        frame: a row a claim.
+
+    Returns:
+        Some of the rows.
+    """
     chosen = [claim.id for claim in load_claims() if claim.headline]
     return frame[frame["id"].isin(chosen)]
 
 
 def tally(frame: pd.DataFrame) -> dict[str, int]:
-    """How many claims have each verdict, in the order of `WORDS`."""
+    """How many claims have each verdict, in the order of `WORDS`.
+
+    Args:
+        frame: a row a claim.
+
+    Returns:
+        Counts by verdict.
+    """
     return {word: int((frame["verdict"] == word).sum()) for word in WORDS}
 
 

@@ -115,7 +115,11 @@ def _seconds(candidate: Candidate, device: str) -> float:
 
 
 def synchronize(device: str) -> None:
-    """Wait for what a GPU has queued."""
+    """Wait for what a GPU has queued.
+
+    Args:
+        device: where.
+    """
     if device.startswith("cuda"):
         torch.cuda.synchronize()
 

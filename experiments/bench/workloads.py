@@ -151,7 +151,17 @@ def fairseq(device: str) -> Workload:
 
 
 def dlrm(device: str, *, batch: int = 128, largest: int = 100_000, sparse: bool = False) -> Workload:
-    """A DLRM of Criteo Kaggle's shape; ``largest`` is the number of rows of its largest table."""
+    """A DLRM of Criteo Kaggle's shape; ``largest`` is the number of rows of its largest table.
+
+    Args:
+        device: where.
+        batch: samples.
+        largest: rows of the largest table.
+        sparse: whether embeddings give sparse gradients.
+
+    Returns:
+        The model with a batch.
+    """
     rows = [largest, *([10_000] * 5), *([1_000] * 10), *([100] * 10)]
     clicks = torch.randint(2, (batch,), device=device).float()
     categories = torch.stack([torch.randint(n, (batch,)) for n in rows], dim=1)

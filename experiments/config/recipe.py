@@ -192,7 +192,15 @@ def load_recipe(task: str, scale: str, *, overrides: Sequence[str] = (), folder:
 
 
 def list_scales(task: str, folder: Path | None = None) -> list[str]:
-    """The scales that a task has a recipe for, small to large; one may carry a suffix, as ``paper-2048`` does."""
+    """The scales that a task has a recipe for, small to large; one may carry a suffix, as ``paper-2048`` does.
+
+    Args:
+        task: the task's name.
+        folder: where the recipes are, by default this package's own.
+
+    Returns:
+        Names of scales.
+    """
     found = {path.stem: path.stem.partition("-")[0] for path in ((folder or RECIPES) / task).glob("*.toml")}
     return sorted((name for name in found if found[name] in SCALES), key=lambda name: (SCALES.index(found[name]), name))
 

@@ -100,7 +100,15 @@ def read_tuning(table: Mapping[str, Any], settings: Mapping[str, Any], epochs: i
 
 
 def locate(settings: Any, key: str) -> str | None:
-    """Where an optimizer has a setting, ``key`` or ``base.key``; ``None`` if it has none of that name."""
+    """Where an optimizer has a setting, ``key`` or ``base.key``; ``None`` if it has none of that name.
+
+    Args:
+        settings: the optimizer's settings.
+        key: name of a setting.
+
+    Returns:
+        The dotted key.
+    """
     table = to_table(settings)
     if key in table:
         return key
@@ -108,7 +116,15 @@ def locate(settings: Any, key: str) -> str | None:
 
 
 def value_at(table: Mapping[str, Any], key: str) -> Any:
-    """The value at a dotted key."""
+    """The value at a dotted key.
+
+    Args:
+        table: nested tables.
+        key: dotted.
+
+    Returns:
+        The value.
+    """
     for part in key.split("."):
         table = table[part]
     return table

@@ -91,7 +91,14 @@ def open_folder(folder: Path, description: Mapping[str, Any], *, remedy: str) ->
 
 
 def folder_sha256(folder: Path) -> str:
-    """The SHA-256 of the manifest, which holds those of the arrays."""
+    """The SHA-256 of the manifest, which holds those of the arrays.
+
+    Args:
+        folder: from `prepare_folder`.
+
+    Returns:
+        In hexadecimal.
+    """
     return compute_sha256(folder / MANIFEST)
 
 

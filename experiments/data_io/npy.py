@@ -36,7 +36,12 @@ def write_npy(path: Path, shape: tuple[int, ...], dtype: np.dtype, blocks: Itera
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a small file."""
+    """Write a small file.
+
+    Args:
+        path: the file.
+        content: all of it.
+    """
     _write(path, lambda file: file.write(content))
 
 

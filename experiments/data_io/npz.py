@@ -14,6 +14,13 @@ def write_npz(arrays: Mapping[str, np.ndarray], target: Path) -> str:
     """Write an ``.npz`` that `numpy.load` opens, and return its SHA-256.
 
     `numpy.savez_compressed` stamps the time of writing into the archive and its deflate is a sixth larger.
+
+    Args:
+        arrays: by name.
+        target: the file; its folder is made.
+
+    Returns:
+        In hexadecimal.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(target, "w", zipfile.ZIP_LZMA) as archive:

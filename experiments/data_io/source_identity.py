@@ -19,24 +19,50 @@ Identity = Mapping[str, int | str]
 
 
 def identify(source: Path) -> dict[str, int]:
-    """What a file is known by: its size and when it was written."""
+    """What a file is known by: its size and when it was written.
+
+    Args:
+        source: a file.
+
+    Returns:
+        Its bytes, and nanoseconds of its last change.
+    """
     status = source.stat()
     return {"bytes": status.st_size, "modified_ns": status.st_mtime_ns}
 
 
 def identify_jointly(files: Iterable[Path]) -> dict[str, int | str]:
-    """What several files are known by: their number, and the SHA-256 of their names, sizes and times."""
+    """What several files are known by: their number, and the SHA-256 of their names, sizes and times.
+
+    Args:
+        files: in a fixed order.
+
+    Returns:
+        Their number and a checksum.
+    """
     lines = [f"{file.name} {' '.join(map(str, identify(file).values()))}\n" for file in files]
     return {"files": len(lines), "sha256": hashlib.sha256("".join(lines).encode()).hexdigest()}
 
 
 def write_identity(folder: Path, identity: Identity) -> None:
-    """Keep with parsed data what they were made of, as ``source.json``."""
+    """Keep with parsed data what they were made of, as ``source.json``.
+
+    Args:
+        folder: of the parsed data.
+        identity: of the source.
+    """
     write_bytes(folder / SOURCE, json.dumps(identity).encode())
 
 
 def read_table(path: Path) -> dict[str, Any] | None:
-    """A JSON file that holds a table; ``None`` where it is missing or does not."""
+    """A JSON file that holds a table; ``None`` where it is missing or does not.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The table.
+    """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -45,6 +71,12 @@ def read_table(path: Path) -> dict[str, Any] | None:
 
 
 def check_unchanged(source: Path | str, before: Identity | None, after: Identity | None) -> None:
-    """Raise `DataFileError` where a source, by its path or in words, is not what it was before it was read."""
+    """Raise `DataFileError` where a source, by its path or in words, is not what it was before it was read.
+
+    Args:
+        source: for the error.
+        before: identity before it was read.
+        after: identity now.
+    """
     if after != before:
         raise DataFileError(f"{source} was changed while it was read: once it is whole, give the same command again")

@@ -17,7 +17,11 @@ COLUMNS = (
 
 
 def show(found: Estimate) -> None:
-    """Print the table and the assumptions."""
+    """Print the table and the assumptions.
+
+    Args:
+        found: what is printed.
+    """
     console = Console(highlight=False)
     console.width = max(WIDTH, console.width)  # a table in a file or a pipe is not cut
     at = [] if found.rate is None else [f"hours at {found.rate / 1e12:.3g} TFLOP/s"]
@@ -35,7 +39,12 @@ def show(found: Estimate) -> None:
 
 
 def write(found: Estimate, path: Path) -> None:
-    """A row an optimizer."""
+    """A row an optimizer.
+
+    Args:
+        found: what is written.
+        path: the CSV file; its folder is made.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*_row(found, found.predictions[0])], lineterminator="\n")

@@ -110,7 +110,18 @@ def measure(
 def measure_briefly(
     recipe: Recipe, name: str, task: Task, device: torch.device, clock: Clock
 ) -> tuple[Parts, MemoryUse]:
-    """The seconds of a plain step, the second or third of all, and the memory at the peak."""
+    """The seconds of a plain step, the second or third of all, and the memory at the peak.
+
+    Args:
+        recipe: what is run.
+        name: of the optimizer in the recipe.
+        task: the recipe's, or a stand-in for it.
+        device: where.
+        clock: from `make_clock`.
+
+    Returns:
+        The faster of two plain steps, and the memory.
+    """
     baseline = start_of_peak(device)
     training = make_training(recipe, name, task, device, every=10**6)
     taken = take_steps(training, clock, lambda steps: len(steps) == 3)
@@ -119,7 +130,14 @@ def measure_briefly(
 
 
 def round_length(step_s: float) -> int:
-    """Steps of a round, one of them a refresh: `ROUND_SECONDS` or more, to spread a short disturbance over it."""
+    """Steps of a round, one of them a refresh: `ROUND_SECONDS` or more, to spread a short disturbance over it.
+
+    Args:
+        step_s: seconds of a plain step.
+
+    Returns:
+        2 or more.
+    """
     return max(2, math.ceil(ROUND_SECONDS / step_s))
 
 

@@ -46,12 +46,20 @@ class Epoch:
 
 
 def rate() -> float:
-    """Operations a second that SGD's epoch shows."""
+    """Operations a second that SGD's epoch shows.
+
+    Returns:
+        FLOP/s.
+    """
     return _epoch_operations(None) / SGD_EPOCH_S
 
 
 def epochs() -> list[Epoch]:
-    """Every method's predicted epoch compared with the paper's."""
+    """Every method's predicted epoch compared with the paper's.
+
+    Returns:
+        One a method of `METHODS`.
+    """
     achieved = rate()
     return [
         Epoch(method=name, predicted_s=_epoch_operations(cost) / achieved, paper_s=paper_s)

@@ -82,7 +82,16 @@ class Prediction:
 
 
 def predict(optimizer: str, measured: Measured, shape: Shape) -> Prediction:
-    """The run that was measured in part."""
+    """The run that was measured in part.
+
+    Args:
+        optimizer: its name in the recipe.
+        measured: of some of its steps.
+        shape: of the whole run.
+
+    Returns:
+        Seconds, hours, memory and operations.
+    """
     operations = measured.operations
     return Prediction(
         optimizer=optimizer,

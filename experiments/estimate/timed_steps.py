@@ -32,12 +32,31 @@ class Parts:
 
 
 def has_refresh(recipe: Recipe, name: str) -> bool:
-    """Whether an optimizer has refresh steps: the first, and every ``update_every``-th after it."""
+    """Whether an optimizer has refresh steps: the first, and every ``update_every``-th after it.
+
+    Args:
+        recipe: what is run.
+        name: of the optimizer in the recipe.
+
+    Returns:
+        Whether it has an interval.
+    """
     return hasattr(recipe.optimizers[name].settings, "update_every")
 
 
 def make_training(recipe: Recipe, name: str, task: Task, device: torch.device, every: int) -> Training:
-    """The trainer's own loop, one batch to a step and without an end, refreshing every so many steps."""
+    """The trainer's own loop, one batch to a step and without an end, refreshing every so many steps.
+
+    Args:
+        recipe: what is run.
+        name: of the optimizer in the recipe.
+        task: the recipe's, or a stand-in for it.
+        device: where.
+        every: steps from one refresh to the next.
+
+    Returns:
+        A training that has not taken a step yet.
+    """
     changes: dict[str, Any] = {"run.accumulate": 1}
     if has_refresh(recipe, name):
         changes[f"optimizers.{name}.update_every"] = every

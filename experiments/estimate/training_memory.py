@@ -40,6 +40,12 @@ def start_of_peak(device: torch.device) -> float | None:
 
     On a CPU it is the process that is measured. Memory that was freed is given back first, or it would be used again
     unseen.
+
+    Args:
+        device: that is trained on.
+
+    Returns:
+        MiB.
     """
     gc.collect()
     if device.type == "cuda":
@@ -55,7 +61,17 @@ def start_of_peak(device: torch.device) -> float | None:
 
 
 def memory_use(model: nn.Module, optimizer: Optimizer, device: torch.device, baseline: float | None) -> MemoryUse:
-    """What training took since `start_of_peak` returned ``baseline``."""
+    """What training took since `start_of_peak` returned ``baseline``.
+
+    Args:
+        model: that is trained.
+        optimizer: that trains it.
+        device: that is trained on.
+        baseline: from `start_of_peak`.
+
+    Returns:
+        What is kept, and the peak.
+    """
     peak = None if baseline is None else peak_memory_mb(device) - baseline
     return MemoryUse(kept=kept_bytes(model, optimizer) / 2**20, peak=peak)
 

@@ -97,6 +97,11 @@ def run_jobs(jobs: Sequence[Job], *, workers: int = 1, threads: int | None = Non
 
     A single run, and every run under ``torchrun``, is run in this process, the others apart: see `run_in_processes`.
     Of several, those that failed are named at the end, and the exit status is 1.
+
+    Args:
+        jobs: in the order in which they are started.
+        workers: processes at a time.
+        threads: CPU threads each; ``None`` for what the environment says.
     """
     if len(jobs) == 1 or "WORLD_SIZE" in os.environ:
         _run_here(jobs)
@@ -130,7 +135,11 @@ def _report_failed(failed: Mapping[str, str], count: int) -> None:
 
 
 def report_errors_in_one_line(command: Callable[[], None]) -> None:
-    """Call `command`; an error that the user can fix is one line on stderr and exit status 2."""
+    """Call `command`; an error that the user can fix is one line on stderr and exit status 2.
+
+    Args:
+        command: what is to be run.
+    """
     try:
         command()
     except (UserError, DataFileError, FloatingPointError, OSError) as error:

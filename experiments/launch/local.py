@@ -103,7 +103,14 @@ def _end(processes: list[BaseProcess]) -> None:
 
 @contextmanager
 def cpu_threads(count: int | None) -> Iterator[None]:
-    """Let the processes that are started inside this have so many CPU threads, ``None`` for no change."""
+    """Let the processes that are started inside this have so many CPU threads, ``None`` for no change.
+
+    Args:
+        count: threads of each process.
+
+    Yields:
+        Nothing; the environment is put back afterwards.
+    """
     before = {name: os.environ.get(name) for name in _THREADS}
     if count is not None:
         os.environ.update(dict.fromkeys(_THREADS, str(count)))

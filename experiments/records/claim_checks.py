@@ -67,11 +67,21 @@ class Verdict:
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write rows as CSV, numbers with nine digits (fewer repeat where the number of threads differs)."""
+    """Write rows as CSV, numbers with nine digits (fewer repeat where the number of threads differs).
+
+    Args:
+        path: the file; its folder is made.
+        rows: with the same keys each.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     pd.DataFrame(rows).to_csv(path, index=False, float_format="%.9g")
 
 
 def write_verdicts(path: Path, verdicts: Sequence[Verdict]) -> None:
-    """Write `verdicts.csv` of one part of the theory."""
+    """Write `verdicts.csv` of one part of the theory.
+
+    Args:
+        path: the file; its folder is made.
+        verdicts: a row each.
+    """
     write_rows(path, [asdict(verdict) for verdict in verdicts])

@@ -20,14 +20,22 @@ PACKAGES = (
 
 
 def git_state() -> tuple[str | None, bool | None]:
-    """The commit, and whether tracked files outside ``results/`` differ from it; ``None``s without git."""
+    """The commit, and whether tracked files outside ``results/`` differ from it; ``None``s without git.
+
+    Returns:
+        SHA-1 of the commit, and whether the working tree is dirty.
+    """
     sha = _git("rev-parse", "HEAD")
     changes = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")
     return (None, None) if sha is None or changes is None else (sha, bool(changes))
 
 
 def versions() -> dict[str, str]:
-    """Python and the installed packages that can change a number."""
+    """Python and the installed packages that can change a number.
+
+    Returns:
+        Versions by name.
+    """
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -38,7 +46,14 @@ def versions() -> dict[str, str]:
 
 
 def device_name(device: str) -> str:
-    """The GPU's name, or the processor's; ``device`` is torch's, as ``"cpu"`` or ``"cuda:0"``."""
+    """The GPU's name, or the processor's; ``device`` is torch's, as ``"cpu"`` or ``"cuda:0"``.
+
+    Args:
+        device: torch's name of it.
+
+    Returns:
+        What stands in a record.
+    """
     return torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor()
 
 

@@ -175,12 +175,30 @@ class Run:
 
 
 def record_path(results_dir: Path, task: str, scale: str, optimizer: str, seed: int) -> Path:
-    """Where the record of a run is."""
+    """Where the record of a run is.
+
+    Args:
+        results_dir: where the records are.
+        task: the task's name.
+        scale: a scale that it has a recipe for.
+        optimizer: its name in the recipe.
+        seed: of weights and batches.
+
+    Returns:
+        ``<results_dir>/<task>/<scale>/runs/<optimizer>-seed<seed>.jsonl``.
+    """
     return results_dir / task / scale / "runs" / f"{optimizer}-seed{seed}.jsonl"
 
 
 def select_numeric_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that change a number in the record, by dotted key."""
+    """The settings that change a number in the record, by dotted key.
+
+    Args:
+        settings: tables of a recipe.
+
+    Returns:
+        Values by dotted key, without those that only say which runs there are or how they are judged.
+    """
     return {key: value for key, value in _flat(settings) if key not in _NOT_NUMERIC}
 
 
@@ -223,7 +241,14 @@ def read_run(path: Path) -> Run:
 
 
 def read_runs(folder: Path) -> tuple[list[Run], list[str]]:
-    """All records of a folder, in the order of their names, and a warning for each that is not whole."""
+    """All records of a folder, in the order of their names, and a warning for each that is not whole.
+
+    Args:
+        folder: with ``*.jsonl``.
+
+    Returns:
+        Runs, and warnings.
+    """
     runs, warnings = [], []
     for path in sorted(folder.glob("*.jsonl")):
         try:

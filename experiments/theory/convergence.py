@@ -470,7 +470,16 @@ def measure(seed: int, steps: int) -> tuple[list[dict[str, Any]], list[Erratum]]
 
 
 def run(seed: int, out: Path, steps: int) -> list[Erratum]:
-    """Measure the decay, check the errata of section 4.1, and write tables and figures to `out`."""
+    """Measure the decay, check the errata of section 4.1, and write tables and figures to `out`.
+
+    Args:
+        seed: of every draw.
+        out: a folder for tables and figures.
+        steps: of each run.
+
+    Returns:
+        The errata, checked.
+    """
     rows, errata = measure(seed, steps)
     slopes = slope_rows(100_000)
     write_rows(out / "convergence.csv", rows)

@@ -228,6 +228,17 @@ def _pair(layer: str, taken: Sequence[Sample]) -> LayerPair:
 
 
 def sample_task(name: str, *, samples: int, steps: int, seed: int, data_dir: Path) -> tuple[str, list[LayerPair]]:
-    """The name of a task's data, and the layers of its model after `steps` steps of training."""
+    """The name of a task's data, and the layers of its model after `steps` steps of training.
+
+    Args:
+        name: of the task.
+        samples: of each of the two sets.
+        steps: of training before.
+        seed: of weights and batches.
+        data_dir: where the datasets are kept.
+
+    Returns:
+        The name, and a pair of sets for each layer.
+    """
     task = load_task(name, data_dir)
     return task.dataset.name, gather(task, train(task, steps=steps, seed=seed), samples=samples, seed=seed)

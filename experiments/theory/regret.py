@@ -472,7 +472,16 @@ def measure(seed: int, rounds: int) -> tuple[list[dict[str, Any]], list[Erratum]
 
 
 def run(seed: int, out: Path, rounds: int) -> list[Erratum]:
-    """Play every stream, check every erratum of section 4.2, and write tables and figure to `out`."""
+    """Play every stream, check every erratum of section 4.2, and write tables and figure to `out`.
+
+    Args:
+        seed: of every draw.
+        out: a folder for tables and figures.
+        rounds: of each stream.
+
+    Returns:
+        The errata, checked.
+    """
     rows, errata = measure(seed, rounds)
     write_rows(out / "regret.csv", rows)
     write_rows(out / "errata.csv", [erratum.row() for erratum in errata])

@@ -142,5 +142,12 @@ class TensorBoard:
 
 
 def make_terminal_callback(*, bar: bool) -> Callback:
-    """Lines, with a bar on a terminal if it is wanted."""
+    """Lines, with a bar on a terminal if it is wanted.
+
+    Args:
+        bar: whether a bar is wanted.
+
+    Returns:
+        What prints the run.
+    """
     return Bar() if bar and sys.stdout.isatty() else Lines()

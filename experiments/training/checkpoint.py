@@ -59,7 +59,18 @@ class Checkpointed:
 
 
 def checkpoint_path(folder: Path, task: str, scale: str, optimizer: str, seed: int) -> Path:
-    """Where the checkpoint of a run is."""
+    """Where the checkpoint of a run is.
+
+    Args:
+        folder: of all checkpoints.
+        task: the task's name.
+        scale: a scale that it has a recipe for.
+        optimizer: its name in the recipe.
+        seed: of weights and batches.
+
+    Returns:
+        The file.
+    """
     return folder / task / scale / f"{optimizer}-seed{seed}.pt"
 
 
@@ -144,7 +155,11 @@ def read_identity(path: Path) -> dict[str, Any]:
 
 
 def rng_state() -> dict[str, Any]:
-    """The state of every global random generator, as tensors and plain values."""
+    """The state of every global random generator, as tensors and plain values.
+
+    Returns:
+        States by generator: Python's, NumPy's, torch's, CUDA's.
+    """
     kind, key, *rest = np.random.get_state()  # noqa: NPY002 the global generator is what a library may use
     return {
         "python": random.getstate(),
@@ -155,7 +170,11 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Restore what `rng_state` returned."""
+    """Restore what `rng_state` returned.
+
+    Args:
+        state: from `rng_state`.
+    """
     random.setstate(state["python"])
     kind, key, *rest = state["numpy"]
     np.random.set_state((kind, key.numpy().astype(np.uint32), *rest))  # noqa: NPY002

@@ -55,7 +55,14 @@ class Workers:
 
 
 def join_workers(device: str) -> Workers:
-    """Join the process group that ``torchrun`` describes in the environment; alone without it."""
+    """Join the process group that ``torchrun`` describes in the environment; alone without it.
+
+    Args:
+        device: ``"cpu"`` or ``"cuda"``, which decides the backend.
+
+    Returns:
+        This process among those that train together.
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return Workers()

@@ -122,7 +122,12 @@ def read_finished_run(recipe: Recipe, optimizer: str, seed: int, options: RunOpt
 
 
 def check_optimizer(recipe: Recipe, optimizer: str) -> None:
-    """Refuse an optimizer that the recipe does not have."""
+    """Refuse an optimizer that the recipe does not have.
+
+    Args:
+        recipe: the recipe.
+        optimizer: a name.
+    """
     if optimizer not in recipe.optimizers:
         raise UserError(f"optimizer = {optimizer!r}: not in {recipe.path}; {list_allowed(recipe.optimizers)}")
 

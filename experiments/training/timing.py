@@ -95,6 +95,12 @@ def peak_memory_mb(device: torch.device) -> float:
 
     On Linux the figure is the kernel's high-water mark of this program alone; ``getrusage``, used elsewhere,
     also counts what the parent had in use when it started this process.
+
+    Args:
+        device: where tensors are.
+
+    Returns:
+        MiB since the process began, or since the statistics of the device were reset.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20

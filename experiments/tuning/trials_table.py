@@ -15,6 +15,14 @@ def record_trials(path: Path, optimizer: str, trials: Sequence[Tried]) -> pd.Dat
 
     Columns: ``optimizer, trial, ended``, the tuned settings, then ``seed, split, epochs`` and, on that split,
     ``loss`` and the metric after the last epoch and the best value of the metric. Other optimizers' rows stay.
+
+    Args:
+        path: ``tuning.csv``.
+        optimizer: whose trials they are.
+        trials: all of a search.
+
+    Returns:
+        A row a trial, of all optimizers.
     """
     own = pd.DataFrame([_row(trial) for trial in trials])
     higher = trials[0].run.manifest.metric.higher_is_better
@@ -28,7 +36,12 @@ def record_trials(path: Path, optimizer: str, trials: Sequence[Tried]) -> pd.Dat
 
 
 def write_rows(table: pd.DataFrame, path: Path) -> None:
-    """Replace a CSV file as a whole."""
+    """Replace a CSV file as a whole.
+
+    Args:
+        table: all rows.
+        path: the file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".csv.partial")
     table.to_csv(partial, index=False, float_format="%.6g")
@@ -36,7 +49,14 @@ def write_rows(table: pd.DataFrame, path: Path) -> None:
 
 
 def summarise_course(run: Run) -> dict[str, Any]:
-    """The columns for what a run was and came to."""
+    """The columns for what a run was and came to.
+
+    Args:
+        run: that is over.
+
+    Returns:
+        Values by column.
+    """
     manifest, last = run.manifest, run.epochs[-1]
     return {
         "seed": manifest.seed,

@@ -78,7 +78,15 @@ def draw(results_dir: Path, task: str, scale: str) -> tuple[Path, Path]:
 
 
 def save(made: Figure, path: Path) -> tuple[Path, Path]:
-    """Write a figure as ``.svg`` and ``.png``, the same bytes for the same figure."""
+    """Write a figure as ``.svg`` and ``.png``, the same bytes for the same figure.
+
+    Args:
+        made: the figure.
+        path: without a suffix.
+
+    Returns:
+        The SVG and the PNG file.
+    """
     svg, png = path.with_suffix(".svg"), path.with_suffix(".png")
     made.savefig(svg, metadata={"Date": None, "Creator": None})
     made.savefig(png, dpi=160, metadata={"Software": None})
@@ -95,7 +103,14 @@ class Panel:
 
 
 def panels(comparable: Comparable) -> list[Panel]:
-    """Training loss, the metric, and the task's further figures but standard errors, which are no curves."""
+    """Training loss, the metric, and the task's further figures but standard errors, which are no curves.
+
+    Args:
+        comparable: the runs of a task at a scale.
+
+    Returns:
+        A panel a figure.
+    """
     manifest = comparable.runs[0].manifest
     split = manifest.recipe.get("run", {}).get("report_split", "test")
     metric = f"{split} {manifest.metric.name} ({manifest.metric.unit})"
@@ -133,7 +148,13 @@ def figure(comparable: Comparable) -> Figure:
 
 
 def legend_below(made: Figure, ax: Axes, title: str | None = None) -> None:
-    """What ``ax`` shows, named below the whole figure, where no curve is hidden, in as many columns as fit."""
+    """What ``ax`` shows, named below the whole figure, where no curve is hidden, in as many columns as fit.
+
+    Args:
+        made: the figure.
+        ax: whose lines are named.
+        title: of the legend.
+    """
     handles, labels = ax.get_legend_handles_labels()
     for columns in range(min(LEGEND_COLUMNS, max(1, len(labels))), 0, -1):
         legend = made.legend(handles, labels, loc="outside lower center", ncols=columns, title=title)
@@ -161,7 +182,14 @@ def _draw_row(row: np.ndarray, runs: dict[str, list[Run]], panel: Panel) -> None
 
 
 def other_devices(runs: dict[str, list[Run]]) -> dict[str, str]:
-    """The devices of each optimizer that did not run on those of the first: its seconds are others."""
+    """The devices of each optimizer that did not run on those of the first: its seconds are others.
+
+    Args:
+        runs: by optimizer, the reference first.
+
+    Returns:
+        Devices by optimizer.
+    """
     found = {
         name: " and ".join(sorted({device for run in own for device in run.devices})) for name, own in runs.items()
     }
@@ -170,7 +198,14 @@ def other_devices(runs: dict[str, list[Run]]) -> dict[str, str]:
 
 
 def count_diverged(runs: dict[str, list[Run]]) -> dict[str, str]:
-    """``"3 of 5"`` for each optimizer of which runs diverged: from there on they are in no median."""
+    """``"3 of 5"`` for each optimizer of which runs diverged: from there on they are in no median.
+
+    Args:
+        runs: by optimizer.
+
+    Returns:
+        Counts in words, by optimizer.
+    """
     counts = {
         name: sum(run.end is not None and run.end.reason == "diverged" for run in own) for name, own in runs.items()
     }
@@ -178,7 +213,15 @@ def count_diverged(runs: dict[str, list[Run]]) -> dict[str, str]:
 
 
 def summarise_curve(runs: list[Run], value: Callable[[Epoch], float | None]) -> Curve:
-    """Median and range over seeds of one value; an epoch in which no seed has it is left out."""
+    """Median and range over seeds of one value; an epoch in which no seed has it is left out.
+
+    Args:
+        runs: an optimizer's.
+        value: what is drawn of an epoch.
+
+    Returns:
+        The curve.
+    """
     found: dict[int, list[tuple[float, float]]] = {}
     for run in runs:
         for epoch in run.epochs:
@@ -208,6 +251,13 @@ def find_span(curves: list[Curve], *, logarithmic: bool) -> Span | None:
     """The medians from the first trained epoch on, with a margin; ``None`` if they are all the same.
 
     With `logarithmic` the axis is, if the values are positive and far apart: what falls by factors shows there.
+
+    Args:
+        curves: of one panel.
+        logarithmic: whether a logarithmic axis is wanted.
+
+    Returns:
+        The limits of the axis, and of which kind it is.
     """
     trained = [curve.median[curve.epochs > 0] for curve in curves]
     values = np.concatenate(trained) if trained else np.array([])

@@ -23,7 +23,16 @@ STYLE = {
 
 @contextmanager
 def figure(folder: Path, name: str, size: tuple[float, float]) -> Iterator[Figure]:
-    """A figure of `size` inches, saved as ``name.png`` and ``name.svg`` when the block ends."""
+    """A figure of `size` inches, saved as ``name.png`` and ``name.svg`` when the block ends.
+
+    Args:
+        folder: where the files go.
+        name: of the files.
+        size: width and height in inches.
+
+    Yields:
+        The figure, to draw on.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context(STYLE):
         drawn = Figure(figsize=size, layout="constrained")

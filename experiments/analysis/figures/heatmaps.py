@@ -75,7 +75,14 @@ class HeatMap:
 
 
 def heat_map(own: pd.DataFrame) -> HeatMap:
-    """Lay a grid's rows out; values ascend, the recipe's own ``default`` comes last, or alone under the grid's name."""
+    """Lay a grid's rows out; values ascend, the recipe's own ``default`` comes last, or alone under the grid's name.
+
+    Args:
+        own: rows of ``sensitivity.csv`` of one grid.
+
+    Returns:
+        Axes and values.
+    """
     settings = [name for name in own.columns[:-2] if name not in _COURSE and own[name].notna().any()]
     changing = [name for name in settings if len(_values(own[name])) > 1]
     down, across = changing if len(changing) == 2 else ("", (changing or settings or ["grid"])[0])
@@ -94,6 +101,12 @@ def colour_range(best: np.ndarray) -> tuple[float, float]:
     """Between which values the colours go: all but those beyond Tukey's outer fences, three interquartile ranges out.
 
     One run that was lost would make all others look alike.
+
+    Args:
+        best: values of all cells.
+
+    Returns:
+        The least and the greatest.
     """
     known = best[np.isfinite(best)]
     if not len(known):

@@ -27,16 +27,38 @@ DASHES = ("solid", "dashed", "dashdot", "dotted")
 
 
 def pick_colour(optimizer: str) -> str:
-    """The colour of an optimizer; a suffix does not change it."""
+    """The colour of an optimizer; a suffix does not change it.
+
+    Args:
+        optimizer: its name, with or without a suffix.
+
+    Returns:
+        ``#rrggbb``.
+    """
     return COLOURS.get(optimizer.partition("-")[0], OTHER)
 
 
 def lighten_colour(optimizer: str) -> str:
-    """The same for a dark ground."""
+    """The same for a dark ground.
+
+    Args:
+        optimizer: its name, with or without a suffix.
+
+    Returns:
+        ``#rrggbb``.
+    """
     return ON_DARK.get(optimizer.partition("-")[0], pick_colour(optimizer))
 
 
 def pick_dashes(optimizer: str, shown: list[str]) -> str:
-    """The line style that tells an optimizer from the others of its colour among those `shown`."""
+    """The line style that tells an optimizer from the others of its colour among those `shown`.
+
+    Args:
+        optimizer: its name.
+        shown: all that are in the figure.
+
+    Returns:
+        Matplotlib's name of the line style.
+    """
     alike = [name for name in sorted(shown) if pick_colour(name) == pick_colour(optimizer)]
     return DASHES[alike.index(optimizer) % len(DASHES)]

@@ -153,7 +153,17 @@ class Section:
 
 
 def make_table(frame: pd.DataFrame, caption: str, rerun: Sequence[str], **more: Any) -> Table:
-    """Every row and column of a CSV file."""
+    """Every row and column of a CSV file.
+
+    Args:
+        frame: as pandas read it.
+        caption: what it shows.
+        rerun: the commands that make it again.
+        **more: further fields of `Table`.
+
+    Returns:
+        The table.
+    """
     rows = [[format_cell(cell) for cell in row] for row in frame.itertuples(index=False, name=None)]
     header = [str(name).replace("_", " ") for name in frame.columns]
     return Table(caption=caption, header=header, rows=rows, rerun=rerun, **more)

@@ -14,7 +14,14 @@ HEIGHT = 240
 
 
 def keys(names: Sequence[str]) -> list[Key]:
-    """The legend of these optimizers."""
+    """The legend of these optimizers.
+
+    Args:
+        names: of optimizers.
+
+    Returns:
+        A key each.
+    """
     return [
         Key(
             name=name,
@@ -32,7 +39,14 @@ def dark() -> alt.Parameter:
 
 
 def colours(legend: Sequence[Key]) -> alt.Scale:
-    """The scale that gives each name its colour on either ground."""
+    """The scale that gives each name its colour on either ground.
+
+    Args:
+        legend: from `keys`.
+
+    Returns:
+        For both grounds.
+    """
     return alt.Scale(
         domain=[key.name for key in legend],
         range=[alt.expr(f"dark ? '{key.dark}' : '{key.light}'") for key in legend],
@@ -40,18 +54,42 @@ def colours(legend: Sequence[Key]) -> alt.Scale:
 
 
 def make_dash_scale(legend: Sequence[Key]) -> alt.Scale:
-    """The scale that gives each name its dashes."""
+    """The scale that gives each name its dashes.
+
+    Args:
+        legend: from `keys`.
+
+    Returns:
+        For line charts.
+    """
     return alt.Scale(domain=[key.name for key in legend], range=[list(key.dashes) for key in legend])
 
 
 def round_value(value: float) -> float | None:
-    """To six significant digits: more cannot be seen, and are not the same on every machine."""
+    """To six significant digits: more cannot be seen, and are not the same on every machine.
+
+    Args:
+        value: of a point.
+
+    Returns:
+        ``None`` if it is not finite.
+    """
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 def finish_chart(
     chart: alt.TopLevelMixin, summary: str, *parameters: alt.Parameter, height: int = HEIGHT
 ) -> dict[str, Any]:
-    """The specification, as wide as the page lets it be and with a text in its place."""
+    """The specification, as wide as the page lets it be and with a text in its place.
+
+    Args:
+        chart: as Altair makes it.
+        summary: the text, for those who cannot see the chart.
+        *parameters: that the page's controls set, besides the ground.
+        height: in pixels.
+
+    Returns:
+        Vega-Lite's specification.
+    """
     whole = chart.add_params(dark(), *parameters).properties(width="container", height=height, description=summary)
     return whole.to_dict()

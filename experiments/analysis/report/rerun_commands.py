@@ -25,39 +25,92 @@ _THEORY = {"figure1": "make reproduce-figure1", "costs": "python -m experiments.
 
 
 def train(task: str, scale: str) -> str:
-    """Train the task's runs again, into ``build/results``."""
+    """Train the task's runs again, into ``build/results``.
+
+    Args:
+        task: the task's name.
+        scale: a scale that it has a recipe for.
+
+    Returns:
+        A command line.
+    """
     if task in TARGETS:
         return f"make reproduce-{TARGETS[task]} SCALE={scale}"
     return f"python -m experiments run {task} --scale {scale}"
 
 
 def table(task: str, scale: str) -> str:
-    """Make the table and curves again from the records."""
+    """Make the table and curves again from the records.
+
+    Args:
+        task: the task's name.
+        scale: a scale that it has a recipe for.
+
+    Returns:
+        A command line.
+    """
     return f"python -m experiments table {task} --scale {scale}"
 
 
 def tune(task: str, scale: str) -> str:
-    """Search the settings again."""
+    """Search the settings again.
+
+    Args:
+        task: the task's name.
+        scale: a scale that it has a recipe for.
+
+    Returns:
+        A command line.
+    """
     if task in TARGETS:
         return f"make tune-{TARGETS[task]} SCALE={scale}"
     return f"python -m experiments tune {task} --scale {scale}"
 
 
 def sensitivity(task: str, scale: str) -> str:
-    """Run the grids of settings."""
+    """Run the grids of settings.
+
+    Args:
+        task: the task's name.
+        scale: a scale that it has a recipe for.
+
+    Returns:
+        A command line.
+    """
     return f"python -m experiments sensitivity {task} --scale {scale}"
 
 
 def profiles(scale: str) -> str:
-    """Make the performance profiles again from the records."""
+    """Make the performance profiles again from the records.
+
+    Args:
+        scale: a scale that it has a recipe for.
+
+    Returns:
+        A command line.
+    """
     return f"python -m experiments profiles --scale {scale}"
 
 
 def theory(part: str) -> str:
-    """Run one part of the theory's checks."""
+    """Run one part of the theory's checks.
+
+    Args:
+        part: a folder below ``results/theory``.
+
+    Returns:
+        A command line.
+    """
     return _THEORY.get(part, THEORY)
 
 
 def bench(stem: str) -> str:
-    """Measure again what is in ``results/bench/<stem>.csv``."""
+    """Measure again what is in ``results/bench/<stem>.csv``.
+
+    Args:
+        stem: of the file.
+
+    Returns:
+        A command line.
+    """
     return next((command for name, command in _BENCHES.items() if stem.startswith(name)), "make bench")

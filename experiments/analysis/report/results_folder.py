@@ -88,7 +88,14 @@ class ResultsFolder:
 
 
 def format_cell(value: Any) -> str:
-    """A cell of a CSV file: numbers to three digits, nothing where nothing was recorded."""
+    """A cell of a CSV file: numbers to three digits, nothing where nothing was recorded.
+
+    Args:
+        value: as pandas read it.
+
+    Returns:
+        Its text.
+    """
     if isinstance(value, float):
         return "" if math.isnan(value) else number(value)
     return str(value)

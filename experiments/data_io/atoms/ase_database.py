@@ -19,6 +19,12 @@ def database_files(path: Path) -> list[Path]:
     """The files that a database is made of, as far as they are there.
 
     SQLite keeps changes in a file next to it, ``-wal``, as long as a program that writes in that mode has it open.
+
+    Args:
+        path: the ``.db`` file.
+
+    Returns:
+        Paths, the database first.
     """
     log = path.with_name(f"{path.name}-wal")
     return [file for file in (path, log) if file.is_file() and file.stat().st_size]

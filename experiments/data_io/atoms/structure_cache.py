@@ -49,7 +49,19 @@ def prepare_structures(
     remedy: str,
     source: Callable[[], Identity] | None = None,
 ) -> Path:
-    """Parse a source into a folder unless that is done; see `prepare_folder`."""
+    """Parse a source into a folder unless that is done; see `prepare_folder`.
+
+    Args:
+        folder: where the arrays go.
+        description: what they are, plain values.
+        read: parses the source.
+        grouping: from structures to the group of each, (N,).
+        remedy: what the reader of an error can do about it.
+        source: what the source is known by now; left out if it cannot change.
+
+    Returns:
+        The folder.
+    """
 
     def build() -> dict[str, np.ndarray]:
         structures = read()
@@ -61,7 +73,19 @@ def prepare_structures(
 def open_structures(
     folder: Path, description: Mapping[str, Any], grouping: Grouping, *, name: str, licence: str, remedy: str
 ) -> StructureSet:
-    """What `prepare_structures` left in a folder; raises as `open_folder` does."""
+    """What `prepare_structures` left in a folder; raises as `open_folder` does.
+
+    Args:
+        folder: from `prepare_structures`.
+        description: what they must be.
+        grouping: from structures to the group of each, (N,).
+        name: of the data, for tables.
+        licence: of the data.
+        remedy: what the reader of an error can do about it.
+
+    Returns:
+        The structures with their order and groups.
+    """
     arrays = open_folder(folder, description, remedy=remedy)
     order = arrays.pop("order")
     structures = Structures(**arrays)
@@ -77,7 +101,15 @@ def open_structures(
 
 
 def write_sample(structures: Structures, target: Path) -> str:
-    """Write an embedded sample, already in its drawn order, and return its SHA-256."""
+    """Write an embedded sample, already in its drawn order, and return its SHA-256.
+
+    Args:
+        structures: in the order of the sample.
+        target: the ``.npz`` file.
+
+    Returns:
+        In hexadecimal.
+    """
     return write_npz(structures.arrays(), target)
 
 

@@ -34,7 +34,14 @@ def draw_order(groups: np.ndarray) -> np.ndarray:
 
 
 def one_a_group(structures: Structures) -> np.ndarray:
-    """Groups of one structure each: the split is by structure."""
+    """Groups of one structure each: the split is by structure.
+
+    Args:
+        structures: N of them.
+
+    Returns:
+        0 to N − 1.
+    """
     return np.arange(len(structures))
 
 
@@ -43,6 +50,12 @@ def composition_groups(structures: Structures) -> np.ndarray:
 
     Split by structure, polymorphs of one formula would be on both sides and the energies of the test split
     be known in part.
+
+    Args:
+        structures: N of them.
+
+    Returns:
+        Numbers of formulas, int64, (N,).
     """
     counts = structures.element_counts()
     reduced = counts // np.gcd.reduce(counts, axis=1, keepdims=True)

@@ -70,7 +70,15 @@ def clean(pairs: Sequence[TokenPair]) -> tuple[list[TokenPair], Counter[str]]:
 
 
 def learn_codes(pairs: Iterable[TokenPair], merges: int) -> str:
-    """The merge operations of both languages together, as ``subword-nmt learn-bpe`` writes them."""
+    """The merge operations of both languages together, as ``subword-nmt learn-bpe`` writes them.
+
+    Args:
+        pairs: tokens of both sides.
+        merges: how many operations.
+
+    Returns:
+        A text, one operation a line.
+    """
     from subword_nmt.learn_bpe import learn_bpe
 
     codes = io.StringIO()
@@ -81,7 +89,15 @@ def learn_codes(pairs: Iterable[TokenPair], merges: int) -> str:
 
 
 def apply_codes(pairs: Iterable[TokenPair], codes: str) -> list[TokenPair]:
-    """Tokens cut into subwords; a piece that goes on ends in ``@@``."""
+    """Tokens cut into subwords; a piece that goes on ends in ``@@``.
+
+    Args:
+        pairs: tokens of both sides.
+        codes: from `learn_codes`.
+
+    Returns:
+        Subwords of both sides.
+    """
     from subword_nmt.apply_bpe import BPE
 
     bpe = BPE(io.StringIO(codes))

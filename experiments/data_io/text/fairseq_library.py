@@ -12,7 +12,11 @@ from contextlib import contextmanager
 
 @contextmanager
 def restore_logging() -> Iterator[None]:
-    """Put the root logger's level and handlers back afterwards."""
+    """Put the root logger's level and handlers back afterwards.
+
+    Yields:
+        Nothing.
+    """
     root = logging.getLogger()
     level, handlers = root.level, list(root.handlers)
     try:

@@ -149,7 +149,14 @@ def parse_tsv_line(line: str, where: str) -> Pair:
 
 
 def drop_repeats(pairs: Iterable[Pair]) -> list[Pair]:
-    """The pairs of which neither side came before, letters alone compared: texts repeat, with other numbers."""
+    """The pairs of which neither side came before, letters alone compared: texts repeat, with other numbers.
+
+    Args:
+        pairs: in the order in which the first is kept.
+
+    Returns:
+        The pairs that are left, in order.
+    """
     seen: set[tuple[str, str]] = set()
     kept = []
     for pair in pairs:

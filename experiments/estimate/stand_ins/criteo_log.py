@@ -18,7 +18,13 @@ _DIGITS = np.frombuffer("".join(f"{byte:02x}" for byte in range(256)).encode(), 
 
 
 def write_log(path: Path, lines: int, *, seed: int = 0) -> None:
-    """Write ``lines`` lines; the r-th most frequent value of a category has a share of about 1/r."""
+    """Write ``lines`` lines; the r-th most frequent value of a category has a share of about 1/r.
+
+    Args:
+        path: the file.
+        lines: how many.
+        seed: of the values.
+    """
     generator = np.random.default_rng(seed)
     with path.open("wb") as file:
         for start in range(0, lines, BLOCK):
@@ -37,7 +43,16 @@ def _block(generator: np.random.Generator, n: int) -> pl.DataFrame:
 
 
 def zipf(generator: np.random.Generator, values: int, n: int) -> np.ndarray:
-    """Ranks below ``values``, (n,): rank r with probability log((r + 2)/(r + 1)) / log(values + 1), Zipf's law."""
+    """Ranks below ``values``, (n,): rank r with probability log((r + 2)/(r + 1)) / log(values + 1), Zipf's law.
+
+    Args:
+        generator: of the draws.
+        values: how many different ones there are.
+        n: draws.
+
+    Returns:
+        int64, (n,).
+    """
     return ((values + 1) ** generator.random(n)).astype(np.int64) - 1
 
 

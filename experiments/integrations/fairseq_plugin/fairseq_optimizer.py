@@ -20,7 +20,11 @@ _MODELS: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
 
 def remember(model: nn.Module) -> None:
-    """Keep a model for the optimizer that is going to get its parameters."""
+    """Keep a model for the optimizer that is going to get its parameters.
+
+    Args:
+        model: that the task built; it is not kept alive.
+    """
     _MODELS.add(model)
 
 

@@ -145,12 +145,26 @@ def _rank_column(column: np.ndarray, train: slice) -> tuple[np.ndarray, np.ndarr
 
 
 def order_by_frequency(counts: np.ndarray) -> np.ndarray:
-    """Positions by falling count; what ties stays in order, so that the ranks depend on the data alone."""
+    """Positions by falling count; what ties stays in order, so that the ranks depend on the data alone.
+
+    Args:
+        counts: (n,).
+
+    Returns:
+        Positions, (n,).
+    """
     return np.argsort(-counts.astype(np.int64), kind="stable")
 
 
 def invert_order(order: np.ndarray) -> np.ndarray:
-    """The inverse of a permutation, int32."""
+    """The inverse of a permutation, int32.
+
+    Args:
+        order: a permutation of 0 to n − 1, (n,).
+
+    Returns:
+        (n,).
+    """
     ranks = np.empty(len(order), np.int32)
     ranks[order] = np.arange(len(order), dtype=np.int32)
     return ranks

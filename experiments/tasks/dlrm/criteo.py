@@ -91,6 +91,13 @@ def load(data_dir: Path, *, validation_size: int = 0) -> tuple[Clicks, str]:
 
 
 def name_log(clicks: Clicks) -> str:
-    """As tables name it; only the whole log is called Criteo Kaggle."""
+    """As tables name it; only the whole log is called Criteo Kaggle.
+
+    Args:
+        clicks: as `load` gives them.
+
+    Returns:
+        A name for tables.
+    """
     lines = len(clicks.labels)
     return "Criteo Kaggle" if lines == OFFICIAL_LINES else f"log in Criteo's format, {lines:,} lines"

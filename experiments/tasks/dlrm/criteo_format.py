@@ -33,27 +33,63 @@ REMEDY = "run `make data-criteo`"
 
 
 def log_path(data_dir: Path) -> Path:
-    """Where the user puts the log."""
+    """Where the user puts the log.
+
+    Args:
+        data_dir: where the datasets are kept.
+
+    Returns:
+        ``<data_dir>/criteo/train.txt``.
+    """
     return data_dir / "criteo" / "train.txt"
 
 
 def columns_path(data_dir: Path) -> Path:
-    """Where `prepare` leaves the columns."""
+    """Where `prepare` leaves the columns.
+
+    Args:
+        data_dir: where the datasets are kept.
+
+    Returns:
+        ``<data_dir>/criteo/prepared``.
+    """
     return data_dir / "criteo" / "prepared"
 
 
 def work_path(folder: Path) -> Path:
-    """Where what a preparation has made is kept until it is whole."""
+    """Where what a preparation has made is kept until it is whole.
+
+    Args:
+        folder: where the columns go.
+
+    Returns:
+        A hidden folder next to it.
+    """
     return folder.with_name(f".{folder.name}.work")
 
 
 def count_test_lines(lines: int) -> int:
-    """Lines of the last day: a seventh, rounded down; the days before have what is over."""
+    """Lines of the last day: a seventh, rounded down; the days before have what is over.
+
+    Args:
+        lines: of the log.
+
+    Returns:
+        Lines to test on.
+    """
     return lines // DAYS
 
 
 def is_prepared(source: Path, folder: Path) -> bool:
-    """Whether the folder holds the whole columns of this log; of any log where that is not there any more."""
+    """Whether the folder holds the whole columns of this log; of any log where that is not there any more.
+
+    Args:
+        source: the log.
+        folder: of the columns.
+
+    Returns:
+        Whether nothing is left to do.
+    """
     try:
         check_files(folder)
         check_source(source, folder)
@@ -103,13 +139,22 @@ def check_files(folder: Path) -> dict[str, Any]:
 
 
 def check_source(source: Path, folder: Path) -> None:
-    """Raise `DataFileError` where the log is there, but is not the one that the columns were made of."""
+    """Raise `DataFileError` where the log is there, but is not the one that the columns were made of.
+
+    Args:
+        source: the log.
+        folder: of the columns.
+    """
     if source.is_file() and read_table(folder / SOURCE) != identify(source):
         raise DataFileError(f"{source} is not the file that {folder} was made of: {REMEDY}")
 
 
 def mark_checked(folder: Path) -> None:
-    """Write down that the files are what the manifest says; a folder that cannot be written to stays as it is."""
+    """Write down that the files are what the manifest says; a folder that cannot be written to stays as it is.
+
+    Args:
+        folder: of the columns, whose checksums are right.
+    """
     with suppress(OSError):
         write_bytes(folder / CHECKED, json.dumps(_marks(folder)).encode())
 

@@ -70,7 +70,11 @@ def make_pieces(source: Path, folder: Path, *, size: int = PIECE) -> list[Piece]
 
 
 def check_log(source: Path) -> None:
-    """Raise `DataFileError` where there is no log, an empty one, or a compressed one."""
+    """Raise `DataFileError` where there is no log, an empty one, or a compressed one.
+
+    Args:
+        source: the log.
+    """
     if not source.is_file():
         raise DataFileError(
             f"{source} is missing: put train.txt of the Criteo Kaggle display advertising challenge there, unpacked "
@@ -160,5 +164,13 @@ def _read_rest_of_line(file: BinaryIO, source: Path) -> bytes:
 
 
 def iterate_array(pieces: Iterable[Piece], name: str) -> Iterator[np.ndarray]:
-    """One array of every piece, in order."""
+    """One array of every piece, in order.
+
+    Args:
+        pieces: in the order of the log.
+        name: of the array.
+
+    Returns:
+        An iterator over arrays mapped from disk.
+    """
     return (piece.array(name) for piece in pieces)

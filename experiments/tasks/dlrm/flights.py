@@ -150,7 +150,14 @@ def load_embedded() -> Flights:
 
 
 def draw_embedded(flights: Flights) -> Flights:
-    """A random sample of each part, still in the order of time, drawn with `EMBEDDED_SEED`."""
+    """A random sample of each part, still in the order of time, drawn with `EMBEDDED_SEED`.
+
+    Args:
+        flights: all of them.
+
+    Returns:
+        The sample.
+    """
     generator = np.random.default_rng(EMBEDDED_SEED)
     starts = np.cumsum(flights.sizes) - flights.sizes
     drawn = [

@@ -244,7 +244,14 @@ def load_embedded(part: Part) -> Images:
 
 
 def draw_embedded(data_dir: Path) -> dict[Part, Images]:
-    """The class-balanced sample, drawn from the full set with `EMBEDDED_SEED`."""
+    """The class-balanced sample, drawn from the full set with `EMBEDDED_SEED`.
+
+    Args:
+        data_dir: has the full set.
+
+    Returns:
+        Images of both parts.
+    """
     parts: dict[Part, Images] = {}
     for part, per_class in EMBEDDED_PER_CLASS.items():
         images = load(data_dir, part)

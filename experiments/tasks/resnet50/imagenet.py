@@ -97,19 +97,41 @@ def _images(folder: Path) -> list[Path]:
 
 
 def joint_sha256(train: Folder, val: Folder) -> str:
-    """One checksum for both halves."""
+    """One checksum for both halves.
+
+    Args:
+        train: the training half.
+        val: the validation half.
+
+    Returns:
+        In hexadecimal.
+    """
     return hashlib.sha256(f"train {train.sha256}\nval {val.sha256}\n".encode()).hexdigest()
 
 
 def train_transform(size: int) -> transforms.Compose:
-    """RandomResizedCrop (area 0.08 to 1, aspect 3/4 to 4/3), flip, normalisation: (3, size, size)."""
+    """RandomResizedCrop (area 0.08 to 1, aspect 3/4 to 4/3), flip, normalisation: (3, size, size).
+
+    Args:
+        size: of the image in pixels.
+
+    Returns:
+        From an image to a tensor.
+    """
     return transforms.Compose(
         [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip(), *_to_normalised()]
     )
 
 
 def eval_transform(size: int) -> transforms.Compose:
-    """Shorter side to 8/7 of ``size`` (256 for 224), the central crop, normalisation: (3, size, size)."""
+    """Shorter side to 8/7 of ``size`` (256 for 224), the central crop, normalisation: (3, size, size).
+
+    Args:
+        size: of the image in pixels.
+
+    Returns:
+        From an image to a tensor.
+    """
     return transforms.Compose([transforms.Resize(size * 8 // 7), transforms.CenterCrop(size), *_to_normalised()])
 
 

@@ -177,7 +177,14 @@ def load_embedded() -> StructureSet:
 
 
 def draw_embedded(data_dir: Path) -> Structures:
-    """The first crystals of the drawn order."""
+    """The first crystals of the drawn order.
+
+    Args:
+        data_dir: has the package, prepared.
+
+    Returns:
+        The sample.
+    """
     whole = load(data_dir)
     return whole.structures.select(whole.order[:EMBEDDED_SIZE])
 

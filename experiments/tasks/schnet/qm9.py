@@ -122,7 +122,11 @@ def _name_data(molecules: int) -> str:
 
 
 def atom_energies() -> np.ndarray:
-    """The free atoms' U0 in eV by atomic number, float64, (100,); NaN for other elements."""
+    """The free atoms' U0 in eV by atomic number, float64, (100,); NaN for other elements.
+
+    Returns:
+        (100,), in eV.
+    """
     energies = np.full(100, np.nan)
     for number, energy in ATOM_ENERGIES.items():
         energies[number] = energy * HARTREE
@@ -270,7 +274,14 @@ def load_embedded() -> StructureSet:
 
 
 def draw_embedded(data_dir: Path) -> Structures:
-    """The first molecules of the drawn order."""
+    """The first molecules of the drawn order.
+
+    Args:
+        data_dir: has the package, prepared.
+
+    Returns:
+        The sample.
+    """
     whole = load(data_dir)
     return whole.structures.select(whole.order[:EMBEDDED_SIZE])
 

@@ -46,7 +46,14 @@ def free_atoms(structures: Structures, energies: np.ndarray) -> Baseline:
 
 
 def linear_fit(structures: Structures) -> Baseline:
-    """The energies by element whose sums fit the targets best, in least squares; 0 for absent elements."""
+    """The energies by element whose sums fit the targets best, in least squares; 0 for absent elements.
+
+    Args:
+        structures: those trained on.
+
+    Returns:
+        Each element's energy.
+    """
     counts = structures.element_counts()
     present = np.flatnonzero(counts.any(axis=0))
     energies = np.zeros(counts.shape[1])

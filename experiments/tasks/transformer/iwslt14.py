@@ -50,6 +50,13 @@ def load(data_dir: Path) -> "Folder":
 
 
 def name_folder(folder: "Folder") -> str:
-    """What a folder may be called: only the campaign's own sentences are IWSLT14."""
+    """What a folder may be called: only the campaign's own sentences are IWSLT14.
+
+    Args:
+        folder: as `load` gives it.
+
+    Returns:
+        A name for tables.
+    """
     official = folder.about.get("source") == NAME or dict(folder.sizes) == OFFICIAL_SIZES
     return "IWSLT14 de-en" if official else "de-en folder of fairseq-preprocess"

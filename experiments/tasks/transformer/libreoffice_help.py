@@ -160,7 +160,14 @@ def load_embedded() -> list[Pair]:
 
 
 def draw_embedded(data_dir: Path) -> list[Pair]:
-    """Whole pages in the order of their names' SHA-256, until there are `EMBEDDED_PAIRS`; pairs in page order."""
+    """Whole pages in the order of their names' SHA-256, until there are `EMBEDDED_PAIRS`; pairs in page order.
+
+    Args:
+        data_dir: has all pairs.
+
+    Returns:
+        The sample.
+    """
     pairs = load(data_dir)
     pages = sorted({pair.document for pair in pairs}, key=lambda page: hashlib.sha256(page.encode()).digest())
     sizes = {page: sum(pair.document == page for pair in pairs) for page in pages}

@@ -89,12 +89,27 @@ class ModelSettings:
 
 
 def build_model(settings: ModelSettings, task: TranslationTask) -> TransformerModel:
-    """A fresh Transformer for a task's dictionaries."""
+    """A fresh Transformer for a task's dictionaries.
+
+    Args:
+        settings: its size.
+        task: from `load_task`.
+
+    Returns:
+        The model, initialised from the global generator.
+    """
     return TransformerModel.build_model(settings.arguments(), task)
 
 
 def load_task(folder: Folder) -> TranslationTask:
-    """The translation task of fairseq on a folder that `read_folder` found whole, all splits loaded."""
+    """The translation task of fairseq on a folder that `read_folder` found whole, all splits loaded.
+
+    Args:
+        folder: from `read_folder`.
+
+    Returns:
+        fairseq's task.
+    """
     source, target = LANGUAGES
     config = TranslationConfig(data=str(folder.path), source_lang=source, target_lang=target)
     config.train_subset, config.dataset_impl, config.required_seq_len_multiple = "train", "mmap", 1
@@ -165,7 +180,15 @@ class Batches:
 
 
 def to_device(batch: Batch, device: str | torch.device) -> Batch:
-    """The batch's tensors on a device."""
+    """The batch's tensors on a device.
+
+    Args:
+        batch: as fairseq collates it.
+        device: where to.
+
+    Returns:
+        A batch of the same form.
+    """
     return utils.apply_to_sample(lambda tensor: tensor.to(device, non_blocking=True), batch)
 
 

@@ -154,6 +154,13 @@ PAPER_MODELS: Mapping[str, Callable[[], Example]] = {
 
 
 def paper_layers(name: str) -> tuple[list[LayerShape], int]:
-    """The layers of one of the paper's models, and its batch."""
+    """The layers of one of the paper's models, and its batch.
+
+    Args:
+        name: of `PAPER_MODELS`.
+
+    Returns:
+        Shapes of its layers, and samples (or tokens) in a batch.
+    """
     example = PAPER_MODELS[name]()
     return layer_shapes(example.model.train(), example.forward, example.samples), example.batch

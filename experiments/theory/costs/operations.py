@@ -79,18 +79,41 @@ def dense(layer: LayerShape) -> int:
 
 
 def forming(layer: LayerShape, side: int) -> int:
-    """Operations a sample to form G_i (2κmn) and its product on `side` (2 side² · other)."""
+    """Operations a sample to form G_i (2κmn) and its product on `side` (2 side² · other).
+
+    Args:
+        layer: its shape.
+        side: length of the side that is kept.
+
+    Returns:
+        Multiply-adds as two.
+    """
     return 2 * dense(layer) * layer.m * layer.n + 2 * side**2 * (layer.m * layer.n // side)
 
 
 def through_gram(layer: LayerShape) -> int:
-    """Operations a sample of g(aᵀa)gᵀ: 2κ²q + 2κ²p + 2κp²; the Gram matrix of what is looked up costs none."""
+    """Operations a sample of g(aᵀa)gᵀ: 2κ²q + 2κ²p + 2κp²; the Gram matrix of what is looked up costs none.
+
+    Args:
+        layer: its shape.
+
+    Returns:
+        Multiply-adds as two.
+    """
     gram = 2 * dense(layer) ** 2 * layer.long
     return gram + 2 * layer.kappa**2 * layer.short + 2 * layer.kappa * layer.short**2
 
 
 def ngplus_cost(layer: LayerShape, batch: int) -> Cost:
-    """(4)-(6) on the smaller side by the cheaper way, with the kept inverse applied by one product."""
+    """(4)-(6) on the smaller side by the cheaper way, with the kept inverse applied by one product.
+
+    Args:
+        layer: its shape.
+        batch: samples in a batch.
+
+    Returns:
+        Operations of each part, and elements kept and sent.
+    """
     p, q, groups = layer.short, layer.long, layer.groups
     return Cost(
         build=groups * batch * min(through_gram(layer), forming(layer, p)),
@@ -113,7 +136,15 @@ def count_nonzero_columns(layer: LayerShape, long: int, batch: int) -> int:
 
 
 def released_cost(layer: LayerShape, batch: int) -> Cost:
-    """The authors' published construction for convolutions: always L (m×m), every G_i formed, unless looked up."""
+    """The authors' published construction for convolutions: always L (m×m), every G_i formed, unless looked up.
+
+    Args:
+        layer: its shape.
+        batch: samples in a batch.
+
+    Returns:
+        Operations of each part, and elements kept and sent.
+    """
     m, n, groups = layer.m, layer.n, layer.groups
     sample = through_gram(layer) if layer.embedding else forming(layer, m)
     return Cost(
@@ -126,7 +157,15 @@ def released_cost(layer: LayerShape, batch: int) -> Cost:
 
 
 def kfac_cost(layer: LayerShape, batch: int) -> Cost:
-    """Σ a aᵀ and Σ g gᵀ over the batch's positions, two inverses, two products; nothing halved by symmetry."""
+    """Σ a aᵀ and Σ g gᵀ over the batch's positions, two inverses, two products; nothing halved by symmetry.
+
+    Args:
+        layer: its shape.
+        batch: samples in a batch.
+
+    Returns:
+        Operations of each part, and elements kept and sent.
+    """
     m, n, groups = layer.m, layer.n, layer.groups
     return Cost(
         build=groups * batch * layer.kappa * 2 * (m**2 + n**2),
@@ -159,6 +198,14 @@ COSTS: dict[str, Callable[[LayerShape, int], Cost]] = {
 
 
 def model_operations(layers: Sequence[LayerShape], batch: int) -> int:
-    """Forward and backward of the layers' products: 2κmn each for the output, the weight and, if needed, the input."""
+    """Forward and backward of the layers' products: 2κmn each for the output, the weight and, if needed, the input.
+
+    Args:
+        layers: of the model.
+        batch: samples in a batch.
+
+    Returns:
+        Multiply-adds as two.
+    """
     products = ((2 + layer.input_gradient) * layer.groups * dense(layer) * layer.m * layer.n for layer in layers)
     return 2 * batch * sum(products)

@@ -98,7 +98,17 @@ def cpu_seconds(function: Callable[[], Any], repeats: int = REPEATS) -> float:
 
 
 def layer_timings(model: str, layer: LayerShape, *, samples: int, seed: int) -> list[dict[str, Any]]:
-    """A row for each part of each method: operations counted, CPU time measured, and their quotient."""
+    """A row for each part of each method: operations counted, CPU time measured, and their quotient.
+
+    Args:
+        model: its name, for the table.
+        layer: its shape.
+        samples: in the batch that is timed.
+        seed: of the factors.
+
+    Returns:
+        Rows of a table.
+    """
     factors, rows = draw_factors(layer, samples, seed), []
     for method in TIMED:
         counted = asdict(COSTS[method](layer, samples))
@@ -124,13 +134,29 @@ def layer_timings(model: str, layer: LayerShape, *, samples: int, seed: int) -> 
 
 
 def largest_layer(layers: Sequence[LayerShape], limit: int) -> LayerShape | None:
-    """The layer with most parameters of those with no side above `limit`, if there is one; no embeddings, no groups."""
+    """The layer with most parameters of those with no side above `limit`, if there is one; no embeddings, no groups.
+
+    Args:
+        layers: of a model.
+        limit: on m and n.
+
+    Returns:
+        The layer.
+    """
     fitting = [layer for layer in layers if layer.long <= limit and not layer.embedding and layer.groups == 1]
     return max(fitting, key=lambda layer: layer.parameters, default=None)
 
 
 def root_timings(sizes: Sequence[int], seed: int) -> list[dict[str, Any]]:
-    """CPU time of an inverse and of an inverse fourth root on this machine, float32."""
+    """CPU time of an inverse and of an inverse fourth root on this machine, float32.
+
+    Args:
+        sizes: of the matrices.
+        seed: of the matrices.
+
+    Returns:
+        Rows of a table.
+    """
     generator, rows = torch.Generator().manual_seed(seed), []
     for size in sizes:
         matrix = positive_matrix(size, generator)

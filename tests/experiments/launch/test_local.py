@@ -67,10 +67,10 @@ import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
 import sys
 from pathlib import Path
-from experiments.launch.local import run_apart
+from experiments.launch.local import run_in_processes
 from test_local import Writes
 if __name__ == "__main__":
-    run_apart([Writes(name, Path(sys.argv[1]), seconds=60.0) for name in "abc"], workers=2)
+    run_in_processes([Writes(name, Path(sys.argv[1]), seconds=60.0) for name in "abc"], workers=2)
 """
 
 

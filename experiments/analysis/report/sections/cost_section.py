@@ -15,7 +15,14 @@ EQUAL = "every_10_over_sgd"
 
 
 def section(results: ResultsFolder) -> Section:
-    """A bar chart for each file of steps, then every file as a table."""
+    """A bar chart for each file of steps, then every file as a table.
+
+    Args:
+        results: the results folder.
+
+    Returns:
+        The section.
+    """
     stems = sorted(path.stem for path in (results.root / "bench").glob("*.csv"))
     files = {stem: table for stem in stems if (table := results.csv(f"bench/{stem}.csv")) is not None}
     blocks: list[Block] = []

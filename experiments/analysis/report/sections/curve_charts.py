@@ -16,7 +16,15 @@ AXES = ("epochs", "seconds")
 
 
 def figure(comparable: Comparable, id: str) -> Figure:
-    """All panels, with one legend and one choice of epochs or seconds."""
+    """All panels, with one legend and one choice of epochs or seconds.
+
+    Args:
+        comparable: the runs of a task at a scale.
+        id: unique on the page.
+
+    Returns:
+        The figure.
+    """
     manifest = comparable.runs[0].manifest
     charts = [
         chart

@@ -26,7 +26,14 @@ TIME = profiles.MEASURES["seconds"]
 
 
 def block(studies: Mapping[str, Mapping[str, Study]]) -> Block:
-    """One row for each task, at the first scale of the page that has runs."""
+    """One row for each task, at the first scale of the page that has runs.
+
+    Args:
+        studies: runs by task and scale.
+
+    Returns:
+        A table, or a line that says that there is nothing.
+    """
     rows = [row for task, own in studies.items() for study in list(own.values())[:1] for row in _rows(task, study)]
     if not rows:
         return Line(text="No task has runs of NG+ and of what it is compared with.")

@@ -10,7 +10,14 @@ from experiments.records.run_record import Manifest, Run
 
 
 def table(comparable: Comparable) -> Table:
-    """A row for each set of runs that share device, threads, versions and commit."""
+    """A row for each set of runs that share device, threads, versions and commit.
+
+    Args:
+        comparable: the runs of a task at a scale.
+
+    Returns:
+        The table.
+    """
     groups: dict[Hashable, list[Run]] = defaultdict(list)
     for run in comparable.runs:
         groups[_made_on(run.manifest)].append(run)

@@ -16,7 +16,15 @@ AXES = ("epochs", "seconds")
 
 
 def blocks(studies: Mapping[str, Study], scale: str) -> list[Block]:
-    """The profile of a scale and its table; a sentence if there are fewer than two tasks to compare over."""
+    """The profile of a scale and its table; a sentence if there are fewer than two tasks to compare over.
+
+    Args:
+        studies: runs by task.
+        scale: a scale that it has a recipe for.
+
+    Returns:
+        What stands on the page.
+    """
     entries = profiles.select_entries({task: study.frame for task, study in studies.items()})
     if len(entries) < 2:
         count = "no task has" if not entries else "one task alone has"

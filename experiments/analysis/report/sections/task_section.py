@@ -52,7 +52,14 @@ def section(results: ResultsFolder, task: str, studies: dict[str, Study]) -> Sec
 
 
 def slug(*parts: str) -> str:
-    """An id for the page: letters, digits and hyphens."""
+    """An id for the page: letters, digits and hyphens.
+
+    Args:
+        *parts: words, which are joined.
+
+    Returns:
+        The id.
+    """
     return re.sub(r"[^a-z0-9]+", "-", "-".join(parts).lower()).strip("-")
 
 

@@ -51,7 +51,14 @@ PICTURES = {
 
 
 def section(results: ResultsFolder) -> Section:
-    """A part for each folder, then the errata."""
+    """A part for each folder, then the errata.
+
+    Args:
+        results: the results folder.
+
+    Returns:
+        The section.
+    """
     parts = [_part(results, folder) for folder in sorted((results.root / "theory").glob("*/")) if folder.is_dir()]
     return Section(id="theory", title="Theory", blocks=_errata(results), parts=parts)
 

@@ -21,7 +21,15 @@ NAMES = tuple(part.name for part in PARTS)
 
 
 def blocks(study: Study, id: str) -> list[Block]:
-    """A bar an optimizer and the figures; a sentence if no record has the split."""
+    """A bar an optimizer and the figures; a sentence if no record has the split.
+
+    Args:
+        study: the runs of a task at a scale.
+        id: unique on the page.
+
+    Returns:
+        What stands on the page.
+    """
     frame = study.frame
     if frame[["curvature_s_per_epoch", "inverse_s_per_epoch", "apply_s_per_epoch"]].isna().all(axis=None):
         return [Line(text="No optimizer here reports how its time splits.")]

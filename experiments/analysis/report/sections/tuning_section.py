@@ -15,7 +15,17 @@ _COURSE = ("optimizer", "trial", "ended", "seed", "split", "epochs", "loss")
 
 
 def blocks(results: ResultsFolder, task: str, scale: str, id: str) -> list[Block]:
-    """The best of each optimizer, all trials as points over the learning rate, and all of them in words."""
+    """The best of each optimizer, all trials as points over the learning rate, and all of them in words.
+
+    Args:
+        results: the results folder.
+        task: the task's name.
+        scale: a scale that it has a recipe for.
+        id: unique on the page.
+
+    Returns:
+        What stands on the page.
+    """
     place = f"{task}/{scale}/tuning.csv"
     trials = results.csv(place, columns=("optimizer", "split", "epochs"))
     if trials is None:

@@ -44,7 +44,14 @@ class Tally:
 
 
 def read(results: ResultsFolder) -> list[Verdict]:
-    """The claims in the order of the file; a verdict that is none of the four is named."""
+    """The claims in the order of the file; a verdict that is none of the four is named.
+
+    Args:
+        results: the results folder.
+
+    Returns:
+        The claims.
+    """
     table = results.csv(FILE, columns=COLUMNS)
     if table is None:
         return []
@@ -56,7 +63,14 @@ def read(results: ResultsFolder) -> list[Verdict]:
 
 
 def tally(verdicts: Sequence[Verdict]) -> list[Tally]:
-    """The four verdicts with their counts."""
+    """The four verdicts with their counts.
+
+    Args:
+        verdicts: of all claims.
+
+    Returns:
+        In the order of the four words.
+    """
     said = [each.verdict for each in verdicts]
     return [Tally(word=word, count=said.count(word), meaning=MEANINGS[word]) for word in WORDS]
 
