@@ -2,6 +2,7 @@
 
 import html
 import shutil
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,8 @@ napoleon_use_rtype = False
 
 html_theme = "furo"
 html_title = f"ngplus {version}"
-html_static_path = ["static"]
-html_css_files = ["tables.css"]
+html_static_path = ["static", str(files("ziamath") / "fonts" / "STIXTwoMath-Regular.ttf")]
+html_css_files = ["pages.css"]
 html_show_sphinx = False
 html_copy_source = False
 html_math_renderer = "mathml"
