@@ -1,13 +1,13 @@
 """How Sphinx builds the documentation: `make docs`. Nothing here, and nothing on the pages built, needs a network."""
 
-import html
+import re
 import shutil
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import docutils.nodes as nodes
-from docutils.utils.math import MathError, latex2mathml
+from latex2mathml.converter import convert
 from sphinx.addnodes import download_reference
 from sphinx.application import Sphinx
 from sphinx.transforms.post_transforms import SphinxPostTransform
@@ -36,6 +36,7 @@ myst_heading_anchors = 4
 default_role = "code"
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
 autodoc_typehints_format = "short"
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
@@ -44,21 +45,38 @@ html_theme = "furo"
 html_title = f"ngplus {version}"
 html_static_path = ["static", str(files("ziamath") / "fonts" / "STIXTwoMath-Regular.ttf")]
 html_css_files = ["pages.css"]
+html_show_copyright = False
 html_show_sphinx = False
 html_copy_source = False
 html_math_renderer = "mathml"
 
 
 def write_mathml(translator: Any, node: nodes.Element) -> None:
-    """Write a formula as MathML, which browsers set by themselves; a warning where docutils cannot read it."""
-    block = isinstance(node, nodes.math_block)
+    """Write a formula as MathML, which browsers set by themselves; with a warning where it is not understood."""
+    block, formula = isinstance(node, nodes.math_block), node.astext()
     try:
-        mathml = latex2mathml.tex2mathml(node.astext(), as_block=block)
-    except MathError as error:
-        logger.warning("%s in the formula %s", error, node.astext(), location=node)
-        mathml = html.escape(node.astext())
+        mathml = convert(formula, display="block" if block else "inline")
+    except Exception as error:  # of many kinds
+        logger.warning("%r in the formula %s", error, formula, location=node)
+        raise nodes.SkipNode from error
+    # Of `\\mathcal G` without braces the font would be lost: browsers know no other mathvariant.
+    if unknown := re.findall(r"\\\w+|mathvariant=\"(?!normal)[^\"]*\"", mathml):
+        logger.warning("unknown %s in the formula %s", ", ".join(unknown), formula, location=node)
     translator.body.append(f'<div class="math">{mathml}</div>' if block else mathml)
     raise nodes.SkipNode
+
+
+class ShortenTestNames(SphinxPostTransform):
+    """The name of a test, too long for a table, is a tooltip of the word "test"."""
+
+    default_priority = 500
+    formats = ("html",)
+
+    def run(self, **kwargs: Any) -> None:
+        """Replace ``file.py::test_name`` in the current document."""
+        for literal in list(self.document.findall(nodes.literal)):
+            if re.fullmatch(r"[\w/]+\.py::\w+", literal.astext()):
+                literal.replace_self(nodes.abbreviation("", "test", explanation=literal.astext()))
 
 
 class LinkToReport(SphinxPostTransform):
@@ -92,6 +110,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     """Register what is defined here."""
     app.add_html_math_renderer("mathml", (write_mathml, None), (write_mathml, None))
     app.add_post_transform(LinkToReport)
+    app.add_post_transform(ShortenTestNames)
     app.connect("autodoc-process-docstring", escape_bars)
     app.connect("build-finished", copy_report)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

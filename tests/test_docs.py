@@ -3,6 +3,8 @@
 import pandas as pd
 import pytest
 
+import ngplus
+import ngplus.baselines
 from experiments.provenance import REPOSITORY
 
 RESULTS = REPOSITORY / "results"
@@ -53,7 +55,7 @@ def comparison_table(task: str) -> str:
     rows = [
         [
             f"`{row.optimizer}`",
-            f"{row.best_metric:.3g} ± {row.best_metric_std:.2g}",
+            f"{row.best_metric:.3g}\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{row.best_metric_std:.2g}",
             "missed" if row.epochs_to_target == float("inf") else f"{row.epochs_to_target:g}",
             f"{row.reached} of {row.seeds}",
             f"{row.time_per_epoch_s:.3g}",
@@ -127,7 +129,7 @@ def costs_table() -> str:
         cells = [
             ""
             if row is None or pd.isna(row.every_10_over_sgd)
-            else f"{row.every_10_over_sgd:.2f} / {row.usual_over_sgd:.2f}"
+            else f"{row.every_10_over_sgd:.2f}\N{NO-BREAK SPACE}/\N{NO-BREAK SPACE}{row.usual_over_sgd:.2f}"
             for row in found
         ]
         rows.append([name, *cells])
@@ -136,3 +138,10 @@ def costs_table() -> str:
 
 def test_the_costs_are_those_of_the_bench():
     assert costs_table() in (DOCS / "costs.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("module", [ngplus, ngplus.baselines], ids=lambda module: module.__name__)
+def test_every_exported_name_is_on_the_page_of_the_api(module):
+    page = (DOCS / "api.md").read_text(encoding="utf-8")
+    names = [name for name in module.__all__ if not name.startswith("_")]
+    assert not [name for name in names if f".. autoclass:: {module.__name__}.{name}\n" not in page]
