@@ -98,6 +98,11 @@ def escape_bars(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines
     lines[:] = [line.replace("|", "\\|") for line in lines]
 
 
+def close_examples(app: Sphinx, docname: str, source: list[str]) -> None:
+    """Leave out the blank line at the end of an example, which doctest needs to know where the output ends."""
+    source[0] = source[0].replace("\n\n```\n", "\n```\n")
+
+
 def copy_report(app: Sphinx, error: Exception | None) -> None:
     """Put the report beside the pages."""
     if error is None:
@@ -111,6 +116,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_html_math_renderer("mathml", (write_mathml, None), (write_mathml, None))
     app.add_post_transform(LinkToReport)
     app.add_post_transform(ShortenTestNames)
+    app.connect("source-read", close_examples)
     app.connect("autodoc-process-docstring", escape_bars)
     app.connect("build-finished", copy_report)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
