@@ -147,7 +147,7 @@ report: $(STAMP)  ## build results/report/index.html from the records: REPORT=re
 	$(EXPERIMENTS) report --results-dir $(REPORT)
 
 docs: $(STAMP)  ## build the documentation in build/docs; a warning is an error
-	$(VENV)/bin/sphinx-build -W --keep-going -q docs build/docs
+	$(VENV)/bin/sphinx-build -E -W --keep-going -q docs build/docs
 
 package: $(STAMP)  ## build wheel and sdist in dist/, and check them
 	$(VENV)/bin/uv build --clear && $(VENV)/bin/uvx twine check --strict dist/*

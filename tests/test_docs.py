@@ -1,14 +1,22 @@
 """Tables of the pages are those of the records, and no page uses a word that has another one in the field."""
 
+import re
+from pathlib import Path
+
 import pandas as pd
 import pytest
 
 import ngplus
 import ngplus.baselines
-from experiments.provenance import REPOSITORY
 
+REPOSITORY = Path(__file__).parents[1]
 RESULTS = REPOSITORY / "results"
 DOCS = REPOSITORY / "docs"
+PAGES = [*sorted(REPOSITORY.glob("*.md")), *sorted(DOCS.glob("*.md")), REPOSITORY / "findings" / "README.md"]
+AVOIDED = re.compile(
+    r"\b(renew\w*|touched|anew|mend(ed|s)?|dearer|lent|opaque|complaints?|beside|look(s|ed) at|without a word|lies in)\b"
+)
+"""Words for which the glossary in CONTRIBUTING.md has another."""
 METRICS = {
     "resnet50-imagenet": "top1",
     "schnet-qm9": "MAE",
@@ -140,8 +148,28 @@ def test_the_costs_are_those_of_the_bench():
     assert costs_table() in (DOCS / "costs.md").read_text(encoding="utf-8")
 
 
+def test_the_costs_on_the_front_page_are_those_of_the_bench():
+    small, large = (
+        pd.read_csv(RESULTS / "bench" / f"steps-{name}-cpu.csv").set_index("optimizer").round(2)
+        for name in ("resnet50", "resnet50-32")
+    )
+    soap = small.loc["soap (pytorch-optimizer)"]
+    sentence = (
+        f"on ResNet50 at batch 32 a step is {large.usual_over_sgd.ngplus} of SGD's with 𝒯 = 500, and "
+        f"{large.every_10_over_sgd.ngplus} updated every 10 steps; at batch 8 {small.usual_over_sgd.ngplus} and "
+        f"{small.every_10_over_sgd.ngplus}, where SOAP is at {soap.usual_over_sgd} and {soap.every_10_over_sgd}"
+    )
+    assert sentence in " ".join((REPOSITORY / "README.md").read_text(encoding="utf-8").split())
+
+
 @pytest.mark.parametrize("module", [ngplus, ngplus.baselines], ids=lambda module: module.__name__)
 def test_every_exported_name_is_on_the_page_of_the_api(module):
     page = (DOCS / "api.md").read_text(encoding="utf-8")
     names = [name for name in module.__all__ if not name.startswith("_")]
     assert not [name for name in names if f".. autoclass:: {module.__name__}.{name}\n" not in page]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_uses_the_words_of_the_glossary(page):
+    prose = re.sub(r"```.*?```|`[^`]*`", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert not [match[0] for match in AVOIDED.finditer(prose)]
