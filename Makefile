@@ -27,7 +27,7 @@ TUNE = $(EXPERIMENTS) tune --scale $(SCALE) $(if $(TRIALS),--trials $(TRIALS)) $
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: report test-browser
+.PHONY: report test-browser docs package
 .PHONY: help setup test lint lock reproduce reproduce-resnet50 reproduce-figure1 reproduce-theory
 .PHONY: reproduce-iwslt14 data-libreoffice-help data-ding data-iwslt14
 .PHONY: reproduce-dlrm data-flights data-criteo bench-criteo
@@ -145,6 +145,12 @@ bench-criteo: $(STAMP)  ## how fast Criteo's log is read, on a made file of 5 mi
 report: $(STAMP)  ## build results/report/index.html from the records: REPORT=results is the folder it reads
 	$(EXPERIMENTS) verdicts --short --results-dir $(REPORT)
 	$(EXPERIMENTS) report --results-dir $(REPORT)
+
+docs: $(STAMP)  ## build the documentation in build/docs; a warning is an error
+	$(VENV)/bin/sphinx-build -E -W --keep-going -q docs build/docs
+
+package: $(STAMP)  ## build wheel and sdist in dist/, and check them
+	$(VENV)/bin/uv build --clear && $(VENV)/bin/uvx twine check --strict dist/*
 
 test-browser: $(STAMP)  ## test the report in Debian's chromium, headless
 	chromium=$$(sh scripts/chromium.sh) && CHROMIUM=$$chromium OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m browser tests/browser
