@@ -50,7 +50,7 @@ BENCH_estimate := estimate.check
 
 .DEFAULT_GOAL := help
 .PHONY: help setup test test-browser lint lock reproduce reproduce-figure1 reproduce-theory data-iwslt14 force
-.PHONY: bench gpu report $(TASKS:%=reproduce-%) $(TASKS:%=tune-%) $(BENCHES:%=bench-%)
+.PHONY: bench docs gpu package report $(TASKS:%=reproduce-%) $(TASKS:%=tune-%) $(BENCHES:%=bench-%)
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*##  */\1\t/p; s/^## \([^:]*\): */\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name what; do printf '  %-18s %s\n' "$$name" "$$what"; done
@@ -109,6 +109,12 @@ $(BENCHES:%=bench-%): bench-%: $(STAMP)
 report: $(STAMP)  ## build results/report/index.html from the records in REPORT=results
 	$(EXPERIMENTS) verdicts --short --results-dir $(REPORT)
 	$(EXPERIMENTS) report --results-dir $(REPORT)
+
+docs: $(STAMP)  ## build the documentation in build/docs; a warning is an error
+	$(VENV)/bin/sphinx-build -E -W --keep-going -q docs build/docs
+
+package: $(STAMP)  ## build wheel and sdist in dist/, and check them
+	$(VENV)/bin/uv build --clear && $(VENV)/bin/uvx twine check --strict dist/*
 
 test-browser: $(STAMP)  ## test the report in Debian's chromium, headless
 	chromium=$$(sh scripts/chromium.sh) && CHROMIUM=$$chromium OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m browser tests/browser

@@ -2,7 +2,7 @@
 # Make a virtual environment with what the repository needs: `sh scripts/set-up.sh .venv`, or `make setup`.
 set -eu
 venv=$1
-extras=${EXTRAS:-all,dev}
+extras=${EXTRAS:-all,dev,docs}
 
 new_enough() {
     "$1" -c 'import sys; sys.exit(sys.version_info < (3, 12))' >/dev/null 2>&1

@@ -1,4 +1,4 @@
-"""What the front page says is what the records say, and what it points to is there."""
+"""The tables of the front page and of the claims are those of the records, and what a page links to is there."""
 
 import re
 from pathlib import Path
@@ -11,28 +11,49 @@ from experiments.analysis.verdicts import judge_claims
 from experiments.cli import listing
 from experiments.records.provenance import REPOSITORY
 
-PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+README = REPOSITORY / "README.md"
+CLAIMS = REPOSITORY / "docs" / "claims.md"
+PAGES = [*sorted(REPOSITORY.glob("*.md")), *sorted((REPOSITORY / "docs").glob("*.md"))]
 
 
-def block(name: str) -> str:
-    """What stands on the front page between two comments of this name."""
-    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+def block(page: Path, name: str) -> str:
+    """What is on a page between two comments of this name."""
+    text = page.read_text(encoding="utf-8")
     shown = re.search(rf"<!-- {name}: .*? -->\n(.*?)\n<!-- end of {name} -->", text, flags=re.DOTALL)
     assert shown is not None
     return shown[1]
 
 
-def test_the_verdicts_on_the_front_page_are_those_of_the_records():
-    assert block("verdicts") == render(judge_claims(REPOSITORY / "results"), "markdown", short=True)
+def anchors(page: Path) -> set[str]:
+    """The anchors that the headings of a page have, as GitHub and MyST make them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_verdicts_on_the_page_of_claims_are_those_of_the_records():
+    assert block(CLAIMS, "verdicts") == render(judge_claims(REPOSITORY / "results"), "markdown", short=True)
 
 
 def test_the_overview_on_the_front_page_is_that_of_the_records():
     results = REPOSITORY / "results"
-    assert block("overview") == overview(results, listing.tasks_with_runs(results, "small"), "small")
+    assert block(README, "overview") == overview(results, listing.tasks_with_runs(results, "small"), "small")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_what_a_page_links_to_is_there(page):
-    targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
-    missing = [target for target in targets if "://" not in target and not (page.parent / Path(target)).exists()]
-    assert not missing
+    targets = re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)", page.read_text(encoding="utf-8"))
+    own = [
+        (page.parent / Path(target) if target else page, anchor) for target, anchor in targets if "://" not in target
+    ]
+    assert not [target for target, _ in own if not target.exists()]
+    assert not [f"{target}#{anchor}" for target, anchor in own if anchor and anchor not in anchors(target)]
+
+
+def test_the_front_page_counts_the_verdicts_as_the_page_of_claims_does():
+    last = block(CLAIMS, "verdicts").splitlines()[-1]
+    whole, reproduced, not_reproduced, inconclusive, not_run = re.findall(r"\d+", last)
+    counts = (
+        f"of {whole} claims {reproduced} are reproduced, {not_reproduced} not, {inconclusive} are inconclusive, "
+        f"{not_run} not run"
+    )
+    assert counts in " ".join(README.read_text(encoding="utf-8").split())

@@ -1,15 +1,17 @@
-"""docs/supported.md names tests that are there."""
+"""The pages name tests that are there."""
 
 import re
 from pathlib import Path
 
+import pytest
+
 TESTS = Path(__file__).parent
-DOCUMENT = TESTS.parent.parent / "docs" / "supported.md"
+DOCS = TESTS.parent.parent / "docs"
 
 
-def test_every_test_that_the_document_names_is_there():
-    text = DOCUMENT.read_text()
-    named = re.findall(r"`([\w/]+\.py)::(\w+)`", text)
+@pytest.mark.parametrize(("page", "least"), [("supported.md", 40), ("options.md", 8)])
+def test_every_test_that_a_page_names_is_there(page, least):
+    named = re.findall(r"`([\w/]+\.py)::(\w+)`", (DOCS / page).read_text())
     missing = [f"{file}::{name}" for file, name in named if f"def {name}(" not in (TESTS / file).read_text()]
-    assert len(named) > 40
+    assert len(named) > least
     assert not missing

@@ -1,0 +1,175 @@
+"""Tables of the pages are those of the records, and no page uses a word that has another one in the field."""
+
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+import ngplus
+import ngplus.baselines
+
+REPOSITORY = Path(__file__).parents[1]
+RESULTS = REPOSITORY / "results"
+DOCS = REPOSITORY / "docs"
+PAGES = [*sorted(REPOSITORY.glob("*.md")), *sorted(DOCS.glob("*.md")), REPOSITORY / "findings" / "README.md"]
+AVOIDED = re.compile(
+    r"\b(renew\w*|touched|anew|mend(ed|s)?|dearer|lent|opaque|complaints?|beside|looked at|without a word|lies in)\b"
+)
+"""Words for which the glossary in CONTRIBUTING.md has another."""
+METRICS = {
+    "resnet50-imagenet": "top1",
+    "schnet-qm9": "MAE",
+    "schnet-matproj": "MAE",
+    "transformer-iwslt14": "nll",
+    "dlrm-criteo": "accuracy",
+}
+SYMBOLS = {
+    "update_every": "𝒯",
+    "damping_rule": "λ",
+    "block_size": "`block_size`",
+    "sketch_size": "`sketch_size`",
+    "ema": "`ema`",
+}
+
+BENCHES = {
+    "ResNet50 224², batch 8": "resnet50",
+    "batch 32": "resnet50-32",
+    "SchNet, 100 molecules": "schnet",
+    "Transformer, 160 × 25 tokens": "transformer",
+    "DLRM, batch 128": "dlrm",
+}
+STEPS = {
+    "NG+ on SGD": "ngplus",
+    "NG+ on Adam": "ngplus-adam",
+    "NG+ on AdaGrad": "ngplus-adagrad",
+    "Adam": "adam",
+    "AdaGrad": "adagrad",
+    "Muon": "muon",
+    "K-FAC (`ngplus.baselines`)": "kfac (ngplus.baselines)",
+    "K-FAC (asdfghjkl)": "kfac (asdfghjkl)",
+    "SOAP": "soap (pytorch-optimizer)",
+    "Shampoo (pytorch-optimizer)": "shampoo (pytorch-optimizer)",
+}
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
+
+
+def comparison_table(task: str) -> str:
+    """Optimizers from the best to the worst, by the best value of the metric."""
+    frame = pd.read_csv(RESULTS / task / "small" / "comparison.csv")
+    rows = [
+        [
+            f"`{row.optimizer}`",
+            f"{row.best_metric:.3g}\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{row.best_metric_std:.2g}",
+            "missed" if row.epochs_to_target == float("inf") else f"{row.epochs_to_target:g}",
+            f"{row.reached} of {row.seeds}",
+            f"{row.time_per_epoch_s:.3g}",
+        ]
+        for row in frame.sort_values("best_metric", ascending=METRICS[task] in ("MAE", "nll")).itertuples()
+    ]
+    return markdown(["optimizer", "best", "epochs to the target", "runs that reach it", "s an epoch"], rows)
+
+
+def cell(row: pd.Series, metric: str) -> str:
+    """The best of a run; what it ends with in brackets where that is more than 5 % apart."""
+    last, best = row[metric], row[f"best_{metric}"]
+    return f"{best:.3g}" if abs(last - best) <= 0.05 * best else f"{best:.3g} (ends at {last:.3g})"
+
+
+def grids(task: str) -> pd.DataFrame:
+    return pd.read_csv(RESULTS / task / "small" / "sensitivity.csv")
+
+
+def lr_damping_table(task: str) -> str:
+    frame = grids(task).query("grid == 'lr-damping'")
+    dampings = sorted(frame.damping.unique())
+    rows = [
+        [
+            f"{lr:g}",
+            *(
+                cell(frame[(frame.lr == lr) & (frame.damping == damping)].iloc[0], METRICS[task])
+                for damping in dampings
+            ),
+        ]
+        for lr in sorted(frame.lr.unique())
+    ]
+    return markdown(["learning rate", *(f"λ = {damping:g}" for damping in dampings)], rows)
+
+
+def other_settings_table(task: str) -> str:
+    frame, rows = grids(task), []
+    for grid, name in SYMBOLS.items():
+        if grid == "damping_rule":
+            for rule in ("paper", "released"):
+                own = frame[(frame.grid == grid) & (frame.damping_rule == rule)]
+                rows.append([f"λ, {rule} rule", *joined(own, "damping", METRICS[task])])
+        elif grid in frame:
+            rows.append([name, *joined(frame[frame.grid == grid].dropna(subset=grid), grid, METRICS[task])])
+    return markdown(["setting", "values", "best"], rows)
+
+
+def joined(frame: pd.DataFrame, setting: str, metric: str) -> list[str]:
+    return [
+        " · ".join(f"{value:g}" for value in frame[setting]),
+        " · ".join(cell(row, metric) for _, row in frame.iterrows()),
+    ]
+
+
+@pytest.mark.parametrize("task", METRICS)
+@pytest.mark.parametrize(
+    "table", [comparison_table, lr_damping_table, other_settings_table], ids=lambda table: table.__name__
+)
+def test_a_table_of_the_results_is_that_of_the_records(task, table):
+    assert table(task) in (DOCS / "results.md").read_text(encoding="utf-8")
+
+
+def costs_table() -> str:
+    """A step over one of SGD: with updates every 10 steps / at the usual interval."""
+    benches = [
+        pd.read_csv(RESULTS / "bench" / f"steps-{name}-cpu.csv").set_index("optimizer") for name in BENCHES.values()
+    ]
+    rows = []
+    for name, optimizer in STEPS.items():
+        found = [bench.loc[optimizer] if optimizer in bench.index else None for bench in benches]
+        cells = [
+            ""
+            if row is None or pd.isna(row.every_10_over_sgd)
+            else f"{row.every_10_over_sgd:.2f}\N{NO-BREAK SPACE}/\N{NO-BREAK SPACE}{row.usual_over_sgd:.2f}"
+            for row in found
+        ]
+        rows.append([name, *cells])
+    return markdown(["", *BENCHES], rows)
+
+
+def test_the_costs_are_those_of_the_bench():
+    assert costs_table() in (DOCS / "costs.md").read_text(encoding="utf-8")
+
+
+def test_the_costs_on_the_front_page_are_those_of_the_bench():
+    small, large = (
+        pd.read_csv(RESULTS / "bench" / f"steps-{name}-cpu.csv").set_index("optimizer").round(2)
+        for name in ("resnet50", "resnet50-32")
+    )
+    soap = small.loc["soap (pytorch-optimizer)"]
+    sentence = (
+        f"on ResNet50 at batch 32 a step is {large.usual_over_sgd.ngplus} of SGD's with 𝒯 = 500, and "
+        f"{large.every_10_over_sgd.ngplus} updated every 10 steps; at batch 8 {small.usual_over_sgd.ngplus} and "
+        f"{small.every_10_over_sgd.ngplus}, where SOAP is at {soap.usual_over_sgd} and {soap.every_10_over_sgd}"
+    )
+    assert sentence in " ".join((REPOSITORY / "README.md").read_text(encoding="utf-8").split())
+
+
+@pytest.mark.parametrize("module", [ngplus, ngplus.baselines], ids=lambda module: module.__name__)
+def test_every_exported_name_is_on_the_page_of_the_api(module):
+    page = (DOCS / "api.md").read_text(encoding="utf-8")
+    names = [name for name in module.__all__ if not name.startswith("_")]
+    assert not [name for name in names if f".. autoclass:: {module.__name__}.{name}\n" not in page]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_uses_the_words_of_the_glossary(page):
+    prose = re.sub(r"```.*?```|`[^`]*`", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert not [match[0] for match in AVOIDED.finditer(prose)]
