@@ -1,7 +1,7 @@
-"""Whether a plain step of NG+ on a GPU ever waits for it: ``make gpu`` runs it.
+"""Whether a plain step of NG+ ever synchronizes with the GPU: ``make gpu`` runs it.
 
-A plain step, one that builds no curvature, only queues work. The profiler counts the calls into CUDA that wait for the
-device or bring a value back from it during optimizer steps alone, forward and backward being left out.
+A plain step, one that builds no curvature, only queues work. The profiler counts the calls into CUDA that synchronize
+or bring a value back from it during optimizer steps alone, forward and backward being left out.
 """
 
 import argparse
@@ -16,30 +16,30 @@ from experiments.bench.workloads import WORKLOADS, Workload
 from experiments.errors import UserError
 from experiments.records.provenance import device_name
 
-WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "Memcpy DtoH")
+SYNCHRONIZING = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "Memcpy DtoH")
 STEPS = 5
 
 
-def waits(model: str, optimizer: str) -> pd.DataFrame:
-    """A row for each kind of wait: how often it came in `STEPS` plain steps.
+def count_synchronizations(model: str, optimizer: str) -> pd.DataFrame:
+    """Count the calls that synchronize with the device in `STEPS` plain steps.
 
     Args:
         model: of `WORKLOADS`.
         optimizer: of `CANDIDATES`.
 
     Returns:
-        A row a kind of synchronisation, with its count.
+        A row a kind of call.
 
     Raises:
         UserError: there is no CUDA device.
     """
     if not torch.cuda.is_available():
-        raise UserError("waiting for a device is measured on one: there is no CUDA device here")
+        raise UserError("synchronization with a device is measured on one: there is no CUDA device here")
     workload = WORKLOADS[model]("cuda")
     candidate = CANDIDATES[optimizer](workload, 10**6)
     candidate.step()
     candidate.step()
-    counts = dict.fromkeys(WAITS, 0)
+    counts = dict.fromkeys(SYNCHRONIZING, 0)
     for _ in range(STEPS):
         for name, count in _step(workload, candidate.optimizer).items():
             counts[name] += count
@@ -53,10 +53,10 @@ def _step(workload: Workload, optimizer: torch.optim.Optimizer) -> dict[str, int
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         optimizer.step()
     optimizer.zero_grad()
-    # The profiler itself waits for the device once, as it stops.
+    # The profiler itself synchronizes once, as it stops.
     own = {"cudaDeviceSynchronize": 1}
     events = profiler.events()
-    return {wait: sum(wait in event.name for event in events) - own.get(wait, 0) for wait in WAITS}
+    return {name: sum(name in event.name for event in events) - own.get(name, 0) for name in SYNCHRONIZING}
 
 
 def main() -> None:
@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--optimizer", choices=list(CANDIDATES), default="ngplus")
     parser.add_argument("--out", type=Path, default=Path("results/bench/plain-step-cuda.csv"))
     arguments = parser.parse_args()
-    frame = waits(arguments.model, arguments.optimizer)
+    frame = count_synchronizations(arguments.model, arguments.optimizer)
     print(frame.to_string(index=False))
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     frame.to_csv(arguments.out, index=False)

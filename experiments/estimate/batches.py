@@ -55,7 +55,7 @@ def choose_batch(
 
     Args:
         recipe: what is to be run.
-        name: an optimizer of it, to look at quickly.
+        name: an optimizer of it, to measure briefly.
         data_dir: where the datasets are kept.
         device: where it is measured.
         clock: that a first look is timed by.
@@ -126,7 +126,7 @@ def _least(key: str, whole_size: int) -> int:
 def _largest(
     step: Parts, memory: MemoryUse, factor: float, least: int, whole_size: int, available: float | None
 ) -> int:
-    """The largest of whole_size/1, /2, /4, … above `least` that fits, from a look at `least`.
+    """The largest of whole_size/1, /2, /4, … above `least` that fits, from a measurement at `least`.
 
     Args:
         step: seconds at `least`.

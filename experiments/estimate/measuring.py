@@ -206,7 +206,7 @@ def _operations(recipe: Recipe, name: str, task: Task, device: torch.device) -> 
 
 
 def make_clock(device: torch.device, *, cpu_time: bool = False) -> Clock:
-    """A clock that waits for the device.
+    """A clock that synchronizes with the device.
 
     Args:
         device: that is measured.

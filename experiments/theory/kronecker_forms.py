@@ -1,7 +1,7 @@
 """How well the Kronecker forms of NG+, K-FAC and Shampoo stand for the empirical Fisher matrix of a layer.
 
 Nothing here forms the mn×mn matrix: norms, inner products and the exact damped direction come from N×N Gram
-matrices of the samples' gradients, so that any layer of any size can be looked at.
+matrices of the samples' gradients, so that a layer may have any size.
 
 Of N samples the EFIM has rank N, and in Frobenius norm nothing of full rank is near it, were it right for the
 expectation: for independent Gaussian entries ‖EFIM‖² is 1 + mn/N times that of its expectation. So errors are
@@ -73,8 +73,8 @@ class Kronecker(NamedTuple):
         values, Q = torch.linalg.eigh(self.left)
         others, P = torch.linalg.eigh(self.right)
         spectrum = values.clamp(min=0)[:, None] * others.clamp(min=0)[None, :]
-        turned = Q.mT @ G @ P
-        return [Q @ (turned / (spectrum + damping)) @ P.mT for damping in dampings]
+        rotated = Q.mT @ G @ P
+        return [Q @ (rotated / (spectrum + damping)) @ P.mT for damping in dampings]
 
 
 def is_identity(matrix: Tensor) -> bool:

@@ -28,7 +28,7 @@ RATE = 2e-3
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """What is looked at in a task's model.
+    """What is sampled in a task's model.
 
     Attributes:
         size: samples in one of the task's batches.
@@ -199,7 +199,7 @@ def gather(task: Task, model: nn.Module, *, samples: int, seed: int) -> list[Lay
 
     Args:
         task: whose training data is sampled.
-        model: of the task, in evaluation mode; it is turned to float64.
+        model: of the task, in evaluation mode; it is converted to float64, in place.
         samples: of each of the two sets.
         seed: of the order in which the data is read.
 

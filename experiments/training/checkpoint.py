@@ -216,7 +216,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _check_sums(path: Path) -> None:
-    """Refuse a file that changed on its way: `torch.load` does not look at the checksums that `torch.save` wrote."""
+    """Refuse a file that changed on its way: `torch.load` does not check the checksums that `torch.save` wrote."""
     with zipfile.ZipFile(path) as archive:
         if damaged := archive.testzip():
             raise zipfile.BadZipFile(f"{damaged} is damaged")

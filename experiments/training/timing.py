@@ -15,7 +15,7 @@ _STATUS = Path("/proc/self/status")
 
 
 class Clock:
-    """Seconds of training: counts inside `running`, and waits for the device at both ends.
+    """Seconds of training: counts inside `running`, and synchronizes with the device at both ends.
 
     Args:
         device: the device that is trained on.

@@ -33,7 +33,7 @@ from experiments.training.checkpoint import (
 from experiments.training.distributed import Workers
 from experiments.training.timing import Clock, OptimizerTimes, peak_memory_mb
 
-# Steps apart at which several processes agree whether a checkpoint is due: agreeing waits for the device.
+# Steps apart at which several processes agree whether a checkpoint is due: agreeing synchronizes with the device.
 _ASK_EVERY = 16
 
 
@@ -80,7 +80,7 @@ class Training:
         self.position = Position()
         self.clock = Clock(device)
         self.times = OptimizerTimes(self.optimizer)
-        # On the device, so that adding up the loss never waits for it.
+        # On the device, so that adding up the loss never synchronizes.
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         self._loss_count = torch.zeros((), dtype=torch.int64, device=device)
         self._saved_at = time.monotonic()

@@ -203,5 +203,5 @@ def _take(pairs: Sequence[Pair], size: int, name: str) -> tuple[Sequence[Pair], 
     if size > len(pairs):
         raise ValueError(f"{name} = {size}: there are only {len(pairs):,} pairs left")
     taken = pairs[:size]
-    touched = {pair.document for pair in taken}
-    return taken, [pair for pair in pairs[size:] if pair.document not in touched]
+    used = {pair.document for pair in taken}
+    return taken, [pair for pair in pairs[size:] if pair.document not in used]

@@ -220,7 +220,7 @@ class SchNetTask:
 def map_ahead[Index, Item](make: Callable[[Index], Item], order: Iterable[Index]) -> Iterator[Item]:
     """``map(make, order)``, the next item made in a thread while this one is used.
 
-    On a GPU the training step waits for the device, and the next batch is gathered meanwhile.
+    On a GPU the training step synchronizes with the device, and the next batch is gathered meanwhile.
     """
     with ThreadPoolExecutor(1) as thread:
         pending = None
