@@ -187,6 +187,11 @@ def batch_loss(*inputs, batch_dim: int = 0) -> Loss:
     return lambda m: energy(m(*inputs)) / inputs[0].shape[batch_dim]
 
 
+def energy_gradients(model: nn.Module, *inputs: Tensor) -> dict[Matrix, list[Tensor]]:
+    """𝒢ᵢ of every matrix for the energy of each sample of a batch of inputs."""
+    return sample_gradients(model, sample_losses(*inputs))
+
+
 def sample(inputs: Sequence, number: int, batch_dim: int = 0) -> list:
     """One sample of a batch of inputs."""
     return [x.narrow(batch_dim, number, 1) if isinstance(x, Tensor) else x for x in inputs]

@@ -1,6 +1,6 @@
 """Training loops drawn at random: each layer's direction is the oracle's, or a warning names the layer.
 
-``python tests/ngplus/random_loops.py --seed 0 --count 1000`` tries as many as one likes; a failure names the seed that
+``python -m tests.ngplus.random_loops --seed 0 --count 1000`` tries as many as one likes; a failure names the seed that
 draws it again.
 """
 
@@ -14,12 +14,12 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
-import oracle
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ngplus import NGPlus
+from tests.ngplus import oracle
 
 TOLERANCE = {"float64": 1e-9, "float32": 2e-5, "autocast": 0.15}
 """Largest relative error of a direction."""

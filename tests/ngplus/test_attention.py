@@ -1,9 +1,10 @@
 """The direction (6) for nn.MultiheadAttention, against gradients made one sample at a time."""
 
-import oracle
 import pytest
 import torch
 from torch import nn
+
+from tests.ngplus import oracle
 
 
 class Attention(nn.Module):

@@ -3,12 +3,10 @@
 import copy
 import gc
 import io
-import itertools
 import pickle
 import warnings
 import weakref
 
-import oracle
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,6 +15,8 @@ from torch.nn.modules import module as nn_module
 
 from ngplus import NGPlus
 from ngplus.baselines import KFAC, SENG
+from tests.ngplus import oracle
+from tests.ngplus.cases import mlp, points
 
 
 @pytest.fixture
@@ -29,16 +29,6 @@ def hooks():
 
     before = all_hooks()
     return lambda: {key: hook for key, hook in all_hooks().items() if key not in before}
-
-
-def mlp(*sizes):
-    torch.manual_seed(0)
-    layers = [nn.Linear(i, o) for i, o in itertools.pairwise(sizes)]
-    return nn.Sequential(*[part for layer in layers for part in (layer, nn.Tanh())]).double()
-
-
-def points(*shape):
-    return torch.randn(shape, dtype=torch.float64)
 
 
 class Wired(nn.Module):
@@ -302,7 +292,7 @@ def test_a_forward_that_raises_is_left_properly():
     with pytest.raises(ZeroDivisionError):
         model(points(5, 3))
     assert torch.overrides._get_current_function_mode() is None
-    gradients = oracle.sample_gradients(model, [lambda m, i=i: oracle.energy(m(x[i : i + 1])) for i in range(5)])
+    gradients = oracle.energy_gradients(model, x)
     (oracle.energy(model(x)) / 5).backward()
     optimizer.step()
     assert oracle.error(model, oracle.directions(gradients, 0.3)) <= 1e-10
@@ -310,7 +300,7 @@ def test_a_forward_that_raises_is_left_properly():
 
 def test_layers_called_one_by_one_are_seen_without_a_forward_of_the_model():
     model, x = mlp(4, 6, 3), points(5, 4)
-    gradients = oracle.sample_gradients(model, [lambda m, i=i: oracle.energy(m(x[i : i + 1])) for i in range(5)])
+    gradients = oracle.energy_gradients(model, x)
 
     def run(m):
         for layer in m:
@@ -324,14 +314,10 @@ def test_layers_called_one_by_one_are_seen_without_a_forward_of_the_model():
 # Backward passes ----------------------------------------------------------------------------------------------------
 
 
-def one_by_one(model, x, loss=oracle.energy):
-    return oracle.sample_gradients(model, [lambda m, i=i: loss(m(x[i : i + 1])) for i in range(len(x))])
-
-
 @pytest.mark.parametrize("create_graph", [False, True])
 def test_gradients_with_respect_to_inputs_do_not_contaminate(create_graph):
     model, x = mlp(4, 6, 3), points(5, 4).requires_grad_()
-    gradients = one_by_one(model, x.detach())
+    gradients = oracle.energy_gradients(model, x.detach())
 
     def run(m):
         output = m(x)
@@ -346,7 +332,7 @@ def test_gradients_with_respect_to_inputs_do_not_contaminate(create_graph):
 def test_gradients_that_are_returned_are_not_those_of_the_step(create_graph):
     """Those of the weights themselves too, as for the norm of one loss's gradient beside that of another."""
     model, x = mlp(4, 6, 3), points(5, 4)
-    gradients = one_by_one(model, x)
+    gradients = oracle.energy_gradients(model, x)
 
     def run(m):
         output = m(x)
@@ -376,7 +362,7 @@ def test_gradients_put_in_place_by_hand_go_to_the_base_with_a_warning():
 
 def test_backward_to_inputs_only_does_not_contaminate():
     model, x = mlp(4, 6, 3), points(5, 4).requires_grad_()
-    gradients = one_by_one(model, x.detach())
+    gradients = oracle.energy_gradients(model, x.detach())
 
     def run(m):
         oracle.energy(m(x)).backward(inputs=[x])
@@ -390,7 +376,9 @@ def test_backward_to_inputs_only_does_not_contaminate():
 def test_two_losses_through_one_retained_graph_are_one_loss(zeroed):
     """The gradients of a layer's output add up before they are squared; those that `zero_grad` discards do not."""
     model, x = mlp(4, 6, 3), points(5, 4)
-    gradients = one_by_one(model, x, lambda out: out.sin().sum() + (0 if zeroed else 1) * out.square().sum())
+    gradients = oracle.sample_gradients(
+        model, [lambda m, x=x: m(x).sin().sum() + (0 if zeroed else 1) * m(x).square().sum() for x in x.split(1)]
+    )
     optimizer = NGPlus(model, lr=1e-9, damping=0.3, update_every=1)
     out = model(x)
     (out.square().sum() / 5).backward(retain_graph=True)
@@ -408,7 +396,7 @@ def test_accumulated_micro_batches_are_one_batch(sizes, joint, samples):
     """One backward a micro-batch, or one for the sum of unequal ones; the loss is divided by all samples."""
     model = mlp(4, 6, 3)
     x = points(sum(sizes), 4)
-    gradients = one_by_one(model, x)
+    gradients = oracle.energy_gradients(model, x)
     optimizer = NGPlus(model, lr=1e-9, damping=0.3, update_every=1, samples=samples, solver="dense")
     losses = [oracle.energy(model(part)) / len(x) for part in x.split(sizes)]
     if joint:
@@ -437,7 +425,7 @@ def test_micro_batches_with_and_without_positions_are_one_batch(solver, lengths)
 
 def test_max_samples_holds_over_micro_batches():
     model, x = mlp(4, 6, 3), points(6, 4)
-    gradients = one_by_one(model, x)
+    gradients = oracle.energy_gradients(model, x)
     optimizer = NGPlus(model, lr=1e-9, damping=0.3, update_every=1, max_samples=4)
     for part in x.split([3, 2, 1]):
         (oracle.energy(model(part)) / 6).backward()
@@ -447,7 +435,7 @@ def test_max_samples_holds_over_micro_batches():
 
 def test_a_summed_loss_gives_the_same_curvature_and_a_larger_gradient():
     model, x = mlp(4, 6, 3), points(5, 4)
-    gradients = one_by_one(model, x)
+    gradients = oracle.energy_gradients(model, x)
     expected = {matrix: 5 * D for matrix, D in oracle.directions(gradients, 0.3).items()}
     oracle.descend(model, lambda m: oracle.energy(m(x)), damping=0.3, loss_reduction="sum")
     assert oracle.error(model, expected) <= 1e-10
@@ -455,7 +443,7 @@ def test_a_summed_loss_gives_the_same_curvature_and_a_larger_gradient():
 
 def test_zero_grad_forgets_what_was_summed():
     model, x = mlp(4, 6, 3), points(5, 4)
-    gradients = one_by_one(model, x)
+    gradients = oracle.energy_gradients(model, x)
     optimizer = NGPlus(model, lr=1e-9, damping=0.3, update_every=1)
     model(points(5, 4)).sum().backward()
     optimizer.zero_grad()

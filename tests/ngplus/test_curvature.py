@@ -1,9 +1,7 @@
 """Every way to keep and to invert L or R, against plain loops and closed forms in float64."""
 
 import copy
-import itertools
 
-import oracle
 import pytest
 import torch
 from torch import nn
@@ -19,28 +17,16 @@ from ngplus.preconditioner import (
     low_rank,
     same_batch_direction,
 )
+from tests.ngplus import oracle
+from tests.ngplus.cases import mlp, points
 
 DAMPING = 0.3
-
-
-def mlp(*sizes, dtype=torch.float64, seed=0):
-    torch.manual_seed(seed)
-    layers = [nn.Linear(i, o) for i, o in itertools.pairwise(sizes)]
-    return nn.Sequential(*[part for layer in layers for part in (layer, nn.Tanh())]).to(dtype)
 
 
 def images(dtype=torch.float64):
     torch.manual_seed(0)
     head = nn.Sequential(nn.Flatten(), nn.Linear(6 * 9, 3))
     return nn.Sequential(nn.Conv2d(2, 6, 3, groups=2, padding=1), nn.Tanh(), nn.MaxPool2d(2), *head).to(dtype)
-
-
-def points(*shape, seed=1):
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def gradients_of(model, *inputs):
-    return oracle.sample_gradients(model, oracle.sample_losses(*inputs))
 
 
 def stepped(model, x, **options):
@@ -85,7 +71,7 @@ def test_max_samples_uses_the_first_ones(used, solver):
 @pytest.mark.parametrize("solver", ["auto", "dense", "low_rank"])
 def test_the_released_rule_adds_the_root_of_the_damping(solver):
     model, x = mlp(4, 30, 3), points(5, 4)
-    expected = oracle.directions(gradients_of(model, x), DAMPING**0.5)
+    expected = oracle.directions(oracle.energy_gradients(model, x), DAMPING**0.5)
     optimizer = stepped(model, x, damping_rule="released", solver=solver)
     assert oracle.error(model, expected) <= 1e-10
     assert optimizer.curvature["0.weight"].damping == DAMPING**0.5
@@ -117,7 +103,7 @@ def test_several_steps_are_those_of_a_plain_loop(kind, block_size, ema, update_e
 
 def test_the_moving_average_starts_from_the_first_matrix_and_not_from_zero():
     model, x = mlp(4, 3), points(5, 4)
-    (samples,) = gradients_of(model, x).values()
+    (samples,) = oracle.energy_gradients(model, x).values()
     optimizer = stepped(model, x, ema=0.9)
     (average,) = optimizer.curvature["0.weight"].average
     torch.testing.assert_close(average, oracle.second_moment(samples), rtol=1e-12, atol=1e-12)
@@ -198,7 +184,7 @@ def test_low_rank_is_dense_where_there_are_more_samples_than_rows():
 
 def test_low_rank_counts_micro_batches_together():
     model, x = mlp(19, 11), points(6, 19)
-    gradients = gradients_of(model, x)
+    gradients = oracle.energy_gradients(model, x)
     optimizer = NGPlus(model, lr=1e-9, damping=DAMPING, update_every=1)
     for part in x.split(3):
         (oracle.energy(model(part)) / 6).backward()
@@ -312,7 +298,7 @@ def sketched_least_squares(U, G, drawn, damping):
 @pytest.mark.parametrize("size", [1, 6, 11])
 def test_sketched_solver_is_the_sketched_least_squares_with_the_same_rows(size, sizes):
     model, x = mlp(*sizes), points(4, sizes[0])
-    ((matrix, samples),) = gradients_of(model, x).items()
+    ((matrix, samples),) = oracle.energy_gradients(model, x).items()
     optimizer = stepped(model, x, solver="sketched", sketch_size=size)
     kept = optimizer.curvature["0.weight"].preconditioner
     assert isinstance(kept, SketchedInverse)
@@ -333,7 +319,7 @@ def test_sampled_columns_give_the_matrix_on_average(case):
     else:
         model = nn.Linear(9, 4).double() if case != "linear, right" else nn.Linear(3, 9).double()
         x = points(3, 4, model.in_features)
-    ((_, samples),) = gradients_of(model, x).items()
+    ((_, samples),) = oracle.energy_gradients(model, x).items()
     if case == "mini-batch":
         samples = [sum(samples) / len(samples)]
     L = oracle.second_moment(samples)[0]
@@ -505,7 +491,7 @@ def test_a_layers_state_reads_well_and_counts_its_numbers():
 @pytest.mark.parametrize("samples", [3, 40])
 def test_the_share_is_that_of_the_largest_eigenvalue(options, samples):
     model, x = mlp(9, 7, 12), points(samples, 9)
-    moments = {m.weight: oracle.second_moment(G) for m, G in gradients_of(model, x).items()}
+    moments = {m.weight: oracle.second_moment(G) for m, G in oracle.energy_gradients(model, x).items()}
     optimizer = stepped(model, x, **options)
     damping = DAMPING**0.5 if "damping_rule" in options else DAMPING
     for name, state in optimizer.curvature.items():

@@ -2,7 +2,6 @@
 
 import copy
 
-import oracle
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,6 +10,7 @@ from torch import nn
 
 from ngplus import NGPlus
 from ngplus.baselines import KFAC, SENG
+from tests.ngplus import oracle
 
 
 def table(kind=nn.Embedding, rows=9, dim=4, dtype=torch.float64, **options):

@@ -1,10 +1,8 @@
 """Every way to L or R gives the same matrix, in chunks too, and the cheapest way is taken."""
 
-import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from allocations import peak_elements
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -13,6 +11,8 @@ from ngplus import NGPlus, gfim
 from ngplus.calls import read_call
 from ngplus.layers import find_layers
 from ngplus.patches import Patches
+from tests.ngplus import oracle
+from tests.ngplus.allocations import peak_elements
 
 
 @pytest.fixture

@@ -1,14 +1,14 @@
 """Rows that belong to samples by an index, as atoms do to molecules, against one molecule at a time."""
 
-import oracle
 import pytest
 import torch
-from allocations import peak_elements
 from torch import nn
 
 from ngplus import NGPlus, gfim
 from ngplus.grouping import rows_by_sample, rows_that_count
 from ngplus.patches import Patches
+from tests.ngplus import oracle
+from tests.ngplus.allocations import peak_elements
 
 ATOMS = [3, 1, 4, 2]
 MOLECULE = torch.arange(len(ATOMS)).repeat_interleave(torch.tensor(ATOMS))

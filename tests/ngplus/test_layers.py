@@ -1,11 +1,12 @@
 """The direction (6) for Linear and convolutions of every kind, against gradients made one sample at a time."""
 
-import oracle
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+
+from tests.ngplus import oracle
 
 BOTH = pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")

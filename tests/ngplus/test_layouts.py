@@ -3,12 +3,12 @@
 import copy
 import warnings
 
-import oracle
 import pytest
 import torch
 from torch import nn
 
 from ngplus import NGPlus
+from tests.ngplus import oracle
 
 DAMPING = 0.3
 

@@ -1,11 +1,12 @@
 """Which calls of a model see the same samples: pieces of a batch, chains of calls, ``forward`` called directly."""
 
-import oracle
 import pytest
 import torch
 from torch import nn
 
 from ngplus import NGPlus
+from tests.ngplus import oracle
+from tests.ngplus.cases import points
 
 DAMPING = 0.3
 
@@ -29,11 +30,6 @@ class Chain(nn.Module):
         return self.cell(x).tanh() * self.cell(2 * x)
 
 
-def points(*shape):
-    torch.manual_seed(1)
-    return torch.randn(shape, dtype=torch.float64)
-
-
 def judge(run, samples, model=None, **options):
     """One step on ``run(model)``, judged against the losses of single samples."""
     model = model or Chain()
@@ -48,7 +44,7 @@ def judge(run, samples, model=None, **options):
 def test_pieces_of_a_batch_are_samples_of_their_own(sizes, build):
     model, total = build(), sum(sizes)
     x = points(total, 4) if isinstance(model, Chain) else points(total, 4, 5)
-    gradients = oracle.sample_gradients(model, [lambda m, i=i: oracle.energy(m(x[i : i + 1])) for i in range(total)])
+    gradients = oracle.energy_gradients(model, x)
     oracle.descend(model, lambda m: sum(oracle.energy(m(part)) for part in x.split(sizes)) / total, damping=DAMPING)
     assert oracle.error(model, oracle.directions(gradients, DAMPING)) <= 1e-10
 
@@ -97,7 +93,7 @@ def test_a_discriminators_calls_on_real_and_on_generated_images_are_apart():
     model = nn.ModuleDict(
         {"g": nn.Linear(4, 4), "d": nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1))}
     ).double()
-    real, noise = points(4, 4), points(4, 4).flip(0)
+    real, noise = points(4, 4), points(4, 4)
     losses = [lambda m, i=i: oracle.energy(m["d"](real[i : i + 1])) for i in range(4)]
     losses += [lambda m, i=i: oracle.energy(m["d"](m["g"](noise[i : i + 1]))) for i in range(4)]
     gradients = oracle.sample_gradients(model, losses)
@@ -129,7 +125,7 @@ def test_halves_of_what_a_trunk_made_are_samples_of_their_own():
 
 @pytest.mark.parametrize("model_calls", ["separate", "joined"])
 def test_branches_of_a_siamese_network_are_one_sample_where_one_says_so(model_calls):
-    x, y = points(5, 4), points(5, 4).flip(1)
+    x, y = points(5, 4), points(5, 4)
 
     def run(model, which):
         return (model.cell(x[which]) - model.cell(y[which])).square().sum()

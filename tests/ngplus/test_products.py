@@ -2,7 +2,6 @@
 
 import warnings
 
-import oracle
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from ngplus import NGPlus
 from ngplus.baselines import KFAC, SENG
+from tests.ngplus import oracle
 
 transformers = pytest.importorskip("transformers")
 Conv1D = transformers.pytorch_utils.Conv1D

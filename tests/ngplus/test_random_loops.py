@@ -1,11 +1,11 @@
-"""Training loops drawn at random; ``python tests/ngplus/random_loops.py --count 1000`` tries more of them."""
+"""Training loops drawn at random; ``python -m tests.ngplus.random_loops --count 1000`` tries more of them."""
 
 import random
 
 import pytest
-import random_loops
 
 from ngplus import NGPlus
+from tests.ngplus import random_loops
 
 
 @pytest.mark.parametrize("seed", range(100, 160))

@@ -4,12 +4,12 @@ import copy
 import random
 from functools import partial
 
-import oracle
 import pytest
 import torch
 from torch import nn
 
 from ngplus import NGPlus
+from tests.ngplus import oracle
 
 STEPS = 10
 

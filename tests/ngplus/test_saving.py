@@ -2,14 +2,9 @@
 
 import collections
 import copy
-import io
-import itertools
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
-import oracle
 import pytest
 import torch
 from torch import nn
@@ -17,6 +12,8 @@ from torch.optim import SGD, Adam
 
 from ngplus import NGPlus
 from ngplus.baselines import KFAC, SENG, Shampoo
+from tests.ngplus.cases import mlp, parameters_equal, through_a_file, train
+from tests.ngplus.training.processes import FRESH
 
 SETTINGS = {
     "sgd": {"base": SGD, "momentum": 0.9, "weight_decay": 0.01},
@@ -28,33 +25,8 @@ SETTINGS = {
 }
 
 
-def mlp(*sizes, seed=0):
-    torch.manual_seed(seed)
-    layers = [nn.Linear(i, o) for i, o in itertools.pairwise(sizes)]
-    return nn.Sequential(*[part for layer in layers for part in (layer, nn.Tanh())]).double()
-
-
 def optimizer_for(model, settings, **options):
     return NGPlus(model, lr=0.01, damping=0.3, update_every=3, **SETTINGS[settings], **options)
-
-
-def train(model, optimizer, steps):
-    for step in steps:
-        x = torch.randn((5, 4), dtype=torch.float64, generator=torch.Generator().manual_seed(step))
-        optimizer.zero_grad()
-        oracle.batch_loss(x)(model).backward()
-        optimizer.step()
-
-
-def same(one, other):
-    return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
-
-
-def through_a_file(state):
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
@@ -72,18 +44,18 @@ def test_saved_at_any_step_it_resumes_to_the_bit(settings):
         model.load_state_dict(weights)
         optimizer.load_state_dict(state)
         train(model, optimizer, range(stop, 8))
-        assert same(model, whole), stop
+        assert parameters_equal(model, whole), stop
 
 
 def resume(folder, settings):
     """The end of a run, in a process that did not begin it."""
-    saved = torch.load(f"{folder}/saved.pt", weights_only=True)
+    saved = torch.load(folder / "saved.pt", weights_only=True)
     model = mlp(4, 6, 3, seed=9)
     optimizer = optimizer_for(model, settings)
     model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
     train(model, optimizer, range(4, 8))
-    torch.save(model.state_dict(), f"{folder}/resumed.pt")
+    torch.save(model.state_dict(), folder / "resumed.pt")
 
 
 def test_a_fresh_process_goes_on_to_the_bit(tmp_path):
@@ -92,8 +64,10 @@ def test_a_fresh_process_goes_on_to_the_bit(tmp_path):
     train(model, optimizer, range(4))
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "saved.pt")
     train(model, optimizer, range(4, 8))
-    code = f"import sys; sys.path[:0] = {sys.path!r}; import test_saving; test_saving.resume({str(tmp_path)!r}, 'ema')"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    process = FRESH.Process(target=resume, args=(tmp_path, "ema"))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
     resumed = torch.load(tmp_path / "resumed.pt", weights_only=True)
     assert all(torch.equal(value, resumed[name]) for name, value in model.state_dict().items())
 
@@ -108,7 +82,7 @@ def test_a_copy_beside_its_model_goes_on_identically(copied, settings):
     assert [id(p) for p in other_model.parameters()] == [id(p) for p in other.param_groups[0]["params"]]
     train(model, optimizer, range(4, 8))
     train(other_model, other, range(4, 8))
-    assert same(model, other_model)
+    assert parameters_equal(model, other_model)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
@@ -118,9 +92,9 @@ def test_a_copy_alone_brings_its_own_model(copied):
     train(model, optimizer, range(4))
     other = copied(optimizer)
     train(model, optimizer, range(4, 8))
-    assert not same(model, other._model)
+    assert not parameters_equal(model, other._model)
     train(other._model, other, range(4, 8))
-    assert same(model, other._model)
+    assert parameters_equal(model, other._model)
 
 
 def test_a_copy_of_plain_parameters_goes_on_identically():
@@ -130,7 +104,7 @@ def test_a_copy_of_plain_parameters_goes_on_identically():
     other_model, other = copy.deepcopy((model, optimizer))
     train(model, optimizer, range(4, 8))
     train(other_model, other, range(4, 8))
-    assert same(model, other_model)
+    assert parameters_equal(model, other_model)
 
 
 @pytest.mark.parametrize("optimizer", [NGPlus, KFAC, SENG])
@@ -163,7 +137,7 @@ def test_a_bias_that_left_or_joined_its_matrix_is_no_hindrance(event, steps, cop
         other.load_state_dict(trained.state_dict())
     train(model, trained, range(2 + steps, 9))
     train(other_model, other, range(2 + steps, 9))
-    assert same(model, other_model)
+    assert parameters_equal(model, other_model)
     assert trained.curvature["0.weight"].shape.columns == (4 if event == "frozen" else 5)
 
 
@@ -205,7 +179,7 @@ def refused(state, words):
         optimizer.load_state_dict(state)
     train(model, optimizer, range(4, 8))
     train(plain, reference, range(4, 8))
-    assert same(model, plain)
+    assert parameters_equal(model, plain)
 
 
 @pytest.mark.parametrize("other", FOREIGN)
@@ -327,7 +301,7 @@ def test_reading_the_state_at_any_time_changes_nothing():
                 assert len(optimizer.state) >= 2
         return model
 
-    assert same(run(asked=True), run(asked=False))
+    assert parameters_equal(run(asked=True), run(asked=False))
 
 
 def test_a_state_that_is_put_in_place_of_the_old_is_the_bases():
@@ -354,7 +328,7 @@ def test_what_has_names_loads_what_has_none_and_the_other_way_round(settings):
         other.load_state_dict(model.state_dict())
         loaded.load_state_dict(through_a_file(optimizer.state_dict()))
         train(other, loaded, range(5, 8))
-        assert same(other, whole)
+        assert parameters_equal(other, whole)
 
 
 def test_plain_parameters_with_names_load_what_has_none_and_the_other_way_round():
@@ -371,7 +345,7 @@ def test_plain_parameters_with_names_load_what_has_none_and_the_other_way_round(
         loaded.load_state_dict(through_a_file(optimizer.state_dict()))
         train(model, optimizer, range(3, 6))
         train(other, loaded, range(3, 6))
-        assert same(model, other)
+        assert parameters_equal(model, other)
 
 
 def test_what_no_step_has_counted_yet_survives():

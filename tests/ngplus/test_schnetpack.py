@@ -1,9 +1,10 @@
 """Schnetpack's `Dense` applies its activation inside its own forward; NG+ must see the gradient before it."""
 
-import oracle
 import pytest
 import torch
 from torch import nn
+
+from tests.ngplus import oracle
 
 schnetpack = pytest.importorskip("schnetpack")
 

@@ -2,11 +2,9 @@ import copy
 import io
 import pickle
 
-import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from allocations import peak_elements
 from torch import Tensor, nn
 
 from ngplus import gfim
@@ -14,14 +12,9 @@ from ngplus.baselines import SENG, Shampoo
 from ngplus.baselines import sample_gradients as forms
 from ngplus.gfim import Shape
 from ngplus.patches import Patches
-
-
-@pytest.fixture(autouse=True)
-def _double():
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+from tests.ngplus import oracle
+from tests.ngplus.allocations import peak_elements
+from tests.ngplus.cases import training_step
 
 
 def dense_directions(gradients: dict, damping: float, used: int | None = None) -> dict:
@@ -35,18 +28,12 @@ def dense_directions(gradients: dict, damping: float, used: int | None = None) -
     return directions
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, *inputs: Tensor) -> None:
-    optimizer.zero_grad()
-    oracle.batch_loss(*inputs)(model).backward()
-    optimizer.step()
-
-
 def check(model: nn.Module, *inputs: Tensor, damping: float = 0.3, **options) -> SENG:
     expected = dense_directions(
         oracle.sample_gradients(model, oracle.sample_losses(*inputs)), damping, options.get("max_samples")
     )
     optimizer = SENG(model, lr=1e-9, damping=damping, **options)
-    train(model, optimizer, *inputs)
+    training_step(model, optimizer, *inputs)
     assert oracle.error(model, expected) < 1e-10
     return optimizer
 
@@ -129,7 +116,7 @@ def test_uses_as_table_and_as_matrix_are_samples_of_their_own_where_every_row_is
     Fisher = sum(torch.outer(2 * G.flatten(), 2 * G.flatten()) for G in uses) / 8 + 0.3 * torch.eye(15)
     expected = torch.linalg.solve(Fisher, sum(uses).flatten() / 4).view(5, 3)
     optimizer = SENG(model, lr=1e-9, damping=0.3, samples="rows")
-    train(model, optimizer, index)
+    training_step(model, optimizer, index)
     assert kept(optimizer)["table.weight"] is forms.Factored
     torch.testing.assert_close(model.table.weight.grad, expected)
 
@@ -146,7 +133,7 @@ def test_every_row_a_sample():
     x = torch.randn(5, 2, 4)
     gradients = oracle.row_gradients(model, lambda m: oracle.energy(m(x)) / 5)
     expected = dense_directions(gradients, 0.3)
-    train(model, SENG(model, lr=1e-9, damping=0.3, samples="rows"), x)
+    training_step(model, SENG(model, lr=1e-9, damping=0.3, samples="rows"), x)
     assert oracle.error(model, expected) < 1e-10
 
 
@@ -177,7 +164,7 @@ def test_samples_are_kept_between_curvature_steps():
             Fisher = sum(torch.outer(G.flatten(), G.flatten()) for G in samples) / 6 + 0.3 * torch.eye(15)
         g = sum(samples) / 6
         expected = torch.linalg.solve(Fisher, g.flatten()).view_as(g)
-        train(model, optimizer, x)
+        training_step(model, optimizer, x)
         assert oracle.error(model, {matrix: expected}) < 1e-10
 
 
@@ -185,7 +172,7 @@ def test_what_is_kept_is_a_copy():
     model = nn.Linear(4, 3)
     x = torch.randn(6, 4)
     optimizer = SENG(model, lr=1e-9, damping=0.3, update_every=2)
-    train(model, optimizer, x)
+    training_step(model, optimizer, x)
     before = [tensor.clone() for tensor in optimizer.curvature["weight"].tensors()]
     x.zero_()
     assert all(torch.equal(a, b) for a, b in zip(optimizer.curvature["weight"].tensors(), before, strict=True))
@@ -198,7 +185,7 @@ def test_a_sparse_gradient_comes_back_sparse():
     optimizers = [SENG(model, lr=1e-9, damping=0.3, update_every=5) for model in (one, other)]
     for batch in (index, torch.full((3, 2), 5)):  # rows that the second batch did not look up move too
         for model, optimizer in zip((one, other), optimizers, strict=True):
-            train(model, optimizer, batch)
+            training_step(model, optimizer, batch)
         gradient = other.table.weight.grad
         assert gradient.is_sparse
         torch.testing.assert_close(gradient.to_dense(), one.table.weight.grad, rtol=1e-9, atol=1e-12)
@@ -231,7 +218,7 @@ def test_sketched_coefficients_solve_the_sketched_problem(model, x):
     model, x = model.double(), x.double() if x.is_floating_point() else x
     ((matrix, samples),) = oracle.sample_gradients(model, oracle.sample_losses(x)).items()
     optimizer = SENG(model, lr=1e-9, damping=0.3, sketch_size=11)
-    train(model, optimizer, x)
+    training_step(model, optimizer, x)
     expected = sketched_direction(optimizer, samples, sum(samples) / len(samples), 0.3)
     assert oracle.error(model, {matrix: expected}) < 1e-9
 
@@ -274,7 +261,7 @@ def test_a_saved_state_and_a_pickled_copy_go_on_to_the_bit():
         optimizer = SENG(model, lr=0.1, damping=0.1, update_every=2, momentum=0.9, **options)
         batches = torch.randint(7, (6, 8, 2))
         for x in batches[:3]:
-            train(model, optimizer, x)
+            training_step(model, optimizer, x)
         file = io.BytesIO()
         torch.save(optimizer.state_dict(), file)
         other = copy.deepcopy(model)
@@ -283,7 +270,7 @@ def test_a_saved_state_and_a_pickled_copy_go_on_to_the_bit():
         copied = pickle.loads(pickle.dumps(optimizer))
         for x in batches[3:]:
             for one, stepper in ((model, optimizer), (other, resumed), (copied._model, copied)):
-                train(one, stepper, x)
+                training_step(one, stepper, x)
         for a, b, c in zip(model.parameters(), other.parameters(), copied._model.parameters(), strict=True):
             assert torch.equal(a, b)
             assert torch.equal(a, c)
@@ -292,9 +279,9 @@ def test_a_saved_state_and_a_pickled_copy_go_on_to_the_bit():
 def test_a_loss_that_is_not_finite_changes_nothing():
     model = nn.Linear(4, 3)
     optimizer = SENG(model, lr=0.1, update_every=1)
-    train(model, optimizer, torch.randn(6, 4))
+    training_step(model, optimizer, torch.randn(6, 4))
     before = model.weight.clone()
-    train(model, optimizer, torch.full((6, 4), torch.nan))
+    training_step(model, optimizer, torch.full((6, 4), torch.nan))
     assert torch.equal(model.weight, before)
     assert optimizer.skipped_steps == 1
 
@@ -324,7 +311,7 @@ def test_several_processes_are_refused(monkeypatch):
     optimizer = SENG(model)
     monkeypatch.setattr("ngplus.distributed.world_size", lambda: 2)
     with pytest.raises(RuntimeError, match="it does not train in several together"):
-        train(model, optimizer, torch.randn(6, 4))
+        training_step(model, optimizer, torch.randn(6, 4))
 
 
 def test_what_is_out_of_range_is_refused_by_name():
@@ -336,5 +323,5 @@ def test_its_options_are_shown():
     model = nn.Linear(4, 3)
     optimizer = SENG(model, damping=0.25, max_samples=9)
     assert "SENG(1 layers, update_every=200," in repr(optimizer)
-    train(model, optimizer, torch.randn(6, 4))
+    training_step(model, optimizer, torch.randn(6, 4))
     assert repr(optimizer.curvature["weight"]).startswith("SENGState(matrix 3×5, damping 0.25, 1 updates")

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from oracle import PlainLoop
 from torch import Tensor, nn
 
 from ngplus import NGPlus
+from tests.ngplus.oracle import PlainLoop
 
 SETTINGS = {"lr": 0.1, "damping": 0.3, "update_every": 2}
 
@@ -32,6 +32,20 @@ class Problem:
         inputs = self.inputs.double() if self.inputs.is_floating_point() else self.inputs
         exact = Problem(self.model, inputs, self.targets.double())
         return [lambda model, i=i: exact.loss(model, slice(i, i + 1)) for i in range(len(inputs))]
+
+    def train(
+        self,
+        optimizer: torch.optim.Optimizer,
+        steps: int,
+        *,
+        through: Callable[[Tensor], Tensor] | None = None,
+        samples: slice = slice(None),
+    ) -> None:
+        """The plain loop of anyone, on some of the samples, through a wrapper of the model where there is one."""
+        for _ in range(steps):
+            self.loss(self.model if through is None else through, samples).backward()
+            optimizer.step()
+            optimizer.zero_grad()
 
     def plain_run(self, steps: int, **settings) -> nn.Module:
         """The model after NG+ by the oracle's loop, one sample at a time in float64."""
@@ -82,14 +96,6 @@ def attentive(dtype: torch.dtype = torch.float64, samples: int = 4) -> Problem:
     """Token indices in, attention between."""
     torch.manual_seed(0)
     return Problem(Attentive().to(dtype), torch.randint(11, (samples, 5)), torch.randn(samples, 3, dtype=dtype))
-
-
-def train(problem: Problem, optimizer: NGPlus, steps: int, model: Callable[[Tensor], Tensor] | None = None) -> None:
-    """The plain loop of anyone."""
-    for _ in range(steps):
-        problem.loss(problem.model if model is None else model).backward()
-        optimizer.step()
-        optimizer.zero_grad()
 
 
 def distance(model: nn.Module, reference: nn.Module, start: nn.Module | None = None) -> float:

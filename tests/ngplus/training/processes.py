@@ -1,4 +1,7 @@
-"""Two processes that train together over gloo, kept for many tests, since starting them is what takes time."""
+"""Processes beside that of the tests: fresh ones, and two that train together over gloo.
+
+All are forked from one server that has imported torch, since importing it is what starting a process takes.
+"""
 
 import datetime
 import os
@@ -9,10 +12,14 @@ from typing import Any
 import torch
 import torch._dynamo  # what an optimizer imports when it is made: part of starting, not of the first task
 import torch.distributed as dist
+import torch.distributed.checkpoint
 import torch.multiprocessing as mp
 
 DEADLOCK_SECONDS = 120
 START_SECONDS = 240
+FRESH = mp.get_context("forkserver")
+"""Makes processes that share nothing with the one that asks for them but the modules that they import first."""
+FRESH.set_forkserver_preload(["pytest", "tests.ngplus.training.problems", __name__])
 
 
 def _work(rank: int, world: int, port: int, pipe: Any) -> None:
@@ -23,11 +30,13 @@ def _work(rank: int, world: int, port: int, pipe: Any) -> None:
     )
     pipe.send((True, None))
     while (task := pipe.recv()) is not None:
-        function, arguments = task
+        function, arguments, is_last = task
         try:
             pipe.send((True, function(*arguments)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
+        if is_last:
+            return
     dist.destroy_process_group()
 
 
@@ -35,17 +44,16 @@ class Team:
     """Runs a function in every process at once."""
 
     def __init__(self, world: int = 2) -> None:
-        context = mp.get_context("spawn")
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         port, self._pipes, self._processes = store.port, [], []
         del store
         for rank in range(world):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(rank, world, port, theirs), daemon=True)
+            ours, theirs = FRESH.Pipe()
+            process = FRESH.Process(target=_work, args=(rank, world, port, theirs), daemon=True)
             process.start()
             self._pipes.append(ours)
             self._processes.append(process)
-        self._answers(START_SECONDS)
+        self._receive(START_SECONDS)
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """What ``function(*arguments)`` returned in each process.
@@ -53,19 +61,30 @@ class Team:
         Raises:
             AssertionError: where it raised in one of them, or did not end.
         """
-        for pipe in self._pipes:
-            pipe.send((function, arguments))
-        return self._answers(DEADLOCK_SECONDS)
+        self._send(function, arguments, is_last=False)
+        answers = self._receive(DEADLOCK_SECONDS)
+        assert all(fine for fine, _ in answers), "\n".join(answer for fine, answer in answers if not fine)
+        return [answer for _, answer in answers]
 
-    def _answers(self, seconds: float) -> list[Any]:
+    def tracebacks(self, function: Callable[..., Any]) -> list[str]:
+        """Those of ``function()``, which raises in each process and ends it."""
+        self._send(function, (), is_last=True)
+        answers = self._receive(DEADLOCK_SECONDS)
+        assert not any(fine for fine, _ in answers), answers
+        return [answer for _, answer in answers]
+
+    def _send(self, function: Callable[..., Any], arguments: tuple, *, is_last: bool) -> None:
+        for pipe in self._pipes:
+            pipe.send((function, arguments, is_last))
+
+    def _receive(self, seconds: float) -> list[tuple[bool, Any]]:
         answers = []
         for rank, pipe in enumerate(self._pipes):
             if not pipe.poll(seconds):
                 self.close()
                 raise AssertionError(f"process {rank} is stuck")
             answers.append(pipe.recv())
-        assert all(fine for fine, _ in answers), "\n".join(answer for fine, answer in answers if not fine)
-        return [answer for _, answer in answers]
+        return answers
 
     def close(self) -> None:
         """End the processes."""

@@ -7,8 +7,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from problems import SETTINGS, Problem, attentive, convolutional, distance, flat, perceptron
-from processes import Team
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -20,15 +18,9 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.nn.parallel import DistributedDataParallel
 
 from ngplus import NGPlus
+from tests.ngplus.training.problems import SETTINGS, Problem, attentive, convolutional, distance, flat, perceptron
 
 pytestmark = pytest.mark.slow  # starting the processes is
-
-
-@pytest.fixture(scope="module")
-def team():
-    team = Team()
-    yield team
-    team.close()
 
 
 def share(problem: Problem, first: int | None = None) -> slice:
@@ -61,19 +53,13 @@ def train_together(make, settings, wrapping, steps=4, watched="whole"):
     problem = make()
     parallel = DistributedDataParallel(problem.model, **wrapping)
     optimizer = NGPlus(parallel if watched == "whole" else problem.model, **{**SETTINGS, **settings})
-    for _ in range(steps):
-        problem.loss(parallel, share(problem)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    problem.train(optimizer, steps, through=parallel, samples=share(problem))
     return outcome(problem.model, optimizer)
 
 
 def train_alone(problem, settings, steps=4):
     optimizer = NGPlus(problem.model, **{**SETTINGS, **settings})
-    for _ in range(steps):
-        problem.loss(problem.model).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    problem.train(optimizer, steps)
     return problem.model
 
 
@@ -164,10 +150,7 @@ def train_branches(signs, steps=4, **settings):
     problem = branching(signs)
     parallel = DistributedDataParallel(problem.model, find_unused_parameters=True)
     optimizer = NGPlus(parallel, **{**SETTINGS, **settings})
-    for _ in range(steps):
-        problem.loss(parallel, share(problem)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    problem.train(optimizer, steps, through=parallel, samples=share(problem))
     return outcome(problem.model, optimizer)
 
 
@@ -259,10 +242,7 @@ def resume_together():
     optimizer = NGPlus(parallel, **SETTINGS, ema=0.5, momentum=0.9)
 
     def steps(count):
-        for _ in range(count):
-            problem.loss(parallel, share(problem)).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        problem.train(optimizer, count, through=parallel, samples=share(problem))
 
     steps(3)
     kept, weights = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(problem.model.state_dict())
@@ -298,10 +278,7 @@ def resume_by_distributed_checkpoint(form, settings, folder):
         return problem, parallel, NGPlus(parallel, **{**SETTINGS, "update_every": 3, **settings})
 
     def steps(problem, parallel, optimizer, count):
-        for _ in range(count):
-            problem.loss(parallel, share(problem)).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        problem.train(optimizer, count, through=parallel, samples=share(problem))
 
     problem, parallel, optimizer = start()
     steps(problem, parallel, optimizer, 5)
@@ -342,10 +319,7 @@ def ask_before_the_first_step(asked):
     optimizer = NGPlus(parallel, **{**SETTINGS, "update_every": 3})
     if asked:
         get_optimizer_state_dict(parallel, optimizer)
-    for _ in range(4):
-        problem.loss(parallel, share(problem)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    problem.train(optimizer, 4, through=parallel, samples=share(problem))
     return outcome(problem.model, optimizer)
 
 
@@ -423,10 +397,7 @@ def sharded_later(steps):
     for shard in (first, whole, old):
         problem = perceptron()
         optimizer = NGPlus(problem.model, **{**SETTINGS, "update_every": 3})
-        for _ in range(steps):
-            problem.loss(problem.model).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        problem.train(optimizer, steps)
         problem.loss(shard(problem.model)).backward()
         with pytest.raises((TypeError, RuntimeError)) as caught:
             optimizer.step()

@@ -5,12 +5,12 @@ import warnings
 
 import pytest
 import torch
-from problems import SETTINGS, attentive, convolutional, distance, flat, perceptron, train
 from torch import nn
 from torch.amp import GradScaler
 
 from ngplus import NGPlus
 from ngplus.baselines import KFAC, SENG, Shampoo
+from tests.ngplus.training.problems import SETTINGS, attentive, convolutional, distance, flat, perceptron
 
 SCALE = 2.0**16
 PROBLEMS = [perceptron, convolutional, attentive]
@@ -31,7 +31,7 @@ def after_three_full_steps(make, **settings):
     problem = make(torch.float32)
     start = copy.deepcopy(problem.model)
     full = make(torch.float32)
-    train(full, NGPlus(full.model, **SETTINGS, **settings), 3)
+    full.train(NGPlus(full.model, **SETTINGS, **settings), 3)
     return problem, start, full.model
 
 
@@ -206,7 +206,7 @@ def test_sums_that_overflow_while_gradients_do_not_are_tried_again_on_the_next_s
     assert torch.isfinite(flat(problem.model)).all()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        train(problem, optimizer, 1)
+        problem.train(optimizer, 1)
     assert {name: state.updates for name, state in optimizer.curvature.items()} == {"0.weight": 1, "2.weight": 1}
 
 
@@ -216,7 +216,7 @@ def test_a_model_in_bfloat16_keeps_its_curvature_in_float32():
     problem.model.bfloat16()
     problem.inputs, problem.targets = problem.inputs.bfloat16(), problem.targets.bfloat16()
     optimizer = NGPlus(problem.model, **SETTINGS)
-    train(problem, optimizer, 1)
-    train(full, NGPlus(full.model, **SETTINGS), 1)
+    problem.train(optimizer, 1)
+    full.train(NGPlus(full.model, **SETTINGS), 1)
     assert optimizer.curvature["0.weight"].tensors()[0].dtype == torch.float32
     assert distance(problem.model, full.model, start) < 0.2  # bfloat16 weights resolve 2⁻⁸ of themselves

@@ -8,13 +8,22 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import SETTINGS, Problem, attentive, collect_optimizers, convolutional, distance, flat, perceptron, train
 from torch import nn
 from torch.overrides import _len_torch_function_stack
 from torch.utils.checkpoint import checkpoint
 
 from ngplus import NGPlus
 from ngplus.baselines import KFAC, SENG, Shampoo
+from tests.ngplus.training.problems import (
+    SETTINGS,
+    Problem,
+    attentive,
+    collect_optimizers,
+    convolutional,
+    distance,
+    flat,
+    perceptron,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +49,7 @@ def assert_follows_the_oracle(problem: Problem, steps: int = 3, **settings) -> N
     optimizer = NGPlus(problem.model, **{**SETTINGS, **settings})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        train(problem, optimizer, steps)
+        problem.train(optimizer, steps)
     assert distance(problem.model, expected) < 1e-10
     return optimizer
 
@@ -150,13 +159,13 @@ class Skipping(nn.Module):
 def test_a_layer_skipped_in_steps_between_curvature_steps_keeps_its_curvature():
     problem = with_model(Skipping())
     optimizer = NGPlus(problem.model, lr=0.1, damping=0.3, update_every=4)
-    train(problem, optimizer, 1)
+    problem.train(optimizer, 1)
     problem.model.skip = True
     before = problem.model.middle.weight.clone()
-    train(problem, optimizer, 2)
+    problem.train(optimizer, 2)
     assert torch.equal(problem.model.middle.weight, before)
     problem.model.skip = False
-    train(problem, optimizer, 1)
+    problem.train(optimizer, 1)
     assert not torch.equal(problem.model.middle.weight, before)
     assert optimizer.curvature["middle.weight"].updates == 1
 
@@ -165,10 +174,10 @@ def test_a_layer_skipped_on_the_curvature_step_gets_its_curvature_as_soon_as_it_
     problem = with_model(Skipping())
     optimizer = NGPlus(problem.model, lr=0.1, damping=0.3, update_every=1000)
     problem.model.skip = True
-    train(problem, optimizer, 3)
+    problem.train(optimizer, 3)
     assert set(optimizer.curvature) == {"inlet.weight", "outlet.weight"}
     problem.model.skip = False
-    train(problem, optimizer, 2)
+    problem.train(optimizer, 2)
     assert set(optimizer.curvature) == {"inlet.weight", "middle.weight", "outlet.weight"}
     assert optimizer.curvature["inlet.weight"].updates == 1
 
@@ -198,7 +207,7 @@ def test_submodules_called_one_by_one_are_seen():
     expected = problem.plain_run(3)
     optimizer = NGPlus(problem.model, **SETTINGS)
     encoder, activation, head = problem.model
-    train(problem, optimizer, 3, model=lambda x: head(activation(encoder(x))))
+    problem.train(optimizer, 3, through=lambda x: head(activation(encoder(x))))
     assert distance(problem.model, expected) < 1e-10
 
 
@@ -206,9 +215,9 @@ def test_a_model_called_in_pieces_of_the_batch_before_one_backward_is_one_batch(
     problem = perceptron()
     start = copy.deepcopy(problem.model)
     optimizer = NGPlus(problem.model, **SETTINGS)
-    train(problem, optimizer, 1, model=lambda x: torch.cat([problem.model(x[:2]), problem.model(x[2:])]))
+    problem.train(optimizer, 1, through=lambda x: torch.cat([problem.model(x[:2]), problem.model(x[2:])]))
     reference = perceptron()
-    train(reference, NGPlus(reference.model, **SETTINGS), 1)
+    reference.train(NGPlus(reference.model, **SETTINGS), 1)
     assert distance(problem.model, reference.model, start) < 1e-10
 
 
@@ -241,7 +250,7 @@ def test_a_weight_in_a_contraction_of_the_models_own_goes_to_the_base_with_one_w
     start = copy.deepcopy(problem.model)
     optimizer = NGPlus(problem.model, **SETTINGS)
     with pytest.warns(UserWarning, match=r"inlet\.weight is used .*untouched") as caught:
-        train(problem, optimizer, 1)
+        problem.train(optimizer, 1)
     assert set(optimizer.curvature) == {"outlet.weight"}
     plain = copy.deepcopy(start)
     problem.loss(plain).backward()
@@ -249,7 +258,7 @@ def test_a_weight_in_a_contraction_of_the_models_own_goes_to_the_base_with_one_w
     assert torch.allclose(problem.model.inlet.weight, step)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        train(problem, optimizer, 4)
+        problem.train(optimizer, 4)
     assert len(caught) == 1
 
 
@@ -278,8 +287,8 @@ def test_a_transform_of_the_model_between_forward_passes_is_not_watched(look):
     plain = copy.deepcopy(problem)
     optimizer = NGPlus(problem.model, **SETTINGS)
     LOOKS[look](problem.model, problem.inputs)
-    train(problem, optimizer, 2)
-    train(plain, NGPlus(plain.model, **SETTINGS), 2)
+    problem.train(optimizer, 2)
+    plain.train(NGPlus(plain.model, **SETTINGS), 2)
     assert distance(problem.model, plain.model) == 0
 
 
@@ -306,7 +315,7 @@ def test_a_weight_inside_a_transform_of_the_models_own_goes_to_the_base_with_one
     problem = with_model(Transformed(transform, plainly))
     optimizer = NGPlus(problem.model, **SETTINGS)
     with pytest.warns(UserWarning, match=r"inside\.weight is used inside a transform of .*untouched") as caught:
-        train(problem, optimizer, 1)
+        problem.train(optimizer, 1)
     assert len(caught) == 1
     assert set(optimizer.curvature) == {"outside.weight"}
 
@@ -316,7 +325,7 @@ def test_functional_call_with_the_models_own_parameters_is_seen():
     expected = problem.plain_run(3)
     optimizer = NGPlus(problem.model, **SETTINGS)
     own = dict(problem.model.named_parameters())
-    train(problem, optimizer, 3, model=lambda x: torch.func.functional_call(problem.model, own, x))
+    problem.train(optimizer, 3, through=lambda x: torch.func.functional_call(problem.model, own, x))
     assert distance(problem.model, expected) < 1e-10
 
 
@@ -431,7 +440,7 @@ def test_an_exception_in_forward_leaves_no_mode_and_the_next_step_is_the_oracles
         problem.loss(problem.model)
     assert _len_torch_function_stack() == 0
     problem.model.error = None
-    train(problem, optimizer, 3)
+    problem.train(optimizer, 3)
     assert distance(problem.model, expected) < 1e-10
 
 
@@ -448,7 +457,7 @@ def test_an_exception_in_a_pre_hook_leaves_no_mode():
         problem.loss(problem.model)
     assert _len_torch_function_stack() == 0
     handle.remove()
-    train(problem, optimizer, 1)
+    problem.train(optimizer, 1)
     assert distance(problem.model, expected) < 1e-10
 
 
@@ -460,7 +469,7 @@ def test_an_interrupted_forward_is_left_with_the_next_step():
     with pytest.raises(KeyboardInterrupt):
         problem.loss(problem.model)
     problem.model.error = None
-    train(problem, optimizer, 2)
+    problem.train(optimizer, 2)
     assert _len_torch_function_stack() == 0
     assert distance(problem.model, expected) < 1e-10
 
@@ -529,7 +538,7 @@ def test_training_in_another_thread_than_the_optimizer_was_made_in():
     problem = perceptron()
     expected = problem.plain_run(3)
     optimizer = NGPlus(problem.model, **SETTINGS)
-    worker = threading.Thread(target=train, args=(problem, optimizer, 3))
+    worker = threading.Thread(target=problem.train, args=(optimizer, 3))
     worker.start()
     worker.join()
     assert distance(problem.model, expected) < 1e-10
@@ -547,7 +556,7 @@ def test_averaged_copies_follow_and_are_not_watched():
         problem.model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)
     )
     for _ in range(4):
-        train(problem, optimizer, 1)
+        problem.train(optimizer, 1)
         for copied in (averaged, moving):
             copied.update_parameters(problem.model)
             copied(problem.inputs).sum().backward()  # such as distillation from a teacher
@@ -564,7 +573,7 @@ def test_shared_memory_and_loader_workers():
     loader = torch.utils.data.DataLoader(data, batch_size=len(data), num_workers=1, persistent_workers=True)
     for _ in range(3):
         for problem.inputs, problem.targets in loader:
-            train(problem, optimizer, 1)
+            problem.train(optimizer, 1)
     assert distance(problem.model, expected) < 1e-10
 
 
@@ -573,13 +582,13 @@ def test_a_model_made_double_after_the_optimizer_goes_on_in_double(make):
     problem = make(torch.float32)
     double = Problem(copy.deepcopy(problem.model).double(), problem.inputs, problem.targets.double())
     optimizer = NGPlus(problem.model, **SETTINGS, ema=0.5, momentum=0.9)
-    train(problem, optimizer, 1)
+    problem.train(optimizer, 1)
     problem.model.double()
     if problem.inputs.is_floating_point():
         problem.inputs = double.inputs = problem.inputs.double()
     problem.targets = problem.targets.double()
-    train(problem, optimizer, 3)
-    train(double, NGPlus(double.model, **SETTINGS, ema=0.5, momentum=0.9), 4)
+    problem.train(optimizer, 3)
+    double.train(NGPlus(double.model, **SETTINGS, ema=0.5, momentum=0.9), 4)
     assert all(p.dtype == torch.float64 for p in problem.model.parameters())
     assert all(tensor.dtype == torch.float64 for state in optimizer.curvature.values() for tensor in state.tensors())
     assert distance(problem.model, double.model) < 1e-4

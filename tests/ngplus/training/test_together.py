@@ -9,11 +9,11 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import SETTINGS, attentive, distance, flat, perceptron, train
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ngplus import NGPlus
+from tests.ngplus.training.problems import SETTINGS, attentive, distance, flat, perceptron
 
 # Two optimizers ------------------------------------------------------------------------------------------------------
 
@@ -83,8 +83,8 @@ def test_every_implementation_of_a_base_makes_the_same_steps(base, way):
     if way == "fused" and base is torch.optim.RMSprop:
         pytest.skip("RMSprop has no fused implementation")
     one, other = perceptron(), perceptron()
-    train(one, NGPlus(one.model, base, **{**SETTINGS, "lr": 0.01}, **{way: True}), 4)
-    train(other, NGPlus(other.model, base, **{**SETTINGS, "lr": 0.01}, foreach=False), 4)
+    one.train(NGPlus(one.model, base, **{**SETTINGS, "lr": 0.01}, **{way: True}), 4)
+    other.train(NGPlus(other.model, base, **{**SETTINGS, "lr": 0.01}, foreach=False), 4)
     assert distance(one.model, other.model, perceptron().model) < 1e-10
 
 
@@ -261,7 +261,7 @@ def test_unscaled_gradients_without_the_scalers_own_step_have_the_curvature_of_t
     scaler.unscale_(optimizer)
     optimizer.step()  # where scaler.step(optimizer) belongs
     settings = {**SETTINGS, "lr": SETTINGS["lr"] / 16, "damping": SETTINGS["damping"] / 16}
-    train(expected, NGPlus(expected.model, **settings), 1)
+    expected.train(NGPlus(expected.model, **settings), 1)
     assert distance(scaled.model, expected.model, perceptron().model) < 1e-10
 
 
@@ -284,7 +284,7 @@ def test_a_layer_in_two_reentrant_checkpoints_counts_each_use_as_samples_of_its_
     problem.model = Across().double()
     plain = copy.deepcopy(problem.model)
     optimizer = NGPlus(problem.model, **SETTINGS, solver="dense")
-    train(problem, optimizer, 1)
+    problem.train(optimizer, 1)
 
     x, uses = plain.inlet(problem.inputs).tanh(), []
     for _ in range(2):
@@ -303,7 +303,7 @@ def test_a_layer_in_two_reentrant_checkpoints_counts_each_use_as_samples_of_its_
 def test_a_step_that_is_skipped_lets_the_base_coast_on_its_momentum():
     problem = perceptron()
     optimizer = NGPlus(problem.model, **SETTINGS, momentum=0.9)
-    train(problem, optimizer, 1)
+    problem.train(optimizer, 1)
     before, buffers = flat(problem.model), [optimizer.state[p]["momentum_buffer"] for p in problem.model.parameters()]
     buffers = torch.cat([buffer.flatten() for buffer in buffers]).clone()
     (problem.loss(problem.model) * float("nan")).backward()
