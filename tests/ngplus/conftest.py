@@ -1,8 +1,10 @@
 import pytest
-import torch
+import torch._dynamo  # noqa: F401  what an optimizer imports when it is made
+
+from tests.ngplus.cases import seed_cpu
 
 
 @pytest.fixture(autouse=True)
 def _seed():
     """Every test draws the same numbers, alone or after others."""
-    torch.manual_seed(0)
+    seed_cpu(0)

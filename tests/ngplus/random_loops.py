@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ngplus import NGPlus
 from tests.ngplus import oracle
+from tests.ngplus.cases import seed_cpu
 
 TOLERANCE = {"float64": 1e-9, "float32": 2e-5, "autocast": 0.15}
 """Largest relative error of a direction."""
@@ -164,7 +165,7 @@ class Loop:
     @classmethod
     def made(cls, habits: Habits) -> "Loop":
         """Everything that is drawn beside the habits comes from their seed."""
-        torch.manual_seed(habits.seed)
+        seed_cpu(habits.seed)
         dtype = torch.float64 if habits.dtype == "float64" else torch.float32
         model = Net(habits).to(dtype)
         count = sum(map(sum, habits.micro_batches))

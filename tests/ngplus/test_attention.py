@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from tests.ngplus import oracle
+from tests.ngplus.cases import seed_cpu
 
 
 class Attention(nn.Module):
@@ -17,7 +18,7 @@ class Attention(nn.Module):
 
     def __init__(self, inputs="self", call=None, dtype=torch.float64, **options):
         super().__init__()
-        torch.manual_seed(0)
+        seed_cpu(0)
         self.attention = nn.MultiheadAttention(4, 2, **options)
         for name in ("in_proj_bias", "out_proj.bias"):  # zero at first, where a wrong column would not show
             if (bias := dict(self.attention.named_parameters()).get(name)) is not None:
@@ -145,13 +146,13 @@ def test_one_attention_used_for_itself_and_for_a_memory(inputs):
 
 @pytest.mark.parametrize("norm_first", [True, False])
 def test_encoder_layer(norm_first):
-    torch.manual_seed(0)
+    seed_cpu(0)
     model = nn.TransformerEncoderLayer(4, 2, 7, dropout=0.0, batch_first=True, norm_first=norm_first).double()
     oracle.check(model, torch.randn(3, 5, 4, dtype=torch.float64))
 
 
 def test_encoder_layer_in_evaluation_mode_is_seen_too():
-    torch.manual_seed(0)
+    seed_cpu(0)
     model = nn.TransformerEncoderLayer(4, 2, 7, batch_first=True).double().eval()
     oracle.check(model, torch.randn(3, 5, 4, dtype=torch.float64))
 
@@ -166,7 +167,7 @@ class JoinedBiases(nn.Module):
 
     def __init__(self, frozen=()):
         super().__init__()
-        torch.manual_seed(0)
+        seed_cpu(0)
         for name in ("query", "key", "value", "out"):
             setattr(self, name, nn.Linear(4, 4))
             getattr(self, name).bias.requires_grad_(name not in frozen)

@@ -10,6 +10,7 @@ from ngplus.batching import Batch, Member, Series, batches
 from ngplus.layers import find_layers, stored
 from ngplus.nonfinite import Watch
 from ngplus.preconditioner import DenseInverse
+from tests.ngplus.cases import seed_cpu
 
 
 class Tables(nn.Module):
@@ -36,7 +37,7 @@ def gradients_after_a_step(make, index, small, monkeypatch, change=None, **optio
 def gradients_of_steps(make, index, small, monkeypatch, changes, **options):
     """What the base gets on each step, after ``changes`` to the model's gradients."""
     monkeypatch.setattr(batching, "SMALL", small)
-    torch.manual_seed(0)
+    seed_cpu(0)
     model = make()
     optimizer = NGPlus(model, lr=1e-3, damping=0.3, **{"update_every": 100} | options)
     given = []
@@ -154,7 +155,7 @@ def test_a_bias_of_another_dtype_is_turned_in_its_own(columns):
     """Under autocast, which casts both."""
     directions = []
     for dtype in (torch.float32, torch.bfloat16):
-        torch.manual_seed(0)
+        seed_cpu(0)
         model = nn.Linear(columns, 40 if columns == 40 else 6)
         with torch.no_grad():
             model.bias = nn.Parameter(model.bias.bfloat16().to(dtype))
@@ -192,7 +193,7 @@ def test_groups_of_convolutions_are_as_alone(monkeypatch):
 
 @pytest.mark.parametrize(("rows", "columns", "bias"), [(3, 5, True), (3, 5, False), (5, 3, False), (4, 4, False)])
 def test_each_direction_is_that_of_a_dense_solve(rows, columns, bias):
-    torch.manual_seed(0)
+    seed_cpu(0)
     model = nn.Sequential(*[nn.Linear(columns, rows, bias=bias, dtype=torch.float64) for _ in range(4)])
     members, expected = [], []
     for layer in find_layers(model):

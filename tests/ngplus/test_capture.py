@@ -16,7 +16,7 @@ from torch.nn.modules import module as nn_module
 from ngplus import NGPlus
 from ngplus.baselines import KFAC, SENG
 from tests.ngplus import oracle
-from tests.ngplus.cases import mlp, points
+from tests.ngplus.cases import mlp, points, seed_cpu
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ class Wired(nn.Module):
 
     def __init__(self, forward, **modules):
         super().__init__()
-        torch.manual_seed(0)
+        seed_cpu(0)
         self.wiring = forward
         for name, module in modules.items():
             self.add_module(name, module)
@@ -262,7 +262,7 @@ def test_a_step_keeps_nothing_of_the_loop_that_makes_it():
 
 def test_forward_passes_between_steps_leave_nothing_behind():
     """Evaluation, no_grad, inference mode, and a forward whose backward does not come."""
-    torch.manual_seed(1)
+    seed_cpu(1)
     x, other = points(5, 4), points(9, 4)
     model = mlp(4, 6, 3)
     quiet = copy.deepcopy(model)
@@ -458,7 +458,7 @@ def test_zero_grad_forgets_what_was_summed():
 @pytest.mark.parametrize("sparse", [False, True])
 def test_the_models_zero_grad_forgets_a_backward_without_a_step(sparse, set_to_none, factor, optimizer):
     """As after a step that a scaler skipped."""
-    torch.manual_seed(0)
+    seed_cpu(0)
     start = nn.Embedding(9, 3, sparse=sparse).double() if sparse else nn.Linear(4, 3).double()
     x, other = [torch.randint(9, (n, 4)) if sparse else points(n, 4) for n in (5, 3)]
     moved = []
@@ -511,7 +511,7 @@ def test_an_empty_batch_on_a_curvature_step_is_as_if_it_had_not_been(case, sampl
     """Alone it gives no curvature; beside others, before or after them, it changes nothing of theirs."""
     make, shape, empty = EMPTY[case]
     options = {} if optimizer is KFAC else {"samples": samples}
-    torch.manual_seed(0)
+    seed_cpu(0)
     start = make().double()
     whole = torch.randint(9, (5, *shape)) if isinstance(start, nn.Embedding | nn.EmbeddingBag) else points(5, *shape)
     nothing = torch.zeros(empty, dtype=whole.dtype)

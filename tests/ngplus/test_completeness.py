@@ -17,7 +17,7 @@ from ngplus.gfim import Part
 from ngplus.layers import find_layers
 from ngplus.patches import Patches
 from tests.ngplus import oracle
-from tests.ngplus.cases import points
+from tests.ngplus.cases import points, seed_cpu
 
 DAMPING = 0.3
 REASON = "has a gradient that is not the sum of its captured uses"
@@ -42,7 +42,7 @@ class Language(nn.Module):
 
     def __init__(self, fused=False):
         super().__init__()
-        torch.manual_seed(0)
+        seed_cpu(0)
         self.table = nn.Embedding(11, 5)
         self.layer = nn.Linear(5, 5)
         self.fused = fused
@@ -195,7 +195,7 @@ TASKS = {
 class TwoHeads(nn.Module):
     def __init__(self):
         super().__init__()
-        torch.manual_seed(0)
+        seed_cpu(0)
         self.trunk, self.a, self.b = nn.Linear(4, 5), nn.Linear(5, 2), nn.Linear(5, 3)
         self.double()
 
@@ -244,7 +244,7 @@ LAYERS = {
 
 def part_of(module, samples=4, positions=3):
     """A use of a layer with random factors, and the gradient that it makes."""
-    torch.manual_seed(0)
+    seed_cpu(0)
     weight = module.weight
     if isinstance(module, nn.Embedding):
         index = torch.randint(len(weight), (samples, positions))

@@ -18,13 +18,13 @@ from ngplus.preconditioner import (
     same_batch_direction,
 )
 from tests.ngplus import oracle
-from tests.ngplus.cases import mlp, points
+from tests.ngplus.cases import mlp, points, seed_cpu
 
 DAMPING = 0.3
 
 
 def images(dtype=torch.float64):
-    torch.manual_seed(0)
+    seed_cpu(0)
     head = nn.Sequential(nn.Flatten(), nn.Linear(6 * 9, 3))
     return nn.Sequential(nn.Conv2d(2, 6, 3, groups=2, padding=1), nn.Tanh(), nn.MaxPool2d(2), *head).to(dtype)
 
@@ -266,7 +266,7 @@ def test_low_rank_of_no_samples_is_the_damping_alone():
 
 
 def test_same_batch_direction_is_that_of_low_rank():
-    torch.manual_seed(0)
+    seed_cpu(0)
     a, g = points(4, 9, seed=1), points(4, 7, seed=2)  # (b, n), (b, m)
     norms = a.norm(dim=1)
     U = (g * norms[:, None]).T / 4**0.5
@@ -441,7 +441,7 @@ def test_mini_batch_watches_nothing():
 
 @pytest.mark.parametrize("rows", [9, 3])
 def test_mini_batch_of_a_sparse_gradient_is_that_of_the_dense_one(rows):
-    torch.manual_seed(0)
+    seed_cpu(0)
     dense = nn.Embedding(rows, 4).double()
     sparse = nn.Embedding(rows, 4, sparse=True).double()
     sparse.load_state_dict(dense.state_dict())

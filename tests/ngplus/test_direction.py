@@ -11,6 +11,7 @@ from ngplus.direction import precondition
 from ngplus.gfim import Shape
 from ngplus.layers import find_layers
 from ngplus.preconditioner import DenseInverse, LowRankInverse
+from tests.ngplus.cases import seed_cpu
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +40,7 @@ def gradient(rows, dim, touched, dtype, offset=0):
 @pytest.mark.parametrize("dim", [1, 2, 3, 16, 32])
 @pytest.mark.parametrize("touched", [0, 1, 30, 200])
 def test_rows_of_zeros_stay_zeros_and_the_others_are_multiplied(dtype, offset, dim, touched):
-    torch.manual_seed(0)
+    seed_cpu(0)
     layer = find_layers(nn.Sequential(nn.Embedding(200, dim, dtype=dtype)))[0]
     shape = layer.shape(None)
     inverse = inverse_of(shape, dtype)
@@ -51,7 +52,7 @@ def test_rows_of_zeros_stay_zeros_and_the_others_are_multiplied(dtype, offset, d
 
 
 def test_blocks_and_low_rank_take_the_rows_that_count_too():
-    torch.manual_seed(0)
+    seed_cpu(0)
     layer = find_layers(nn.Sequential(nn.Embedding(200, 6, dtype=torch.float64)))[0]
     columns = torch.randn(6, 2, dtype=torch.float64) / 4
     dense = torch.eye(6, dtype=torch.float64) - columns @ columns.T
@@ -95,7 +96,7 @@ def test_every_optimizer_turns_a_large_table_as_it_does_a_small_one(monkeypatch,
     def weights(chunk):
         monkeypatch.setattr(direction, "CHUNK", chunk)
         monkeypatch.setattr(direction, "SMALL_TABLE", chunk)
-        torch.manual_seed(0)
+        seed_cpu(0)
         model = nn.Sequential(nn.Embedding(200, 8), nn.Flatten(1), nn.Linear(16, 1)).double()
         trained = optimizer(model, lr=0.1, damping=0.1, update_every=2)
         for _ in range(4):
@@ -129,7 +130,7 @@ def test_nan_in_one_row_of_a_large_table_skips_the_step(value, dtype):
 def test_a_row_of_a_large_table_moves_as_in_a_small_one(monkeypatch, dtype):
     def weight(size):
         monkeypatch.setattr(direction, "SMALL_TABLE", size)
-        torch.manual_seed(0)
+        seed_cpu(0)
         model = nn.Embedding(200, 8, dtype=dtype)
         optimizer = NGPlus(model, lr=0.1, update_every=100)
         model(torch.tensor([3, 4, 199])).square().sum().backward()
@@ -142,7 +143,7 @@ def test_a_row_of_a_large_table_moves_as_in_a_small_one(monkeypatch, dtype):
 
 @pytest.mark.parametrize("kind", ["dense", "of a grouped convolution"])
 def test_a_bias_column_that_lies_elsewhere_is_as_one_beside_the_others(kind):
-    torch.manual_seed(0)
+    seed_cpu(0)
     groups = 2 if kind == "of a grouped convolution" else 1
     whole, c = torch.randn(groups, 9, 5, dtype=torch.float64), slice(-1, None)
     shape = Shape(groups=groups, rows=9, columns=5)
@@ -157,7 +158,7 @@ def test_a_bias_column_that_lies_elsewhere_is_as_one_beside_the_others(kind):
 @pytest.mark.parametrize("column", [False, True])
 @pytest.mark.parametrize("left", [False, True])
 def test_low_rank_in_place_is_the_product_with_the_dense_matrix(rank, column, left):
-    torch.manual_seed(0)
+    seed_cpu(0)
     W = torch.randn(5, rank, dtype=torch.float64) / 4
     dense = (torch.eye(5, dtype=torch.float64) - W @ W.T) / 0.3
     whole = torch.randn(5, 9, dtype=torch.float64) if left else torch.randn(9, 5, dtype=torch.float64)
@@ -175,7 +176,7 @@ def test_low_rank_in_place_is_the_product_with_the_dense_matrix(rank, column, le
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("change", ["none", "half", "transposed", "no bias gradient", "part of a bucket"])
 def test_low_rank_takes_gradients_however_they_lie(kind, side, change):
-    torch.manual_seed(0)
+    seed_cpu(0)
     m, n = (4, 9) if side == "left" else (9, 4)
     module = {
         "linear": lambda: nn.Linear(n, m, dtype=torch.float64),
@@ -213,7 +214,7 @@ def test_low_rank_takes_gradients_however_they_lie(kind, side, change):
 
 
 def test_low_rank_leaves_rows_of_zeros_alone_and_says_which_it_turned():
-    torch.manual_seed(0)
+    seed_cpu(0)
     layer = find_layers(nn.Sequential(nn.Embedding(200, 6, dtype=torch.float64)))[0]
     layer.weight.grad = gradient(200, 6, 30, torch.float64)
     before = layer.weight.grad.any(1).nonzero()[:, 0]

@@ -11,10 +11,11 @@ from torch import nn
 from ngplus import NGPlus
 from ngplus.baselines import KFAC, SENG
 from tests.ngplus import oracle
+from tests.ngplus.cases import seed_cpu
 
 
 def table(kind=nn.Embedding, rows=9, dim=4, dtype=torch.float64, **options):
-    torch.manual_seed(0)
+    seed_cpu(0)
     return kind(rows, dim, **options).to(dtype)
 
 

@@ -13,6 +13,7 @@ from ngplus.layers import find_layers
 from ngplus.patches import Patches
 from tests.ngplus import oracle
 from tests.ngplus.allocations import peak_elements
+from tests.ngplus.cases import seed_cpu
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def chunked(request, monkeypatch):
 
 
 def conv(*args, **options):
-    torch.manual_seed(0)
+    seed_cpu(0)
     return nn.Conv2d(*args, **options).double()
 
 
@@ -111,7 +112,7 @@ def statistics(model, x, **options):
 )
 @pytest.mark.parametrize("case", LARGE)
 def test_chunks_of_positions_add_up_to_the_whole(case, options, limit, monkeypatch):
-    torch.manual_seed(0)
+    seed_cpu(0)
     model, shape = LARGE[case]
     model, x = model.double(), torch.randn(shape, dtype=torch.float64)
     monkeypatch.setattr(gfim, "CHUNK", dict.fromkeys(gfim.CHUNK, 2**30))
@@ -142,7 +143,7 @@ def test_what_memory_held_before_counts_for_nothing(case, samples, limit, monkey
 
 @pytest.mark.parametrize("limit", [1, 100])
 def test_chunks_of_positions_of_sampled_columns_and_of_several_uses(limit, monkeypatch):
-    torch.manual_seed(0)
+    seed_cpu(0)
     shape = gfim.Shape(groups=2, rows=4, columns=19)
     images = torch.randn(3, 4, 9, 7, dtype=torch.float64)
     uses = [
@@ -281,7 +282,7 @@ def test_blocks_are_the_diagonal_of_the_whole(case, size, samples):
 @pytest.mark.parametrize("samples", ["batch", "rows"])
 @pytest.mark.parametrize("case", ["linear", "conv", "embedding"])
 def test_max_samples_takes_the_first_samples_for_the_curvature_and_all_for_the_gradient(case, samples, used):
-    torch.manual_seed(0)
+    seed_cpu(0)
     model, x = {
         "linear": lambda: (nn.Linear(9, 5).double(), image(4, 2, 9)),
         "conv": lambda: (conv(2, 5, 3, padding=1), image(3, 2, 4, 4)),
@@ -293,7 +294,7 @@ def test_max_samples_takes_the_first_samples_for_the_curvature_and_all_for_the_g
 @pytest.mark.parametrize("largest", [1.0, 1e-8, 1e-17])
 def test_leaving_out_tiny_entries_does_not_show_in_the_product(largest):
     """Entries from the largest down to below the smallest normal number, as radial basis functions have them."""
-    torch.manual_seed(0)
+    seed_cpu(0)
     U = largest * 10 ** (-45 * torch.rand(300, 1, 20, 1, dtype=torch.float64))
     exact = (U[:, 0, :, 0].T @ U[:, 0, :, 0]).float()
     kept = gfim.without_tiny(U.float())

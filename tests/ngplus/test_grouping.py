@@ -9,6 +9,7 @@ from ngplus.grouping import rows_by_sample, rows_that_count
 from ngplus.patches import Patches
 from tests.ngplus import oracle
 from tests.ngplus.allocations import peak_elements
+from tests.ngplus.cases import seed_cpu
 
 ATOMS = [3, 1, 4, 2]
 MOLECULE = torch.arange(len(ATOMS)).repeat_interleave(torch.tensor(ATOMS))
@@ -59,7 +60,7 @@ def index_of(kinds, pairs, features, molecule, molecules):
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("options", [{}, {"block_size": 2}, {"max_samples": 3}, {"ema": 0.5}])
 def test_a_molecule_is_one_sample(options, shuffle):
-    torch.manual_seed(0)
+    seed_cpu(0)
     model = Network().double()
     inputs = batch(shuffle=shuffle)
     losses = [lambda m, i=i: oracle.energy(m(*one_molecule(i, *inputs))) for i in range(len(ATOMS))]
@@ -74,7 +75,7 @@ def test_a_molecule_is_one_sample(options, shuffle):
 
 
 def test_a_tensor_alone_is_the_index_of_every_layer():
-    torch.manual_seed(0)
+    seed_cpu(0)
     model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).double()
     x = torch.randn(6, 3, dtype=torch.float64)
     sample = torch.tensor([0, 0, 1, 2, 2, 2])
@@ -88,7 +89,7 @@ def test_a_tensor_alone_is_the_index_of_every_layer():
 
 def test_rows_with_a_negative_number_are_no_samples():
     """As padding in a batch of sentences (T, B, C): the real tokens alone make the curvature."""
-    torch.manual_seed(0)
+    seed_cpu(0)
     model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).double()
     x = torch.randn(4, 2, 3, dtype=torch.float64)
     real = torch.tensor([[1, 1], [1, 1], [1, 0], [0, 0]]).bool()
@@ -103,7 +104,7 @@ def test_rows_with_a_negative_number_are_no_samples():
 
 def test_sequences_of_several_rows_of_the_batch_form_one_sample():
     """An index of shape (b,) takes all positions of an element to its sample; convolutions have it too."""
-    torch.manual_seed(0)
+    seed_cpu(0)
     model = nn.Sequential(nn.Conv1d(2, 3, 3), nn.Tanh(), nn.Conv1d(3, 4, 2)).double()
     x = torch.randn(5, 2, 7, dtype=torch.float64)
     sample = torch.tensor([1, 0, 1, 2, 0])
@@ -120,7 +121,7 @@ def test_sequences_of_several_rows_of_the_batch_form_one_sample():
 @pytest.mark.parametrize("rows", [4, 60])
 def test_convolutions_are_grouped_without_their_patches_being_kept(rows, per, limit, monkeypatch):
     monkeypatch.setattr(gfim, "CHUNK", dict.fromkeys(gfim.CHUNK, limit))
-    torch.manual_seed(0)
+    seed_cpu(0)
     patches = Patches(torch.randn(5, 4, 9, 7, dtype=torch.float64), (3, 3), (2, 1), (1, 1), ((1, 1), (1, 0)), 2, 1.0)
     shape = gfim.Shape(groups=2, rows=rows // 2, columns=19)
     kappa = patches.positions
@@ -154,7 +155,7 @@ def test_grouping_a_convolution_takes_a_few_chunks_and_indices(group, monkeypatc
 
 
 def test_layers_that_no_pattern_fits_keep_their_batch_dimension():
-    torch.manual_seed(0)
+    seed_cpu(0)
     model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).double()
     x = torch.randn(6, 3, dtype=torch.float64)
     optimizer = NGPlus(model, lr=1e-9, damping=0.3, update_every=1)
@@ -209,7 +210,7 @@ class Attention(nn.Module):
 
 @pytest.mark.parametrize("samples", ["rows", "batch"])
 def test_padding_inside_attention_is_no_sample(samples):
-    torch.manual_seed(0)
+    seed_cpu(0)
     model = Attention().double()
     x = torch.randn(4, 2, 4, dtype=torch.float64)
     padding = torch.tensor([[False, False, False, False], [False, False, True, True]])  # (B, T)

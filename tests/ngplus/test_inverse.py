@@ -10,6 +10,7 @@ from torch import nn
 
 from ngplus import NGPlus, inverse
 from ngplus.inverse import MAX_TRIES, Request, invert, invert_one
+from tests.ngplus.cases import seed_cpu
 
 
 def semidefinite(blocks, size, rank=None, dtype=torch.float64):
@@ -80,7 +81,7 @@ def test_the_tries_are_bounded_and_others_are_not_held_up(monkeypatch, entry):
 
 
 def make(solver="dense"):
-    torch.manual_seed(0)
+    seed_cpu(0)
     model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 5)).double()
     return model, NGPlus(model, lr=0.1, damping=0.2, update_every=1, solver=solver)
 

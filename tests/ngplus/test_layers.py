@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.ngplus import oracle
+from tests.ngplus.cases import seed_cpu
 
 BOTH = pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
@@ -22,7 +23,7 @@ class ActivatedLinear(nn.Linear):
 
 def stack(*layers, dtype=torch.float64):
     """Layers after each other with a nonlinearity between, so that no gradient is trivial."""
-    torch.manual_seed(0)
+    seed_cpu(0)
     return nn.Sequential(*layers).to(dtype)
 
 
@@ -68,7 +69,7 @@ def test_batch_dim_of_a_module_holds_for_what_lies_in_it_and_not_beside_it():
         def forward(self, x):
             return self.time_first(x.transpose(0, 1)).transpose(0, 1) * self.batch_first(x)
 
-    torch.manual_seed(0)
+    seed_cpu(0)
     model = Branches().double()
     x = torch.randn(3, 5, 3, dtype=torch.float64)
     losses = [lambda m, i=i: oracle.energy(m(x[i : i + 1])) for i in range(3)]
@@ -227,7 +228,7 @@ class SharedBias(nn.Module):
 
     def __init__(self, inside, outside):
         super().__init__()
-        torch.manual_seed(0)
+        seed_cpu(0)
         self.one, self.other = nn.Linear(inside, outside), nn.Linear(inside, outside)
         self.other.bias = self.one.bias
         self.last = nn.Linear(outside, 2)

@@ -9,6 +9,7 @@ from torch import nn
 
 from ngplus import NGPlus
 from tests.ngplus import oracle
+from tests.ngplus.cases import seed_cpu
 
 DAMPING = 0.3
 
@@ -22,7 +23,7 @@ def jagged(*tensors):
 class Ragged(nn.Module):
     def __init__(self, table, product):
         super().__init__()
-        torch.manual_seed(0)
+        seed_cpu(0)
         self.inlet = nn.Embedding(9, 5) if table else nn.Linear(4, 5)
         self.head = nn.Linear(5, 3)
         self.last = nn.Linear(4, 3, bias=False) if product else None
@@ -93,7 +94,7 @@ SPARSE = {
 @pytest.mark.parametrize("curvature", ["per_sample", "mini_batch"])
 @pytest.mark.parametrize("build", [lambda: nn.Embedding(9, 5), lambda: nn.Embedding(5, 9), lambda: nn.Linear(4, 5)])
 def test_gradients_of_other_sparse_layouts_have_the_dense_ones_direction(layout, curvature, build):
-    torch.manual_seed(0)
+    seed_cpu(0)
     model = build().double()
     x = torch.randn(6, 4, dtype=torch.float64) if isinstance(model, nn.Linear) else torch.randint(5, (6, 2))
     twin = copy.deepcopy(model)
@@ -109,7 +110,7 @@ def test_gradients_of_other_sparse_layouts_have_the_dense_ones_direction(layout,
 @pytest.mark.parametrize("update_every", [1, 3, 100])
 @pytest.mark.parametrize("sparse", [False, True])
 def test_a_table_that_grows_drops_its_curvature_and_builds_it_again(width, update_every, sparse):
-    torch.manual_seed(0)
+    seed_cpu(0)
     table = nn.Embedding(20, width, sparse=sparse).double()
     model = nn.Sequential(table, nn.Linear(width, 3).double())
     optimizer = NGPlus(model, lr=1e-9, damping=DAMPING, update_every=update_every, solver="dense")
@@ -132,7 +133,7 @@ def test_a_table_that_grows_drops_its_curvature_and_builds_it_again(width, updat
 class Residual(nn.Module):
     def __init__(self, in_place):
         super().__init__()
-        torch.manual_seed(0)
+        seed_cpu(0)
         self.inlet, self.layer, self.in_place = nn.Linear(6, 6), nn.Linear(6, 6), in_place
 
     def forward(self, x):

@@ -10,7 +10,7 @@ from torch import nn
 from ngplus import NGPlus
 from ngplus.loss_reduction import reduction_of
 from tests.ngplus import oracle
-from tests.ngplus.cases import mlp
+from tests.ngplus.cases import mlp, seed_cpu
 
 DAMPING = 0.05
 
@@ -76,7 +76,7 @@ def test_class_weights_divide_by_their_sum():
 class Experts(nn.Module):
     def __init__(self):
         super().__init__()
-        torch.manual_seed(0)
+        seed_cpu(0)
         self.inlet = nn.Linear(4, 4)
         self.experts = nn.ModuleList(nn.Linear(4, 3) for _ in range(2))
         self.double()

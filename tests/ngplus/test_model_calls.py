@@ -6,7 +6,7 @@ from torch import nn
 
 from ngplus import NGPlus
 from tests.ngplus import oracle
-from tests.ngplus.cases import points
+from tests.ngplus.cases import points, seed_cpu
 
 DAMPING = 0.3
 
@@ -16,7 +16,7 @@ class Chain(nn.Module):
 
     def __init__(self):
         super().__init__()
-        torch.manual_seed(0)
+        seed_cpu(0)
         self.shared = nn.Linear(4, 4)
         self.encoder = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), self.shared)
         self.decoder = nn.Sequential(self.shared, nn.Tanh(), nn.Linear(4, 3))
@@ -71,7 +71,7 @@ class Direct(nn.Module):
 
     def __init__(self):
         super().__init__()
-        torch.manual_seed(0)
+        seed_cpu(0)
         self.a = nn.Linear(4, 3).double()
 
     def forward(self, x):

@@ -9,10 +9,11 @@ from torch import nn
 from torch.nn.utils import prune
 
 from ngplus import NGPlus
+from tests.ngplus.cases import seed_cpu
 
 
 def three_layers() -> nn.Sequential:
-    torch.manual_seed(0)
+    seed_cpu(0)
     return nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 5), nn.Linear(5, 2))
 
 

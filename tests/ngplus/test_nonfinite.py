@@ -10,7 +10,7 @@ from ngplus import NGPlus, capture, inverse
 from ngplus.baselines import KFAC, SENG, Shampoo
 from ngplus.nonfinite import Watch, nonfinite_names, zero_where
 from tests.ngplus import oracle
-from tests.ngplus.cases import mlp_with_norm, points, train
+from tests.ngplus.cases import mlp_with_norm, points, seed_cpu, train
 
 BAD = pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 
@@ -207,7 +207,7 @@ class Complex(nn.Module):
 
     def __init__(self):
         super().__init__()
-        torch.manual_seed(0)
+        seed_cpu(0)
         self.layer = nn.Linear(4, 3)
         self.rotation = nn.Parameter(torch.randn(3, dtype=torch.complex64))
         self.mixing = nn.Linear(3, 3, bias=False, dtype=torch.complex64)

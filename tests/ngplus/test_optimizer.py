@@ -10,7 +10,7 @@ from torch.optim import lr_scheduler
 
 from ngplus import NGPlus
 from tests.ngplus import oracle
-from tests.ngplus.cases import mlp, parameters_equal, points, training_step
+from tests.ngplus.cases import mlp, parameters_equal, points, seed_cpu, training_step
 
 # The update ---------------------------------------------------------------------------------------------------------
 
@@ -325,7 +325,7 @@ class Optional(nn.Module):
 
     def __init__(self):
         super().__init__()
-        torch.manual_seed(0)
+        seed_cpu(0)
         self.always, self.sometimes = nn.Linear(4, 4), nn.Linear(4, 4)
         self.double()
 

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ngplus import NGPlus
+from tests.ngplus.cases import seed_cpu
 
 REFUSED = {
     "update_every zero": ({"update_every": 0}, ValueError, "update_every must be an integer ≥ 1, got 0"),
@@ -146,7 +147,7 @@ ONE_STEP = {"lr": 0.25, "damping": 0.5, "ema": 0.5, "update_every": 2}
 
 def moved(**options) -> torch.Tensor:
     """The weight after two steps with ``ONE_STEP``, some of it given in another form."""
-    torch.manual_seed(0)
+    seed_cpu(0)
     model = nn.Linear(3, 2)
     optimizer = NGPlus(model, **{**ONE_STEP, **options})
     for _ in range(2):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ngplus import NGPlus
 from ngplus.baselines import KFAC, SENG
 from tests.ngplus import oracle
+from tests.ngplus.cases import seed_cpu
 
 transformers = pytest.importorskip("transformers")
 Conv1D = transformers.pytorch_utils.Conv1D
@@ -28,7 +29,7 @@ class TiedHead(nn.Module):
 
     def __init__(self, head) -> None:
         super().__init__()
-        torch.manual_seed(0)
+        seed_cpu(0)
         self.table, self.mix = nn.Embedding(11, 4), nn.Linear(4, 4)
         self.head = head
 
@@ -57,7 +58,7 @@ class Autoencoder(nn.Module):
 
     def __init__(self, back, inside: int, outside: int, bias: bool) -> None:
         super().__init__()
-        torch.manual_seed(0)
+        seed_cpu(0)
         self.encode = nn.Linear(inside, outside, bias=bias)
         self.shift = nn.Parameter(torch.randn(inside))
         self.back = back
@@ -86,7 +87,7 @@ class Convolved(nn.Module):
 
     def __init__(self, trained_bias: bool = True) -> None:
         super().__init__()
-        torch.manual_seed(0)
+        seed_cpu(0)
         self.up, self.down = Conv1D(7, 4), Conv1D(3, 7)
         for layer in (self.up, self.down):
             nn.init.normal_(layer.weight)
@@ -132,7 +133,7 @@ def test_conv1d_is_a_linear_layer_with_its_matrix_turned():
 
 def gpt2() -> nn.Module:
     """GPT-2 with two blocks, as `transformers` has it."""
-    torch.manual_seed(0)
+    seed_cpu(0)
     config = transformers.GPT2Config(
         vocab_size=31,
         n_positions=8,
@@ -174,7 +175,7 @@ class Shifted(nn.Module):
 
     def __init__(self, call) -> None:
         super().__init__()
-        torch.manual_seed(0)
+        seed_cpu(0)
         self.inlet, self.outlet = nn.Linear(5, 6), nn.Linear(6, 3)
         self.call = call
 

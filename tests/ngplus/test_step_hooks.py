@@ -10,6 +10,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from ngplus import NGPlus
 from ngplus.baselines import KFAC
+from tests.ngplus.cases import seed_cpu
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def calls():
 
 
 def model_with_gradients() -> nn.Module:
-    torch.manual_seed(0)
+    seed_cpu(0)
     model = nn.Linear(3, 2)
     model(torch.randn(4, 3)).square().sum().backward()
     return model

@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import SGD, Adagrad, Adam, SparseAdam
 
 from ngplus import NGPlus, batching, direction, touched
+from tests.ngplus.cases import seed_cpu
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +52,7 @@ def batch(step):
 def trained(base, few, monkeypatch, *, dtype=torch.float64, closure=False, steps=6, **options):
     """A model after some steps, and the layouts that the base saw; nothing is lent where ``few`` is too large."""
     monkeypatch.setattr(touched, "FEW", few)
-    torch.manual_seed(0)
+    seed_cpu(0)
     model = Model(dtype)
     optimizer = NGPlus(model, base, damping=0.3, update_every=3, **{"lr": 0.1, **options})
     watched = Watched(optimizer)
@@ -91,7 +92,7 @@ def test_what_is_lent_moves_parameters_as_dense_gradients_do(base, options, clos
         assert parameter.grad.layout == torch.strided
         torch.testing.assert_close(parameter.grad, dense.grad, rtol=1e-12, atol=1e-14)
     rows = torch.cat([batch(step)[:, 0] for step in range(6)]).unique()
-    torch.manual_seed(0)
+    seed_cpu(0)
     start = Model().words.weight
     others = torch.ones(200, dtype=torch.bool).index_fill_(0, rows, False)
     assert torch.equal(model.words.weight[others], start[others])
@@ -199,7 +200,7 @@ class SparseModel(nn.Module):
 def sparsely_trained(base, small, monkeypatch, **options):
     """A model after some steps, its optimizer, and which tables' gradients the base saw as sparse ones."""
     monkeypatch.setattr(touched, "SMALL", small)
-    torch.manual_seed(0)
+    seed_cpu(0)
     model = SparseModel()
     if base is SparseAdam:  # which takes no dense gradients
         model.out.requires_grad_(False)

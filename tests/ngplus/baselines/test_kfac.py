@@ -13,7 +13,7 @@ from ngplus.baselines import KFAC
 from ngplus.baselines.kronecker import moment
 from ngplus.patches import Patches
 from tests.ngplus.allocations import peak_elements
-from tests.ngplus.cases import parameters_equal, training_step
+from tests.ngplus.cases import parameters_equal, seed_cpu, training_step
 
 
 def sample_losses(model: nn.Module, *inputs: Tensor) -> list[Tensor]:
@@ -173,7 +173,7 @@ def test_a_longer_side_than_allowed_keeps_the_diagonal_of_its_factor():
 @pytest.mark.parametrize("groups", [1, 3])
 def test_factors_of_large_images_are_summed_in_parts(groups, limit, monkeypatch):
     monkeypatch.setattr(gfim, "CHUNK", dict.fromkeys(gfim.CHUNK, limit))
-    torch.manual_seed(0)
+    seed_cpu(0)
     patches = Patches(torch.randn(2, 6, 9, 7, dtype=torch.float64), (3, 2), (2, 1), (1, 1), ((1, 1), (0, 1)), groups)
     columns = patches.dense().permute(1, 2, 0, 3).flatten(2)
     torch.testing.assert_close(moment(patches, 100, groups), columns @ columns.mT)
@@ -370,7 +370,7 @@ def test_it_trains_a_small_network_faster_than_its_base():
     y = torch.randint(4, (64,))
 
     def loss_after(make) -> float:
-        torch.manual_seed(1)
+        seed_cpu(1)
         model = convolutional()
         optimizer = make(model)
         for _ in range(25):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ngplus import NGPlus
+from tests.ngplus.cases import seed_cpu
 from tests.ngplus.oracle import PlainLoop
 
 SETTINGS = {"lr": 0.1, "damping": 0.3, "update_every": 2}
@@ -58,14 +59,14 @@ class Problem:
 
 def perceptron(dtype: torch.dtype = torch.float64, samples: int = 6) -> Problem:
     """Layers of both sides: 7×6 keeps R, 3×8 keeps L."""
-    torch.manual_seed(0)
+    seed_cpu(0)
     model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).to(dtype)
     return Problem(model, torch.randn(samples, 5, dtype=dtype), torch.randn(samples, 3, dtype=dtype))
 
 
 def convolutional(dtype: torch.dtype = torch.float64, samples: int = 4) -> Problem:
     """A convolution, one with groups, batch-independent norms and a linear layer."""
-    torch.manual_seed(0)
+    seed_cpu(0)
     model = nn.Sequential(
         nn.Conv2d(2, 4, 3, padding=1),
         nn.GroupNorm(2, 4),
@@ -94,7 +95,7 @@ class Attentive(nn.Module):
 
 def attentive(dtype: torch.dtype = torch.float64, samples: int = 4) -> Problem:
     """Token indices in, attention between."""
-    torch.manual_seed(0)
+    seed_cpu(0)
     return Problem(Attentive().to(dtype), torch.randint(11, (samples, 5)), torch.randn(samples, 3, dtype=dtype))
 
 

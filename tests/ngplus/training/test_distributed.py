@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.nn.parallel import DistributedDataParallel
 
 from ngplus import NGPlus
+from tests.ngplus.cases import seed_cpu
 from tests.ngplus.training.problems import SETTINGS, Problem, attentive, convolutional, distance, flat, perceptron
 
 pytestmark = pytest.mark.slow  # starting the processes is
@@ -140,7 +141,7 @@ class Branches(nn.Module):
 def branching(signs: tuple[int, ...]) -> Problem:
     """Six samples; the sign of each one's first number."""
     problem = perceptron()
-    torch.manual_seed(1)
+    seed_cpu(1)
     problem.model = Branches().double()
     problem.inputs[:, 0] = problem.inputs[:, 0].abs() * torch.tensor(signs).double()
     return problem

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ngplus import NGPlus
+from tests.ngplus.cases import seed_cpu
 
 transformers = pytest.importorskip("transformers")
 
@@ -33,7 +34,7 @@ MIXTRAL = ("MixtralForCausalLM", "MixtralConfig", {**SIZES, "num_key_value_heads
 
 
 def make(model: str, config: str, sizes: dict) -> nn.Module:
-    torch.manual_seed(0)
+    seed_cpu(0)
     return getattr(transformers, model)(getattr(transformers, config)(**sizes))
 
 

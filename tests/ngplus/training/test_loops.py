@@ -11,6 +11,7 @@ from torch import nn
 
 from ngplus import NGPlus
 from tests.ngplus import oracle
+from tests.ngplus.cases import seed_cpu
 from tests.ngplus.training.problems import SETTINGS, attentive, convolutional, distance, flat, perceptron
 
 
@@ -160,7 +161,7 @@ class Adapted(nn.Module):
 
     def __init__(self):
         super().__init__()
-        torch.manual_seed(0)
+        seed_cpu(0)
         self.layer = nn.Linear(5, 4)
         self.adapters = nn.ModuleDict(
             {name: nn.Sequential(nn.Linear(5, 2, bias=False), nn.Linear(2, 4)) for name in "ab"}
@@ -303,7 +304,7 @@ ROWS, COLUMNS = (slice(0, 2),), (slice(None), slice(0, 2))
 
 def moved_where_frozen(shape, frozen, zeroed_by):
     """Whether a part of a weight moves in three steps; its gradient, or its direction, is zeroed in each."""
-    torch.manual_seed(0)
+    seed_cpu(0)
     model = nn.Linear(shape[1], shape[0], bias=False)
     optimizer = NGPlus(model, **SETTINGS, momentum=0.9)
 

@@ -10,6 +10,7 @@ from torch.amp import GradScaler
 
 from ngplus import NGPlus
 from ngplus.baselines import KFAC, SENG, Shampoo
+from tests.ngplus.cases import seed_cpu
 from tests.ngplus.training.problems import SETTINGS, attentive, convolutional, distance, flat, perceptron
 
 SCALE = 2.0**16
@@ -52,7 +53,7 @@ def test_autocast_moves_like_full_precision(make, dtype, tolerance):
 
 def wide(autocast, optimizer, closure, **options):
     """The weights after a curvature step and a plain one of layers that few samples leave of low rank."""
-    torch.manual_seed(0)
+    seed_cpu(0)
     model = nn.Sequential(nn.Linear(20, 16), nn.Tanh(), nn.Linear(16, 40))
     trained = optimizer(model, lr=0.1, damping=0.01, update_every=2, **options)
 

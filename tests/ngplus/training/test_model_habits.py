@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ngplus import NGPlus
 from ngplus.baselines import KFAC, SENG, Shampoo
+from tests.ngplus.cases import seed_cpu
 from tests.ngplus.training.problems import (
     SETTINGS,
     Problem,
@@ -62,7 +63,7 @@ class Checkpointed(nn.Module):
 
     def __init__(self, reentrant: bool, reused: bool = False, across: bool = False) -> None:
         super().__init__()
-        torch.manual_seed(0)
+        seed_cpu(0)
         self.inlet, self.middle, self.outlet = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 3)
         self.reentrant, self.reused, self.across = reentrant, reused, across
 
@@ -147,7 +148,7 @@ class Skipping(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        torch.manual_seed(0)
+        seed_cpu(0)
         self.inlet, self.middle, self.outlet = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 3)
         self.skip = False
 
@@ -187,7 +188,7 @@ class Recursive(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        torch.manual_seed(0)
+        seed_cpu(0)
         self.inlet, self.outlet = nn.Linear(5, 5), nn.Linear(5, 3)
 
     def forward(self, x, depth=2):
@@ -229,7 +230,7 @@ class Functional(nn.Module):
 
     def __init__(self, readable: bool) -> None:
         super().__init__()
-        torch.manual_seed(0)
+        seed_cpu(0)
         self.inlet, self.outlet = nn.Linear(5, 6), nn.Linear(6, 3)
         self.readable = readable
 
@@ -334,7 +335,7 @@ class Tied(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        torch.manual_seed(0)
+        seed_cpu(0)
         self.table, self.mix = nn.Embedding(11, 4), nn.Linear(4, 4)
         self.out = nn.Linear(4, 11)
         self.out.weight = self.table.weight
@@ -344,7 +345,7 @@ class Tied(nn.Module):
 
 
 def test_a_tied_weight_has_one_curvature_of_both_uses():
-    torch.manual_seed(0)
+    seed_cpu(0)
     problem = Problem(Tied().double(), torch.randint(11, (5, 3)), torch.randn(5, 11).double())
     optimizer = assert_follows_the_oracle(problem)
     assert set(optimizer.curvature) == {"table.weight", "mix.weight"}
@@ -378,7 +379,7 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("changes", [(2, 7), (4, 5)])
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_weights_that_change_their_memory_format_in_the_middle_of_training_change_nothing(make, changes):
-    torch.manual_seed(0)
+    seed_cpu(0)
     layers = [nn.Conv2d(3, 4, 3, padding=1), *(nn.Conv2d(4, 4, 3, padding=1) for _ in range(2))]
     layers += [nn.Conv2d(4, 6, 3, groups=2, bias=False), nn.Conv2d(6, 40, 2, padding=1)]
     model = nn.Sequential(*(part for layer in layers for part in (layer, nn.Tanh()))).double()
@@ -401,14 +402,14 @@ def test_attention_with_the_batch_second():
     class Second(nn.Module):
         def __init__(self):
             super().__init__()
-            torch.manual_seed(0)
+            seed_cpu(0)
             self.attention, self.head = nn.MultiheadAttention(4, 2), nn.Linear(4, 3)
 
         def forward(self, x):
             x = x.transpose(0, 1)
             return self.head(self.attention(x, x, x)[0].mean(0))
 
-    torch.manual_seed(1)
+    seed_cpu(1)
     assert_follows_the_oracle(with_model(Second(), torch.randn(6, 3, 4).double()))
 
 
@@ -420,7 +421,7 @@ class Failing(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        torch.manual_seed(0)
+        seed_cpu(0)
         self.inlet, self.outlet = nn.Linear(5, 6), nn.Linear(6, 3)
         self.error: BaseException | None = None
 

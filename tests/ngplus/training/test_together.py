@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ngplus import NGPlus
+from tests.ngplus.cases import seed_cpu
 from tests.ngplus.training.problems import SETTINGS, attentive, distance, flat, perceptron
 
 # Two optimizers ------------------------------------------------------------------------------------------------------
 
 
 def generator_and_critic() -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
-    torch.manual_seed(0)
+    seed_cpu(0)
     generator = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 4)).double()
     critic = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)).double()
     return generator, critic, torch.randn(6, 3).double(), torch.randn(6, 4).double()
@@ -89,7 +90,7 @@ def test_every_implementation_of_a_base_makes_the_same_steps(base, way):
 
 
 def test_sparse_adam_steps_on_directions_that_stay_sparse():
-    torch.manual_seed(0)
+    seed_cpu(0)
     table = nn.Embedding(30, 4, sparse=True).double()
     before = table.weight.detach().clone()
     optimizer = NGPlus(table, torch.optim.SparseAdam, lr=0.01, damping=0.3, update_every=2)
@@ -150,7 +151,7 @@ class Recurrent(nn.Module):
 
     def __init__(self, kind: type[nn.RNNBase]) -> None:
         super().__init__()
-        torch.manual_seed(0)
+        seed_cpu(0)
         self.recurrent, self.head = kind(5, 6, batch_first=True), nn.Linear(6, 3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -196,7 +197,7 @@ def test_an_input_that_is_shared_by_the_batch_is_one_sample():
     class Positions(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            torch.manual_seed(0)
+            seed_cpu(0)
             self.table, self.head = nn.Embedding(4, 5), nn.Linear(5, 3)
 
         def forward(self, x: Tensor) -> Tensor:
@@ -271,7 +272,7 @@ def test_a_layer_in_two_reentrant_checkpoints_counts_each_use_as_samples_of_its_
     class Across(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            torch.manual_seed(0)
+            seed_cpu(0)
             self.inlet, self.middle, self.outlet = nn.Linear(5, 6), nn.Linear(6, 6, bias=False), nn.Linear(6, 3)
 
         def forward(self, x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ngplus import NGPlus
+from tests.ngplus.cases import seed_cpu
 from tests.ngplus.training.problems import SETTINGS, Problem, distance, flat, perceptron
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -189,7 +190,7 @@ def test_lightning_resumes_from_its_checkpoint_to_the_bit(settings, tmp_path):
 
 
 def tiny_bert() -> nn.Module:
-    torch.manual_seed(0)
+    seed_cpu(0)
     config = transformers.BertConfig(
         vocab_size=32,
         hidden_size=16,

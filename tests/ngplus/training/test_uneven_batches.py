@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ngplus import NGPlus
 from ngplus.baselines import KFAC
+from tests.ngplus.cases import seed_cpu
 from tests.ngplus.oracle import PlainLoop
 from tests.ngplus.training.problems import SETTINGS, distance, flat, perceptron
 from tests.ngplus.training.processes import Team
@@ -194,7 +195,7 @@ def two_steps(model, optimizer):
 
 
 def alike(*sizes) -> nn.Sequential:
-    torch.manual_seed(0)
+    seed_cpu(0)
     return nn.Sequential(*(nn.Linear(*pair) for pair in itertools.pairwise(sizes)))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ngplus import NGPlus
 from ngplus.layers import SUPPORTED
+from tests.ngplus.cases import seed_cpu
 
 
 def resnet18() -> nn.Module:
@@ -89,7 +90,7 @@ def assert_trains(model: nn.Module, optimizer: NGPlus, loss: Callable[[], Tensor
 
 @pytest.fixture(autouse=True)
 def nothing_undocumented_is_said():
-    torch.manual_seed(0)
+    seed_cpu(0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", "enable_nested_tensor is True")  # nn.Transformer's own, when it is made
@@ -145,7 +146,7 @@ def test_the_transformer_of_torch(batch_first):
 
 def test_the_transformer_of_torch_has_one_curvature_whichever_dimension_the_batch_is():
     def curvature(batch_first: bool) -> dict[str, Tensor]:
-        torch.manual_seed(0)
+        seed_cpu(0)
         model = nn.Transformer(16, 2, 1, 1, 24, dropout=0.0, batch_first=batch_first).double()
         optimizer = make_optimizer(model, None, batch_dim=0 if batch_first else 1)
         source, target = torch.randn(3, 5, 16).double(), torch.randn(3, 4, 16).double()
