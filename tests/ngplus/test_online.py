@@ -30,9 +30,9 @@ def clip(X, radius):
 
 def projected_gradient(L, Y, radius, steps=20_000):
     """Minimise ½‖X − Y‖_L² on the ball by gradient steps and Frobenius clipping: no multiplier, no basis."""
-    X = clip(Y, radius)
+    X, norm = clip(Y, radius), np.linalg.norm(L, 2)
     for _ in range(steps):
-        X = clip(X - L @ (X - Y) / np.linalg.norm(L, 2), radius)
+        X = clip(X - L @ (X - Y) / norm, radius)
     return X
 
 

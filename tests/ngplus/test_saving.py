@@ -13,7 +13,7 @@ from torch.optim import SGD, Adam
 from ngplus import NGPlus
 from ngplus.baselines import KFAC, SENG, Shampoo
 from tests.ngplus.cases import mlp, parameters_equal, through_a_file, train
-from tests.ngplus.training.processes import FRESH
+from tests.ngplus.training.processes import in_a_fresh_process
 
 SETTINGS = {
     "sgd": {"base": SGD, "momentum": 0.9, "weight_decay": 0.01},
@@ -55,7 +55,7 @@ def resume(folder, settings):
     model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
     train(model, optimizer, range(4, 8))
-    torch.save(model.state_dict(), folder / "resumed.pt")
+    return model
 
 
 def test_a_fresh_process_goes_on_to_the_bit(tmp_path):
@@ -64,12 +64,7 @@ def test_a_fresh_process_goes_on_to_the_bit(tmp_path):
     train(model, optimizer, range(4))
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "saved.pt")
     train(model, optimizer, range(4, 8))
-    process = FRESH.Process(target=resume, args=(tmp_path, "ema"))
-    process.start()
-    process.join(120)
-    assert process.exitcode == 0
-    resumed = torch.load(tmp_path / "resumed.pt", weights_only=True)
-    assert all(torch.equal(value, resumed[name]) for name, value in model.state_dict().items())
+    assert parameters_equal(model, in_a_fresh_process(resume, tmp_path, "ema"))
 
 
 @pytest.mark.parametrize("settings", SETTINGS)

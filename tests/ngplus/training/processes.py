@@ -22,6 +22,40 @@ FRESH = mp.get_context("forkserver")
 FRESH.set_forkserver_preload(["pytest", "tests.ngplus.training.problems", __name__])
 
 
+def in_a_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What ``function(*arguments)`` returned in a process of its own.
+
+    Raises:
+        AssertionError: where it raised, or did not end.
+    """
+    ours, theirs = FRESH.Pipe()
+    process = FRESH.Process(target=_answer_and_wait, args=(theirs, function, arguments), daemon=True)
+    process.start()
+    try:
+        assert ours.poll(START_SECONDS), "the process is stuck"
+        fine, answer = ours.recv()
+        ours.send(None)
+    finally:
+        process.join(10)
+        process.kill()
+    assert fine, answer
+    return answer
+
+
+def _answer(pipe: Any, function: Callable[..., Any], arguments: tuple) -> None:
+    """Send whether a function returned, and what; where it raised, the traceback."""
+    try:
+        pipe.send((True, function(*arguments)))
+    except BaseException:
+        pipe.send((False, traceback.format_exc()))
+
+
+def _answer_and_wait(pipe: Any, function: Callable[..., Any], arguments: tuple) -> None:
+    """Live until the answer has been received: tensors are sent as memory that is shared."""
+    _answer(pipe, function, arguments)
+    pipe.recv()
+
+
 def _work(rank: int, world: int, port: int, pipe: Any) -> None:
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -31,10 +65,7 @@ def _work(rank: int, world: int, port: int, pipe: Any) -> None:
     pipe.send((True, None))
     while (task := pipe.recv()) is not None:
         function, arguments, is_last = task
-        try:
-            pipe.send((True, function(*arguments)))
-        except BaseException:
-            pipe.send((False, traceback.format_exc()))
+        _answer(pipe, function, arguments)
         if is_last:
             return
     dist.destroy_process_group()
