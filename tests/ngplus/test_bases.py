@@ -210,13 +210,13 @@ def test_a_base_resumes_to_the_bit_as_it_does_by_itself(name, dtype):
 
 
 @pytest.mark.parametrize("name", NO_BASE)
-def test_what_is_no_base_still_is_none(name):
+def test_unsupported_bases_are_refused(name):
     model = perceptron()
     with pytest.raises((TypeError, ValueError, AttributeError)):
         NGPlus(model, BASES[name], lr=0.01)
 
 
-def test_the_document_names_what_is_no_base_and_why():
+def test_the_document_names_the_unsupported_bases_and_why():
     text = (Path(__file__).parents[2] / "docs" / "supported.md").read_text()
     rows = dict(re.findall(r"^\| (`.+`) \| no: (.+?) \|", text, flags=re.MULTILINE))
     named = {name: reason for names, reason in rows.items() for name in re.findall(r"`(\w+)`", names)}

@@ -55,7 +55,7 @@ def gradients_of_steps(make, index, small, monkeypatch, changes, **options):
 @pytest.mark.parametrize(
     "options", [{}, {"block_size": 3}, {"block_size": 4}, {"block_size": 2, "ema": 0.5}, {"curvature": "mini_batch"}]
 )
-def test_together_is_as_alone(monkeypatch, linear_dim, options):
+def test_layers_preconditioned_in_one_batch_get_the_directions_of_each_alone(monkeypatch, linear_dim, options):
     index = torch.randint(9, (5, 4))
     both = [
         gradients_after_a_step(lambda: Tables(linear_dim=linear_dim), index, small, monkeypatch, **options)
@@ -66,7 +66,7 @@ def test_together_is_as_alone(monkeypatch, linear_dim, options):
         torch.testing.assert_close(gradient, both[1][name], rtol=1e-10, atol=1e-12)
 
 
-def test_frozen_biases_gradients_that_are_missing_and_views_are_as_alone(monkeypatch):
+def test_batches_with_frozen_biases_missing_gradients_and_views_match_each_layer_alone(monkeypatch):
     def change(model):
         model.flat[0].bias.grad = None
         model.tables[0].weight.grad = None
@@ -112,7 +112,7 @@ def sparse(model):
 
 @pytest.mark.parametrize("change", [missing, bias_missing, frozen, transposed, sparse])
 @pytest.mark.parametrize("linear_dim", [3, 12])
-def test_what_changes_between_steps_is_as_alone(monkeypatch, change, linear_dim):
+def test_batches_that_change_between_steps_match_each_layer_alone(monkeypatch, change, linear_dim):
     index = torch.randint(9, (5, 4))
     steps = [None, None, change, change, freed, None]
     together, alone = (
@@ -125,7 +125,7 @@ def test_what_changes_between_steps_is_as_alone(monkeypatch, change, linear_dim)
             torch.testing.assert_close(gradient.to_dense(), theirs[name].to_dense(), rtol=1e-10, atol=1e-12)
 
 
-def test_new_curvature_and_a_loaded_state_are_taken_at_once(monkeypatch):
+def test_new_curvature_and_a_loaded_state_are_used_on_the_next_step(monkeypatch):
     index = torch.randint(9, (5, 4))
     steps = [None] * 5
     together, alone = (
@@ -151,7 +151,7 @@ def test_new_curvature_and_a_loaded_state_are_taken_at_once(monkeypatch):
 
 
 @pytest.mark.parametrize("columns", [3, 12, 40])  # a small layer of either side; a low rank one, 8 samples of 40
-def test_a_bias_of_another_dtype_is_turned_in_its_own(columns):
+def test_a_bias_of_another_dtype_keeps_its_dtype(columns):
     """Under autocast, which casts both."""
     directions = []
     for dtype in (torch.float32, torch.bfloat16):
@@ -171,7 +171,7 @@ def test_a_bias_of_another_dtype_is_turned_in_its_own(columns):
         torch.testing.assert_close(ours, expected, rtol=0.02, atol=0.02 * float(expected.abs().max()))
 
 
-def test_inverses_that_are_joined_are_kept_once():
+def test_stacked_inverses_are_stored_once():
     model = Tables()
     optimizer = NGPlus(model, lr=0.1, damping=0.3, update_every=100)
     model(torch.randint(9, (5, 4))).square().mean().backward()
@@ -180,7 +180,7 @@ def test_inverses_that_are_joined_are_kept_once():
     assert inverses[0].untyped_storage().data_ptr() == inverses[1].untyped_storage().data_ptr()
 
 
-def test_groups_of_convolutions_are_as_alone(monkeypatch):
+def test_batched_groups_of_convolutions_match_each_layer_alone(monkeypatch):
     def make():
         layers = [nn.Conv1d(4, 4, 3, padding=1, groups=2, dtype=torch.float64) for _ in range(3)]
         return nn.Sequential(*layers)
@@ -192,7 +192,7 @@ def test_groups_of_convolutions_are_as_alone(monkeypatch):
 
 
 @pytest.mark.parametrize(("rows", "columns", "bias"), [(3, 5, True), (3, 5, False), (5, 3, False), (4, 4, False)])
-def test_each_direction_is_that_of_a_dense_solve(rows, columns, bias):
+def test_each_batched_direction_is_that_of_a_dense_solve(rows, columns, bias):
     seed_cpu(0)
     model = nn.Sequential(*[nn.Linear(columns, rows, bias=bias, dtype=torch.float64) for _ in range(4)])
     members, expected = [], []
@@ -235,7 +235,7 @@ class Unlike(nn.Module):
         return self.unmix(self.mix(x.mT).tanh())
 
 
-def test_small_layers_of_any_shapes_are_turned_in_one_series_as_alone(monkeypatch):
+def test_small_layers_of_any_shapes_share_one_series_and_match_each_layer_alone(monkeypatch):
     index = torch.randint(30, (5, 4))
     sizes = []
     turned = Series.precondition
@@ -269,7 +269,7 @@ def test_nan_in_any_gradient_of_a_series_skips_the_step(name):
     check_that_nan_skips_the_step(Unlike(), name, torch.randint(30, (5, 4)))
 
 
-def test_what_is_large_is_not_turned_with_others(monkeypatch):
+def test_large_layers_are_not_batched(monkeypatch):
     seen = []
     monkeypatch.setattr(Batch, "precondition", lambda batch, _: seen.append(len(batch.members)))
     monkeypatch.setattr(Series, "precondition", lambda self, _: seen.append([m.shape.rows for m in self.members]))
@@ -310,7 +310,7 @@ class SparseTables(nn.Module):
         return sum(bags) + self.tables[3](index.flip(0)).tanh()
 
 
-def test_rows_of_sparse_gradients_are_turned_together_and_stay_sparse(monkeypatch):
+def test_rows_of_sparse_gradients_are_batched_and_stay_sparse(monkeypatch):
     index = torch.randint(9, (5, 2))
     together, alone = (gradients_after_a_step(SparseTables, index, small, monkeypatch) for small in (2**14, -1))
     assert [gradient._values().shape[0] for gradient in together.values()][:3] == [10, 10, 10]

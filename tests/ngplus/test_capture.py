@@ -175,7 +175,7 @@ def test_every_position_of_every_use_is_a_row(use):
         (lambda m, x: m.a(x) + m.a.weight.norm(), "norm"),
     ],
 )
-def test_a_use_that_is_not_understood_is_named_and_its_layer_goes_to_the_base(wiring, name):
+def test_an_unsupported_use_is_named_and_its_layer_goes_to_the_base(wiring, name):
     model = Wired(wiring, a=nn.Linear(4, 3), b=nn.Linear(4, 3))
     plain = copy.deepcopy(model)
     x = points(5, 4)
@@ -233,7 +233,7 @@ def test_a_deleted_optimizer_takes_its_hooks_along(hooks):
 
 
 @pytest.mark.parametrize("event", ["load_state_dict", "add_param_group"])
-def test_watching_anew_ends_the_watch_that_was(event, hooks):
+def test_rearming_the_capture_removes_its_earlier_hooks(event, hooks):
     """Though the graph of a forward pass that it saw is still alive."""
     model, x = mlp(4, 3, 2), points(5, 4)
     optimizer = NGPlus(model, lr=0.1, update_every=1, params=[{"params": list(model[0].parameters())}])
@@ -285,7 +285,7 @@ def test_forward_passes_between_steps_leave_nothing_behind():
         assert torch.equal(a, b)
 
 
-def test_a_forward_that_raises_is_left_properly():
+def test_a_forward_that_raises_leaves_no_function_mode():
     model = Wired(lambda m, x: m.a(x) if x.shape[1] == 4 else 1 / 0, a=nn.Linear(4, 3))
     x = points(5, 4)
     optimizer = NGPlus(model, lr=1e-9, damping=0.3, update_every=1)
@@ -298,7 +298,7 @@ def test_a_forward_that_raises_is_left_properly():
     assert oracle.error(model, oracle.directions(gradients, 0.3)) <= 1e-10
 
 
-def test_layers_called_one_by_one_are_seen_without_a_forward_of_the_model():
+def test_layers_called_one_by_one_are_captured_without_a_forward_of_the_model():
     model, x = mlp(4, 6, 3), points(5, 4)
     gradients = oracle.energy_gradients(model, x)
 
@@ -551,7 +551,7 @@ def test_a_weight_without_entries_is_no_layer(kind):
 
 
 @pytest.mark.parametrize("way", ["deepcopy", "pickle", "save"])
-def test_a_model_can_be_copied_while_it_is_watched(way):
+def test_a_model_can_be_copied_while_it_is_captured(way):
     model, x = mlp(4, 3), points(5, 4)
     optimizer = NGPlus(model, lr=0.1, update_every=1)
     model(x).sum().backward()

@@ -113,7 +113,7 @@ def test_a_weight_with_uses_that_are_not_captured_goes_to_the_base(case, pieces,
         assert torch.equal(dict(model.named_parameters())[name].grad, before[name])
 
 
-def test_a_partial_capture_is_accepted_where_one_says_so():
+def test_a_partial_capture_is_accepted_with_the_option_for_it():
     build, loss, _ = PARTIAL["a penalty"]
     optimizer, _, messages = step(build(), loss, torch.randint(11, (6, 4)), partial_capture="accept")
     assert set(optimizer.curvature) == {"table.weight", "layer.weight"}
@@ -153,7 +153,7 @@ def discarded(model, optimizer):
 
 
 @pytest.mark.parametrize("between", [clipped, masked, discarded])
-def test_what_a_loop_does_to_gradients_after_backward_is_no_other_source(between):
+def test_changing_gradients_after_backward_is_not_reported_as_another_source(between):
     model, index = Language(), torch.randint(11, (6, 4))
     optimizer = NGPlus(model, lr=1e-12, damping=DAMPING, update_every=1)
     oracle.energy(model(index)).backward()

@@ -46,7 +46,7 @@ def test_a_sample_is_a_batch_element_or_a_row(samples, solver, dtype):
 
 
 @pytest.mark.parametrize("samples", ["batch", "rows"])
-def test_the_loss_may_be_a_sum(samples):
+def test_a_summed_loss_has_the_curvature_of_single_samples(samples):
     """The curvature stays that of single samples; the gradient is as large as the sum's."""
     x = points(5, 3, 4)
     summed, mean = mlp(4, 6, 3), mlp(4, 6, 3)
@@ -109,7 +109,7 @@ def test_the_moving_average_starts_from_the_first_matrix_and_not_from_zero():
     torch.testing.assert_close(average, oracle.second_moment(samples), rtol=1e-12, atol=1e-12)
 
 
-def test_a_change_of_damping_waits_for_the_next_curvature_step():
+def test_a_change_of_damping_takes_effect_on_the_next_curvature_step():
     model, x = mlp(4, 3), points(5, 4)
     optimizer = NGPlus(model, lr=1e-9, damping=0.3, update_every=2)
     seen = []
@@ -163,7 +163,7 @@ def test_every_exact_solver_gives_the_same_direction(sizes):
             assert (a.grad - b.grad).norm() <= 1e-11 * b.grad.norm()
 
 
-def test_auto_takes_low_rank_where_the_batch_is_small_beside_the_matrix():
+def test_auto_takes_low_rank_where_the_batch_is_small_compared_with_the_matrix():
     for batch, kind in ((4, LowRankInverse), (5, LowRankInverse), (6, DenseInverse), (40, DenseInverse)):
         optimizer = stepped(mlp(19, 11), points(batch, 19))
         assert kinds(optimizer) == [kind], batch
@@ -248,7 +248,7 @@ def test_low_rank_is_as_exact_as_the_explicit_inverse(side, bias, same, rank, ra
     assert errors["low rank"] <= max(1.5 * errors["explicit inverse"], 1e-6)
 
 
-def test_what_refines_a_low_rank_direction_is_saved_and_older_states_go_without():
+def test_refinement_of_a_low_rank_direction_is_saved_and_older_states_load_without_it():
     U, G = graded(20, 30, 8, seed=0)
     made = low_rank(U, 1e-4 * float(torch.linalg.matrix_norm(U, 2)) ** 2)
     kept = made.tensors()
@@ -349,7 +349,7 @@ def test_sampled_columns_give_the_matrix_on_average(case):
         (SENG, {"sketch_size": 5}),
     ],
 )
-def test_sketches_are_drawn_where_the_generator_is_and_not_on_the_default_device(optimizer, options):
+def test_sketches_are_sampled_on_the_generators_device_and_not_on_the_default_one(optimizer, options):
     moved = []
     for device in ("cpu", "meta"):
         model, x = mlp(4, 9, 3), points(5, 2, 4)
@@ -434,7 +434,7 @@ def test_mini_batch_with_parameters_takes_each_as_out_times_rest(form):
     assert expected is None or list(optimizer.curvature) == expected
 
 
-def test_mini_batch_watches_nothing():
+def test_mini_batch_curvature_captures_nothing():
     optimizer = NGPlus(mlp(4, 3), update_every=1, curvature="mini_batch")
     assert optimizer._capture is None
 
@@ -469,14 +469,14 @@ def test_mini_batch_of_a_sparse_gradient_is_that_of_the_dense_one(rows):
     ],
 )
 @pytest.mark.parametrize("sizes", [(4, 6, 3), (19, 40, 7)])
-def test_single_precision(sizes, options):
+def test_every_solver_matches_the_oracle_in_single_precision(sizes, options):
     oracle.check(mlp(*sizes, dtype=torch.float32), points(5, sizes[0]).float(), **options)
 
 
 # What is kept -------------------------------------------------------------------------------------------------------
 
 
-def test_a_layers_state_reads_well_and_counts_its_numbers():
+def test_a_layers_state_prints_its_form_and_counts_its_elements():
     optimizer = stepped(mlp(4, 6, 3), points(5, 4), ema=0.5, solver="dense")
     assert str(optimizer.curvature["0.weight"]) == (
         "LayerState(matrix 6×5, DenseInverse of λI + R, damping 0.3, 1 updates, 50 numbers kept)"
@@ -499,7 +499,7 @@ def test_the_share_is_that_of_the_largest_eigenvalue(options, samples):
         assert state.share() == pytest.approx(float(largest / (damping + largest)), rel=1e-9)
 
 
-def test_the_share_of_no_curvature_is_nothing_and_that_of_a_sketch_is_not_known():
+def test_the_share_is_zero_without_curvature_and_unknown_for_a_sketch():
     model, x = mlp(3, 3), points(4, 3)
     flat = oracle.descend(model, lambda m: 0 * m(x).sum(), damping=DAMPING)
     assert [state.share() for state in flat.curvature.values()] == [0.0]

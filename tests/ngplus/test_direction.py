@@ -39,7 +39,7 @@ def gradient(rows, dim, touched, dtype, offset=0):
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("dim", [1, 2, 3, 16, 32])
 @pytest.mark.parametrize("touched", [0, 1, 30, 200])
-def test_rows_of_zeros_stay_zeros_and_the_others_are_multiplied(dtype, offset, dim, touched):
+def test_zero_rows_stay_zero_and_nonzero_rows_are_preconditioned(dtype, offset, dim, touched):
     seed_cpu(0)
     layer = find_layers(nn.Sequential(nn.Embedding(200, dim, dtype=dtype)))[0]
     shape = layer.shape(None)
@@ -51,7 +51,7 @@ def test_rows_of_zeros_stay_zeros_and_the_others_are_multiplied(dtype, offset, d
     assert torch.equal(layer.weight.grad.any(1), expected.any(1))
 
 
-def test_blocks_and_low_rank_take_the_rows_that_count_too():
+def test_blocks_and_low_rank_precondition_nonzero_rows_alone():
     seed_cpu(0)
     layer = find_layers(nn.Sequential(nn.Embedding(200, 6, dtype=torch.float64)))[0]
     columns = torch.randn(6, 2, dtype=torch.float64) / 4
@@ -69,7 +69,7 @@ def test_blocks_and_low_rank_take_the_rows_that_count_too():
 
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("block_size", [None, 3])
-def test_a_gradient_without_a_row_that_counts_stays_without_one(sparse, block_size):
+def test_a_gradient_without_nonzero_rows_stays_zero(sparse, block_size):
     model = nn.Embedding(200, 8, sparse=sparse)
     optimizer = NGPlus(model, lr=0.1, block_size=block_size, update_every=100)
     model(torch.randint(200, (6,))).square().sum().backward()
@@ -82,7 +82,7 @@ def test_a_gradient_without_a_row_that_counts_stays_without_one(sparse, block_si
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e-45])
-def test_a_row_with_one_entry_counts_whatever_the_entry_is(value):
+def test_a_row_with_one_nonzero_entry_is_preconditioned_whatever_the_entry_is(value):
     layer = find_layers(nn.Sequential(nn.Embedding(200, 8)))[0]
     layer.weight.grad = torch.zeros(200, 8)
     layer.weight.grad[17, 5] = value
@@ -90,7 +90,7 @@ def test_a_row_with_one_entry_counts_whatever_the_entry_is(value):
 
 
 @pytest.mark.parametrize("optimizer", [NGPlus, KFAC, Shampoo, SENG])
-def test_every_optimizer_turns_a_large_table_as_it_does_a_small_one(monkeypatch, optimizer):
+def test_every_optimizer_preconditions_a_large_table_as_a_small_one(monkeypatch, optimizer):
     """K-FAC's direction depends on which row it is, SENG's leaves no row at zero."""
 
     def weights(chunk):
@@ -142,7 +142,7 @@ def test_a_row_of_a_large_table_moves_as_in_a_small_one(monkeypatch, dtype):
 
 
 @pytest.mark.parametrize("kind", ["dense", "of a grouped convolution"])
-def test_a_bias_column_that_lies_elsewhere_is_as_one_beside_the_others(kind):
+def test_a_bias_stored_apart_is_preconditioned_as_a_column_of_the_matrix(kind):
     seed_cpu(0)
     groups = 2 if kind == "of a grouped convolution" else 1
     whole, c = torch.randn(groups, 9, 5, dtype=torch.float64), slice(-1, None)
@@ -175,7 +175,7 @@ def test_low_rank_in_place_is_the_product_with_the_dense_matrix(rank, column, le
 @pytest.mark.parametrize("kind", ["linear", "convolution", "table"])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("change", ["none", "half", "transposed", "no bias gradient", "part of a bucket"])
-def test_low_rank_takes_gradients_however_they_lie(kind, side, change):
+def test_low_rank_preconditions_gradients_of_any_strides(kind, side, change):
     seed_cpu(0)
     m, n = (4, 9) if side == "left" else (9, 4)
     module = {
@@ -213,7 +213,7 @@ def test_low_rank_takes_gradients_however_they_lie(kind, side, change):
         torch.testing.assert_close(layer.bias.grad.double(), expected[:, -1], **tolerance)
 
 
-def test_low_rank_leaves_rows_of_zeros_alone_and_says_which_it_turned():
+def test_low_rank_skips_zero_rows_and_returns_which_rows_it_preconditioned():
     seed_cpu(0)
     layer = find_layers(nn.Sequential(nn.Embedding(200, 6, dtype=torch.float64)))[0]
     layer.weight.grad = gradient(200, 6, 30, torch.float64)

@@ -174,7 +174,7 @@ def test_a_state_is_saved_under_the_names_of_the_parameters(form):
 
 
 @pytest.mark.parametrize("settings", ["sgd", "momentum", "low rank", "mini-batch", "Shampoo"])
-def test_asking_for_a_state_before_the_first_step_is_no_step(settings):
+def test_reading_the_state_before_the_first_step_is_no_step(settings):
     """torch has an optimizer initialize its state by a step of zeros with lr 0, which SGD does not mind."""
     asked, plain = mlp_with_norm(), mlp_with_norm()
     optimizer, reference = optimizer_for(asked, settings), optimizer_for(plain, settings)
@@ -191,7 +191,7 @@ def test_asking_for_a_state_before_the_first_step_is_no_step(settings):
     }
 
 
-def test_asking_for_a_state_before_the_first_step_counts_for_adam_as_it_does_without_ngplus():
+def test_reading_the_state_before_the_first_step_counts_for_adam_as_it_does_without_ngplus():
     """Its bias correction starts one step later, so that both runs are compared with Adam's count set."""
     asked, counted = mlp_with_norm(), mlp_with_norm()
     optimizer, reference = optimizer_for(asked, "adam"), optimizer_for(counted, "adam")
@@ -236,7 +236,7 @@ def test_what_was_saved_before_the_first_step_starts_a_run(settings, form, tmp_p
     assert parameters_equal(model, other)
 
 
-def test_a_state_that_went_through_a_fresh_optimizer_is_still_asked_whole(tmp_path):
+def test_a_state_loaded_into_a_fresh_optimizer_still_has_every_entry(tmp_path):
     """Loading what no step has touched leaves the base's state to be initialized, which torch does by a step."""
     model = mlp_with_norm()
     optimizer = optimizer_for(model, "adam")
@@ -248,7 +248,7 @@ def test_a_state_that_went_through_a_fresh_optimizer_is_still_asked_whole(tmp_pa
 # What does not fit -----------------------------------------------------------------------------------------------
 
 
-def test_a_sketch_is_not_loaded_where_its_core_has_no_place(tmp_path):
+def test_a_sketch_is_refused_by_an_optimizer_without_a_sketched_solver(tmp_path):
     """Loading fills the tensors that there are: an optimizer of another solver offers none for it."""
     model, other = mlp_with_norm(), mlp_with_norm()
     optimizer, dense = optimizer_for(model, "sketched"), optimizer_for(other, "adam")
@@ -260,7 +260,7 @@ def test_a_sketch_is_not_loaded_where_its_core_has_no_place(tmp_path):
         through_files(App(model, optimizer, FORMS["plain"]), tmp_path)(App(other, dense, FORMS["plain"]))
 
 
-def test_seng_whose_samples_have_no_size_beforehand_is_handed_over_whole_or_refused(tmp_path):
+def test_seng_without_known_sample_sizes_is_loaded_from_memory_and_refused_from_files(tmp_path):
     def app(seed, steps=0):
         model = mlp_with_norm(seed=seed)
         optimizer = SENG(model, lr=0.01, damping=0.3, update_every=3, momentum=0.9)

@@ -23,7 +23,7 @@ def table(kind=nn.Embedding, rows=9, dim=4, dtype=torch.float64, **options):
 @pytest.mark.parametrize("samples", ["batch", "rows"])
 @pytest.mark.parametrize("shape", [(6,), (4, 3), (2, 3, 2)])
 @pytest.mark.parametrize("rows", [9, 3])
-def test_embedding_on_either_side(dtype, samples, shape, rows):
+def test_embedding_of_either_side_matches_the_oracle(dtype, samples, shape, rows):
     model = nn.Sequential(table(rows=rows, dtype=dtype), nn.Linear(4, 2, dtype=dtype))
     oracle.check(model, torch.randint(rows, shape), samples=samples)
 
@@ -37,7 +37,7 @@ def test_embedding_on_either_side(dtype, samples, shape, rows):
     padded=st.booleans(),
     samples=st.sampled_from(["batch", "rows"]),
 )
-def test_embedding_of_any_shape(rows, dim, shape, sparse, padded, samples):
+def test_embedding_of_any_shape_matches_the_oracle(rows, dim, shape, sparse, padded, samples):
     layer = table(rows=rows, dim=dim, sparse=sparse, padding_idx=-1 if padded else None)
     nn.init.normal_(layer.weight)
     oracle.check(layer, torch.randint(rows, shape), samples=samples)
@@ -196,7 +196,7 @@ def test_bag_of_maxima_goes_to_the_base():
     assert not optimizer.curvature
 
 
-def test_max_norm_shrinks_rows_before_they_are_seen():
+def test_max_norm_shrinks_rows_before_the_curvature_step():
     model = table(max_norm=0.5)
     index = torch.randint(9, (4, 3))
     with torch.no_grad():

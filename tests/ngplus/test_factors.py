@@ -57,14 +57,14 @@ def factors(draw):
 
 @settings(max_examples=80, deadline=None)
 @given(factors())
-def test_sizes_are_those_of_the_entries(factor):
+def test_factor_sizes_are_those_of_the_dense_form(factor):
     entries = factor.dense()
     assert (entries.shape[0], *entries.shape[2:]) == (factor.samples, factor.size, factor.positions)
 
 
 @settings(max_examples=80, deadline=None)
 @given(factors())
-def test_gram_matrix_and_norms_are_those_of_the_entries(factor):
+def test_gram_matrix_and_norms_are_those_of_the_dense_form(factor):
     entries = factor.dense()
     torch.testing.assert_close(factor.gram(), entries.mT @ entries)
     torch.testing.assert_close(factor.squared_norms(), entries.square().sum(dim=2))
@@ -72,7 +72,7 @@ def test_gram_matrix_and_norms_are_those_of_the_entries(factor):
 
 @settings(max_examples=80, deadline=None)
 @given(factors(), st.integers(0, 3), st.integers(0, 3))
-def test_slices_and_flat_forms_are_those_of_the_entries(factor, start, more):
+def test_slices_and_flat_forms_are_those_of_the_dense_form(factor, start, more):
     stop = min(start + more, factor.samples)
     start = min(start, stop)
     entries = factor.dense()
@@ -85,7 +85,7 @@ def test_slices_and_flat_forms_are_those_of_the_entries(factor, start, more):
 
 @settings(max_examples=120, deadline=None)
 @given(factors(), st.integers(0, 30), st.integers(1, 30), st.integers(0, 2), st.integers(1, 5))
-def test_slices_of_positions_are_those_of_the_entries(factor, start, more, again, fewer):
+def test_slices_of_positions_are_those_of_the_dense_form(factor, start, more, again, fewer):
     start %= factor.positions
     stop = min(start + more, factor.positions)
     entries, part = factor.dense()[..., start:stop], factor.slice_positions(start, stop)

@@ -127,7 +127,7 @@ def test_chunks_of_positions_add_up_to_the_whole(case, options, limit, monkeypat
 @pytest.mark.parametrize("limit", [1, 300, 2**30])
 @pytest.mark.parametrize("samples", ["batch", "rows"])
 @pytest.mark.parametrize("case", LARGE)
-def test_what_memory_held_before_counts_for_nothing(case, samples, limit, monkeypatch):
+def test_uninitialized_memory_never_enters_the_matrix(case, samples, limit, monkeypatch):
     monkeypatch.setattr(gfim, "CHUNK", dict.fromkeys(gfim.CHUNK, limit))
     model, shape = LARGE[case]
     model, x = model.double(), torch.randn(shape, dtype=torch.float64)
@@ -255,7 +255,7 @@ def test_the_choice_weighs_the_counts_of_the_design():
     (7, 3, [(6, 3, 3), (3, 1, 1)]),
     (7, 9, [(3, 7, 7)]),
 ])  # fmt: skip
-def test_stacks_of_blocks(short, size, stacks):
+def test_equal_blocks_of_all_groups_form_one_stack(short, size, stacks):
     assert gfim.Shape(groups=3, rows=short, columns=8, block_size=size).stack_shapes == stacks
 
 
@@ -292,7 +292,7 @@ def test_max_samples_takes_the_first_samples_for_the_curvature_and_all_for_the_g
 
 
 @pytest.mark.parametrize("largest", [1.0, 1e-8, 1e-17])
-def test_leaving_out_tiny_entries_does_not_show_in_the_product(largest):
+def test_dropping_tiny_entries_leaves_the_product_within_rounding(largest):
     """Entries from the largest down to below the smallest normal number, as radial basis functions have them."""
     seed_cpu(0)
     U = largest * 10 ** (-45 * torch.rand(300, 1, 20, 1, dtype=torch.float64))
@@ -302,13 +302,13 @@ def test_leaving_out_tiny_entries_does_not_show_in_the_product(largest):
     torch.testing.assert_close(kept[:, 0, :, 0].T @ kept[:, 0, :, 0], exact, rtol=0, atol=1e-6 * exact.max().item())
 
 
-def test_what_is_not_finite_is_not_left_out():
+def test_nonfinite_entries_are_not_dropped():
     U = torch.tensor([[1.0, 1e-30, 0.5], [float("nan"), float("inf"), -1e-30]])
     torch.testing.assert_close(
         gfim.without_tiny(U), torch.tensor([[1.0, 0, 0.5], [float("nan"), float("inf"), 0]]), equal_nan=True
     )
 
 
-def test_zeros_and_nothing_stay():
+def test_zeros_and_empty_tensors_are_kept_as_they_are():
     for U in (torch.zeros(3, 2), torch.zeros(0, 2)):
         torch.testing.assert_close(gfim.without_tiny(U), U)

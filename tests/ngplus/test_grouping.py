@@ -87,7 +87,7 @@ def test_a_tensor_alone_is_the_index_of_every_layer():
     assert oracle.error(model, oracle.directions(gradients, 0.3)) <= 1e-10
 
 
-def test_rows_with_a_negative_number_are_no_samples():
+def test_rows_with_a_negative_index_are_no_samples():
     """As padding in a batch of sentences (T, B, C): the real tokens alone make the curvature."""
     seed_cpu(0)
     model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).double()
@@ -119,7 +119,7 @@ def test_sequences_of_several_rows_of_the_batch_form_one_sample():
 @pytest.mark.parametrize("limit", [1, 500, 2**30])
 @pytest.mark.parametrize("per", ["element", "position"])
 @pytest.mark.parametrize("rows", [4, 60])
-def test_convolutions_are_grouped_without_their_patches_being_kept(rows, per, limit, monkeypatch):
+def test_convolutions_are_grouped_without_storing_their_patches(rows, per, limit, monkeypatch):
     monkeypatch.setattr(gfim, "CHUNK", dict.fromkeys(gfim.CHUNK, limit))
     seed_cpu(0)
     patches = Patches(torch.randn(5, 4, 9, 7, dtype=torch.float64), (3, 3), (2, 1), (1, 1), ((1, 1), (1, 0)), 2, 1.0)
@@ -177,7 +177,7 @@ def test_an_index_that_does_not_fit_names_the_layer_and_both_sizes():
 
 
 @pytest.mark.parametrize("wrong", [[0, 1], torch.zeros(3), {"*": [0]}, {0: torch.zeros(3, dtype=torch.long)}])
-def test_what_is_no_index_is_refused(wrong):
+def test_a_sample_index_of_another_type_is_refused(wrong):
     optimizer = NGPlus(nn.Linear(3, 5), lr=1e-9, damping=0.3, update_every=1)
     with pytest.raises(TypeError, match="sample_index"):
         optimizer.sample_index = wrong

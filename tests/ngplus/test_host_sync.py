@@ -35,20 +35,20 @@ def plain_step_on_fakes(model, optimizer):
         {"base": torch.optim.Adam, "fused": True},  # unfused it asks for its count of steps, which lies on the CPU
     ],
 )
-def test_a_plain_step_asks_for_no_value(options):
+def test_a_plain_step_never_synchronizes(options):
     model, optimizer = make(**options)
     assert len(optimizer.curvature) == 3
     assert not optimizer._capture.armed
     plain_step_on_fakes(model, optimizer)
 
 
-def test_a_large_table_is_not_asked_which_of_its_rows_count(monkeypatch):
+def test_finding_nonzero_rows_of_a_large_table_never_synchronizes_on_a_device(monkeypatch):
     monkeypatch.setattr(direction, "CHUNK", 8)
     monkeypatch.setattr(direction, "SMALL_TABLE", 8)
     plain_step_on_fakes(*make(rows=64))
 
 
-def test_a_question_would_be_noticed():
+def test_a_synchronization_raises_on_fake_tensors():
     model, optimizer = make(nonfinite="raise")
     with pytest.raises(DataDependentOutputException):
         plain_step_on_fakes(model, optimizer)
@@ -56,7 +56,7 @@ def test_a_question_would_be_noticed():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", [{}, {"block_size": 2}, {"solver": "low_rank"}, {"momentum": 0.9}])
-def test_a_plain_step_on_a_gpu_does_not_wait(options):
+def test_a_plain_step_on_a_gpu_never_synchronizes(options):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).cuda()

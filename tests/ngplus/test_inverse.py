@@ -68,7 +68,7 @@ def test_a_damping_that_single_precision_rounds_is_not_raised(monkeypatch, dampi
 
 
 @pytest.mark.parametrize("entry", [-1e9, float("nan"), float("inf")])
-def test_the_tries_are_bounded_and_others_are_not_held_up(monkeypatch, entry):
+def test_retries_are_bounded_and_other_matrices_are_inverted(monkeypatch, entry):
     tries = []
     factorised = inverse._factorised
     monkeypatch.setattr(inverse, "_factorised", lambda *a: tries.append(1) or factorised(*a))

@@ -30,21 +30,21 @@ def stack(*layers, dtype=torch.float64):
 @BOTH
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("inside", "outside"), [(5, 3), (3, 7), (4, 4), (3, 4), (1, 1)])
-def test_linear_on_either_side(dtype, bias, inside, outside):
+def test_linear_of_either_side_matches_the_oracle(dtype, bias, inside, outside):
     model = stack(nn.Linear(inside, outside, bias=bias), nn.Tanh(), nn.Linear(outside, 2, bias=bias), dtype=dtype)
     oracle.check(model, torch.randn(6, inside, dtype=dtype))
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 4), st.lists(st.integers(1, 4), max_size=2), st.booleans())
-def test_linear_of_any_shape(inside, outside, batch, between, bias):
+def test_linear_of_any_shape_matches_the_oracle(inside, outside, batch, between, bias):
     model = stack(nn.Linear(inside, outside, bias=bias))
     oracle.check(model, torch.randn(batch, *between, inside, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("samples", ["batch", "rows"])
 @pytest.mark.parametrize("batch_dim", [0, 1, {"": 1}, {"0": 1, "2": 1}])
-def test_linear_with_its_samples_along_another_dimension(batch_dim, samples):
+def test_linear_with_another_batch_dimension_matches_the_oracle(batch_dim, samples):
     model = stack(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4))
     x = torch.randn(6, 2, 3, dtype=torch.float64)
     place = batch_dim if isinstance(batch_dim, int) else 1
@@ -58,7 +58,7 @@ def test_linear_with_its_samples_along_another_dimension(batch_dim, samples):
     assert oracle.error(model, oracle.directions(gradients, 0.3)) <= 1e-10
 
 
-def test_batch_dim_of_a_module_holds_for_what_lies_in_it_and_not_beside_it():
+def test_batch_dim_of_a_module_holds_for_its_submodules_alone():
     """A dict sends 3-D input of one branch along dimension 1 and leaves the other at 0."""
 
     class Branches(nn.Module):
@@ -96,7 +96,7 @@ def test_a_vector_is_a_batch_of_one():
 @pytest.mark.parametrize("samples", ["batch", "rows"])
 @pytest.mark.parametrize("mode", PADDING_MODES)
 @pytest.mark.parametrize("dims", [1, 2, 3])
-def test_convolution_in_every_padding_mode(dtype, samples, mode, dims):
+def test_convolution_in_every_padding_mode_matches_the_oracle(dtype, samples, mode, dims):
     layer = CONVOLUTIONS[dims](2, 3, 3, padding=1, padding_mode=mode)
     oracle.check(stack(layer, dtype=dtype), torch.randn(2, 2, *[4] * dims, dtype=dtype), samples=samples)
 
@@ -104,7 +104,7 @@ def test_convolution_in_every_padding_mode(dtype, samples, mode, dims):
 @pytest.mark.parametrize("samples", ["batch", "rows"])
 @pytest.mark.parametrize("padding", [0, 1, (2, 0), "same", "valid"])
 @pytest.mark.parametrize("kernel", [1, 2, (3, 1)])
-def test_convolution_with_padding_of_every_form(samples, padding, kernel):
+def test_convolution_with_every_form_of_padding_matches_the_oracle(samples, padding, kernel):
     layer = nn.Conv2d(2, 3, kernel, padding=padding, dilation=(1, 2))
     oracle.check(stack(layer), torch.randn(2, 2, 5, 4, dtype=torch.float64), samples=samples)
 
@@ -129,7 +129,7 @@ def convolutions(draw):
 
 @settings(max_examples=60, deadline=None)
 @given(convolutions(), st.sampled_from(["batch", "rows"]))
-def test_convolution_of_any_shape(drawn, samples):
+def test_convolution_of_any_shape_matches_the_oracle(drawn, samples):
     layer, x = drawn
     oracle.check(layer, x, samples=samples)
 
@@ -152,19 +152,19 @@ def test_convolution_without_a_batch_dimension_is_a_batch_of_one(activation):
     assert oracle.error(model, oracle.directions(gradients, 0.3)) <= 1e-10
 
 
-def test_convolution_in_channels_last_memory():
+def test_convolution_in_channels_last_memory_matches_the_oracle():
     model = stack(nn.Conv2d(3, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 2, 1)).to(memory_format=torch.channels_last)
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64).to(memory_format=torch.channels_last)
     oracle.check(model, x)
 
 
 @BOTH
-def test_linear_that_applies_its_activation_inside(dtype):
+def test_linear_that_applies_its_activation_inside_matches_the_oracle(dtype):
     model = stack(ActivatedLinear(3, 5), ActivatedLinear(5, 2), dtype=dtype)
     oracle.check(model, torch.randn(5, 3, dtype=dtype))
 
 
-def test_rows_of_a_linear_that_applies_its_activation_inside():
+def test_rows_of_a_linear_that_applies_its_activation_inside_match_the_oracle():
     wrapped = stack(ActivatedLinear(3, 5), ActivatedLinear(5, 2))
     plain = stack(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2), nn.Tanh())
     for target, source in zip(wrapped.parameters(), plain.parameters(), strict=True):
@@ -177,7 +177,7 @@ def test_rows_of_a_linear_that_applies_its_activation_inside():
 
 
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.SiLU, nn.LeakyReLU])
-def test_activation_in_place_after_a_layer(activation):
+def test_activation_in_place_after_a_layer_matches_the_oracle(activation):
     model = stack(
         nn.Conv2d(2, 4, 3), activation(inplace=True), nn.Flatten(), nn.Linear(16, 3), activation(inplace=True)
     )
@@ -186,7 +186,7 @@ def test_activation_in_place_after_a_layer(activation):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(4, 3), (4, 2, 3), (4, 2, 2, 3)])
-def test_activation_in_place_after_a_linear_layer_on_sequences(shape, bias):
+def test_activation_in_place_after_a_linear_layer_on_sequences_matches_the_oracle(shape, bias):
     """Its output is a view, which leaves the graph when it is changed."""
     x = torch.randn(*shape, dtype=torch.float64)
     for inputs in (x, x.mT.contiguous().mT):
@@ -205,7 +205,7 @@ def test_rows_before_an_activation_in_place_are_those_before_one_that_is_not():
 
 
 @pytest.mark.parametrize("layer", [nn.Conv1d(2, 3, 2), nn.Conv2d(2, 3, 2), nn.Linear(4, 3)])
-def test_activation_in_place_after_a_layer_without_a_batch_dimension(layer):
+def test_activation_in_place_after_a_layer_without_a_batch_dimension_matches_the_oracle(layer):
     x = torch.randn((2, *(4,) * (layer.weight.dim() - 2)) if layer.weight.dim() > 2 else (4,), dtype=torch.float64)
     model = stack(layer, nn.ReLU(inplace=True))
     gradients = oracle.sample_gradients(model, [lambda m: oracle.energy(m(x))])
@@ -213,7 +213,7 @@ def test_activation_in_place_after_a_layer_without_a_batch_dimension(layer):
     assert oracle.error(model, oracle.directions(gradients, 0.3)) <= 1e-10
 
 
-def test_parameters_outside_supported_layers_reach_the_base_untouched():
+def test_parameters_outside_supported_layers_reach_the_base_unchanged():
     model = stack(nn.Linear(3, 4), nn.LayerNorm(4), nn.PReLU(), nn.Linear(4, 2))
     x = torch.randn(5, 3, dtype=torch.float64)
     plain = oracle.copy.deepcopy(model)

@@ -72,7 +72,7 @@ class Odd(torch.Tensor):
         return super().__torch_function__(func, types, args, kwargs or {})
 
 
-def test_what_no_reader_can_read_is_a_warning_and_no_error_in_backward():
+def test_an_unreadable_call_is_a_warning_and_no_error_in_backward():
     model = nn.Linear(4, 3).double()
     optimizer = NGPlus(model, lr=1e-9, update_every=1)
     x = torch.randn(5, 4, dtype=torch.float64).as_subclass(Odd)

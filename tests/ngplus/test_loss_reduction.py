@@ -94,7 +94,7 @@ class Experts(nn.Module):
 
 @pytest.mark.parametrize("reduction", [16, {"experts.*": 16}])
 @pytest.mark.parametrize("parts", [1, 2])
-def test_experts_that_see_some_of_the_samples(reduction, parts):
+def test_experts_that_get_some_of_the_samples_match_the_oracle_with_their_reduction(reduction, parts):
     model = Experts()
     x, y = torch.randn(16, 4, dtype=torch.float64), torch.randn(16, 3, dtype=torch.float64)
     losses = [lambda m, i=i: F.mse_loss(m(x[i : i + 1]), y[i : i + 1]) for i in range(16)]

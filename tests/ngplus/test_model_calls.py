@@ -61,7 +61,7 @@ def test_pieces_of_a_batch_are_samples_of_their_own(sizes, build):
         "one module twice in a method, on what another made": lambda m, x: m.twice(m.encoder(x)),
     }.values(),
 )
-def test_calls_that_are_made_of_each_other_see_the_same_samples(run):
+def test_calls_made_of_each_other_have_the_same_samples(run):
     x = points(5, 4)
     assert judge(lambda m, which: oracle.energy(run(m, x[which])), 5) <= 1e-10
 
@@ -124,7 +124,7 @@ def test_halves_of_what_a_trunk_made_are_samples_of_their_own():
 
 
 @pytest.mark.parametrize("model_calls", ["separate", "joined"])
-def test_branches_of_a_siamese_network_are_one_sample_where_one_says_so(model_calls):
+def test_branches_of_a_siamese_network_are_one_sample_with_joined_model_calls(model_calls):
     x, y = points(5, 4), points(5, 4)
 
     def run(model, which):
@@ -134,7 +134,7 @@ def test_branches_of_a_siamese_network_are_one_sample_where_one_says_so(model_ca
     assert error <= 1e-10 if model_calls == "joined" else error > 0.1
 
 
-def test_a_recurrent_cell_called_from_the_loop_on_its_own_state():
+def test_a_recurrent_cell_called_from_the_loop_has_one_sample_a_sequence():
     """The weights see a sequence as one sample: what multiplies the inputs is joined by what multiplies the state."""
     x = points(5, 7, 3)
     cell = nn.ModuleDict({"x": nn.Linear(3, 4), "h": nn.Linear(4, 4, bias=False)}).double()

@@ -71,7 +71,7 @@ OPTIONS = [
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("at", [0, 1, 2])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_a_step_with_a_bad_gradient_counts_as_zero(options, at, place, bad):
+def test_a_step_with_a_nonfinite_gradient_is_a_step_of_zeros(options, at, place, bad):
     model, optimizer = make(**options)
     train(model, optimizer, range(at))
     before, skipped = parameters(model), optimizer.skipped_steps
@@ -95,7 +95,7 @@ def test_a_step_with_a_bad_gradient_counts_as_zero(options, at, place, bad):
     (in_loss, "0.weight, 0.bias, 1.weight, 1.bias, 3.weight, 3.bias"),
 ])  # fmt: skip
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_where_it_is_to_raise_it_names_the_parameters_and_nothing_has_changed(options, place, names, bad):
+def test_raising_names_the_nonfinite_parameters_and_changes_nothing(options, place, names, bad):
     model, optimizer = make(nonfinite="raise", **options)
     train(model, optimizer, range(2))
     before, state = parameters(model), copy.deepcopy(optimizer.state_dict())
@@ -117,7 +117,7 @@ def test_where_it_is_to_raise_it_names_the_parameters_and_nothing_has_changed(op
 @BAD
 @pytest.mark.parametrize("nonfinite", ["skip", "raise"])
 @pytest.mark.parametrize("options", OPTIONS[:-1], ids=str)
-def test_bad_sums_are_dropped_and_made_again_on_the_next_step(options, nonfinite, bad, monkeypatch):
+def test_nonfinite_sums_are_dropped_and_built_again_on_the_next_step(options, nonfinite, bad, monkeypatch):
     """The gradients are fine, and so is the step: with what the layer had before."""
     model, optimizer = make(nonfinite=nonfinite, update_every=100, **options)
     spoil(monkeypatch, bad)
@@ -146,7 +146,7 @@ def spoil(monkeypatch, bad):
     monkeypatch.setattr(capture.Capture, "collect", collected)
 
 
-def test_bad_sums_keep_the_curvature_that_was_there(monkeypatch):
+def test_nonfinite_sums_keep_the_earlier_curvature(monkeypatch):
     model, optimizer = make(ema=0.5)
     train(model, optimizer, range(2))
     before = optimizer.curvature
@@ -157,7 +157,7 @@ def test_bad_sums_keep_the_curvature_that_was_there(monkeypatch):
 
 
 @BAD
-def test_a_bad_inverse_never_reaches_a_parameter(bad, monkeypatch):
+def test_a_nonfinite_inverse_never_reaches_a_parameter(bad, monkeypatch):
     model, optimizer = make(solver="dense")
     spoil_inverses(monkeypatch, bad)
     before = parameters(model)
@@ -171,7 +171,7 @@ def test_a_bad_inverse_never_reaches_a_parameter(bad, monkeypatch):
 
 
 @BAD
-def test_a_bad_inverse_is_raised_with_its_layers_name(bad, monkeypatch):
+def test_a_nonfinite_inverse_is_raised_with_its_layers_name(bad, monkeypatch):
     model, optimizer = make(solver="dense", nonfinite="raise")
     spoil_inverses(monkeypatch, bad)
     before = parameters(model)
@@ -226,7 +226,7 @@ def complex_optimizers():
 @pytest.mark.filterwarnings("ignore:.*does not precondition mixing:UserWarning")
 @pytest.mark.parametrize("nonfinite", ["skip", "raise"])
 @pytest.mark.parametrize("optimizer", complex_optimizers())
-def test_a_complex_parameter_goes_to_the_base_untouched(optimizer, nonfinite):
+def test_a_complex_parameter_goes_to_the_base_unchanged(optimizer, nonfinite):
     model = Complex()
     plain, x = copy.deepcopy(model), torch.randn(5, 4)
     trained = optimizer(model, lr=0.1, update_every=1, nonfinite=nonfinite)
@@ -247,7 +247,7 @@ def bad_among(gradients):
 
 
 @BAD
-def test_a_bad_imaginary_part_is_seen_and_zeroed(bad):
+def test_a_nonfinite_imaginary_part_is_found_and_zeroed(bad):
     gradients = [torch.ones(2), torch.tensor([complex(1, 2), complex(3, bad)])]
     gradients.append(gradients[1].conj())
     for held in (gradients[:2], gradients[::2]):
@@ -261,7 +261,7 @@ def test_a_bad_imaginary_part_is_seen_and_zeroed(bad):
 
 @BAD
 @pytest.mark.parametrize("sparse", [False, True])
-def test_one_bad_entry_is_seen_and_all_gradients_are_zeroed(bad, sparse):
+def test_one_nonfinite_entry_is_found_and_all_gradients_are_zeroed(bad, sparse):
     good, other = torch.ones(3), torch.ones(2, 2)
     other[1, 0] = bad
     other = other.to_sparse(1) if sparse else other
@@ -290,12 +290,12 @@ def test_gradients_may_be_of_several_dtypes(bad, place):
     assert bad_among(gradients).item() is True
 
 
-def test_no_gradients_are_no_question():
+def test_no_gradients_need_no_check():
     assert bad_among([]) is None
     assert bad_among([torch.empty(0)]) is None
 
 
-def test_names_are_of_parameters_whose_gradient_is_bad():
+def test_names_are_of_parameters_with_nonfinite_gradients():
     good, bad, none = (nn.Parameter(torch.ones(2)) for _ in range(3))
     good.grad, bad.grad = torch.ones(2), torch.tensor([1.0, float("inf")])
     assert nonfinite_names([("good", good), ("bad", bad), ("none", none)]) == ["bad"]
@@ -303,7 +303,7 @@ def test_names_are_of_parameters_whose_gradient_is_bad():
 
 @pytest.mark.parametrize("bad", [None, float("nan"), float("inf")])
 @pytest.mark.parametrize("place", [0, 1, 2])
-def test_short_vectors_are_looked_at_together(bad, place):
+def test_short_vectors_are_checked_together(bad, place):
     """Finite ones whose sum is not, in two dtypes, beside a matrix."""
     vectors = [torch.full((3,), torch.finfo(torch.float32).max), torch.ones(4, dtype=torch.float64), torch.ones(2)]
     if bad is not None:
@@ -312,7 +312,7 @@ def test_short_vectors_are_looked_at_together(bad, place):
 
 
 @pytest.mark.parametrize("bad", [False, True])
-def test_a_scalar_parameter_beside_biases_is_looked_at(bad):
+def test_a_scalar_parameter_is_checked_together_with_biases(bad):
     model, _ = make()
     model.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
     optimizer = NGPlus(model, lr=0.1, damping=0.3)

@@ -269,7 +269,7 @@ def test_a_sparse_gradient_gives_the_same_step_as_the_dense_one():
         ({"alpha": 1.0, "radius": 0.5}, r"starts at norm 2, outside the ball of radius 0\.5"),
     ],
 )
-def test_a_bad_argument_is_named_with_its_value(arguments, message):
+def test_a_wrong_argument_is_named_with_its_value(arguments, message):
     with pytest.raises(ValueError, match=message):
         OnlineNGPlus([torch.nn.Parameter(torch.ones(2, 2))], **arguments)
 

@@ -79,7 +79,7 @@ def test_lr_may_be_a_tensor():
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
-def test_times_are_measured_where_they_are_asked_for():
+def test_times_are_measured_when_tracking_is_on():
     model, x = mlp(4, 3), points(5, 4)
     optimizer = NGPlus(model, update_every=1)
     training_step(model, optimizer, x)
@@ -152,7 +152,7 @@ def test_schedulers_set_the_rates_that_they_set_for_the_base(name):
         theirs.step()
 
 
-def test_reduce_on_plateau():
+def test_reduce_on_plateau_sets_the_rate_of_the_base():
     optimizer = NGPlus(mlp(4, 3), lr=0.1)
     scheduler = lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
     for _ in range(3):
@@ -253,7 +253,7 @@ def test_evaluations_after_the_first_leave_nothing_for_the_next_curvature_step()
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
-def test_zero_grad_of_either_kind(set_to_none):
+def test_zero_grad_of_either_kind_keeps_curvature_and_directions_right(set_to_none):
     model, x = mlp(4, 6, 3), points(5, 4)
     optimizer = NGPlus(model, lr=1e-9, damping=0.3, update_every=1)
     for _ in range(3):
@@ -363,7 +363,7 @@ def test_a_layer_that_is_first_used_later_gets_its_curvature_on_the_step_after()
     assert oracle.error(model, {late: expected[late]}) <= 1e-6
 
 
-def test_a_gradient_that_never_comes_from_the_model_is_given_up_with_a_warning():
+def test_a_layer_never_used_by_the_model_is_given_up_after_its_retries_with_a_warning():
     """A weight that is used outside of any watched forward only."""
     model, x = Optional(), points(5, 4)
     optimizer = NGPlus(model, lr=1e-9, update_every=100)
@@ -383,7 +383,7 @@ def test_a_gradient_that_never_comes_from_the_model_is_given_up_with_a_warning()
 # Small batches ------------------------------------------------------------------------------------------------------
 
 
-def test_a_batch_of_one():
+def test_a_batch_of_one_matches_the_oracle():
     oracle.check(mlp(4, 6, 3), points(1, 4))
 
 

@@ -131,7 +131,7 @@ def test_a_wrong_damping_of_a_group_is_refused(damping):
 
 
 @pytest.mark.parametrize("damping", [0, -1.0, float("nan"), "1"])
-def test_a_damping_that_turns_wrong_is_refused_on_the_next_curvature_step(damping):
+def test_a_damping_set_out_of_range_is_refused_on_the_next_curvature_step(damping):
     model = nn.Linear(3, 2)
     optimizer = NGPlus(model, update_every=1)
     optimizer.param_groups[0]["damping"] = damping
@@ -256,7 +256,7 @@ def test_layers_of_unsupported_kinds_are_named_once_with_where_they_go():
     ]
 
 
-def test_norms_and_frozen_layers_are_passed_on_without_a_word(recwarn):
+def test_norms_and_frozen_layers_go_to_the_base_without_a_warning(recwarn):
     model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.BatchNorm1d(4), nn.PReLU(4), nn.Bilinear(2, 2, 2))
     model[4].requires_grad_(False)
     NGPlus(model)

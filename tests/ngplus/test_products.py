@@ -105,15 +105,15 @@ def test_conv1d_of_gpt2_flattens_its_input_and_its_samples_stay_apart(between, s
 
 
 @pytest.mark.parametrize("options", [{"block_size": 2}, {"max_samples": 2}, {"solver": "low_rank"}])
-def test_conv1d_with_every_option(options):
+def test_conv1d_with_every_option_matches_the_oracle(options):
     oracle.check(Convolved().double(), torch.randn(5, 4, dtype=torch.float64), **options)
 
 
-def test_conv1d_with_its_samples_along_the_second_dimension():
+def test_conv1d_with_another_batch_dimension_matches_the_oracle():
     oracle.check(Convolved().double(), torch.randn(3, 5, 4, dtype=torch.float64), batch_dim=1)
 
 
-def test_conv1d_is_a_linear_layer_with_its_matrix_turned():
+def test_conv1d_is_a_linear_layer_with_its_matrix_transposed():
     """To the baseline with whole per-sample gradients too: the directions are each other's transposes."""
     turned = Convolved(trained_bias=False).double()
     plain = nn.Sequential(nn.Linear(4, 7), nn.Tanh(), nn.Linear(7, 3)).double()
@@ -160,7 +160,7 @@ class Logits(nn.Module):
         return self.model(input_ids=index, use_cache=False).logits
 
 
-def test_every_matrix_of_gpt2_but_its_positions_against_the_oracle():
+def test_every_matrix_of_gpt2_but_its_positions_matches_the_oracle():
     """The table of positions is looked up once for the whole batch: one sample, by what `docs/supported.md` says."""
     model = Logits(gpt2()).double()
     model.model.transformer.wpe.weight.requires_grad_(False)
@@ -200,7 +200,7 @@ TO_BASE = {
 
 
 @pytest.mark.parametrize("case", TO_BASE)
-def test_what_cannot_be_read_goes_to_the_base_with_one_warning(case):
+def test_unsupported_products_go_to_the_base_with_one_warning(case):
     call, message = TO_BASE[case]
     model = Shifted(call)
     optimizer = NGPlus(model, lr=1e-9, damping=0.3, update_every=1)

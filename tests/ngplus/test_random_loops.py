@@ -9,7 +9,7 @@ from tests.ngplus import random_loops
 
 
 @pytest.mark.parametrize("seed", range(100, 160))
-def test_a_random_loop_has_the_curvature_of_its_loss_or_says_where_it_has_not(seed):
+def test_a_random_loop_has_the_curvature_of_its_loss_or_warns_of_each_layer_that_has_not(seed):
     assert sum(random_loops.run(random_loops.Habits.drawn(random.Random(seed))).values()) > 0
 
 

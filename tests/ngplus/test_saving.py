@@ -69,7 +69,7 @@ def test_a_fresh_process_goes_on_to_the_bit(tmp_path):
 
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
-def test_a_copy_beside_its_model_goes_on_identically(copied, settings):
+def test_a_copy_together_with_its_model_goes_on_identically(copied, settings):
     model = mlp(4, 6, 3)
     optimizer = optimizer_for(model, settings)
     train(model, optimizer, range(4))
@@ -136,7 +136,7 @@ def test_a_bias_that_left_or_joined_its_matrix_is_no_hindrance(event, steps, cop
     assert trained.curvature["0.weight"].shape.columns == (4 if event == "frozen" else 5)
 
 
-def test_a_state_does_not_change_with_what_goes_on():
+def test_a_state_dict_does_not_change_with_later_steps():
     model = mlp(4, 6, 3)
     optimizer = optimizer_for(model, "ema")
     train(model, optimizer, range(4))
@@ -236,7 +236,7 @@ def test_a_state_without_an_average_is_refused_where_averages_are_kept():
         optimizer_for(mlp(4, 6, 3), "ema").load_state_dict(state)
 
 
-def test_a_layer_of_which_a_state_says_nothing_is_named_and_starts_without_curvature():
+def test_a_layer_missing_from_a_state_is_named_and_starts_without_curvature():
     model = mlp(4, 6, 3)
     optimizer = optimizer_for(model, "sgd")
     train(model, optimizer, range(2))
@@ -311,7 +311,7 @@ def test_a_state_that_is_put_in_place_of_the_old_is_the_bases():
 
 
 @pytest.mark.parametrize("settings", ["sgd", "ema"])
-def test_what_has_names_loads_what_has_none_and_the_other_way_round(settings):
+def test_states_with_and_without_parameter_names_load_into_each_other(settings):
     whole = mlp(4, 6, 3)
     train(whole, optimizer_for(whole, settings), range(8))
     for named in (False, True):
@@ -326,7 +326,7 @@ def test_what_has_names_loads_what_has_none_and_the_other_way_round(settings):
         assert parameters_equal(other, whole)
 
 
-def test_plain_parameters_with_names_load_what_has_none_and_the_other_way_round():
+def test_states_of_plain_parameters_with_and_without_names_load_into_each_other():
     def make(model, named):
         return NGPlus(
             model.named_parameters() if named else model.parameters(), lr=0.1, curvature="mini_batch", ema=0.5
@@ -343,7 +343,7 @@ def test_plain_parameters_with_names_load_what_has_none_and_the_other_way_round(
         assert parameters_equal(model, other)
 
 
-def test_what_no_step_has_counted_yet_survives():
+def test_pending_layers_retries_and_skipped_steps_survive_saving():
     """A layer that is pending, one that is given up as unsupported, and skipped steps."""
     model = mlp(4, 6, 3)
     optimizer = NGPlus(model, lr=0.01, update_every=100)

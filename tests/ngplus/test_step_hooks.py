@@ -57,7 +57,7 @@ def test_hooks_of_every_optimizer_are_called_once_a_step(calls, base, kind):
         assert calls == [("before", optimizer), ("after", optimizer)] * steps
 
 
-def test_with_a_closure_too(calls):
+def test_hooks_are_called_once_a_step_with_a_closure(calls):
     model = model_with_gradients()
     optimizer = NGPlus(model, lr=0.1)
     before = model.weight.clone()

@@ -82,7 +82,7 @@ ALLOWED = [
 
 @pytest.mark.parametrize(("base", "options"), ALLOWED)
 @pytest.mark.parametrize("closure", [False, True])
-def test_what_is_lent_moves_parameters_as_dense_gradients_do(base, options, closure, monkeypatch):
+def test_converting_gradients_to_sparse_moves_parameters_as_dense_ones_do(base, options, closure, monkeypatch):
     model, sparse = trained(base, 8, monkeypatch, closure=closure, **options)
     other, none = trained(base, 10**9, monkeypatch, closure=closure, **options)
     assert sparse == 6 * [{"words.weight", "bags.weight"}]
@@ -110,7 +110,7 @@ def test_what_is_lent_moves_parameters_as_dense_gradients_do(base, options, clos
         (Adam, {}),
     ],
 )
-def test_a_base_that_moves_every_row_or_takes_no_sparse_gradients_is_lent_none(base, options, monkeypatch):
+def test_a_base_that_moves_every_row_or_takes_no_sparse_gradients_gets_dense_ones(base, options, monkeypatch):
     model, sparse = trained(base, 8, monkeypatch, **options)
     other, _ = trained(base, 10**9, monkeypatch, **options)
     assert sparse == 6 * [set()]
@@ -119,7 +119,7 @@ def test_a_base_that_moves_every_row_or_takes_no_sparse_gradients_is_lent_none(b
 
 
 @pytest.mark.parametrize("change", ["bfloat16", "columns first"])
-def test_tables_that_torch_would_round_or_read_otherwise_are_lent_none(change):
+def test_tables_that_torch_would_round_or_read_otherwise_keep_dense_gradients(change):
     model = Model(torch.float32)
     if change == "bfloat16":
         model.to(torch.bfloat16)
@@ -135,7 +135,7 @@ def test_tables_that_torch_would_round_or_read_otherwise_are_lent_none(change):
     assert watched.sparse == 2 * [set()]
 
 
-def test_only_the_groups_whose_settings_allow_it_and_tables_with_few_touched_rows_are_lent():
+def test_only_groups_whose_settings_allow_it_and_tables_with_few_nonzero_rows_are_converted():
     model = Model()
     groups = [{"params": [model.words.weight], "weight_decay": 1e-3}, {"params": [model.bags.weight]}]
     optimizer = NGPlus(model, Adagrad, lr=0.1, params=groups)
@@ -162,7 +162,7 @@ def test_a_base_that_fails_leaves_the_dense_gradients(monkeypatch):
     assert all(p.grad.layout == torch.strided for p in model.parameters())
 
 
-def test_a_gradient_that_a_hook_of_the_base_took_away_stays_away():
+def test_a_gradient_that_a_hook_of_the_base_removed_stays_removed():
     model = Model()
     optimizer = NGPlus(model, SGD, lr=0.1)
     optimizer.base.register_step_post_hook(lambda base, args, kwargs: base.zero_grad())
@@ -172,7 +172,7 @@ def test_a_gradient_that_a_hook_of_the_base_took_away_stays_away():
 
 
 @pytest.mark.parametrize("base", [SGD, Adagrad])
-def test_nan_in_a_touched_row_reaches_no_parameter(base):
+def test_nan_in_a_nonzero_row_reaches_no_parameter(base):
     model = Model()
     optimizer = NGPlus(model, base, lr=0.1)
     before = [p.detach().clone() for p in model.parameters()]
@@ -219,7 +219,7 @@ ALL_TABLES = {f"tables.{i}.weight" for i in range(3)}
 
 
 @pytest.mark.parametrize("options", [{}, {"lr_decay": 0.1}, {"initial_accumulator_value": 0.2}, {"maximize": True}])
-def test_adagrad_is_lent_dense_gradients_of_small_tables_and_makes_the_same_step(monkeypatch, options):
+def test_adagrad_gets_dense_gradients_of_small_sparse_tables_and_makes_the_same_step(monkeypatch, options):
     (model, optimizer, seen), (plain, its, unlent) = (
         sparsely_trained(Adagrad, small, monkeypatch, **options) for small in (2000, -1)
     )

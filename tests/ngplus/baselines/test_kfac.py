@@ -324,7 +324,7 @@ def test_a_saved_state_goes_on_to_the_bit():
 
 
 @pytest.mark.parametrize("sides", [(8192, 3), (3, 8192)])
-def test_a_state_with_factors_of_another_form_is_averaged_anew(sides):
+def test_a_state_with_factors_of_another_form_starts_a_new_average(sides):
     """At ``max_side`` 3 the factor of the five columns is its diagonal."""
     model, x = nn.Linear(4, 3), torch.randn(6, 4)
     before = KFAC(model, lr=1e-9, update_every=1, max_side=sides[0])
@@ -414,7 +414,7 @@ def test_parameters_alone_are_refused():
         KFAC(nn.Linear(2, 2).parameters())
 
 
-def test_its_options_are_shown():
+def test_its_repr_names_its_options_and_matrices():
     model = nn.Linear(2, 2)
     optimizer = KFAC(model, split="equal")
     assert repr(optimizer).startswith("KFAC(1 layers, update_every=100,")

@@ -319,7 +319,7 @@ def test_what_is_out_of_range_is_refused_by_name():
         SENG(nn.Linear(2, 2), sketch_size=0)
 
 
-def test_its_options_are_shown():
+def test_its_repr_names_its_options_and_matrices():
     model = nn.Linear(4, 3)
     optimizer = SENG(model, damping=0.25, max_samples=9)
     assert "SENG(1 layers, update_every=200," in repr(optimizer)

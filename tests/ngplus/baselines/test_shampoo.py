@@ -64,7 +64,7 @@ class Plain:
 
 
 @pytest.mark.parametrize("ema", [None, 0.8])
-def test_directions_are_the_products_of_roots_written_out_and_roots_are_kept_between_renewals(ema):
+def test_directions_are_the_products_of_roots_written_out_and_roots_are_kept_between_updates(ema):
     model = Tensors()
     optimizer = Shampoo(model, lr=1e-9, damping=1e-3, update_every=6, ema=ema)
     plain = {name: Plain(p.shape, 1e-3, ema) for name, p in model.named_parameters() if p.dim()}
@@ -160,7 +160,7 @@ def test_a_gradient_that_is_not_finite_changes_neither_parameters_nor_matrices()
     assert optimizer.skipped_steps == 1
 
 
-def test_a_first_gradient_that_is_not_finite_leaves_the_tensor_for_later():
+def test_a_first_gradient_that_is_not_finite_leaves_the_tensor_to_the_next_step():
     model = nn.Linear(3, 2, bias=False)
     optimizer = Shampoo(model, lr=0.1, damping=1e-3, update_every=5)
     model.weight.grad = torch.full_like(model.weight, torch.nan)

@@ -92,7 +92,7 @@ def test_a_model_compiled_in_one_graph_trains_like_the_plain_one(way):
     assert distance(problem.model, perceptron().plain_run(4)) < 1e-10
 
 
-def test_a_compiled_layer_within_a_model_is_seen():
+def test_a_compiled_layer_within_a_model_is_captured():
     problem = perceptron()
     problem.model[0] = torch.compile(problem.model[0], backend="aot_eager")
     optimizer = NGPlus(problem.model, **SETTINGS)
@@ -228,7 +228,7 @@ def test_the_compiler_is_held_back_on_curvature_steps_only():
     assert stances == ["force_eager", "default"] * 2
 
 
-def test_two_optimizers_hold_the_compiler_until_neither_watches():
+def test_two_optimizers_hold_the_compiler_until_neither_captures():
     first, second = perceptron(), perceptron()
     ours, theirs = NGPlus(first.model, **SETTINGS), NGPlus(second.model, **SETTINGS)
     first.train(ours, 1)
@@ -238,7 +238,7 @@ def test_two_optimizers_hold_the_compiler_until_neither_watches():
 
 
 @pytest.mark.parametrize("end", ["deleted", "loaded", "copied"])
-def test_an_optimizer_that_goes_while_it_watches_lets_go_of_the_compiler(end):
+def test_deleting_an_optimizer_that_captures_restores_the_compilers_stance(end):
     problem = perceptron()
     optimizer = NGPlus(problem.model, **SETTINGS)
     if end == "loaded":
@@ -251,7 +251,7 @@ def test_an_optimizer_that_goes_while_it_watches_lets_go_of_the_compiler(end):
     assert stance() == "default"
 
 
-def test_an_optimizer_that_goes_before_its_loss_lets_go_of_the_compiler():
+def test_deleting_an_optimizer_before_its_loss_restores_the_compilers_stance():
     problem = perceptron()
     optimizer = NGPlus(problem.model, **{**SETTINGS, "update_every": 1})
     loss = problem.loss(problem.model)
@@ -263,7 +263,7 @@ def test_an_optimizer_that_goes_before_its_loss_lets_go_of_the_compiler():
     assert loss.isfinite()
 
 
-def test_a_stance_that_was_set_before_is_put_back():
+def test_a_stance_that_was_set_before_is_restored():
     problem = perceptron()
     with torch.compiler.set_stance("eager_on_recompile"):
         problem.train(NGPlus(problem.model, **SETTINGS), 1)

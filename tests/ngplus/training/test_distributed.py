@@ -155,7 +155,7 @@ def train_branches(signs, steps=4, **settings):
     return outcome(problem.model, optimizer)
 
 
-def test_a_layer_that_no_process_uses_has_no_curvature_and_holds_nobody_up(team):
+def test_a_layer_that_no_process_uses_has_no_curvature_and_blocks_no_process(team):
     together = agree(team.run(train_branches, (1, 1, 1, 1, 1, 1)))
     assert set(together["curvature"]) == {"trunk.weight"}
     assert torch.equal(together["model"].branch.weight, branching((1,) * 6).model.branch.weight)
@@ -324,7 +324,7 @@ def ask_before_the_first_step(asked):
     return outcome(problem.model, optimizer)
 
 
-def test_processes_whose_state_is_asked_before_the_first_step_train_as_if_it_were_not(team):
+def test_reading_the_state_before_the_first_step_does_not_change_training(team):
     asked, plain = (agree(team.run(ask_before_the_first_step, each)) for each in (True, False))
     assert torch.equal(flat(asked["model"]), flat(plain["model"]))
     assert len(asked["curvature"]) == 2

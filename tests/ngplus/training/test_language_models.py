@@ -52,7 +52,7 @@ def train_on_tokens(model: nn.Module, optimizer: NGPlus, steps: int = 6) -> list
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_every_matrix_of_a_language_model_is_preconditioned_without_a_word(name):
+def test_every_matrix_of_a_language_model_is_preconditioned_without_a_warning(name):
     model = make(name, *WHOLE[name])
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)

@@ -181,7 +181,7 @@ def test_a_step_that_overflows_is_skipped_and_leaves_nothing_behind(curvature, z
     assert distance(problem.model, full, start) < 1e-5
 
 
-def test_a_later_step_that_overflows_keeps_the_curvature_and_is_done_again():
+def test_a_later_overflowing_curvature_step_keeps_the_curvature_and_is_repeated():
     problem, start, full = after_three_full_steps(perceptron)
     optimizer, scale = NGPlus(problem.model, **SETTINGS), scaler()
     for _ in range(2):
@@ -197,7 +197,7 @@ def test_a_later_step_that_overflows_keeps_the_curvature_and_is_done_again():
     assert distance(problem.model, full, start) < 1e-5
 
 
-def test_sums_that_overflow_while_gradients_do_not_are_tried_again_on_the_next_step():
+def test_sums_that_overflow_while_gradients_do_not_are_built_again_on_the_next_step():
     problem = perceptron(torch.float32)
     optimizer = NGPlus(problem.model, lr=1e-30, damping=0.3, update_every=1000)
     (problem.loss(problem.model) * 1e25).backward()

@@ -83,16 +83,16 @@ class Checkpointed(nn.Module):
 
 @pytest.mark.parametrize("reused", [False, True])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_activation_checkpointing_sees_every_layer_once(reentrant, reused):
+def test_activation_checkpointing_captures_every_layer_once(reentrant, reused):
     assert_follows_the_oracle(with_model(Checkpointed(reentrant, reused)))
 
 
-def test_a_layer_in_two_checkpoints_that_are_not_reentrant():
+def test_a_layer_in_two_checkpoints_that_are_not_reentrant_matches_the_oracle():
     assert_follows_the_oracle(with_model(Checkpointed(reentrant=False, across=True)))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing_a_whole_submodule(reentrant):
+def test_checkpointing_a_whole_submodule_matches_the_oracle(reentrant):
     problem = convolutional()
     body, head = problem.model[:-1], problem.model[-1]
 
@@ -199,11 +199,11 @@ class Recursive(nn.Module):
         return F.linear(x, self.outlet.weight, self.outlet.bias) if depth == 2 else x
 
 
-def test_a_model_that_calls_itself_is_seen_to_the_end():
+def test_a_model_that_calls_itself_is_captured_to_the_end():
     assert_follows_the_oracle(with_model(Recursive()))
 
 
-def test_submodules_called_one_by_one_are_seen():
+def test_submodules_called_one_by_one_are_captured():
     problem = perceptron()
     expected = problem.plain_run(3)
     optimizer = NGPlus(problem.model, **SETTINGS)
@@ -283,7 +283,7 @@ LOOKS = {
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")
 @pytest.mark.parametrize("look", LOOKS)
-def test_a_transform_of_the_model_between_forward_passes_is_not_watched(look):
+def test_a_transform_of_the_model_between_forward_passes_is_not_captured(look):
     problem = perceptron()
     plain = copy.deepcopy(problem)
     optimizer = NGPlus(problem.model, **SETTINGS)
@@ -321,7 +321,7 @@ def test_a_weight_inside_a_transform_of_the_models_own_goes_to_the_base_with_one
     assert set(optimizer.curvature) == {"outside.weight"}
 
 
-def test_functional_call_with_the_models_own_parameters_is_seen():
+def test_functional_call_with_the_models_own_parameters_is_captured():
     problem = perceptron()
     expected = problem.plain_run(3)
     optimizer = NGPlus(problem.model, **SETTINGS)
@@ -398,7 +398,7 @@ def test_weights_that_change_their_memory_format_in_the_middle_of_training_chang
         torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-13)
 
 
-def test_attention_with_the_batch_second():
+def test_attention_with_the_batch_second_matches_the_oracle():
     class Second(nn.Module):
         def __init__(self):
             super().__init__()
@@ -462,7 +462,7 @@ def test_an_exception_in_a_pre_hook_leaves_no_mode():
     assert distance(problem.model, expected) < 1e-10
 
 
-def test_an_interrupted_forward_is_left_with_the_next_step():
+def test_the_function_mode_of_an_interrupted_forward_ends_with_the_next_step():
     problem = with_model(Failing())
     expected = problem.plain_run(2)
     optimizer = NGPlus(problem.model, **SETTINGS)
@@ -505,7 +505,7 @@ class Meeting(nn.Module):
 
 @pytest.mark.parametrize("first_leaves", ["first", "last"])
 @pytest.mark.parametrize("with_gradients", [False, True])
-def test_another_thread_may_run_the_model_meanwhile(with_gradients, first_leaves):
+def test_another_thread_running_the_model_does_not_change_the_curvature(with_gradients, first_leaves):
     problem = perceptron()
     expected = problem.plain_run(1)
     meeting = Meeting(problem.model, first_leaves)
@@ -535,7 +535,7 @@ def test_another_thread_may_run_the_model_meanwhile(with_gradients, first_leaves
     assert distance(problem.model, expected) < 1e-10
 
 
-def test_training_in_another_thread_than_the_optimizer_was_made_in():
+def test_training_in_another_thread_than_the_optimizer_was_made_in_matches_the_oracle():
     problem = perceptron()
     expected = problem.plain_run(3)
     optimizer = NGPlus(problem.model, **SETTINGS)
@@ -548,7 +548,7 @@ def test_training_in_another_thread_than_the_optimizer_was_made_in():
 # Copies and places ----------------------------------------------------------------------------------------------------
 
 
-def test_averaged_copies_follow_and_are_not_watched():
+def test_averaged_copies_follow_and_are_not_captured():
     problem = perceptron()
     expected = problem.plain_run(4)
     optimizer = NGPlus(problem.model, **SETTINGS)
@@ -565,7 +565,7 @@ def test_averaged_copies_follow_and_are_not_watched():
     assert not torch.equal(flat(averaged.module), flat(problem.model))
 
 
-def test_shared_memory_and_loader_workers():
+def test_shared_memory_and_loader_workers_change_nothing():
     problem = perceptron()
     expected = problem.plain_run(3)
     problem.model.share_memory()

@@ -175,7 +175,7 @@ def test_recurrent_layers_go_to_the_base_with_one_warning(kind):
 
 
 @pytest.mark.parametrize("norm", [nn.LayerNorm, nn.BatchNorm1d, nn.RMSNorm, lambda size: nn.GroupNorm(1, size)])
-def test_norms_go_to_the_base_untouched_and_without_a_word(norm):
+def test_norms_go_to_the_base_unchanged_and_without_a_warning(norm):
     problem = perceptron()
     problem.model.insert(1, norm(7).double())
     with warnings.catch_warnings():
@@ -301,7 +301,7 @@ def test_a_layer_in_two_reentrant_checkpoints_counts_each_use_as_samples_of_its_
     torch.testing.assert_close(problem.model.middle.weight, plain.middle.weight - SETTINGS["lr"] * direction)
 
 
-def test_a_step_that_is_skipped_lets_the_base_coast_on_its_momentum():
+def test_a_skipped_step_moves_parameters_by_the_bases_momentum_alone():
     problem = perceptron()
     optimizer = NGPlus(problem.model, **SETTINGS, momentum=0.9)
     problem.train(optimizer, 1)

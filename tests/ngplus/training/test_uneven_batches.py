@@ -207,7 +207,7 @@ def sharded_by_zero(_rank, sizes):
 
 
 @pytest.mark.parametrize("sizes", [(5, 5, 5), (5, 4, 3, 2)], ids=str)
-def test_layers_shared_out_over_processes_are_refused(team, sizes):
+def test_layers_sharded_over_processes_are_refused(team, sizes):
     """Equally large ones differ by their values only."""
     first, second = team.run(refused, sharded_by_zero, sizes)
     assert first == second
@@ -265,7 +265,7 @@ DIFFERENT = {
 
 
 @pytest.mark.parametrize("make", DIFFERENT, ids=lambda make: make.__name__)
-def test_processes_that_train_different_models_are_told_how_they_differ(team, make):
+def test_processes_that_train_different_models_are_refused_with_their_differences(team, make):
     first, second = team.run(refused, make)
     assert first == second
     assert DIFFERENT[make] in first

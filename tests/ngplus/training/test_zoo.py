@@ -98,7 +98,7 @@ def nothing_undocumented_is_said():
 
 
 @pytest.mark.parametrize("make", IMAGE_MODELS)
-def test_image_models(make):
+def test_image_models_train_and_every_supported_layer_has_curvature(make):
     model = make()
     optimizer = make_optimizer(model, BARE.get(make.__name__))
     size = 32 if make in (small_vit, small_swin, swin_t, convnext_tiny) else 64
@@ -121,7 +121,7 @@ class LanguageModel(nn.Module):
         return self.head(self.recurrent(self.table(tokens))[0])
 
 
-def test_a_language_model_with_an_lstm():
+def test_a_language_model_with_an_lstm_preconditions_its_table_and_head():
     model = LanguageModel()
     optimizer = make_optimizer(model, r"recurrent \(LSTM\)")
     tokens = torch.randint(20, (4, 7))
@@ -130,7 +130,7 @@ def test_a_language_model_with_an_lstm():
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
-def test_the_transformer_of_torch(batch_first):
+def test_the_transformer_of_torch_has_curvature_in_every_supported_layer(batch_first):
     model = nn.Transformer(
         d_model=16, nhead=2, num_encoder_layers=2, num_decoder_layers=2, dim_feedforward=24, batch_first=batch_first
     )
