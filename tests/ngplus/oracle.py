@@ -106,7 +106,7 @@ def row_gradients(model: nn.Module, run: Callable[[nn.Module], Tensor]) -> dict[
     modules = dict(exact.named_modules())
     uses: dict[str, list[tuple[tuple, Tensor]]] = {}
 
-    def watch(name: str) -> Callable[..., None]:
+    def record(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple, output: Tensor) -> None:
             output.retain_grad()
             uses.setdefault(name, []).append((args, output))
@@ -115,7 +115,7 @@ def row_gradients(model: nn.Module, run: Callable[[nn.Module], Tensor]) -> dict[
 
     known = matrices(exact)
     names = {matrix: matrix.weight.rpartition(".")[0] for matrix in known}
-    handles = [modules[name].register_forward_hook(watch(name)) for name in names.values()]
+    handles = [modules[name].register_forward_hook(record(name)) for name in names.values()]
     run(exact).backward()
     for handle in handles:
         handle.remove()

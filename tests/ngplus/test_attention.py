@@ -20,7 +20,7 @@ class Attention(nn.Module):
         super().__init__()
         seed_cpu(0)
         self.attention = nn.MultiheadAttention(4, 2, **options)
-        for name in ("in_proj_bias", "out_proj.bias"):  # zero at first, where a wrong column would not show
+        for name in ("in_proj_bias", "out_proj.bias"):  # zero at first, where a wrong column would make no difference
             if (bias := dict(self.attention.named_parameters()).get(name)) is not None:
                 nn.init.normal_(bias)
         sizes = (self.attention.kdim, self.attention.vdim)

@@ -1,4 +1,4 @@
-"""Small matrices of equal shape turned together, against each turned alone and against dense solves."""
+"""Small matrices of equal shape preconditioned in one batch, compared with each alone and with dense solves."""
 
 import pytest
 import torch
@@ -238,9 +238,9 @@ class Unlike(nn.Module):
 def test_small_layers_of_any_shapes_share_one_series_and_match_each_layer_alone(monkeypatch):
     index = torch.randint(30, (5, 4))
     sizes = []
-    turned = Series.precondition
+    precondition = Series.precondition
     monkeypatch.setattr(
-        Series, "precondition", lambda self, watch: sizes.append(len(self.members)) or turned(self, watch)
+        Series, "precondition", lambda self, watch: sizes.append(len(self.members)) or precondition(self, watch)
     )
     together, alone = (gradients_after_a_step(Unlike, index, small, monkeypatch) for small in (2**14, -1))
     assert sizes == [11, 11]

@@ -1,4 +1,4 @@
-"""What is watched, when, and that nothing is left behind: uses of a layer, backward passes, hooks."""
+"""What is captured, when, and that nothing is left behind: uses of a layer, backward passes, hooks."""
 
 import copy
 import gc
@@ -234,7 +234,7 @@ def test_a_deleted_optimizer_takes_its_hooks_along(hooks):
 
 @pytest.mark.parametrize("event", ["load_state_dict", "add_param_group"])
 def test_rearming_the_capture_removes_its_earlier_hooks(event, hooks):
-    """Though the graph of a forward pass that it saw is still alive."""
+    """Though the graph of a captured forward pass is still alive."""
     model, x = mlp(4, 3, 2), points(5, 4)
     optimizer = NGPlus(model, lr=0.1, update_every=1, params=[{"params": list(model[0].parameters())}])
     output = model(x)
@@ -330,7 +330,7 @@ def test_gradients_with_respect_to_inputs_do_not_contaminate(create_graph):
 
 @pytest.mark.parametrize("create_graph", [False, True])
 def test_gradients_that_are_returned_are_not_those_of_the_step(create_graph):
-    """Those of the weights themselves too, as for the norm of one loss's gradient beside that of another."""
+    """Those of the weights themselves too, as for the norm of one loss's gradient together with that of another."""
     model, x = mlp(4, 6, 3), points(5, 4)
     gradients = oracle.energy_gradients(model, x)
 
@@ -411,7 +411,7 @@ def test_accumulated_micro_batches_are_one_batch(sizes, joint, samples):
 @pytest.mark.parametrize("solver", ["auto", "dense", "low_rank"])
 @pytest.mark.parametrize("lengths", [(1, 3), (3, 1), (1, 3, 1, 2)])
 def test_micro_batches_with_and_without_positions_are_one_batch(solver, lengths):
-    """A sequence of length one comes in as vectors would, and its samples count beside those of longer ones."""
+    """A sequence of length one comes in as vectors would, and its samples count like those of longer ones."""
     model = Wired(lambda m, x: m.a(x).tanh().mean(1), a=nn.Linear(12, 12))
     xs = [points(2, length, 12) for length in lengths]
     losses = [lambda m, x=x, i=i: oracle.energy(m(x[i : i + 1])) for x in xs for i in range(len(x))]
@@ -508,7 +508,7 @@ EMPTY = {
 @pytest.mark.parametrize("samples", ["batch", "rows"])
 @pytest.mark.parametrize("case", EMPTY)
 def test_an_empty_batch_on_a_curvature_step_is_as_if_it_had_not_been(case, samples, optimizer):
-    """Alone it gives no curvature; beside others, before or after them, it changes nothing of theirs."""
+    """Alone it gives no curvature; together with others, before or after them, it changes nothing of theirs."""
     make, shape, empty = EMPTY[case]
     options = {} if optimizer is KFAC else {"samples": samples}
     seed_cpu(0)

@@ -24,7 +24,7 @@ REASON = "has a gradient that is not the sum of its captured uses"
 
 
 class Fused(torch.autograd.Function):
-    """x Wᵀ, of which nothing is seen."""
+    """x Wᵀ, of which nothing is captured."""
 
     @staticmethod
     def forward(ctx, x, weight):

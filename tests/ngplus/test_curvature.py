@@ -287,7 +287,7 @@ def test_same_batch_direction_names_a_damping_that_is_too_small():
 
 
 def sketched_least_squares(U, G, drawn, damping):
-    """D = argmin ‖ΩUD − ΩG‖² + λ‖D‖², then (G − UD)/λ, with Ω the scaled rows drawn."""
+    """D = argmin ‖ΩUD − ΩG‖² + λ‖D‖², then (G − UD)/λ, with Ω the scaled sampled rows."""
     Omega = torch.eye(len(U), dtype=torch.float64)[drawn] * (len(U) / len(drawn)) ** 0.5
     stacked = torch.cat([Omega @ U, damping**0.5 * torch.eye(U.shape[1], dtype=torch.float64)])
     target = torch.cat([Omega @ G, torch.zeros(U.shape[1], G.shape[1], dtype=torch.float64)])
@@ -313,7 +313,7 @@ def test_sketched_solver_is_the_sketched_least_squares_with_the_same_rows(size, 
 
 @pytest.mark.parametrize("case", ["linear, left", "linear, right", "convolution", "mini-batch"])
 def test_sampled_columns_give_the_matrix_on_average(case):
-    """Equation (17): the mean over many draws lies within a few standard errors of L (or R)."""
+    """Equation (17): the mean over many samples is within a few standard errors of L (or R)."""
     if case == "convolution":
         model, x = nn.Conv2d(2, 3, 2).double(), points(3, 2, 5, 5)
     else:

@@ -26,25 +26,25 @@ def inverse_of(shape, dtype):
     return torch.linalg.inv(torch.eye(shape.short, dtype=dtype) + factor @ factor.T)
 
 
-def gradient(rows, dim, touched, dtype, offset=0):
-    """A gradient with few rows, which begins ``offset`` numbers into its memory, as one of DDP's bucket may."""
+def gradient(rows, dim, nonzero, dtype, offset=0):
+    """A gradient with few rows, which begins ``offset`` elements into its memory, as one of DDP's bucket may."""
     memory = torch.zeros(offset + rows * dim, dtype=dtype)
     table = memory[offset:].view(rows, dim)
-    chosen = torch.randperm(rows)[:touched]
-    table[chosen] = torch.randn(touched, dim, dtype=dtype)
+    chosen = torch.randperm(rows)[:nonzero]
+    table[chosen] = torch.randn(nonzero, dim, dtype=dtype)
     return table
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("dim", [1, 2, 3, 16, 32])
-@pytest.mark.parametrize("touched", [0, 1, 30, 200])
-def test_zero_rows_stay_zero_and_nonzero_rows_are_preconditioned(dtype, offset, dim, touched):
+@pytest.mark.parametrize("nonzero", [0, 1, 30, 200])
+def test_zero_rows_stay_zero_and_nonzero_rows_are_preconditioned(dtype, offset, dim, nonzero):
     seed_cpu(0)
     layer = find_layers(nn.Sequential(nn.Embedding(200, dim, dtype=dtype)))[0]
     shape = layer.shape(None)
     inverse = inverse_of(shape, dtype)
-    layer.weight.grad = gradient(200, dim, touched, dtype, offset)
+    layer.weight.grad = gradient(200, dim, nonzero, dtype, offset)
     expected = layer.weight.grad.double() @ inverse.double()
     precondition(Member(layer, DenseInverse([inverse[None]], shape), shape))
     torch.testing.assert_close(layer.weight.grad.double(), expected, rtol=1e-5, atol=1e-5)
@@ -111,7 +111,7 @@ def test_every_optimizer_preconditions_a_large_table_as_a_small_one(monkeypatch,
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nan_in_one_row_of_a_large_table_skips_the_step(value, dtype):
-    """It is looked for in the rows that are not zeros alone."""
+    """The finite check reads the nonzero rows alone."""
     model = nn.Embedding(200, 8, dtype=dtype)
     optimizer = NGPlus(model, lr=0.1, update_every=100)
     model(torch.tensor([3, 4])).square().sum().backward()

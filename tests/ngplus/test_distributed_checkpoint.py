@@ -1,4 +1,4 @@
-"""Saving and loading by `torch.distributed.checkpoint`: what is asked, what is filled in, and what goes on from it."""
+"""Saving and loading by `torch.distributed.checkpoint`: entries of a state, filling in, and resuming."""
 
 import copy
 import functools
@@ -44,7 +44,7 @@ def optimizer_for(model, settings):
 
 
 class App(dcp.stateful.Stateful):
-    """What torch's tutorial saves: an object that asks the state dicts of a model and its optimizer."""
+    """What torch's tutorial saves: an object that gets the state dicts of a model and its optimizer."""
 
     def __init__(self, model, optimizer, options):
         self.model, self.optimizer, self.options = model, optimizer, options
@@ -73,7 +73,7 @@ def through_files(app, folder):
     save(app.state_dict(), folder)
 
     def into(fresh):
-        filled = fresh.state_dict()  # asked of an optimizer that may have nothing yet
+        filled = fresh.state_dict()  # of an optimizer that may have no state yet
         load(filled, folder)
         fresh.load_state_dict(filled)
 
@@ -237,7 +237,7 @@ def test_what_was_saved_before_the_first_step_starts_a_run(settings, form, tmp_p
 
 
 def test_a_state_loaded_into_a_fresh_optimizer_still_has_every_entry(tmp_path):
-    """Loading what no step has touched leaves the base's state to be initialized, which torch does by a step."""
+    """Loading the state of no step leaves the base's state to be initialized, which torch does by a step."""
     model = mlp_with_norm()
     optimizer = optimizer_for(model, "adam")
     optimizer.load_state_dict(optimizer.state_dict())

@@ -1,4 +1,4 @@
-"""What each factor says of its entries (Gram matrix, norms, slices, flat form) against the entries written out."""
+"""Gram matrix, norms, slices and flat form of each factor, compared with its entries written out."""
 
 import itertools
 

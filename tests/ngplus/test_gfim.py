@@ -22,11 +22,11 @@ def ways(monkeypatch):
     taken = []
     choose = gfim.cheapest_way
 
-    def watched(*args):
+    def recorded(*args):
         taken.append(choose(*args))
         return taken[-1]
 
-    monkeypatch.setattr(gfim, "cheapest_way", watched)
+    monkeypatch.setattr(gfim, "cheapest_way", recorded)
     return taken
 
 

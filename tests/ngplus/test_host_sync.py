@@ -1,4 +1,4 @@
-"""A plain step queues its work and never waits for the device: on fake tensors, whose values nobody can ask for."""
+"""A plain step never synchronizes with the device: on fake tensors, of which reading a value raises."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def plain_step_on_fakes(model, optimizer):
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         for parameter in model.parameters():
             parameter.grad = mode.from_tensor(parameter.grad)
-        optimizer._curvature._plan = None  # which keeps places for directions: they are made anew, without values
+        optimizer._curvature._plan = None  # which keeps buffers of directions, to be allocated again as fake tensors
         optimizer.step()
 
 
@@ -32,7 +32,7 @@ def plain_step_on_fakes(model, optimizer):
         {"block_size": 2},
         {"solver": "low_rank"},
         {"weight_decay": 0.1, "momentum": 0.9},
-        {"base": torch.optim.Adam, "fused": True},  # unfused it asks for its count of steps, which lies on the CPU
+        {"base": torch.optim.Adam, "fused": True},  # unfused it reads its count of steps, which is stored on the CPU
     ],
 )
 def test_a_plain_step_never_synchronizes(options):

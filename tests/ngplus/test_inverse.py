@@ -1,4 +1,4 @@
-"""Damped inverses: batches across layers, matrices that will not factorise, bounded tries."""
+"""Damped inverses: batches across layers, matrices that will not factorise, bounded retries."""
 
 import warnings
 

@@ -364,7 +364,7 @@ def test_a_layer_that_is_first_used_later_gets_its_curvature_on_the_step_after()
 
 
 def test_a_layer_never_used_by_the_model_is_given_up_after_its_retries_with_a_warning():
-    """A weight that is used outside of any watched forward only."""
+    """A weight that is used outside of every captured forward."""
     model, x = Optional(), points(5, 4)
     optimizer = NGPlus(model, lr=1e-9, update_every=100)
     caught = []

@@ -115,20 +115,20 @@ def test_conv1d_with_another_batch_dimension_matches_the_oracle():
 
 def test_conv1d_is_a_linear_layer_with_its_matrix_transposed():
     """To the baseline with whole per-sample gradients too: the directions are each other's transposes."""
-    turned = Convolved(trained_bias=False).double()
+    transposed = Convolved(trained_bias=False).double()
     plain = nn.Sequential(nn.Linear(4, 7), nn.Tanh(), nn.Linear(7, 3)).double()
-    for ours, theirs in zip((plain[0], plain[2]), (turned.up, turned.down), strict=True):
+    for ours, theirs in zip((plain[0], plain[2]), (transposed.up, transposed.down), strict=True):
         ours.weight.data.copy_(theirs.weight.T)
         ours.bias.data.copy_(theirs.bias)
         ours.bias.requires_grad_(False)
     x = torch.randn(6, 2, 4, dtype=torch.float64)
-    for model in (turned, plain):
+    for model in (transposed, plain):
         optimizer = SENG(model, lr=1e-9, damping=0.3, update_every=1)
         (oracle.energy(model(x)) / 6).backward()
         optimizer.step()
         assert len(optimizer.curvature) == 2
-    assert torch.allclose(turned.up.weight.grad, plain[0].weight.grad.T, rtol=1e-9, atol=1e-12)
-    assert torch.allclose(turned.down.weight.grad, plain[2].weight.grad.T, rtol=1e-9, atol=1e-12)
+    assert torch.allclose(transposed.up.weight.grad, plain[0].weight.grad.T, rtol=1e-9, atol=1e-12)
+    assert torch.allclose(transposed.down.weight.grad, plain[2].weight.grad.T, rtol=1e-9, atol=1e-12)
 
 
 def gpt2() -> nn.Module:
@@ -150,7 +150,7 @@ def gpt2() -> nn.Module:
 
 
 class Logits(nn.Module):
-    """What a language model says, without what it wraps around it."""
+    """The logits of a language model alone."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ class Logits(nn.Module):
 
 
 def test_every_matrix_of_gpt2_but_its_positions_matches_the_oracle():
-    """The table of positions is looked up once for the whole batch: one sample, by what `docs/supported.md` says."""
+    """The table of positions is looked up once for the whole batch: one sample, as in `docs/supported.md`."""
     model = Logits(gpt2()).double()
     model.model.transformer.wpe.weight.requires_grad_(False)
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""Bases that are lent sparse gradients of tables, against the same bases with dense ones."""
+"""Gradients of tables that are temporarily converted to sparse, compared with the same bases on dense ones."""
 
 import warnings
 
@@ -19,7 +19,7 @@ def every_table_is_large(monkeypatch):
 
 
 class Model(nn.Module):
-    """Two tables, of which a batch touches few rows, and a linear layer."""
+    """Two tables, of which a batch looks up few rows, and a linear layer."""
 
     def __init__(self, dtype=torch.float64):
         super().__init__()
@@ -31,8 +31,8 @@ class Model(nn.Module):
         return self.out((self.words(index[:, 0]) + self.bags(index)).tanh())
 
 
-class Watched:
-    """What layouts of gradients a base's step has seen."""
+class Layouts:
+    """Names of the parameters whose gradients were sparse in each step of the base."""
 
     def __init__(self, optimizer):
         self.sparse = []
@@ -50,12 +50,12 @@ def batch(step):
 
 
 def trained(base, few, monkeypatch, *, dtype=torch.float64, closure=False, steps=6, **options):
-    """A model after some steps, and the layouts that the base saw; nothing is lent where ``few`` is too large."""
+    """A model after some steps, and the layouts that the base got; none is converted where ``few`` is too large."""
     monkeypatch.setattr(touched, "FEW", few)
     seed_cpu(0)
     model = Model(dtype)
     optimizer = NGPlus(model, base, damping=0.3, update_every=3, **{"lr": 0.1, **options})
-    watched = Watched(optimizer)
+    layouts = Layouts(optimizer)
     for step in range(steps):
 
         def loss(step=step):
@@ -69,7 +69,7 @@ def trained(base, few, monkeypatch, *, dtype=torch.float64, closure=False, steps
         else:
             loss()
             optimizer.step()
-    return model, watched.sparse
+    return model, layouts.sparse
 
 
 ALLOWED = [
@@ -127,24 +127,24 @@ def test_tables_that_torch_would_round_or_read_otherwise_keep_dense_gradients(ch
         for table in (model.words, model.bags):
             table.weight = nn.Parameter(table.weight.detach().T.contiguous().T)
     optimizer = NGPlus(model, Adagrad, lr=0.1)
-    watched = Watched(optimizer)
+    layouts = Layouts(optimizer)
     for _ in range(2):
         optimizer.zero_grad()
         model(batch(0)).square().mean().backward()
         optimizer.step()
-    assert watched.sparse == 2 * [set()]
+    assert layouts.sparse == 2 * [set()]
 
 
 def test_only_groups_whose_settings_allow_it_and_tables_with_few_nonzero_rows_are_converted():
     model = Model()
     groups = [{"params": [model.words.weight], "weight_decay": 1e-3}, {"params": [model.bags.weight]}]
     optimizer = NGPlus(model, Adagrad, lr=0.1, params=groups)
-    watched = Watched(optimizer)
+    layouts = Layouts(optimizer)
     for index in (batch(0), torch.arange(100).view(50, 2)):
         optimizer.zero_grad()
         model(index).square().mean().backward()
         optimizer.step()
-    assert watched.sparse == [{"bags.weight"}, set()]
+    assert layouts.sparse == [{"bags.weight"}, set()]
 
 
 def test_a_base_that_fails_leaves_the_dense_gradients(monkeypatch):
@@ -206,13 +206,13 @@ def sparsely_trained(base, small, monkeypatch, **options):
         model.out.requires_grad_(False)
         options["params"] = model.tables.parameters()
     optimizer = NGPlus(model, base, damping=0.3, update_every=3, **{"lr": 0.1, **options})
-    watched = Watched(optimizer)
+    layouts = Layouts(optimizer)
     for step in range(5):
         optimizer.zero_grad()
         model(batch(step)).square().mean().backward()
         optimizer.step()
         assert all(table.weight.grad.is_sparse for table in model.tables)
-    return model, optimizer, watched.sparse
+    return model, optimizer, layouts.sparse
 
 
 ALL_TABLES = {f"tables.{i}.weight" for i in range(3)}
@@ -220,11 +220,11 @@ ALL_TABLES = {f"tables.{i}.weight" for i in range(3)}
 
 @pytest.mark.parametrize("options", [{}, {"lr_decay": 0.1}, {"initial_accumulator_value": 0.2}, {"maximize": True}])
 def test_adagrad_gets_dense_gradients_of_small_sparse_tables_and_makes_the_same_step(monkeypatch, options):
-    (model, optimizer, seen), (plain, its, unlent) = (
+    (model, optimizer, seen), (plain, its, unconverted) = (
         sparsely_trained(Adagrad, small, monkeypatch, **options) for small in (2000, -1)
     )
     assert seen == 5 * [{"tables.2.weight"}]
-    assert unlent == 5 * [ALL_TABLES]
+    assert unconverted == 5 * [ALL_TABLES]
     for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
         torch.testing.assert_close(optimizer.state[ours]["sum"], its.state[theirs]["sum"], rtol=1e-12, atol=1e-20)

@@ -22,7 +22,7 @@ def sample_losses(model: nn.Module, *inputs: Tensor) -> list[Tensor]:
     return [output.sin().sum() + 0.5 * output.square().sum() for output in outputs]
 
 
-def watched(model: nn.Module, module: nn.Module, *inputs: Tensor) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
+def record(model: nn.Module, module: nn.Module, *inputs: Tensor) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
     """For each sample, the inputs of a module at each of its positions and the gradients of that sample's own loss."""
     calls = []
 
@@ -62,7 +62,7 @@ def vectors_out(module: nn.Module, gradient: Tensor) -> list[Tensor]:
 
 
 def factors(model: nn.Module, module: nn.Module, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-    a, g = watched(model, module, *inputs)
+    a, g = record(model, module, *inputs)
     A = sum(torch.outer(v, v) for sample in a for v in sample) / len(a)
     B = sum(torch.outer(v, v) / len(sample) for sample in g for v in sample) / len(g)
     return A, B

@@ -112,7 +112,7 @@ def test_uses_as_table_and_as_matrix_are_samples_of_their_own_where_every_row_is
     oracle.energy(output).backward(inputs=[output, hidden])
     uses = [torch.outer(g, h.tanh()) for g, h in zip(output.grad, hidden.detach(), strict=True)]
     uses += [torch.outer(F.one_hot(i, 5).double(), g) for i, g in zip(index, hidden.grad, strict=True)]
-    # With a mean over 4, and 8 samples seen, each counts as 8/4 times its own gradient.
+    # With a mean over 4, and 8 samples captured, each counts as 8/4 times its own gradient.
     Fisher = sum(torch.outer(2 * G.flatten(), 2 * G.flatten()) for G in uses) / 8 + 0.3 * torch.eye(15)
     expected = torch.linalg.solve(Fisher, sum(uses).flatten() / 4).view(5, 3)
     optimizer = SENG(model, lr=1e-9, damping=0.3, samples="rows")

@@ -111,13 +111,13 @@ def flat(model: nn.Module) -> Tensor:
     return torch.cat([p.detach().double().flatten() for p in model.parameters()])
 
 
-def unseen(optimizer: NGPlus, names: Sequence[str]) -> bool:
+def without_curvature(optimizer: NGPlus, names: Sequence[str]) -> bool:
     """Whether none of these weights has a curvature."""
     return not set(names) & set(optimizer.curvature)
 
 
 def collect_optimizers() -> None:
-    """Let go of the optimizers of a test that is over, which may still wait for a forward pass.
+    """Let go of the optimizers of a test that is over, which may still capture.
 
     Where the test failed, Python keeps its variables with the traceback.
     """

@@ -1,4 +1,4 @@
-"""Processes beside that of the tests: fresh ones, and two that train together over gloo.
+"""Processes besides that of the tests: fresh ones, and two that train together over gloo.
 
 All are forked from one server that has imported torch, since importing it is what starting a process takes.
 """
@@ -18,7 +18,7 @@ import torch.multiprocessing as mp
 DEADLOCK_SECONDS = 120
 START_SECONDS = 240
 FRESH = mp.get_context("forkserver")
-"""Makes processes that share nothing with the one that asks for them but the modules that they import first."""
+"""Makes processes that share nothing with the one that starts them but the modules that they import first."""
 FRESH.set_forkserver_preload(["pytest", "tests.ngplus.training.problems", __name__])
 
 

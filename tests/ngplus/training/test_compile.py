@@ -1,4 +1,4 @@
-"""`torch.compile`: the same numbers, and afterwards a compiler that stands where it stood."""
+"""`torch.compile`: the same results, and afterwards the compiler's stance is what it was."""
 
 import copy
 import gc
@@ -18,7 +18,7 @@ from tests.ngplus.training.problems import (
     perceptron,
 )
 
-# torch's own word about every global hook, for a wrapper that is first called on a curvature step.
+# torch's own warning about every global hook, for a wrapper that is first called on a curvature step.
 pytestmark = pytest.mark.filterwarnings("ignore:Using `torch.compile.module.` when there are global hooks")
 
 
@@ -232,7 +232,7 @@ def test_two_optimizers_hold_the_compiler_until_neither_captures():
     first, second = perceptron(), perceptron()
     ours, theirs = NGPlus(first.model, **SETTINGS), NGPlus(second.model, **SETTINGS)
     first.train(ours, 1)
-    assert stance() == "force_eager"  # the second still waits for its curvature step
+    assert stance() == "force_eager"  # the second's curvature step is still to come
     second.train(theirs, 1)
     assert stance() == "default"
 

@@ -50,10 +50,10 @@ def agree(outcomes: list[dict]) -> dict:
     return first
 
 
-def train_together(make, settings, wrapping, steps=4, watched="whole"):
+def train_together(make, settings, wrapping, steps=4, given="whole"):
     problem = make()
     parallel = DistributedDataParallel(problem.model, **wrapping)
-    optimizer = NGPlus(parallel if watched == "whole" else problem.model, **{**SETTINGS, **settings})
+    optimizer = NGPlus(parallel if given == "whole" else problem.model, **{**SETTINGS, **settings})
     problem.train(optimizer, steps, through=parallel, samples=share(problem))
     return outcome(problem.model, optimizer)
 
@@ -331,7 +331,7 @@ def test_reading_the_state_before_the_first_step_does_not_change_training(team):
 
 
 def train_unfactorisable():
-    """Curvature of rank below its side, beside which the damping is lost to rounding."""
+    """Curvature of rank below its side, compared with which the damping is lost to rounding."""
     problem = perceptron(samples=2)
     parallel = DistributedDataParallel(problem.model)
     optimizer = NGPlus(parallel, lr=1e-300, damping=1e-18, update_every=1)

@@ -195,7 +195,7 @@ class Recursive(nn.Module):
         if depth == 0:
             return x
         x = self(self.inlet(x).tanh(), depth - 1)
-        # Not a call of the layer, which would be watched for its own sake.
+        # Not a call of the layer, which would be captured for its own sake.
         return F.linear(x, self.outlet.weight, self.outlet.bias) if depth == 2 else x
 
 
@@ -294,7 +294,7 @@ def test_a_transform_of_the_model_between_forward_passes_is_not_captured(look):
 
 
 class Transformed(nn.Module):
-    """A model whose first layer is seen by `torch.func` alone, or by it and a plain call."""
+    """A model whose first layer is used inside `torch.func` alone, or by it and a plain call."""
 
     def __init__(self, transform: str, plainly: bool) -> None:
         super().__init__()

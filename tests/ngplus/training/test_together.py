@@ -1,4 +1,4 @@
-"""NG+ beside others: other optimizers, parametrized weights, and an installation that has torch alone."""
+"""NG+ together with others: other optimizers, parametrized weights, and an installation that has torch alone."""
 
 import copy
 import subprocess
@@ -333,7 +333,7 @@ def test_import_and_a_step_need_torch_alone():
         assert set(optimizer.curvature) == {"0.weight", "2.weight"}
         assert not torch.equal(before, model[0].weight)
     """
-    # torch itself says at its import that there is no numpy; nothing else may be said.
+    # torch itself warns at its import that there is no numpy; nothing else may warn.
     command = [sys.executable, "-W", "error", "-W", "ignore:Failed to initialize NumPy", "-c", textwrap.dedent(script)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -170,7 +170,7 @@ def join_an_unknown_model():
 
 
 def test_waiting_for_others_raises_where_the_optimizer_does_not_know_the_wrapper():
-    """Both end: the one with batches says why, the other loses its connection."""
+    """Both end: the one with batches raises why, the other loses its connection."""
     active, ended = Team().tracebacks(join_an_unknown_model)
     assert "RuntimeError: NGPlus averages curvature over all processes and would wait for one" in active
     assert "NGPlus averages" not in ended

@@ -1,4 +1,4 @@
-"""Models of others, as they come: a few steps with finite losses, curvature where it is expected, nothing said."""
+"""Models of others, as they come: a few steps with finite losses, curvature where it is expected, no other warning."""
 
 import warnings
 from collections.abc import Callable
@@ -89,7 +89,7 @@ def assert_trains(model: nn.Module, optimizer: NGPlus, loss: Callable[[], Tensor
 
 
 @pytest.fixture(autouse=True)
-def nothing_undocumented_is_said():
+def undocumented_warnings_are_errors():
     seed_cpu(0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
