@@ -194,7 +194,8 @@ def around(name: str, **options: Any) -> Callable[[nn.Module], NGPlus]:
     return make
 
 
-@pytest.mark.filterwarnings("ignore")
+# Of torch, about the bases that differentiate the gradient.
+@pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True:UserWarning")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", [name for name in BASES if name not in NO_BASE])
 def test_a_base_resumes_to_the_bit_as_it_does_by_itself(name, dtype):
@@ -223,7 +224,6 @@ def test_the_document_names_the_unsupported_bases_and_why():
     assert named == NO_BASE
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["SPAM", "MADGRAD", "StableSPAM", "Magma", "FlashAdamW", "Ranger21", "AdaFactor"])
 def test_groups_and_state_are_those_of_a_base_that_keeps_more_than_entries_of_parameters(name):
     setup = SETUPS.get(name, Setup())
@@ -238,7 +238,6 @@ def test_groups_and_state_are_those_of_a_base_that_keeps_more_than_entries_of_pa
     assert optimizer.base.param_groups[0]["lr"] == scheduler.get_last_lr()[0]
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["torch.optim.Adam", "SaRA", "Magma", "ScheduleFreeAdamW"])
 def test_a_group_that_is_added_is_added_as_the_base_does(name):
     """SaRA gives each parameter a mask then, and Magma has the groups of an optimizer inside it."""

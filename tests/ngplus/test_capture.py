@@ -533,6 +533,7 @@ def test_an_empty_batch_on_a_curvature_step_is_as_if_it_had_not_been(case, sampl
     assert not curvature
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors is a no-op:UserWarning")  # of torch
 @pytest.mark.parametrize("kind", ["model", "parameters"])
 def test_a_weight_without_entries_is_no_layer(kind):
     model = nn.ModuleList([nn.Linear(0, 3), nn.Linear(4, 3)])

@@ -18,8 +18,12 @@ from tests.ngplus.training.problems import (
     perceptron,
 )
 
-# torch's own warning about every global hook, for a wrapper that is first called on a curvature step.
-pytestmark = pytest.mark.filterwarnings("ignore:Using `torch.compile.module.` when there are global hooks")
+pytestmark = [
+    # Of torch, about every global hook, for a wrapper that is first called on a curvature step.
+    pytest.mark.filterwarnings("ignore:Using `torch.compile.module.` when there are global hooks:UserWarning"),
+    # Of torch, about the tensors that it traces itself.
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+]
 
 
 @pytest.fixture(autouse=True)
