@@ -35,6 +35,13 @@ def mlp_with_norm(dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Seque
     return nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 3)).to(dtype)
 
 
+class ActivatedLinear(nn.Linear):
+    """A linear layer that applies its activation inside its own forward, as schnetpack's Dense does."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.silu(super().forward(input))
+
+
 def points(*shape: int, dtype: torch.dtype = torch.float64, seed: int | None = None) -> Tensor:
     """Normal samples, with a seed the same ones in every call."""
     generator = None if seed is None else torch.Generator().manual_seed(seed)

@@ -17,7 +17,7 @@ from ngplus.gfim import Part
 from ngplus.layers import find_layers
 from ngplus.patches import Patches
 from tests.ngplus import oracle
-from tests.ngplus.cases import points, seed_cpu
+from tests.ngplus.cases import points, recorded_warnings, seed_cpu
 
 DAMPING = 0.3
 REASON = "has a gradient that is not the sum of its captured uses"
@@ -90,10 +90,9 @@ def step(model, loss, x, pieces=1, **options):
     for part in x.chunk(pieces):
         loss(model, part).backward()
     before = {name: p.grad.clone() for name, p in model.named_parameters()}
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with recorded_warnings() as caught:
         optimizer.step()
-    return optimizer, before, [str(w.message) for w in caught]
+    return optimizer, before, caught
 
 
 @pytest.mark.parametrize("case", PARTIAL)

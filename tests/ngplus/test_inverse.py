@@ -1,7 +1,5 @@
 """Damped inverses: batches across layers, matrices that will not factorise, bounded retries."""
 
-import warnings
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +8,7 @@ from torch import nn
 
 from ngplus import NGPlus, inverse
 from ngplus.inverse import MAX_TRIES, Request, invert, invert_one
-from tests.ngplus.cases import seed_cpu
+from tests.ngplus.cases import recorded_warnings, seed_cpu
 
 
 def semidefinite(blocks, size, rank=None, dtype=torch.float64):
@@ -89,10 +87,9 @@ def make(solver="dense"):
 def step(model, optimizer):
     optimizer.zero_grad()
     model(torch.randn(6, 4, dtype=torch.float64)).square().mean(0).sum().backward()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with recorded_warnings() as caught:
         optimizer.step()
-    return sorted(str(warning.message) for warning in caught)
+    return sorted(caught)
 
 
 def failing(monkeypatch, failures):

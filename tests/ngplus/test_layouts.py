@@ -9,7 +9,7 @@ from torch import nn
 
 from ngplus import NGPlus
 from tests.ngplus import oracle
-from tests.ngplus.cases import seed_cpu
+from tests.ngplus.cases import recorded_warnings, seed_cpu
 
 DAMPING = 0.3
 
@@ -153,10 +153,9 @@ def test_an_input_overwritten_under_autocast_leaves_the_layer_to_the_base(in_pla
         out = model(x)
     out.float().square().mean().backward()
     gradient = model.layer.weight.grad.clone()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with recorded_warnings() as caught:
         optimizer.step()
-    messages = [str(w.message) for w in caught]
+    messages = caught
     if in_place:
         assert messages[0].startswith("layer.weight had its input overwritten in place between forward and backward")
         assert torch.equal(model.layer.weight.grad, gradient)

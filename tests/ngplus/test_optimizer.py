@@ -10,7 +10,7 @@ from torch.optim import lr_scheduler
 
 from ngplus import NGPlus
 from tests.ngplus import oracle
-from tests.ngplus.cases import mlp, parameters_equal, points, seed_cpu, training_step
+from tests.ngplus.cases import mlp, parameters_equal, points, recorded_warnings, seed_cpu, training_step
 
 # The update ---------------------------------------------------------------------------------------------------------
 
@@ -371,10 +371,9 @@ def test_a_layer_never_used_by_the_model_is_given_up_after_its_retries_with_a_wa
     for _ in range(8):
         optimizer.zero_grad()
         (oracle.energy(model(x)) + (x @ model.sometimes.weight).sum()).backward()
-        with warnings.catch_warnings(record=True) as now:
-            warnings.simplefilter("always")
+        with recorded_warnings() as now:
             optimizer.step()
-        caught += [str(warning.message) for warning in now]
+        caught += now
     assert len(caught) == 1
     assert caught[0].startswith("sometimes.weight has a gradient, but in 3 steps no backward pass")
     assert not optimizer._capture.armed

@@ -10,7 +10,7 @@ from torch import nn
 
 from ngplus import NGPlus
 from tests.ngplus import oracle
-from tests.ngplus.cases import seed_cpu
+from tests.ngplus.cases import ActivatedLinear, seed_cpu
 
 STEPS = 6
 """Two curvature steps at the longest interval of four, and a plain one after each."""
@@ -62,13 +62,6 @@ class Tied(nn.Module):
 
     def forward(self, index):
         return self.out(self.table(index).tanh())
-
-
-class ActivatedLinear(nn.Linear):
-    """An activation inside the layer's own forward."""
-
-    def forward(self, input):
-        return nn.functional.silu(super().forward(input))
 
 
 class Parallel(nn.Module):

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.nn.parallel import DistributedDataParallel
 
 from ngplus import NGPlus
-from tests.ngplus.cases import seed_cpu
+from tests.ngplus.cases import recorded_warnings, seed_cpu
 from tests.ngplus.training.problems import SETTINGS, Problem, attentive, convolutional, distance, flat, perceptron
 
 pytestmark = pytest.mark.slow  # starting the processes is
@@ -335,11 +335,10 @@ def train_unfactorisable():
     problem = perceptron(samples=2)
     parallel = DistributedDataParallel(problem.model)
     optimizer = NGPlus(parallel, lr=1e-300, damping=1e-18, update_every=1)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with recorded_warnings() as caught:
         problem.loss(parallel, share(problem)).backward()
         optimizer.step()
-    warned = [str(w.message) for w in caught if "damping" in str(w.message)]
+    warned = [message for message in caught if "damping" in message]
     return {**outcome(problem.model, optimizer), "warned": warned}
 
 
