@@ -228,8 +228,7 @@ def test_micro_batches_are_one_batch():
         torch.testing.assert_close(b.grad, a.grad, rtol=1e-9, atol=1e-12)
 
 
-# What asdfghjkl uses of torch.
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
+# Of torch, about how asdfghjkl uses it.
 @pytest.mark.filterwarnings("ignore:Using a non-full backward hook:FutureWarning")
 def test_asdfghjkl_gives_the_same_directions():
     """Without biases, which it treats apart from the matrix."""

@@ -565,8 +565,6 @@ def test_averaged_copies_follow_and_are_not_captured():
     assert not torch.equal(flat(averaged.module), flat(problem.model))
 
 
-# Of Python, about the loader's worker: torch has threads when it is forked.
-@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 def test_shared_memory_and_loader_workers_change_nothing():
     problem = perceptron()
     expected = problem.plain_run(3)
