@@ -1,9 +1,9 @@
 """NG+, a multi-step matrix-product natural gradient optimizer for PyTorch."""
 
-from ngplus.curvature import LayerState
+from ngplus.curvature.layer_state import LayerState
 from ngplus.online import OnlineNGPlus
 from ngplus.optimizer import NGPlus
-from ngplus.times import StepTimes
+from ngplus.profiling import StepTimes
 
 __version__ = "0.1.0"
 

@@ -1,4 +1,4 @@
-"""What can be done on the device that a tensor lies on."""
+"""What can be done on the device that a tensor is stored on."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 
-def can_ask(tensor: Tensor) -> bool:
+def reads_without_sync(tensor: Tensor) -> bool:
     """Whether a tensor's values are there at once: on a CPU, and not for tensors that stand in for others."""
     return tensor.device.type == "cpu" and type(tensor) in (Tensor, nn.Parameter)
 

@@ -9,20 +9,73 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ngplus.gfim import Shape
+Side = Literal["left", "right"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatrixShape:
+    """What is built for a layer.
+
+    Attributes:
+        groups: number of independent m×n matrices (a grouped convolution's groups).
+        rows: m.
+        columns: n, the bias's column counted.
+        block_size: p of (18); None for whole matrices.
+    """
+
+    groups: int
+    rows: int
+    columns: int
+    block_size: int | None = None
+
+    @property
+    def side(self) -> Side:
+        """The smaller side: (4) where m ≤ n, else (5)."""
+        return "left" if self.rows <= self.columns else "right"
+
+    @property
+    def short(self) -> int:
+        """Side length p of L or R."""
+        return min(self.rows, self.columns)
+
+    @property
+    def long(self) -> int:
+        """The other side q."""
+        return max(self.rows, self.columns)
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """Number of whole diagonal blocks of a matrix, and the size of the one that is left over."""
+        return divmod(self.short, self._size)
+
+    @property
+    def _size(self) -> int:
+        """Of a whole block, which is no longer than the matrix."""
+        return min(self.block_size or self.short, self.short)
+
+    @property
+    def stack_shapes(self) -> list[tuple[int, int, int]]:
+        """Shapes of the batches of blocks: all whole blocks of all groups, then the left-over ones."""
+        count, rest = self.blocks
+        size = self._size
+        shapes = [(self.groups * count, size, size)] if count else []
+        return [*shapes, (self.groups, rest, rest)] if rest else shapes
+
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 SUPPORTED = (nn.Linear, *CONVOLUTIONS, *EMBEDDINGS, nn.MultiheadAttention)
+
 # GPT-2's linear layer, x W + b with W of in × out, known by name: torch alone is needed here.
 TRANSPOSED_LINEAR = "transformers.pytorch_utils.Conv1D"
-# Their parameters have no matrix form that (2) speaks of; they go to the base optimizer without a word.
+
+# Their parameters have no matrix form that (2) speaks of; they go to the base optimizer without a warning.
 VECTORS = (
     nn.modules.batchnorm._BatchNorm,
     nn.LayerNorm,
@@ -33,9 +86,9 @@ VECTORS = (
 )
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Layer:
-    """One weight matrix of a model.
+    """One weight matrix of a model: a description that does not change.
 
     Attributes:
         name: of the weight in ``model.named_parameters()``.
@@ -43,11 +96,10 @@ class Layer:
         bias: the bias that is the matrix's last column, or None.
         bias_start: where this layer's bias begins in ``bias`` (attention packs three into one).
         groups: of a convolution, else 1.
-        batch_dim: the dimension of a linear layer's input along which samples lie.
+        batch_dim: the sample dimension of a linear layer's input.
         of_attention: whether it is a part of an `nn.MultiheadAttention`, which knows its samples.
-        looked_up: whether a gradient may have many rows of zeros: that of an embedding, or of nobody knows what.
+        row_sparse: whether a gradient may have many rows of zeros: that of an embedding, or of an unknown module.
         flattens: whether its module multiplies (rows, features), whatever the shape of its input.
-        input_shape: of the module's latest input, where it flattens it.
     """
 
     name: str
@@ -57,25 +109,36 @@ class Layer:
     groups: int = 1
     batch_dim: int = 0
     of_attention: bool = False
-    looked_up: bool = False
+    row_sparse: bool = False
     flattens: bool = False
-    input_shape: torch.Size | None = None
 
-    def known_as(self, known: Mapping[int, Layer]) -> Layer:
-        """The layer that is known by this one's weight, with this one's bias; itself where there is none."""
-        layer = known.get(id(self.weight), self)
-        layer.bias, layer.bias_start = self.bias, self.bias_start
-        return layer
+    def without_bias(self) -> Layer:
+        """The layer of the weight alone."""
+        return replace(self, bias=None)
+
+    def describe(self) -> str:
+        """What must be the same on all processes, in words."""
+        bias = " with a trained bias" if self.trained_bias is not None else ""
+        return f"{self.name} {tuple(self.weight.shape)} {self.weight.dtype}{bias}"
+
+    def equals(self, other: Layer) -> bool:
+        """Whether both describe the same parameters in the same way."""
+        return self.weight is other.weight and self.bias is other.bias and self._settings == other._settings
+
+    @property
+    def _settings(self) -> tuple[Any, ...]:
+        flags = self.of_attention, self.row_sparse, self.flattens
+        return self.name, self.bias_start, self.groups, self.batch_dim, *flags
 
     @property
     def module(self) -> str:
         """Name of the module that the weight is a parameter of."""
         return self.name.rpartition(".")[0]
 
-    def shape(self, block_size: int | None) -> Shape:
+    def shape(self, block_size: int | None) -> MatrixShape:
         """Shape of the layer's matrix now, the bias counted if it is trained."""
         rows = self.weight.shape[0] // self.groups
-        return Shape(groups=self.groups, rows=rows, columns=self.columns, block_size=block_size)
+        return MatrixShape(groups=self.groups, rows=rows, columns=self.columns, block_size=block_size)
 
     @property
     def columns(self) -> int:
@@ -95,26 +158,34 @@ class Layer:
 
 
 def find_layers(model: nn.Module, batch_dim: int | Mapping[str, int] = 0) -> list[Layer]:
-    """The layers of ``model`` that NG+ can precondition, each weight once however many modules share it.
+    """Find the layers of a model that NG+ can precondition, each weight once however many modules share it.
 
     A complex weight, or one without entries, is no layer. A bias that modules of different weights share is no column
     of any matrix: its gradient is that of all its uses.
+
+    Args:
+        model: the model.
+        batch_dim: see `NGPlus`.
+
+    Returns:
+        The layers, in the order of the model's modules.
     """
     every = (layer for prefix, module in model.named_modules() for layer in _module_layers(prefix, module))
     found = [layer for layer in every if _is_matrix(layer.weight)]
-    shared = _shared_biases(found)
+    shared = _find_shared_biases(found)
     layers: dict[int, Layer] = {}
     for layer in found:
-        layer.batch_dim = _batch_dim(batch_dim, layer.module)
-        if id(layer.bias) in shared:
-            layer.bias = None
-        known = layers.setdefault(id(layer.weight), layer)
-        if known.bias is None:
-            known.bias, known.bias_start = layer.bias, layer.bias_start
+        bias = None if id(layer.bias) in shared else layer.bias
+        known = layers.get(id(layer.weight))
+        if known is None:
+            found_dim = _find_batch_dim(batch_dim, layer.module)
+            layers[id(layer.weight)] = replace(layer, bias=bias, batch_dim=found_dim)
+        elif known.bias is None:
+            layers[id(layer.weight)] = replace(known, bias=bias, bias_start=layer.bias_start)
     return list(layers.values())
 
 
-def _shared_biases(layers: Sequence[Layer]) -> set[int]:
+def _find_shared_biases(layers: Sequence[Layer]) -> set[int]:
     """The ids of the biases of which some entry is used with different weights."""
     users: dict[int, list[Layer]] = {}
     for layer in layers:
@@ -129,13 +200,20 @@ def _shared_biases(layers: Sequence[Layer]) -> set[int]:
     }
 
 
-def parameter_layers(groups: Iterable[Mapping[str, Any]]) -> list[Layer]:
-    """Every real parameter of two or more dimensions as a matrix out × rest, where there is no model to ask."""
+def find_parameter_layers(groups: Iterable[Mapping[str, Any]]) -> list[Layer]:
+    """Take every real parameter of two or more dimensions as a matrix out × rest, where there is no model.
+
+    Args:
+        groups: parameter groups.
+
+    Returns:
+        The layers, in the order of the parameters.
+    """
     layers = []
     for number, group in enumerate(groups):
         names = group.get("param_names", [f"group {number} parameter {i}" for i in range(len(group["params"]))])
         layers += [
-            Layer(name, parameter, None, looked_up=parameter.dim() == 2)
+            Layer(name, parameter, None, row_sparse=parameter.dim() == 2)
             for name, parameter in zip(names, group["params"], strict=True)
             if parameter.dim() > 1 and _is_matrix(parameter)
         ]
@@ -146,8 +224,15 @@ def _is_matrix(weight: Tensor) -> bool:
     return weight.numel() > 0 and not weight.is_complex()
 
 
-def unsupported_modules(model: nn.Module) -> list[str]:
-    """Modules that own parameters which no supported layer covers, as ``name (Kind)``."""
+def find_unsupported_modules(model: nn.Module) -> list[str]:
+    """Find the modules that own parameters which no supported layer covers.
+
+    Args:
+        model: the model.
+
+    Returns:
+        Each as ``name (Kind)``.
+    """
     covered = {id(layer.weight) for layer in find_layers(model)}
     return [
         f"{prefix or 'the model itself'} ({type(module).__name__})"
@@ -161,8 +246,8 @@ def unsupported_modules(model: nn.Module) -> list[str]:
     ]
 
 
-def _batch_dim(batch_dim: int | Mapping[str, int], module: str) -> int:
-    """The entry of the longest module name that ``module`` is or lies in; 0 where there is none."""
+def _find_batch_dim(batch_dim: int | Mapping[str, int], module: str) -> int:
+    """The entry of the longest module name that ``module`` is or is inside of; 0 where there is none."""
     if not isinstance(batch_dim, Mapping):
         return batch_dim
     above = [name for name in batch_dim if name in ("", module) or module.startswith(name + ".")]
@@ -180,8 +265,8 @@ def _module_layers(prefix: str, module: nn.Module) -> Iterator[Layer]:
     elif isinstance(module, SUPPORTED) and (weight := own.get("weight")) is not None:
         groups = module.groups if isinstance(module, CONVOLUTIONS) else 1
         of_attention = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)  # what it calls out_proj
-        looked_up = isinstance(module, EMBEDDINGS)
-        yield Layer(named("weight"), weight, bias, groups=groups, of_attention=of_attention, looked_up=looked_up)
+        row_sparse = isinstance(module, EMBEDDINGS)
+        yield Layer(named("weight"), weight, bias, groups=groups, of_attention=of_attention, row_sparse=row_sparse)
     elif _is_transposed_linear(module) and (weight := own.get("weight")) is not None:
         yield Layer(named("weight"), weight, None, flattens=True)  # its bias would be one more row, which no layer has
 
@@ -201,20 +286,35 @@ def _attention_layers(named: Callable[[str], str], module: nn.MultiheadAttention
             start += weight.shape[0]
 
 
-def stored(gradient: Tensor) -> Tensor:
-    """What a gradient holds, in its own memory: of a sparse one its rows."""
+def rekey_layers[T](values: Mapping[Layer, T], layers: Iterable[Layer]) -> dict[Layer, T]:
+    """``values`` by the layers of ``layers`` with the same weights; those of other weights are dropped."""
+    by_weight = {id(layer.weight): value for layer, value in values.items()}
+    return {layer: by_weight[id(layer.weight)] for layer in layers if id(layer.weight) in by_weight}
+
+
+def stored_values(gradient: Tensor) -> Tensor:
+    """The stored elements of a gradient, in its own memory: of a sparse one its rows."""
     return gradient._values() if gradient.is_sparse else gradient
 
 
-def sparse_in_rows(gradient: Tensor) -> Tensor:
+def to_row_sparse(gradient: Tensor) -> Tensor:
     """A gradient that is sparse in several dimensions as one that is so in its first alone; others as they are."""
     if not gradient.is_sparse or gradient.sparse_dim() == 1:
         return gradient
     return gradient.to_dense().to_sparse(1)
 
 
-def as_matrix(layer: Layer, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A weight-shaped tensor as (groups, m, n without bias), in its own memory where that can be."""
+def to_matrix(layer: Layer, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """View a weight-shaped tensor as matrices, or copy it where it cannot be viewed.
+
+    Args:
+        layer: whose matrices they are.
+        tensor: of the shape of its weight.
+        dtype: of the matrices.
+
+    Returns:
+        (groups, m, n without the bias's column).
+    """
     G = tensor if tensor.dtype == dtype else tensor.to(dtype)
     return G.reshape(layer.groups, tensor.shape[0] // layer.groups, -1)
 
@@ -222,10 +322,13 @@ def as_matrix(layer: Layer, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 __all__ = [
     "SUPPORTED",
     "Layer",
-    "as_matrix",
+    "MatrixShape",
+    "Side",
     "find_layers",
-    "parameter_layers",
-    "sparse_in_rows",
-    "stored",
-    "unsupported_modules",
+    "find_parameter_layers",
+    "find_unsupported_modules",
+    "rekey_layers",
+    "stored_values",
+    "to_matrix",
+    "to_row_sparse",
 ]

@@ -1,6 +1,6 @@
-"""The state dict of an optimizer around a base: what the base saves, and what is kept of each layer beside it.
+"""The state dict of an optimizer around a base: what the base saves, and what is kept of each layer.
 
-The entries of a layer stand under ``state`` with the base's own of its weight, and the counters in the first of
+The entries of a layer are stored under ``state`` with the base's own of its weight, and the counters in the first of
 ``param_groups``, so that all of it goes through whatever carries an optimizer's state: `torch.save`,
 `torch.distributed.checkpoint`, hooks.
 """
@@ -8,18 +8,24 @@ The entries of a layer stand under ``state`` with the base's own of its weight, 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from ngplus.curvature import Curvature, LayerState
-from ngplus.layers import Layer
-from ngplus.preconditioner import Entries
+from ngplus.curvature.coverage import Coverage
+from ngplus.curvature.layer_state import LayerState
+from ngplus.curvature.update import LayerCurvature
+from ngplus.layers import Layer, rekey_layers
+from ngplus.solvers.preconditioner import Entries
 
 _COUNTERS = ("base", "steps", "skipped", "generator")
+
+
 _FIRST_LAYOUT = ("base", "steps", "late", "tries", "skipped", "generator", "layers")
 
 
@@ -30,7 +36,7 @@ class Progress:
     Attributes:
         steps: taken so far.
         skipped: of these, steps whose gradients counted as zero because they were not finite.
-        generator: the state of the generator that sketches are drawn with.
+        generator: the state of the generator that sketches are sampled with.
         states: the curvature of the layers that have one.
         pending: layers that are tried again on the next step.
         tries: how often a layer with a gradient was left without curvature.
@@ -48,7 +54,7 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Where the entries of an optimizer stand in its state dict.
+    """Where the entries of an optimizer are in its state dict.
 
     Attributes:
         owner: the optimizer's class, for messages.
@@ -64,7 +70,7 @@ class Layout:
     base: str
     groups: Sequence[dict[str, Any]]
     layers: Sequence[Layer]
-    curvature: Curvature
+    curvature: LayerCurvature
 
     def pack(self, progress: Progress, base_state: Mapping[str, Any]) -> dict[str, Any]:
         """The state dict of an optimizer.
@@ -220,7 +226,7 @@ class Layout:
             raise ValueError(
                 f"the state has layers that this model does not: {', '.join(unknown)}; it has {', '.join(layers)}"
             )
-        unpack = self.curvature.state.from_first_layout
+        unpack = self.curvature.state_class.from_first_layout
         progress = Progress(
             steps=packed["steps"],
             skipped=packed["skipped"],
@@ -233,13 +239,16 @@ class Layout:
 
 
 def initializes_state(groups: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a step is one that `torch.distributed.checkpoint` makes to have a base initialize its state.
+    """Tell whether a step is one that `torch.distributed.checkpoint` makes to have a base initialize its state.
 
     It gives every trained parameter a gradient of zeros and sets every lr to 0. A warm-up's first step, whose lr may be
-    0 too, has other gradients; only there are they looked through, which synchronizes with the device.
+    0 too, has other gradients; only there they are searched, which synchronizes with the device.
 
     Args:
         groups: parameter groups.
+
+    Returns:
+        Whether it is.
     """
     if any(float(group.get("lr", 0.0)) != 0 for group in groups):
         return False
@@ -248,4 +257,178 @@ def initializes_state(groups: Sequence[Mapping[str, Any]]) -> bool:
     return len(dense) == len(gradients) and not any(bool(torch.count_nonzero(gradient)) for gradient in dense)
 
 
-__all__ = ["Layout", "Progress", "initializes_state"]
+class SavedState:
+    """Saving, loading and copying of a `LayerwiseOptimizer`."""
+
+    key: ClassVar[str]
+    param_groups: list[dict[str, Any]]
+    _base: Optimizer
+    _layers: list[Layer]
+    _curvature: LayerCurvature
+    _coverage: Coverage
+    _generator: torch.Generator
+    _skipped: Tensor | None
+    _base_has_stepped: bool
+    _state_is_complete: bool
+    _optimizer_state_dict_pre_hooks: OrderedDict[int, Callable[..., Any]]
+    _optimizer_state_dict_post_hooks: OrderedDict[int, Callable[..., Any]]
+    _optimizer_load_state_dict_pre_hooks: OrderedDict[int, Callable[..., Any]]
+    _optimizer_load_state_dict_post_hooks: OrderedDict[int, Callable[..., Any]]
+
+    # Of the optimizer ---------------------------------------------------------------------------------------------
+
+    def _share_groups(self) -> None:
+        raise NotImplementedError
+
+    def _start(self) -> None:
+        raise NotImplementedError
+
+    def _update_layers(self) -> None:
+        raise NotImplementedError
+
+    def _arm_recorder(self) -> None:
+        raise NotImplementedError
+
+    # The base, and its state --------------------------------------------------------------------------------------
+
+    @property
+    def base(self) -> Optimizer:
+        """The optimizer that makes the steps."""
+        self._hide_entries_()
+        return self._base
+
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:
+        """The state of `base`, and what is kept of each layer under its weight, named as in `state_dict`.
+
+        From the first step on: an optimizer that has not stepped has no state, in torch.
+        """
+        if not self._state_is_complete and (self._base_has_stepped or self._base.state):
+            for parameter, entries in self._layout().entries(self._progress()).items():
+                self._base.state[parameter].update(entries)
+            self._state_is_complete = True
+        return self._base.state
+
+    @state.setter
+    def state(self, state: defaultdict[Tensor, Any]) -> None:
+        if "_base" in self.__dict__:  # else it is `Optimizer.__init__`, and `base` has a state already
+            self._base.state = state
+
+    def _hide_entries_(self) -> None:
+        """Remove from `base`'s state what is not its own; it may take a parameter without state for a new one."""
+        if not self._state_is_complete:
+            return
+        self._state_is_complete = False
+        prefix = f"{self.key}_"
+        for parameter, entries in list(self._base.state.items()):
+            if isinstance(parameter, Tensor):
+                for name in [name for name in entries if isinstance(name, str) and name.startswith(prefix)]:
+                    del entries[name]
+                if not entries:
+                    del self._base.state[parameter]
+
+    # The state dict -----------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of `base` as `base` saves it, and the curvature.
+
+        What is kept of a layer are entries of its weight in ``state``, tensors and numbers whose names start with
+        ``ngplus_``; the counters are the entry ``"ngplus"`` of the first of ``param_groups``. Names and sizes follow
+        from the model and the options alone, whatever was built so far (``ngplus_updates`` tells).
+
+        Loads with ``torch.load(weights_only=True)``. Sums of a curvature step whose ``step`` has not come yet are not
+        part of it, as gradients are not.
+        """
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        self._hide_entries_()
+        state_dict = self._layout().pack(self._progress(), self._base.state_dict())
+        for after in self._optimizer_state_dict_post_hooks.values():
+            changed = after(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave, `base` by its own ``load_state_dict``.
+
+        Raises:
+            ValueError: a state of another optimizer or another model. Nothing has changed then.
+        """
+        state_dict = state_dict.copy()
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = before(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        base_state, progress = self._layout().unpack(state_dict)
+        self._hide_entries_()
+        self._base.load_state_dict(base_state)
+        self._share_groups()
+        self._update_layers()
+        self._restore(progress)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def _layout(self) -> Layout:
+        return Layout(
+            owner=type(self).__name__,
+            key=self.key,
+            base=type(self._base).__name__,
+            groups=self.param_groups,
+            layers=self._layers,
+            curvature=self._curvature,
+        )
+
+    def _progress(self) -> Progress:
+        return Progress(
+            steps=self._steps,
+            skipped=0 if self._skipped is None else self._skipped,
+            generator=self._generator.get_state(),
+            states=self._curvature.states,
+            pending=self._coverage.pending,
+            tries=self._coverage.tries,
+            unsupported=self._coverage.unsupported,
+        )
+
+    def _restore(self, progress: Progress) -> None:
+        self._set_counters(progress.steps)
+        self._base_has_stepped = progress.steps > 0
+        self._skipped = torch.tensor(progress.skipped)
+        self._generator.set_state(progress.generator.cpu())
+        self._curvature.states = rekey_layers(progress.states, self._layers)  # which may have got other names since
+        self._coverage.pending = progress.pending
+        self._coverage.tries = progress.tries
+        self._coverage.unsupported = progress.unsupported
+        self._coverage.rekey_(self._layers)
+        self._arm_recorder()
+
+    def _set_counters(self, steps: int) -> None:
+        """Put the counters where `state_dict` has them, so that torch's tools know of their place."""
+        for group in self.param_groups:
+            group.pop(self.key, None)
+        self._counters: dict[str, Any] = {"base": type(self._base).__name__, "steps": steps}
+        self.param_groups[0][self.key] = self._counters
+
+    @property
+    def _steps(self) -> int:
+        steps: int = self._counters["steps"]
+        return steps
+
+    @_steps.setter
+    def _steps(self, steps: int) -> None:
+        self._counters["steps"] = steps
+
+    # Pickle and copy ----------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._hide_entries_()
+        names = ("defaults", "_model", "_base", "_options")
+        return {name: getattr(self, name) for name in names} | {"_packed": self._layout().pack(self._progress(), {})}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({name: value for name, value in state.items() if name != "_packed"})  # type: ignore[misc]
+        self._share_groups()
+        self._start()
+        _, progress = self._layout().unpack(state["_packed"])
+        self._restore(progress)
+
+
+__all__ = ["Layout", "Progress", "SavedState", "initializes_state"]

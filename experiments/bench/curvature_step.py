@@ -51,7 +51,7 @@ def _ngplus_step(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[floa
     optimizer = NGPlus(model, lr=1e-9, damping=0.16)
     optimizer.track_times()
     total = _forward_backward(model, images, labels)
-    optimizer._capture.disarm()
+    optimizer._recorder.disarm()
     return optimizer.times.curvature, total - optimizer.times.curvature
 
 

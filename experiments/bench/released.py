@@ -11,7 +11,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from ngplus.patches import Patches
+from ngplus.factors.im2col import Patches
 
 CHUNK = 2**24
 

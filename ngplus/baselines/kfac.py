@@ -10,28 +10,39 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ngplus.arguments import Params
-from ngplus.baselines.kronecker import KroneckerCapture, KroneckerCurvature, Split
-from ngplus.baselines.relative import Relative
-from ngplus.capture import Capture
-from ngplus.curvature import Curvature, sampling
-from ngplus.loss_reduction import LossReduction
-from ngplus.options import NonFinite, check_choice, check_count
+from ngplus.apply.grouped import PreconditionedLayer
+from ngplus.apply.sparse_grad import NonzeroRows
+from ngplus.baselines.kronecker import (
+    FactorAccumulator,
+    KroneckerCurvature,
+    Split,
+    is_table,
+    precondition_factors_,
+)
+from ngplus.capture.accumulator import Accumulator, Sampling
+from ngplus.capture.loss_reduction import LossReduction
+from ngplus.config import LayerwiseOptions, NonFinite, Params, check_choice, check_count, check_ema
+from ngplus.curvature.update import LayerCurvature
+from ngplus.layerwise import LayerwiseOptimizer
+from ngplus.tuning import Tuning
 
 
 @dataclass(frozen=True, kw_only=True)
-class Factors:
-    """How the factors are damped and kept."""
+class KFACOptions(LayerwiseOptions):
+    """The choices of `KFAC`; see there for what each means."""
 
+    ema: float
     split: Split
     max_side: int
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "ema", check_ema(self.ema))
         check_choice("split", self.split, Split)
         check_count("max_side", self.max_side, optional=False)
 
 
-class KFAC(Relative):
+class KFAC(LayerwiseOptimizer):
     """K-FAC: the gradient G of each layer becomes (B + √λ/π I)⁻¹ G (A + π√λ I)⁻¹.
 
     On every ``update_every``-th step, with N samples of T positions each (T = 1 but for convolutions and sequences;
@@ -70,10 +81,10 @@ class KFAC(Relative):
     convolution layers" (2016), section 3.
     """
 
-    _title: ClassVar[str] = "K-FAC"
-    _key: ClassVar[str] = "kfac"
-    _shared = (*Relative._shared, "ema")
-    _settings: Factors
+    title: ClassVar[str] = "K-FAC"
+    key: ClassVar[str] = "kfac"
+
+    _options: KFACOptions
 
     def __init__(
         self,
@@ -92,27 +103,40 @@ class KFAC(Relative):
         params: Params | None = None,
         **base_options: Any,
     ) -> None:
-        super().__init__(
-            Factors(split=split, max_side=max_side),
-            model,
-            base,
-            lr=lr,
-            damping=damping,
+        options = KFACOptions(
             update_every=update_every,
             ema=ema,
+            split=split,
+            max_side=max_side,
             batch_dim=batch_dim,
             loss_reduction=loss_reduction,
             nonfinite=nonfinite,
-            params=params,
-            **base_options,
         )
+        super().__init__(model, base, options, lr=lr, damping=damping, params=params, base_options=base_options)
 
-    def _make_curvature(self) -> Curvature:
+    def _shown_options(self) -> Mapping[str, object]:
+        names = ("update_every", "batch_dim", "loss_reduction", "nonfinite", "ema", "split", "max_side")
+        return {name: getattr(self._options, name) for name in names}
+
+    def _make_curvature(self) -> LayerCurvature:
         assert self._model is not None
-        settings = self._settings
-        return KroneckerCurvature(self._options, self._generator, self._model, settings.max_side, settings.split)
-
-    def _make_capture(self, model: nn.Module) -> Capture:
-        return KroneckerCapture(
-            model, self._layers, sampling(self._options), self._stopwatch, self._generator, self._settings.max_side
+        options = self._options
+        return KroneckerCurvature(
+            self._model, ema=options.ema, max_side=options.max_side, split=options.split, tuning=self.tuning
         )
+
+    def _make_accumulator(self) -> Accumulator:
+        assert self._model is not None
+        return FactorAccumulator(
+            Sampling.from_options(self._options),
+            self._generator,
+            self.tuning,
+            tables=[layer for layer in self._layers if is_table(self._model, layer)],
+            max_side=self._options.max_side,
+        )
+
+    def _precondition_layer_(self, member: PreconditionedLayer, tuning: Tuning) -> NonzeroRows | None:
+        return precondition_factors_(member, tuning)
+
+
+__all__ = ["KFAC"]

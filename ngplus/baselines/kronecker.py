@@ -7,7 +7,7 @@ of them were looked up) and B to the columns.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any, Literal
@@ -15,25 +15,35 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ngplus.batching import Member
-from ngplus.calls import Call, UnsupportedCall
-from ngplus.capture import Capture, Sampling, Statistic, _Record, _Returned, _Use, is_zero
-from ngplus.curvature import Curvature, LayerState
-from ngplus.factors import Bags, Factor, OneHot, statistics_dtype
-from ngplus.gfim import Part, Shape, chunk_elements, without_tiny
-from ngplus.grouping import SampleIndex, rows_that_count
-from ngplus.inverse import Request
-from ngplus.layers import Layer
-from ngplus.options import Options
-from ngplus.preconditioner import Entries, Preconditioner, find_column_major, restore_memory_order
-from ngplus.times import Stopwatch
-from ngplus.touched import TouchedRows
+from ngplus.apply.grouped import PreconditionedLayer
+from ngplus.apply.layer import precondition_
+from ngplus.apply.sparse_grad import NonzeroRows
+from ngplus.capture.accumulator import Accumulator, Sampling, Statistic, is_zero
+from ngplus.capture.op_handlers import OpCall, UnsupportedCall
+from ngplus.capture.sample_index import drop_uncounted_rows
+from ngplus.curvature.damped_cholesky import InverseRequest
+from ngplus.curvature.layer_state import LayerState
+from ngplus.curvature.second_moment import drop_tiny
+from ngplus.curvature.update import LayerCurvature
+from ngplus.factors.embedding import Bags, OneHot
+from ngplus.factors.factor import Factor, statistics_dtype
+from ngplus.factors.pair import FactorPair
+from ngplus.layers import Layer, MatrixShape, Side
+from ngplus.solvers.preconditioner import (
+    Entries,
+    Preconditioner,
+    append_column,
+    find_column_major,
+    restore_memory_order,
+    split_column,
+)
+from ngplus.tuning import DEFAULT, Tuning
 
 Split = Literal["trace", "equal"]
 
 
 @dataclass(eq=False)
-class KroneckerInverse:
+class KroneckerInverse(Preconditioner):
     """G ↦ rows⁻¹ G columns⁻¹, group by group.
 
     Attributes:
@@ -49,15 +59,15 @@ class KroneckerInverse:
         """The factor of the columns."""
         return self.columns
 
-    def apply(self, gradient: Tensor) -> Tensor:
-        """The direction of G (groups, m, n)."""
-        groups, m, n = gradient.shape
-        left = self.rows @ gradient if self.rows.shape[0] == groups else self.rows.view(groups, m, 1) * gradient
-        return left @ self.columns if self.columns.shape[0] == groups else left * self.columns.view(groups, 1, n)
-
-    def apply_right(self, gradient: Tensor) -> Tensor:
-        """The same: both sides are multiplied, whichever is the shorter."""
-        return self.apply(gradient)
+    def apply(
+        self, gradient: Tensor, column: Tensor | None, side: Side, tuning: Tuning = DEFAULT
+    ) -> tuple[Tensor, Tensor | None]:
+        """Multiply both sides, whichever is the shorter."""
+        G = append_column(gradient, column)
+        groups, m, n = G.shape
+        left = self.rows @ G if self.rows.shape[0] == groups else self.rows.view(groups, m, 1) * G
+        both = left @ self.columns if self.columns.shape[0] == groups else left * self.columns.view(groups, 1, n)
+        return split_column(both, column)
 
     def apply_to_rows(self, indices: Tensor, gradient: Tensor) -> Tensor:
         """The direction of some rows (k, n) of a table's gradient."""
@@ -68,9 +78,18 @@ class KroneckerInverse:
         """Both factors."""
         return {"rows": self.rows, "columns": self.columns}
 
+    def to(self, device: torch.device) -> KroneckerInverse:
+        """A copy on another device."""
+        return KroneckerInverse(self.rows.to(device), self.columns.to(device))
+
     def entries(self) -> Entries:
-        """The same, and which of them is column-major."""
+        """Both factors, and which of them is column-major."""
         return {"column_major": find_column_major([self.rows, self.columns]), **self.tensors()}
+
+    @classmethod
+    def from_entries(cls, entries: Mapping[str, Any], shape: MatrixShape, damping: float) -> KroneckerInverse:
+        """Restore one, see `Preconditioner.from_entries`."""
+        return cls(*restore_memory_order([entries["rows"], entries["columns"]], entries["column_major"]))
 
 
 class KroneckerState(LayerState):
@@ -84,25 +103,34 @@ class KroneckerState(LayerState):
         size = f"{self.shape.groups}×" if self.shape.groups > 1 else ""
         return (
             f"KroneckerState(matrix {size}{self.shape.rows}×{self.shape.columns}, {self.updates} updates, "
-            f"{self.numel():,} numbers kept)"
+            f"{self.numel():,} elements kept)"
         )
 
-    @staticmethod
-    def _preconditioner(tensors: dict[str, Tensor], shape: Shape) -> Preconditioner:
-        return KroneckerInverse(**tensors)
+    def _pack(self) -> Entries:
+        return self.preconditioner.entries()
 
     @staticmethod
-    def _from_entries(entries: Mapping[str, Any], shape: Shape, damping: float) -> Preconditioner:
-        return KroneckerInverse(*restore_memory_order([entries["rows"], entries["columns"]], entries["column_major"]))
+    def _unpack(entries: Mapping[str, Any], shape: MatrixShape, damping: float) -> Preconditioner:
+        return KroneckerInverse.from_entries(entries, shape, damping)
+
+    @staticmethod
+    def _unpack_first_layout(tensors: Mapping[str, Tensor], shape: MatrixShape) -> Preconditioner:
+        return KroneckerInverse(**tensors)
 
 
 def is_table(model: nn.Module, layer: Layer) -> bool:
-    """Whether the layer's rows are looked up rather than multiplied."""
+    """Tell whether a layer is an embedding."""
     return isinstance(model.get_submodule(layer.module), (nn.Embedding, nn.EmbeddingBag))
 
 
-def moment(factor: Factor, max_side: int, groups: int) -> Tensor:
-    """Σ over samples and positions of v vᵀ, v the columns of a factor of so many groups.
+def sum_outer_products(factor: Factor, max_side: int, groups: int, tuning: Tuning = DEFAULT) -> Tensor:
+    """Σ over samples and positions of v vᵀ, v the columns of a factor.
+
+    Args:
+        factor: of one use.
+        max_side: the longest side that gets a whole matrix.
+        groups: of the factor.
+        tuning: sizes of temporaries.
 
     Returns:
         (groups, d, d), or the diagonal as (groups·d, 1, 1): of one-hot factors, where there is nothing else, of bags,
@@ -112,21 +140,21 @@ def moment(factor: Factor, max_side: int, groups: int) -> Tensor:
         counts = factor.index.flatten().bincount(minlength=factor.table_size)
         return counts.to(factor.dtype).view(-1, 1, 1)
     if isinstance(factor, Bags):
-        return _squares_of_bags(factor).view(-1, 1, 1)
+        return _sum_squares_of_bags(factor).view(-1, 1, 1)
     columns = factor.flat()
-    step = max(1, chunk_elements(factor.device) // (groups * factor.size))
+    step = max(1, tuning.curvature_chunk(factor.device) // (groups * factor.size))
     chunks = (columns.slice(start, min(start + step, columns.samples)) for start in range(0, columns.samples, step))
-    return reduce(Tensor.add_, (_moment_of_entries(chunk.dense(), factor.size > max_side) for chunk in chunks))
+    return reduce(Tensor.add_, (_sum_of_entries(chunk.dense(), factor.size > max_side) for chunk in chunks))
 
 
-def _moment_of_entries(entries: Tensor, diagonal: bool) -> Tensor:
+def _sum_of_entries(entries: Tensor, diagonal: bool) -> Tensor:
     if diagonal:
         return entries.square().sum(dim=(0, 3)).view(-1, 1, 1)
-    vectors = without_tiny(entries).permute(1, 2, 0, 3).flatten(2)  # (groups, d, b·κ)
+    vectors = drop_tiny(entries).permute(1, 2, 0, 3).flatten(2)  # (groups, d, b·κ)
     return vectors @ vectors.mT
 
 
-def _squares_of_bags(bags: Bags) -> Tensor:
+def _sum_squares_of_bags(bags: Bags) -> Tensor:
     """For each row of the table Σ over bags of (its weight there)²."""
     rows, place = torch.unique(bags.bag * bags.table_size + bags.index, return_inverse=True)
     weights = bags.weight.new_zeros(rows.numel()).index_add_(0, place, bags.weight)
@@ -141,101 +169,97 @@ class FactorStatistic(Statistic):
         return any(is_zero(factor) for factor in self.moments)
 
 
-class KroneckerCapture(Capture):
+class FactorAccumulator(Accumulator):
     """Sums the two factors of each layer: ``moments`` are those of its rows and its columns.
 
     The gradient's factor is divided by the number of positions as it is summed (Grosse & Martens, section 3): with
     Σ over samples i and positions t, A is Σ a aᵀ and B is Σ g gᵀ / T.
 
     Args:
-        model: as for `Capture`, like the arguments not named here.
+        sampling: as for `Accumulator`, like the arguments not named here.
+        tables: the layers that are embeddings.
         max_side: the longest side that gets a whole matrix.
     """
 
-    _statistic = FactorStatistic
-    _unseen = "for which K-FAC has no factors"
+    statistic = FactorStatistic
+    missing = "for which K-FAC has no factors"
 
     def __init__(
         self,
-        model: nn.Module,
-        layers: Sequence[Layer],
         sampling: Sampling,
-        stopwatch: Stopwatch,
         generator: torch.Generator,
+        tuning: Tuning,
+        *,
+        tables: Collection[Layer],
         max_side: int,
     ) -> None:
-        super().__init__(model, layers, sampling, stopwatch, generator)
-        self._tables = {layer for layer in layers if is_table(model, layer)}
+        super().__init__(sampling, generator, tuning)
+        self._tables = {id(layer.weight) for layer in tables}
         self._max_side = max_side
 
-    def _expect(
-        self,
-        call: Call,
-        output: Tensor,
-        versions: list[tuple[Tensor, int]],
-        grouping: SampleIndex | None,
-        batch_dim: int,
-    ) -> None:
-        if call.turned:
+    def check(self, call: OpCall) -> None:
+        """Refuse x @ W.
+
+        Raises:
+            UnsupportedCall: of such a use.
+        """
+        if call.transposed:
             raise UnsupportedCall("is multiplied from the other side, as in x @ W")
-        super()._expect(call, output, versions, grouping, batch_dim)
 
-    def _grouped(self, part: Part, grouping: SampleIndex, use: _Use) -> Part:
+    def regroup(self, pair: FactorPair, index: Tensor, batch_dim: int, samples: int, name: str) -> FactorPair:
         """Every row that counts as a sample: the factors sum over rows, whatever sample they belong to."""
-        layer = use.call.layer
-        index = grouping.index_of(layer.module)
-        return part if index is None else rows_that_count(part, index, use.batch_dim, layer.name)
+        return drop_uncounted_rows(pair, index, batch_dim, name)
 
-    def _reduce(self, record: _Record, parts: Sequence[_Returned]) -> None:
-        table = record.layer in self._tables
-        if any(isinstance(returned.part.rows, (OneHot, Bags)) != table for returned in parts):
-            record.opaque = "is looked up as a table and multiplied as a matrix"
-        super()._reduce(record, parts)
+    def add_(self, layer: Layer, statistic: Statistic, pairs: Sequence[FactorPair]) -> None:
+        """Add the factors of uses by the same samples, in place.
 
-    def _add_samples(self, statistic: Statistic, parts: list[Part]) -> None:
-        samples, positions = parts[0].rows.samples, sum(part.rows.positions for part in parts)
-        statistic.seen += samples
+        Raises:
+            UnsupportedCall: of an embedding that is multiplied, or a matrix that is looked up.
+        """
+        table = id(layer.weight) in self._tables
+        if any(isinstance(pair.rows, (OneHot, Bags)) != table for pair in pairs):
+            raise UnsupportedCall("is looked up as a table and multiplied as a matrix")
+        samples, positions = pairs[0].rows.samples, sum(pair.rows.positions for pair in pairs)
+        statistic.samples += samples
         statistic.used += samples
-        for part in parts:
-            rows, columns = (moment(factor, self._max_side, statistic.shape.groups) for factor in part)
-            gradient = columns if isinstance(part.rows, (OneHot, Bags)) else rows
+        for pair in pairs:
+            rows, columns = (
+                sum_outer_products(factor, self._max_side, statistic.shape.groups, self._tuning) for factor in pair
+            )
+            gradient = columns if table else rows
             gradient /= positions
-            statistic.add([rows, columns])
+            statistic.add_([rows, columns])
 
 
-class KroneckerCurvature(Curvature):
+class KroneckerCurvature(LayerCurvature):
     """The factors of all layers, damped and inverted.
 
     Args:
-        options: of the optimizer.
-        generator: as for `Curvature`.
         model: tells tables from matrices.
-        max_side: as for `KroneckerCapture`.
+        ema: as for `LayerCurvature`.
+        max_side: as for `FactorAccumulator`.
         split: "trace" for π of (6.3), "equal" for π = 1.
+        tuning: as for `LayerCurvature`.
     """
 
-    state = KroneckerState
+    state_class = KroneckerState
 
-    def __init__(
-        self, options: Options, generator: torch.Generator, model: nn.Module, max_side: int, split: Split
-    ) -> None:
-        super().__init__(options, generator)
+    def __init__(self, model: nn.Module, *, ema: float, max_side: int, split: Split, tuning: Tuning) -> None:
+        super().__init__(ema=ema, tuning=tuning)
         self._model = model
         self._max_side = max_side
         self._split = split
 
-    def _scaled(self, layer: Layer, statistic: Statistic, loss_scale: float) -> Statistic:
+    def _scale_(self, layer: Layer, statistic: Statistic, loss_scale: float) -> None:
         """A = 1/N Σ a aᵀ; B likewise, of gradients N times those that the backward of a mean returns."""
         gradient_side = 1 if is_table(self._model, layer) else 0
         statistic.moments[gradient_side] *= statistic.scale() / loss_scale**2
         statistic.moments[1 - gradient_side] /= max(1, statistic.used)
-        return statistic
 
-    def _empty(self, layer: Layer) -> Statistic:
-        zeros = [torch.zeros_like(factor, device=layer.weight.device) for factor in self._blank_factors(layer)]
-        return Statistic(layer.shape(None), moments=zeros)
+    def _empty_moments(self, layer: Layer) -> list[Tensor]:
+        return [torch.zeros_like(factor, device=layer.weight.device) for factor in self._blank_factors(layer)]
 
-    def _blank(self, layer: Layer) -> Entries:
+    def _blank_entries(self, layer: Layer) -> Entries:
         rows, columns = self._blank_factors(layer)
         averages = {"average0": rows, "average1": columns} if self._keeps_average else {}
         return {"column_major": 0, "rows": rows, "columns": columns, **averages}
@@ -251,29 +275,41 @@ class KroneckerCurvature(Curvature):
         rows = blank(shape.rows, is_table(self._model, layer) or shape.rows > self._max_side)
         return [rows, blank(shape.columns, shape.columns > self._max_side)]
 
-    def _prepare(self, layer: Layer, statistic: Statistic, damping: float) -> list[Request]:
-        rows, columns = self._moving_average(layer, statistic)
+    def _requests(self, layer: Layer, statistic: Statistic, damping: float) -> list[InverseRequest]:
+        rows, columns = self._update_average(layer, statistic)
         pi = self._balance(rows, columns)
-        return [Request(rows, damping**0.5 * pi), Request(columns, damping**0.5 / pi)]
+        return [InverseRequest(rows, damping**0.5 * pi), InverseRequest(columns, damping**0.5 / pi)]
 
     def _balance(self, rows: Tensor, columns: Tensor) -> float:
-        """π = √(mean eigenvalue of the one / mean eigenvalue of the other). Waits for the device."""
+        """π = √(mean eigenvalue of the one / mean eigenvalue of the other). Synchronizes with the device."""
         if self._split == "equal":
             return 1.0
         means = [float(factor.diagonal(dim1=1, dim2=2).mean()) for factor in (rows, columns)]
         return (means[0] / means[1]) ** 0.5 if min(means) > 0 else 1.0
 
-    def _made(self, statistic: Statistic, requests: Sequence[Request], damping: float) -> Preconditioner | None:
-        rows, columns = (request.inverse for request in requests)
-        return None if rows is None or columns is None else KroneckerInverse(rows, columns)
+    def _make(self, statistic: Statistic, inverses: list[Tensor], damping: float) -> Preconditioner:
+        return KroneckerInverse(*inverses)
 
-    def _replace(self, member: Member) -> TouchedRows | None:
-        """As in `Curvature`; a table's sparse gradient stays sparse."""
-        layer, inverse, gradient = member.layer, member.preconditioner, member.layer.weight.grad
-        if gradient is None or not gradient.is_sparse or layer.trained_bias is not None:
-            return super()._replace(member)
-        assert isinstance(inverse, KroneckerInverse)
-        indices, values = gradient._indices(), gradient._values()
-        direction = inverse.apply_to_rows(indices[0], values.to(inverse.main.dtype)).to(values.dtype)
-        layer.weight.grad = torch.sparse_coo_tensor(indices, direction, gradient.shape, check_invariants=False)
-        return None
+
+def precondition_factors_(member: PreconditionedLayer, tuning: Tuning) -> NonzeroRows | None:
+    """`ngplus.apply.layer.precondition_`, but that a table's sparse gradient stays sparse."""
+    layer, inverse, gradient = member.layer, member.preconditioner, member.layer.weight.grad
+    if gradient is None or not gradient.is_sparse or layer.trained_bias is not None:
+        return precondition_(member, tuning)
+    assert isinstance(inverse, KroneckerInverse)
+    indices, values = gradient._indices(), gradient._values()
+    direction = inverse.apply_to_rows(indices[0], values.to(inverse.main.dtype)).to(values.dtype)
+    layer.weight.grad = torch.sparse_coo_tensor(indices, direction, gradient.shape, check_invariants=False)
+    return None
+
+
+__all__ = [
+    "FactorAccumulator",
+    "KroneckerCurvature",
+    "KroneckerInverse",
+    "KroneckerState",
+    "Split",
+    "is_table",
+    "precondition_factors_",
+    "sum_outer_products",
+]

@@ -1,7 +1,7 @@
 """The gradients 𝒢ᵢ of N samples of one layer, (groups, m, n) each, in the form that takes the least memory.
 
 ======================  =====================  =============================================
-form                    numbers a sample       when
+form                    elements a sample      when
 ======================  =====================  =============================================
 `Written`               m·n                    κ(m + n) > m·n: convolutions of large images
 `Factored`              κ(m + n)               else: 𝒢ᵢ = Σ over its κ positions of r cᵀ
@@ -19,8 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ngplus.factors import Bags, OneHot, concatenated
-from ngplus.gfim import Part, Shape, chunk_elements, per_sample_gradients
+from ngplus.curvature.second_moment import form_gradients
+from ngplus.factors.embedding import Bags, OneHot
+from ngplus.factors.pair import FactorPair
+from ngplus.factors.products import concatenate
+from ngplus.layers import MatrixShape
+from ngplus.tuning import DEFAULT, Tuning
 
 
 class SampleGradients(Protocol):
@@ -28,30 +32,30 @@ class SampleGradients(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where they lie."""
+        """Where they are stored."""
         ...
 
     def inner(self, G: Tensor) -> Tensor:
         """⟨𝒢ᵢ, G⟩, (N,)."""
         ...
 
-    def combined(self, weights: Tensor, like: Tensor) -> Tensor:
+    def combine(self, weights: Tensor, like: Tensor) -> Tensor:
         """Σ wᵢ𝒢ᵢ, of the shape of ``like``."""
         ...
 
-    def gram(self) -> Tensor:
+    def gram(self, tuning: Tuning = DEFAULT) -> Tensor:
         """⟨𝒢ᵢ, 𝒢ⱼ⟩, (N, N)."""
         ...
 
-    def entries(self, drawn: Tensor, shape: Shape) -> Tensor:
+    def entries(self, sampled: Tensor, shape: MatrixShape) -> Tensor:
         """Some entries of each 𝒢ᵢ as a vector, (N, q)."""
         ...
 
-    def scaled(self, factor: float) -> SampleGradients:
+    def scale(self, factor: float) -> SampleGradients:
         """Every 𝒢ᵢ times a number."""
         ...
 
-    def written(self, table_size: int) -> Written:
+    def write_out(self, table_size: int) -> Written:
         """The same, written out."""
         ...
 
@@ -72,30 +76,30 @@ class Written:
 
     @property
     def device(self) -> torch.device:
-        """Where they lie."""
+        """Where they are stored."""
         return self.gradients.device
 
     def inner(self, G: Tensor) -> Tensor:
         """⟨𝒢ᵢ, G⟩."""
         return self.gradients @ G.flatten()
 
-    def combined(self, weights: Tensor, like: Tensor) -> Tensor:
+    def combine(self, weights: Tensor, like: Tensor) -> Tensor:
         """Σ wᵢ𝒢ᵢ."""
         return (weights @ self.gradients).view_as(like)
 
-    def gram(self) -> Tensor:
+    def gram(self, tuning: Tuning = DEFAULT) -> Tensor:
         """⟨𝒢ᵢ, 𝒢ⱼ⟩."""
         return self.gradients @ self.gradients.T
 
-    def entries(self, drawn: Tensor, shape: Shape) -> Tensor:
+    def entries(self, sampled: Tensor, shape: MatrixShape) -> Tensor:
         """Some columns."""
-        return self.gradients[:, drawn]
+        return self.gradients[:, sampled]
 
-    def scaled(self, factor: float) -> Written:
+    def scale(self, factor: float) -> Written:
         """Times a number."""
         return Written(self.gradients * factor)
 
-    def written(self, table_size: int) -> Written:
+    def write_out(self, table_size: int) -> Written:
         """Itself."""
         return self
 
@@ -118,7 +122,7 @@ class Factored:
 
     @property
     def device(self) -> torch.device:
-        """Where they lie."""
+        """Where they are stored."""
         return self.rows.device
 
     def inner(self, G: Tensor) -> Tensor:
@@ -129,36 +133,36 @@ class Factored:
             products = (self.rows.flatten(1, 2) @ G).view_as(self.columns) * self.columns
         return products.sum(dim=(0, 2, 3))
 
-    def combined(self, weights: Tensor, like: Tensor) -> Tensor:
+    def combine(self, weights: Tensor, like: Tensor) -> Tensor:
         """Σ wᵢ r cᵀ."""
         weighted = self.rows * weights.view(1, -1, 1, 1)
         return weighted.flatten(1, 2).mT @ self.columns.flatten(1, 2)
 
-    def gram(self) -> Tensor:
+    def gram(self, tuning: Tuning = DEFAULT) -> Tensor:
         """Σ over positions of (rᵢᵀrⱼ)(cᵢᵀcⱼ), or some rows of all 𝒢ᵢ after the other where that takes less."""
         groups, N, kappa, m = self.rows.shape
         n = self.columns.shape[3]
         if N * kappa**2 * (m + n) <= (N + kappa) * m * n:
-            return _gram_of_positions(self.rows, self.columns)
-        step = max(1, chunk_elements(self.device) // (groups * N * n))
+            return _gram_of_positions(self.rows, self.columns, tuning)
+        step = max(1, tuning.curvature_chunk(self.device) // (groups * N * n))
         total = self.rows.new_zeros(N, N)
         for start in range(0, m, step):
             tile = (self.rows[..., start : start + step].mT @ self.columns).flatten(2)  # (groups, N, step·n)
             total += (tile @ tile.mT).sum(dim=0)
         return total
 
-    def entries(self, drawn: Tensor, shape: Shape) -> Tensor:
-        """Σ over positions of r and c at the drawn places."""
+    def entries(self, sampled: Tensor, shape: MatrixShape) -> Tensor:
+        """Σ over positions of r and c at the sampled places."""
         m, n = shape.rows, shape.columns
-        group, row, column = drawn // (m * n), drawn // n % m, drawn % n
+        group, row, column = sampled // (m * n), sampled // n % m, sampled % n
         # Indices that a slice lies between put their own dimension first: (q, N, κ).
         return (self.rows[group, :, :, row] * self.columns[group, :, :, column]).sum(dim=2).T
 
-    def scaled(self, factor: float) -> Factored:
+    def scale(self, factor: float) -> Factored:
         """Times a number."""
         return Factored(self.rows * factor, self.columns)
 
-    def written(self, table_size: int) -> Written:
+    def write_out(self, table_size: int) -> Written:
         """Products written out."""
         return Written((self.rows.mT @ self.columns).transpose(0, 1).flatten(1))
 
@@ -181,38 +185,38 @@ class LookedUp:
 
     @property
     def device(self) -> torch.device:
-        """Where they lie."""
+        """Where they are stored."""
         return self.index.device
 
     def inner(self, G: Tensor) -> Tensor:
         """⟨c, the row of G⟩."""
         return (G[0][self.index] * self.columns).sum(dim=(1, 2))
 
-    def combined(self, weights: Tensor, like: Tensor) -> Tensor:
+    def combine(self, weights: Tensor, like: Tensor) -> Tensor:
         """Rows added up where they belong."""
         weighted = self.columns * weights.view(-1, 1, 1)
         return torch.zeros_like(like[0]).index_add_(0, self.index.flatten(), weighted.flatten(0, 1)).unsqueeze(0)
 
-    def gram(self) -> Tensor:
+    def gram(self, tuning: Tuning = DEFAULT) -> Tensor:
         """Σ over positions of cᵢᵀcⱼ where both looked up the same row."""
-        return _gram_of_positions(self.index.unsqueeze(0), self.columns.unsqueeze(0))
+        return _gram_of_positions(self.index.unsqueeze(0), self.columns.unsqueeze(0), tuning)
 
-    def entries(self, drawn: Tensor, shape: Shape) -> Tensor:
-        """C at the drawn column where the drawn row was looked up."""
-        row, column = drawn // shape.columns, drawn % shape.columns
+    def entries(self, sampled: Tensor, shape: MatrixShape) -> Tensor:
+        """C at the sampled column where the sampled row was looked up."""
+        row, column = sampled // shape.columns, sampled % shape.columns
         hits = self.index.unsqueeze(2) == row  # (N, κ, q)
         return (self.columns[:, :, column] * hits).sum(dim=1)
 
-    def scaled(self, factor: float) -> LookedUp:
+    def scale(self, factor: float) -> LookedUp:
         """Times a number."""
         return LookedUp(self.index, self.columns * factor)
 
-    def factored(self, table_size: int) -> Factored:
+    def factor(self, table_size: int) -> Factored:
         """The unit vectors written out."""
         hot = F.one_hot(self.index, table_size).to(self.columns.dtype)
         return Factored(hot.unsqueeze(0), self.columns.unsqueeze(0))
 
-    def written(self, table_size: int) -> Written:
+    def write_out(self, table_size: int) -> Written:
         """Whole tables."""
         N, _, n = self.columns.shape
         place = self.index + torch.arange(N, device=self.index.device).unsqueeze(1) * table_size
@@ -224,11 +228,11 @@ class LookedUp:
         return {"index": self.index, "columns": self.columns}
 
 
-def _gram_of_positions(rows: Tensor, columns: Tensor) -> Tensor:
+def _gram_of_positions(rows: Tensor, columns: Tensor, tuning: Tuning) -> Tensor:
     """Σ over positions of (rᵢᵀrⱼ)(cᵢᵀcⱼ); ``rows`` holds r, or the numbers of the table's rows that r names."""
     groups, N, kappa, _n = columns.shape
     everyones, flat = rows.flatten(1, 2), columns.flatten(1, 2)
-    step = max(1, chunk_elements(columns.device) // (groups * N * kappa))
+    step = max(1, tuning.curvature_chunk(columns.device) // (groups * N * kappa))
     sums = []
     for ours, part in zip(torch.split(everyones, step, 1), torch.split(flat, step, 1), strict=True):
         same = ours.unsqueeze(2) == everyones.unsqueeze(1) if rows.dim() == 3 else ours @ everyones.mT
@@ -237,26 +241,36 @@ def _gram_of_positions(rows: Tensor, columns: Tensor) -> Tensor:
     return torch.cat(sums).view(N, kappa, N).sum(dim=1)
 
 
-def gather(parts: Sequence[Part], groups: int) -> SampleGradients:
-    """The gradients of samples that ``parts`` are all uses of; nothing is shared with what they were made of."""
-    rows = [part.rows for part in parts]
+def gather(pairs: Sequence[FactorPair], groups: int, tuning: Tuning = DEFAULT) -> SampleGradients:
+    """Copy the gradients of samples out of the factors of all their uses.
+
+    Args:
+        pairs: the factors of uses by the same samples.
+        groups: of the layer's matrix.
+        tuning: sizes of temporaries.
+
+    Returns:
+        The gradients, which share no memory with the factors.
+    """
+    rows = [pair.rows for pair in pairs]
     if all(isinstance(factor, OneHot | Bags) for factor in rows):
-        uses = [_looked_up(part) for part in parts]
+        uses = [_look_up(pair) for pair in pairs]
         return LookedUp(torch.cat([use.index for use in uses], 1), torch.cat([use.columns for use in uses], 1))
-    kappa, m, n = sum(factor.positions for factor in rows), rows[0].size, parts[0].columns.size
+    kappa, m, n = sum(factor.positions for factor in rows), rows[0].size, pairs[0].columns.size
     if kappa * (m + n) <= m * n or kappa == 1:
-        return _factored(parts)
-    step = max(1, chunk_elements(rows[0].device) // (groups * kappa * (m + n)))
+        return _factor(pairs)
+    limit = tuning.curvature_chunk(rows[0].device)
+    step = max(1, limit // (groups * kappa * (m + n)))
     pieces = []
     for start in range(0, rows[0].samples, step):
         stop = min(start + step, rows[0].samples)
-        left, right = ([factor.slice(start, stop) for factor in side] for side in zip(*parts, strict=True))
-        pieces.append(per_sample_gradients(left, right, groups).flatten(1))
+        left, right = ([factor.slice(start, stop) for factor in side] for side in zip(*pairs, strict=True))
+        pieces.append(form_gradients(left, right, groups, limit).flatten(1))
     return Written(torch.cat(pieces))
 
 
-def _factored(parts: Sequence[Part]) -> Factored:
-    rows, columns = concatenated([p.rows for p in parts]), concatenated([p.columns for p in parts])
+def _factor(pairs: Sequence[FactorPair]) -> Factored:
+    rows, columns = concatenate([p.rows for p in pairs]), concatenate([p.columns for p in pairs])
 
     def positions_first(entries: Tensor) -> Tensor:
         return entries.permute(1, 0, 3, 2).clone(memory_format=torch.contiguous_format)
@@ -264,16 +278,16 @@ def _factored(parts: Sequence[Part]) -> Factored:
     return Factored(positions_first(rows), positions_first(columns))
 
 
-def _looked_up(part: Part) -> LookedUp:
-    columns = part.columns.dense()[:, 0].mT  # (N, κ, n)
-    if isinstance(part.rows, OneHot):
-        return LookedUp(part.rows.index.clone(), columns.clone(memory_format=torch.contiguous_format))
-    assert isinstance(part.rows, Bags)
-    index, weights = _padded(part.rows)
+def _look_up(pair: FactorPair) -> LookedUp:
+    columns = pair.columns.dense()[:, 0].mT  # (N, κ, n)
+    if isinstance(pair.rows, OneHot):
+        return LookedUp(pair.rows.index.clone(), columns.clone(memory_format=torch.contiguous_format))
+    assert isinstance(pair.rows, Bags)
+    index, weights = _pad_bags(pair.rows)
     return LookedUp(index, weights.unsqueeze(2).to(columns.dtype) * columns)
 
 
-def _padded(bags: Bags) -> tuple[Tensor, Tensor]:
+def _pad_bags(bags: Bags) -> tuple[Tensor, Tensor]:
     """Members of bags side by side and their weights, (bags, longest); zeros where a bag is shorter."""
     order = bags.bag.argsort(stable=True)
     counts = bags.bag.bincount(minlength=bags.bags)
@@ -285,19 +299,27 @@ def _padded(bags: Bags) -> tuple[Tensor, Tensor]:
     return index, weights
 
 
-def joined(several: Sequence[SampleGradients], table_size: int) -> SampleGradients:
-    """The gradients of several micro-batches as one, shorter ones filled up with positions of zeros."""
+def join(several: Sequence[SampleGradients], table_size: int) -> SampleGradients:
+    """Join the gradients of several micro-batches, shorter ones padded with positions of zeros.
+
+    Args:
+        several: one a micro-batch.
+        table_size: rows of the layer's matrix.
+
+    Returns:
+        The gradients of all samples.
+    """
     if len(several) == 1:
         return several[0]
     kinds = {type(each) for each in several}
     if kinds == {Factored, LookedUp}:
-        several = [each.factored(table_size) if isinstance(each, LookedUp) else each for each in several]
+        several = [each.factor(table_size) if isinstance(each, LookedUp) else each for each in several]
         kinds = {Factored}
     if kinds == {Factored}:
         factored = [each for each in several if isinstance(each, Factored)]
         longest = max(each.rows.shape[2] for each in factored)
         rows, columns = (
-            torch.cat([_filled(getattr(each, side), 2, longest) for each in factored], dim=1)
+            torch.cat([_pad(getattr(each, side), 2, longest) for each in factored], dim=1)
             for side in ("rows", "columns")
         )
         return Factored(rows, columns)
@@ -305,13 +327,13 @@ def joined(several: Sequence[SampleGradients], table_size: int) -> SampleGradien
         tables = [each for each in several if isinstance(each, LookedUp)]
         longest = max(each.index.shape[1] for each in tables)
         index, entries = (
-            torch.cat([_filled(getattr(each, side), 1, longest) for each in tables]) for side in ("index", "columns")
+            torch.cat([_pad(getattr(each, side), 1, longest) for each in tables]) for side in ("index", "columns")
         )
         return LookedUp(index, entries)
-    return Written(torch.cat([each.written(table_size).gradients for each in several]))
+    return Written(torch.cat([each.write_out(table_size).gradients for each in several]))
 
 
-def _filled(tensor: Tensor, dim: int, length: int) -> Tensor:
+def _pad(tensor: Tensor, dim: int, length: int) -> Tensor:
     return F.pad(tensor, [0, 0] * (tensor.dim() - 1 - dim) + [0, length - tensor.shape[dim]])
 
 
@@ -322,3 +344,6 @@ def from_tensors(tensors: Mapping[str, Tensor]) -> SampleGradients:
     if "index" in tensors:
         return LookedUp(tensors["index"], tensors["columns"])
     return Factored(tensors["rows"], tensors["columns"])
+
+
+__all__ = ["Factored", "LookedUp", "SampleGradients", "Written", "from_tensors", "gather", "join"]

@@ -10,30 +10,33 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ngplus import distributed, gfim
-from ngplus.arguments import Params
-from ngplus.baselines.relative import Relative
-from ngplus.baselines.sample_gradients import LookedUp, SampleGradients, from_tensors, gather, joined
-from ngplus.batching import Member
-from ngplus.capture import Capture, Statistic, is_zero
-from ngplus.curvature import Curvature, LayerState, sampling
-from ngplus.gfim import Part, Shape
-from ngplus.inverse import Request, invert_one
-from ngplus.layers import Layer
-from ngplus.loss_reduction import LossReduction
-from ngplus.options import NonFinite, Options, Samples, check_count
-from ngplus.preconditioner import Entries, Preconditioner
-from ngplus.touched import TouchedRows
+from ngplus.apply.grouped import PreconditionedLayer
+from ngplus.apply.layer import precondition_
+from ngplus.apply.sparse_grad import NonzeroRows
+from ngplus.baselines.sample_gradients import LookedUp, SampleGradients, from_tensors, gather, join
+from ngplus.capture.accumulator import Accumulator, Sampling, Statistic, is_zero
+from ngplus.capture.loss_reduction import LossReduction
+from ngplus.config import LayerwiseOptions, NonFinite, Params, Samples
+from ngplus.curvature.all_reduce import world_size
+from ngplus.curvature.damped_cholesky import InverseRequest, invert_one
+from ngplus.curvature.layer_state import LayerState
+from ngplus.curvature.update import LayerCurvature
+from ngplus.factors.pair import FactorPair, sample_indices
+from ngplus.layers import Layer, MatrixShape, Side
+from ngplus.layerwise import LayerwiseOptimizer
+from ngplus.solvers.preconditioner import Entries, Preconditioner, append_column, split_column
+from ngplus.tuning import DEFAULT, Tuning
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sketch:
-    """How the least-squares problem for the coefficients is sketched."""
+class SENGOptions(LayerwiseOptions):
+    """The choices of `SENG`; see there for what each means."""
 
     sketch_size: int | None
 
     def __post_init__(self) -> None:
-        check_count("sketch_size", self.sketch_size)
+        super().__post_init__()
+        self._check_counts("sketch_size")
 
 
 @dataclass(eq=False)
@@ -56,93 +59,111 @@ class SampleStatistic(Statistic):
         return all(any(is_zero(tensor) for tensor in tensors) for tensors in factors)
 
 
-class SampleCapture(Capture):
+class SampleAccumulator(Accumulator):
     """Keeps the gradients of single samples as factors."""
 
-    _statistic = SampleStatistic
+    statistic = SampleStatistic
 
-    def _add_samples(self, statistic: Statistic, parts: list[Part]) -> None:
+    def _add_used_(self, statistic: Statistic, pairs: list[FactorPair]) -> None:
         assert isinstance(statistic, SampleStatistic)
-        samples = parts[0].rows.samples
-        room = self._room(statistic, samples)
-        statistic.seen += samples
-        statistic.used += room
-        if room:
-            parts = [Part(part.rows.slice(0, room), part.columns.slice(0, room)) for part in parts]
-            statistic.gathered.append(gather(parts, statistic.shape.groups))
-
-    def _add_rows(self, statistic: Statistic, part: Part) -> None:
-        self._add_samples(statistic, [gfim.positions_as_samples(part)])
+        statistic.gathered.append(gather(pairs, statistic.shape.groups, self._tuning))
 
 
 @dataclass(eq=False)
-class GramInverse:
+class GramInverse(Preconditioner):
     """G ↦ (λI + UUᵀ)⁻¹G = (G − Uy)/λ, U holding the gradients of N samples over √N as vectors.
 
     Attributes:
         gradients: U.
         core: (λI + UᵀU)⁻¹, (N, N), and y = core·UᵀG; or, where y is sketched, (λI + UᵀΩᵀΩU)⁻¹UᵀΩᵀΩ, (N, q).
         damping: λ.
-        drawn: (q,), the entries that Ω keeps; None where y is exact.
+        sampled: (q,), the entries that Ω keeps; None where y is exact.
     """
 
     gradients: SampleGradients
     core: Tensor
     damping: float
-    drawn: Tensor | None = None
+    sampled: Tensor | None = None
 
     @property
     def main(self) -> Tensor:
         """The core."""
         return self.core
 
-    def apply(self, gradient: Tensor) -> Tensor:
-        """The direction of G (groups, m, n)."""
-        seen = self.gradients.inner(gradient) if self.drawn is None else gradient.flatten()[self.drawn]
-        return (gradient - self.gradients.combined(self.core @ seen, gradient)) / self.damping
-
-    def apply_right(self, gradient: Tensor) -> Tensor:
-        """The same: the matrix is that of the whole layer."""
-        return self.apply(gradient)
+    def apply(
+        self, gradient: Tensor, column: Tensor | None, side: Side, tuning: Tuning = DEFAULT
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same from both sides: the matrix is that of the whole layer."""
+        G = append_column(gradient, column)
+        products = self.gradients.inner(G) if self.sampled is None else G.flatten()[self.sampled]
+        return split_column((G - self.gradients.combine(self.core @ products, G)) / self.damping, column)
 
     def tensors(self) -> dict[str, Tensor]:
-        """U, the core, λ and what was drawn."""
+        """U, the core, λ and the sampled entries."""
         kept = {"core": self.core, "damping": torch.tensor(self.damping, dtype=torch.float64)}
-        return {**self.gradients.tensors(), **kept, **({} if self.drawn is None else {"drawn": self.drawn})}
+        return {**self.gradients.tensors(), **kept, **({} if self.sampled is None else {"drawn": self.sampled})}
+
+    def to(self, device: torch.device) -> GramInverse:
+        """A copy on another device."""
+        return self.from_tensors({name: tensor.to(device) for name, tensor in self.tensors().items()}, self.damping)
 
     def entries(self) -> Entries:
         """The same; λ is an entry of the layer."""
         return {name: tensor for name, tensor in self.tensors().items() if name != "damping"}
 
+    @classmethod
+    def from_entries(cls, entries: Mapping[str, Any], shape: MatrixShape, damping: float) -> GramInverse:
+        """Restore one, see `Preconditioner.from_entries`."""
+        return cls.from_tensors(entries, damping)
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Any], damping: float) -> GramInverse:
+        """Restore one from what `tensors` gave.
+
+        Args:
+            tensors: by name.
+            damping: λ.
+        """
+        return cls(from_tensors(tensors), tensors["core"], damping, tensors.get("drawn"))
+
 
 class SENGState(LayerState):
     """What SENG keeps of a layer."""
 
-    @staticmethod
-    def _preconditioner(tensors: dict[str, Tensor], shape: Shape) -> Preconditioner:
-        damping = float(tensors["damping"])
-        return GramInverse(from_tensors(tensors), tensors["core"], damping, tensors.get("drawn"))
+    def _pack(self) -> Entries:
+        return self.preconditioner.entries()
 
     @staticmethod
-    def _from_entries(entries: Mapping[str, Any], shape: Shape, damping: float) -> Preconditioner:
-        return GramInverse(from_tensors(entries), entries["core"], damping, entries.get("drawn"))
+    def _unpack(entries: Mapping[str, Any], shape: MatrixShape, damping: float) -> Preconditioner:
+        return GramInverse.from_entries(entries, shape, damping)
+
+    @staticmethod
+    def _unpack_first_layout(tensors: Mapping[str, Tensor], shape: MatrixShape) -> Preconditioner:
+        return GramInverse.from_tensors(tensors, float(tensors["damping"]))
 
     def __repr__(self) -> str:
         size = f"{self.shape.groups}×" if self.shape.groups > 1 else ""
         return (
             f"SENGState(matrix {size}{self.shape.rows}×{self.shape.columns}, damping {self.damping:.4g}, "
-            f"{self.updates} updates, {self.numel():,} numbers kept)"
+            f"{self.updates} updates, {self.numel():,} elements kept)"
         )
 
 
-class SENGCurvature(Curvature):
-    """The Gram matrices of all layers."""
+class SENGCurvature(LayerCurvature):
+    """The Gram matrices of all layers.
 
-    state = SENGState
+    Args:
+        sketch_size: entries that Ω keeps of each layer, or None.
+        generator: samples them.
+        tuning: see `Tuning`.
+    """
 
-    def __init__(self, options: Options, generator: torch.Generator, sketch_size: int | None) -> None:
-        super().__init__(options, generator)
+    state_class = SENGState
+
+    def __init__(self, sketch_size: int | None, generator: torch.Generator, tuning: Tuning) -> None:
+        super().__init__(tuning=tuning)
         self._sketch_size = sketch_size
+        self._generator = generator
 
     def update(
         self,
@@ -152,57 +173,57 @@ class SENGCurvature(Curvature):
         loss_scale: float,
         unsupported: Collection[Layer] = (),
     ) -> tuple[list[Layer], list[Layer]]:
-        """As in `Curvature`, in a single process.
+        """As in `LayerCurvature`, in a single process.
 
         Raises:
             RuntimeError: where several processes train together.
         """
-        if distributed.world_size() > 1:
+        if world_size() > 1:
             raise RuntimeError("SENG keeps the samples of one process: it does not train in several together")
         return super().update(layers, statistics, damping, loss_scale, unsupported)
 
-    def _scaled(self, layer: Layer, statistic: Statistic, loss_scale: float) -> Statistic:
+    def _scale_(self, layer: Layer, statistic: Statistic, loss_scale: float) -> None:
         """U of all micro-batches: gradients of single samples over √|S|."""
         assert isinstance(statistic, SampleStatistic)
         scale = statistic.scale() ** 0.5 / loss_scale
-        statistic.gathered = [joined(statistic.gathered, statistic.shape.rows).scaled(scale)]
-        return statistic
+        statistic.gathered = [join(statistic.gathered, statistic.shape.rows).scale(scale)]
 
-    def _prepare(self, layer: Layer, statistic: Statistic, damping: float) -> list[Request]:
+    def _requests(self, layer: Layer, statistic: Statistic, damping: float) -> list[InverseRequest]:
         return []
 
-    def _blank(self, layer: Layer) -> Entries:
+    def _blank_entries(self, layer: Layer) -> Entries:
         """None: samples are as many as the batch has, so that their sizes are not known before."""
         return {}
 
-    def _made(self, statistic: Statistic, requests: Sequence[Request], damping: float) -> Preconditioner | None:
+    def _make(self, statistic: Statistic, inverses: list[Tensor], damping: float) -> Preconditioner | None:
         assert isinstance(statistic, SampleStatistic)
         (U,) = statistic.gathered
         shape = statistic.shape
-        size, numbers = self._sketch_size, shape.groups * shape.rows * shape.columns
-        if size is None or size >= numbers:
-            core = invert_one(U.gram(), damping)
+        size, elements = self._sketch_size, shape.groups * shape.rows * shape.columns
+        if size is None or size >= elements:
+            core = invert_one(U.gram(self._tuning), damping)
             return None if core is None else GramInverse(U, core, damping)
-        drawn = gfim.drawn(numbers, size, self._generator).to(U.device)
-        rows, square_scale = U.entries(drawn, shape), numbers / size
+        sampled = sample_indices(elements, size, self._generator).to(U.device)
+        rows, square_scale = U.entries(sampled, shape), elements / size
         core = invert_one(square_scale * (rows @ rows.T), damping)
-        return None if core is None else GramInverse(U, square_scale * (core @ rows), damping, drawn)
-
-    def _replace(self, member: Member) -> TouchedRows | None:
-        """As in `Curvature`; a table's sparse gradient comes back with the rows that samples looked up added."""
-        layer, inverse, gradient = member.layer, member.preconditioner, member.layer.weight.grad
-        if gradient is None or not gradient.is_sparse or layer.trained_bias is not None:
-            return super()._replace(member)
-        assert isinstance(inverse, GramInverse)
-        touched = _touched_rows(gradient, inverse.gradients)
-        dense = gradient.to_dense()
-        rows = inverse.apply(dense.to(inverse.main.dtype).unsqueeze(0))[0, touched].to(gradient.dtype)
-        indices = touched.unsqueeze(0)
-        layer.weight.grad = torch.sparse_coo_tensor(indices, rows, gradient.shape, check_invariants=False)
-        return None
+        return None if core is None else GramInverse(U, square_scale * (core @ rows), damping, sampled)
 
 
-def _touched_rows(gradient: Tensor, gradients: SampleGradients) -> Tensor:
+def precondition_gram_(member: PreconditionedLayer, tuning: Tuning) -> NonzeroRows | None:
+    """`ngplus.apply.layer.precondition_`, but that a sparse gradient stays so, with the samples' rows added."""
+    layer, inverse, gradient = member.layer, member.preconditioner, member.layer.weight.grad
+    if gradient is None or not gradient.is_sparse or layer.trained_bias is not None:
+        return precondition_(member, tuning)
+    assert isinstance(inverse, GramInverse)
+    index = _find_moving_rows(gradient, inverse.gradients)
+    dense = gradient.to_dense()
+    D, _ = inverse.apply(dense.to(inverse.main.dtype).unsqueeze(0), None, member.shape.side, tuning)
+    rows = D[0, index].to(gradient.dtype)
+    layer.weight.grad = torch.sparse_coo_tensor(index.unsqueeze(0), rows, gradient.shape, check_invariants=False)
+    return None
+
+
+def _find_moving_rows(gradient: Tensor, gradients: SampleGradients) -> Tensor:
     """Rows of a table that its direction may change: those of the gradient and of the samples."""
     if not isinstance(gradients, LookedUp):
         return torch.arange(gradient.shape[0], device=gradient.device)
@@ -211,7 +232,7 @@ def _touched_rows(gradient: Tensor, gradients: SampleGradients) -> Tensor:
     return rows
 
 
-class SENG(Relative):
+class SENG(LayerwiseOptimizer):
     """SENG: the gradient g of each layer, as one vector, becomes (λI + 1/N Σᵢ gᵢgᵢᵀ)⁻¹ g.
 
     On every ``update_every``-th step the gradients gᵢ of the N samples of the batch are kept, as factors where that is
@@ -220,7 +241,7 @@ class SENG(Relative):
         y = (λI + UᵀU)⁻¹Uᵀg,        d = (g − Uy)/λ
 
     and where ``sketch_size`` is given, y solves min ‖Ω(Uy − g)‖² + λ‖y‖² for an Ω of that many of the layer's entries,
-    drawn uniformly with replacement.
+    sampled uniformly with replacement.
 
     Args:
         model: whose parameters are trained.
@@ -247,10 +268,10 @@ class SENG(Relative):
     2006.05924.
     """
 
-    _title: ClassVar[str] = "SENG"
-    _key: ClassVar[str] = "seng"
-    _shared = (*Relative._shared, "samples", "max_samples")
-    _settings: Sketch
+    title: ClassVar[str] = "SENG"
+    key: ClassVar[str] = "seng"
+
+    _options: SENGOptions
 
     def __init__(
         self,
@@ -269,24 +290,29 @@ class SENG(Relative):
         params: Params | None = None,
         **base_options: Any,
     ) -> None:
-        super().__init__(
-            Sketch(sketch_size=sketch_size),
-            model,
-            base,
-            lr=lr,
-            damping=damping,
+        options = SENGOptions(
             update_every=update_every,
+            sketch_size=sketch_size,
             samples=samples,
             max_samples=max_samples,
             batch_dim=batch_dim,
             loss_reduction=loss_reduction,
             nonfinite=nonfinite,
-            params=params,
-            **base_options,
         )
+        super().__init__(model, base, options, lr=lr, damping=damping, params=params, base_options=base_options)
 
-    def _make_curvature(self) -> Curvature:
-        return SENGCurvature(self._options, self._generator, self._settings.sketch_size)
+    def _shown_options(self) -> Mapping[str, object]:
+        names = ("update_every", "batch_dim", "loss_reduction", "nonfinite", "samples", "max_samples", "sketch_size")
+        return {name: getattr(self._options, name) for name in names}
 
-    def _make_capture(self, model: nn.Module) -> Capture:
-        return SampleCapture(model, self._layers, sampling(self._options), self._stopwatch, self._generator)
+    def _make_curvature(self) -> LayerCurvature:
+        return SENGCurvature(self._options.sketch_size, self._generator, self.tuning)
+
+    def _make_accumulator(self) -> Accumulator:
+        return SampleAccumulator(Sampling.from_options(self._options), self._generator, self.tuning)
+
+    def _precondition_layer_(self, member: PreconditionedLayer, tuning: Tuning) -> NonzeroRows | None:
+        return precondition_gram_(member, tuning)
+
+
+__all__ = ["SENG"]

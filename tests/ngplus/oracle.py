@@ -57,7 +57,10 @@ def matrices(model: nn.Module) -> list[Matrix]:
 
 def gradient_matrix(model: nn.Module, matrix: Matrix) -> Tensor:
     """The gradient that is there as (groups, m, n), zeros where there is none."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return _gradient_matrix(dict(model.named_parameters(remove_duplicate=False)), matrix)
+
+
+def _gradient_matrix(parameters: dict[str, nn.Parameter], matrix: Matrix) -> Tensor:
     weight = parameters[matrix.weight]
     grad = torch.zeros_like(weight) if weight.grad is None else weight.grad.to_dense()
     G = grad.double().reshape(matrix.groups, weight.shape[0] // matrix.groups, -1)
@@ -71,14 +74,26 @@ def gradient_matrix(model: nn.Module, matrix: Matrix) -> Tensor:
 
 def sample_gradients(model: nn.Module, losses: Sequence[Loss]) -> dict[Matrix, list[Tensor]]:
     """𝒢ᵢ of every matrix, one backward a sample, in float64."""
-    exact = copy.deepcopy(model).double()
-    gradients: dict[Matrix, list[Tensor]] = {matrix: [] for matrix in matrices(exact)}
+    return _sample_gradients(copy.deepcopy(model).double(), losses)[0]
+
+
+def _sample_gradients(
+    model: nn.Module, losses: Sequence[Loss]
+) -> tuple[dict[Matrix, list[Tensor]], dict[nn.Parameter, Tensor]]:
+    """𝒢ᵢ of every matrix of a float64 model, and of every parameter that has one the gradient of the mean loss."""
+    gradients: dict[Matrix, list[Tensor]] = {matrix: [] for matrix in matrices(model)}
+    means: dict[nn.Parameter, Tensor] = {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     for loss in losses:
-        exact.zero_grad()
-        loss(exact).backward()
+        model.zero_grad()
+        loss(model).backward()
         for matrix, samples in gradients.items():
-            samples.append(gradient_matrix(exact, matrix))
-    return gradients
+            samples.append(_gradient_matrix(parameters, matrix))
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                share = parameter.grad.to_dense() / len(losses)
+                means[parameter] = means[parameter] + share if parameter in means else share
+    return gradients, means
 
 
 def row_gradients(model: nn.Module, run: Callable[[nn.Module], Tensor]) -> dict[Matrix, list[Tensor]]:
@@ -91,7 +106,7 @@ def row_gradients(model: nn.Module, run: Callable[[nn.Module], Tensor]) -> dict[
     modules = dict(exact.named_modules())
     uses: dict[str, list[tuple[tuple, Tensor]]] = {}
 
-    def watch(name: str) -> Callable[..., None]:
+    def record(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple, output: Tensor) -> None:
             output.retain_grad()
             uses.setdefault(name, []).append((args, output))
@@ -100,7 +115,7 @@ def row_gradients(model: nn.Module, run: Callable[[nn.Module], Tensor]) -> dict[
 
     known = matrices(exact)
     names = {matrix: matrix.weight.rpartition(".")[0] for matrix in known}
-    handles = [modules[name].register_forward_hook(watch(name)) for name in names.values()]
+    handles = [modules[name].register_forward_hook(record(name)) for name in names.values()]
     run(exact).backward()
     for handle in handles:
         handle.remove()
@@ -187,6 +202,11 @@ def batch_loss(*inputs, batch_dim: int = 0) -> Loss:
     return lambda m: energy(m(*inputs)) / inputs[0].shape[batch_dim]
 
 
+def energy_gradients(model: nn.Module, *inputs: Tensor) -> dict[Matrix, list[Tensor]]:
+    """𝒢ᵢ of every matrix for the energy of each sample of a batch of inputs."""
+    return sample_gradients(model, sample_losses(*inputs))
+
+
 def sample(inputs: Sequence, number: int, batch_dim: int = 0) -> list:
     """One sample of a batch of inputs."""
     return [x.narrow(batch_dim, number, 1) if isinstance(x, Tensor) else x for x in inputs]
@@ -220,7 +240,7 @@ def check(model, *inputs, batch_dim=0, samples="batch", damping=0.3, **options) 
 
 @dataclass
 class PlainLoop:
-    """NG+ over plain SGD as a loop in float64: multi-step inverses, EMA (11), blocks (18).
+    """NG+ over plain SGD as a loop on a float64 model: multi-step inverses, EMA (11), blocks (18).
 
     A matrix without a gradient on a curvature step gets its curvature on the next step that has one.
     """
@@ -236,20 +256,20 @@ class PlainLoop:
 
     def step(self, losses: Sequence[Loss]) -> None:
         """One step on the mean of the samples' losses."""
-        gradients = sample_gradients(self.model, losses)
+        gradients, means = _sample_gradients(self.model, losses)
         if self.steps % self.update_every == 0:
             for matrix, samples in gradients.items():
                 self._average(matrix, second_moment(samples))
         self.steps += 1
-        self.model.zero_grad()
-        (sum(loss(self.model) for loss in losses) / len(losses)).backward()
+        for parameter in self.model.parameters():
+            parameter.grad = means.get(parameter)
         for matrix, samples in gradients.items():
             moment = only_blocks(self.averages[matrix], self.block_size)
             self._put(matrix, direction(moment, sum(samples) / len(samples), self.damping))
         with torch.no_grad():
             for parameter in self.model.parameters():
                 if parameter.grad is not None:
-                    parameter -= self.lr * parameter.grad.to_dense()
+                    parameter -= self.lr * parameter.grad
 
     def _average(self, matrix: Matrix, moment: Tensor) -> None:
         before = self.averages.get(matrix)

@@ -1,6 +1,6 @@
-"""Training loops drawn at random: each layer's direction is the oracle's, or a warning names the layer.
+"""Random training loops: each layer's direction is the oracle's, or a warning names the layer.
 
-``python tests/ngplus/random_loops.py --seed 0 --count 1000`` tries as many as one likes; a failure names the seed that
+``python -m tests.ngplus.random_loops --seed 0 --count 1000`` tries as many as one likes; a failure names the seed that
 draws it again.
 """
 
@@ -14,12 +14,13 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
-import oracle
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ngplus import NGPlus
+from tests.ngplus import oracle
+from tests.ngplus.cases import seed_cpu
 
 TOLERANCE = {"float64": 1e-9, "float32": 2e-5, "autocast": 0.15}
 """Largest relative error of a direction."""
@@ -65,7 +66,7 @@ class Habits:
     seed: int = field(default=0)
 
     @classmethod
-    def drawn(cls, dice: random.Random) -> "Habits":
+    def sample(cls, dice: random.Random) -> "Habits":
         """Most loops do little that is unusual, so that what is can be told apart."""
 
         def rarely(*choices: str) -> str | None:
@@ -155,16 +156,16 @@ def energies(output: Tensor) -> list[Tensor]:
 
 @dataclass
 class Loop:
-    """A loop of drawn habits, with the samples of one step."""
+    """A loop of random habits, with the samples of one step."""
 
     habits: Habits
     model: Net
     samples: Tensor
 
     @classmethod
-    def made(cls, habits: Habits) -> "Loop":
-        """Everything that is drawn beside the habits comes from their seed."""
-        torch.manual_seed(habits.seed)
+    def build(cls, habits: Habits) -> "Loop":
+        """Everything random besides the habits comes from their seed."""
+        seed_cpu(habits.seed)
         dtype = torch.float64 if habits.dtype == "float64" else torch.float32
         model = Net(habits).to(dtype)
         count = sum(map(sum, habits.micro_batches))
@@ -264,7 +265,7 @@ def run(habits: Habits) -> Counter[str]:
     Raises:
         AssertionError: a direction that is neither.
     """
-    loop = Loop.made(habits)
+    loop = Loop.build(habits)
     model, outcome = loop.model, Counter[str]()
     for number in habits.frozen:
         if number < len(loop.matrices()) - 1:
@@ -350,9 +351,9 @@ def _judge(
         else:
             assert torch.equal(found, gradient), f"{matrix.weight} has neither curvature nor gradient under {habits}"
             named = any(matrix.weight in message for message in messages)
-            # A layer of which no use was captured is looked for on three steps before a warning names it.
+            # A layer of which no use was captured is pending for three steps before a warning names it.
             assert named or optimizer.curvature_is_due, f"{matrix.weight} is not named under {habits}"
-            outcome["named" if named else "looked for"] += 1
+            outcome["named" if named else "pending"] += 1
     return outcome
 
 
@@ -361,7 +362,7 @@ def main(seed: int, count: int) -> int:
     failed, outcome = [], Counter[str]()
     for number in range(seed, seed + count):
         try:
-            outcome += run(Habits.drawn(random.Random(number)))
+            outcome += run(Habits.sample(random.Random(number)))
         except Exception:
             failed.append(number)
             traceback.print_exc()

@@ -1,9 +1,11 @@
 """The direction (6) for nn.MultiheadAttention, against gradients made one sample at a time."""
 
-import oracle
 import pytest
 import torch
 from torch import nn
+
+from tests.ngplus import oracle
+from tests.ngplus.cases import seed_cpu
 
 
 class Attention(nn.Module):
@@ -16,9 +18,9 @@ class Attention(nn.Module):
 
     def __init__(self, inputs="self", call=None, dtype=torch.float64, **options):
         super().__init__()
-        torch.manual_seed(0)
+        seed_cpu(0)
         self.attention = nn.MultiheadAttention(4, 2, **options)
-        for name in ("in_proj_bias", "out_proj.bias"):  # zero at first, where a wrong column would not show
+        for name in ("in_proj_bias", "out_proj.bias"):  # zero at first, where a wrong column would make no difference
             if (bias := dict(self.attention.named_parameters()).get(name)) is not None:
                 nn.init.normal_(bias)
         sizes = (self.attention.kdim, self.attention.vdim)
@@ -39,7 +41,7 @@ SEPARATE = {"kdim": 3, "vdim": 6}
 @pytest.mark.parametrize("need_weights", [True, False])
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("inputs", ["self", "memory", "apart"])
-def test_packed_projections(inputs, batch_first, need_weights, bias):
+def test_attention_with_packed_projections_matches_the_oracle(inputs, batch_first, need_weights, bias):
     model = Attention(inputs, {"need_weights": need_weights}, batch_first=batch_first, bias=bias)
     batch_dim = 0 if batch_first else 1
     optimizer = oracle.check(model, torch.randn(3, 5, 4, dtype=torch.float64), batch_dim=batch_dim)
@@ -48,7 +50,7 @@ def test_packed_projections(inputs, batch_first, need_weights, bias):
 
 @pytest.mark.parametrize("need_weights", [True, False])
 @pytest.mark.parametrize("batch_first", [True, False])
-def test_separate_projections(batch_first, need_weights):
+def test_attention_with_separate_projections_matches_the_oracle(batch_first, need_weights):
     model = Attention("apart", {"need_weights": need_weights}, batch_first=batch_first, **SEPARATE)
     batch_dim = 0 if batch_first else 1
     optimizer = oracle.check(model, torch.randn(3, 5, 4, dtype=torch.float64), batch_dim=batch_dim)
@@ -56,14 +58,14 @@ def test_separate_projections(batch_first, need_weights):
 
 
 @pytest.mark.parametrize("options", [{}, SEPARATE])
-def test_float32(options):
+def test_attention_in_float32_matches_the_oracle(options):
     model = Attention("apart", dtype=torch.float32, batch_first=True, **options)
     oracle.check(model, torch.randn(3, 5, 4), damping=30.0)  # samples are alike here: a small λ magnifies rounding
 
 
 @pytest.mark.parametrize("need_weights", [True, False])
 @pytest.mark.parametrize("inputs", ["self", "apart"])
-def test_without_a_batch_dimension(inputs, need_weights):
+def test_attention_without_a_batch_dimension_is_a_batch_of_one(inputs, need_weights):
     model = Attention(inputs, {"need_weights": need_weights})
     x = torch.randn(5, 4, dtype=torch.float64)
     gradients = oracle.sample_gradients(model.attention, [lambda m: oracle.energy(run(model, m, x))])
@@ -79,13 +81,13 @@ def run(model, attention, x):
 
 
 @pytest.mark.parametrize("need_weights", [True, False])
-def test_with_masks(need_weights):
+def test_attention_with_masks_matches_the_oracle(need_weights):
     causal = nn.Transformer.generate_square_subsequent_mask(5, dtype=torch.float64)
     model = Attention("self", {"attn_mask": causal, "need_weights": need_weights}, batch_first=True)
     oracle.check(model, torch.randn(3, 5, 4, dtype=torch.float64))
 
 
-def test_with_padded_keys():
+def test_attention_with_padded_keys_matches_the_oracle():
     class Padded(nn.Module):
         def __init__(self):
             super().__init__()
@@ -143,19 +145,19 @@ def test_one_attention_used_for_itself_and_for_a_memory(inputs):
 
 
 @pytest.mark.parametrize("norm_first", [True, False])
-def test_encoder_layer(norm_first):
-    torch.manual_seed(0)
+def test_every_matrix_of_an_encoder_layer_matches_the_oracle(norm_first):
+    seed_cpu(0)
     model = nn.TransformerEncoderLayer(4, 2, 7, dropout=0.0, batch_first=True, norm_first=norm_first).double()
     oracle.check(model, torch.randn(3, 5, 4, dtype=torch.float64))
 
 
-def test_encoder_layer_in_evaluation_mode_is_seen_too():
-    torch.manual_seed(0)
+def test_an_encoder_layer_in_evaluation_mode_is_captured():
+    seed_cpu(0)
     model = nn.TransformerEncoderLayer(4, 2, 7, batch_first=True).double().eval()
     oracle.check(model, torch.randn(3, 5, 4, dtype=torch.float64))
 
 
-def test_bias_of_keys_goes_to_the_base_with_a_warning():
+def test_extra_biases_of_keys_and_values_go_to_the_base_with_a_warning():
     with pytest.warns(UserWarning, match=r"does not precondition attention \(MultiheadAttention\)"):
         oracle.check(Attention("self", batch_first=True, add_bias_kv=True), torch.randn(3, 5, 4, dtype=torch.float64))
 
@@ -165,7 +167,7 @@ class JoinedBiases(nn.Module):
 
     def __init__(self, frozen=()):
         super().__init__()
-        torch.manual_seed(0)
+        seed_cpu(0)
         for name in ("query", "key", "value", "out"):
             setattr(self, name, nn.Linear(4, 4))
             getattr(self, name).bias.requires_grad_(name not in frozen)
@@ -180,7 +182,7 @@ class JoinedBiases(nn.Module):
 
 
 @pytest.mark.parametrize("frozen", [(), ("query",), ("key", "out")])
-def test_biases_that_are_joined_and_cut_apart_again(frozen):
+def test_biases_that_are_concatenated_and_split_again_stay_bias_columns(frozen):
     model = JoinedBiases(frozen)
     optimizer = oracle.check(model, torch.randn(5, 3, 4, dtype=torch.float64), batch_dim=1)
     assert {f"{name}.weight" for name in ("query", "key", "value", "out")} == set(optimizer.curvature)

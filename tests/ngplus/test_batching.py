@@ -1,15 +1,16 @@
-"""Small matrices of equal shape turned together, against each turned alone and against dense solves."""
+"""Small matrices of equal shape preconditioned in one batch, compared with each alone and with dense solves."""
 
 import pytest
 import torch
 from torch import nn
 
-from ngplus import NGPlus, batching
+from ngplus import NGPlus
+from ngplus.apply.grouped import EqualShapes, MixedShapes, PreconditionedLayer, group_small
 from ngplus.baselines import KFAC
-from ngplus.batching import Batch, Member, Series, batches
-from ngplus.layers import find_layers, stored
-from ngplus.nonfinite import Watch
-from ngplus.preconditioner import DenseInverse
+from ngplus.guards.finite_check import FiniteCheck
+from ngplus.layers import find_layers, stored_values
+from ngplus.solvers.dense import DenseInverse
+from tests.ngplus.cases import seed_cpu
 
 
 class Tables(nn.Module):
@@ -28,15 +29,15 @@ class Tables(nn.Module):
         return sum(layer(x).tanh() for layer in [*self.flat, *self.bare])
 
 
-def gradients_after_a_step(make, index, small, monkeypatch, change=None, **options):
+def gradients_after_a_step(make, index, small, set_tuning, change=None, **options):
     """What the base gets on the second step."""
-    return gradients_of_steps(make, index, small, monkeypatch, [change, change], **options)[-1]
+    return gradients_of_steps(make, index, small, set_tuning, [change, change], **options)[-1]
 
 
-def gradients_of_steps(make, index, small, monkeypatch, changes, **options):
+def gradients_of_steps(make, index, small, set_tuning, changes, **options):
     """What the base gets on each step, after ``changes`` to the model's gradients."""
-    monkeypatch.setattr(batching, "SMALL", small)
-    torch.manual_seed(0)
+    set_tuning(grouped_below=small)
+    seed_cpu(0)
     model = make()
     optimizer = NGPlus(model, lr=1e-3, damping=0.3, **{"update_every": 100} | options)
     given = []
@@ -54,10 +55,10 @@ def gradients_of_steps(make, index, small, monkeypatch, changes, **options):
 @pytest.mark.parametrize(
     "options", [{}, {"block_size": 3}, {"block_size": 4}, {"block_size": 2, "ema": 0.5}, {"curvature": "mini_batch"}]
 )
-def test_together_is_as_alone(monkeypatch, linear_dim, options):
+def test_layers_preconditioned_in_one_batch_get_the_directions_of_each_alone(set_tuning, linear_dim, options):
     index = torch.randint(9, (5, 4))
     both = [
-        gradients_after_a_step(lambda: Tables(linear_dim=linear_dim), index, small, monkeypatch, **options)
+        gradients_after_a_step(lambda: Tables(linear_dim=linear_dim), index, small, set_tuning, **options)
         for small in (2**14, -1)
     ]
     assert both[0].keys() == both[1].keys()
@@ -65,7 +66,7 @@ def test_together_is_as_alone(monkeypatch, linear_dim, options):
         torch.testing.assert_close(gradient, both[1][name], rtol=1e-10, atol=1e-12)
 
 
-def test_frozen_biases_gradients_that_are_missing_and_views_are_as_alone(monkeypatch):
+def test_batches_with_frozen_biases_missing_gradients_and_views_match_each_layer_alone(set_tuning):
     def change(model):
         model.flat[0].bias.grad = None
         model.tables[0].weight.grad = None
@@ -79,7 +80,7 @@ def test_frozen_biases_gradients_that_are_missing_and_views_are_as_alone(monkeyp
         return model
 
     index = torch.randint(9, (5, 4))
-    together, alone = (gradients_after_a_step(make, index, small, monkeypatch, change) for small in (2**14, -1))
+    together, alone = (gradients_after_a_step(make, index, small, set_tuning, change) for small in (2**14, -1))
     for name, gradient in together.items():
         torch.testing.assert_close(gradient, alone[name], rtol=1e-10, atol=1e-12)
 
@@ -111,11 +112,11 @@ def sparse(model):
 
 @pytest.mark.parametrize("change", [missing, bias_missing, frozen, transposed, sparse])
 @pytest.mark.parametrize("linear_dim", [3, 12])
-def test_what_changes_between_steps_is_as_alone(monkeypatch, change, linear_dim):
+def test_batches_that_change_between_steps_match_each_layer_alone(set_tuning, change, linear_dim):
     index = torch.randint(9, (5, 4))
     steps = [None, None, change, change, freed, None]
     together, alone = (
-        gradients_of_steps(lambda: Tables(linear_dim=linear_dim), index, small, monkeypatch, steps)
+        gradients_of_steps(lambda: Tables(linear_dim=linear_dim), index, small, set_tuning, steps)
         for small in (2**14, -1)
     )
     for ours, theirs in zip(together, alone, strict=True):
@@ -124,11 +125,11 @@ def test_what_changes_between_steps_is_as_alone(monkeypatch, change, linear_dim)
             torch.testing.assert_close(gradient.to_dense(), theirs[name].to_dense(), rtol=1e-10, atol=1e-12)
 
 
-def test_new_curvature_and_a_loaded_state_are_taken_at_once(monkeypatch):
+def test_new_curvature_and_a_loaded_state_are_used_on_the_next_step(set_tuning):
     index = torch.randint(9, (5, 4))
     steps = [None] * 5
     together, alone = (
-        gradients_of_steps(Tables, index, small, monkeypatch, steps, update_every=2) for small in (2**14, -1)
+        gradients_of_steps(Tables, index, small, set_tuning, steps, update_every=2) for small in (2**14, -1)
     )
     for name, gradient in together[-1].items():
         torch.testing.assert_close(gradient, alone[-1][name], rtol=1e-10, atol=1e-12)
@@ -150,11 +151,11 @@ def test_new_curvature_and_a_loaded_state_are_taken_at_once(monkeypatch):
 
 
 @pytest.mark.parametrize("columns", [3, 12, 40])  # a small layer of either side; a low rank one, 8 samples of 40
-def test_a_bias_of_another_dtype_is_turned_in_its_own(columns):
+def test_a_bias_of_another_dtype_keeps_its_dtype(columns):
     """Under autocast, which casts both."""
     directions = []
     for dtype in (torch.float32, torch.bfloat16):
-        torch.manual_seed(0)
+        seed_cpu(0)
         model = nn.Linear(columns, 40 if columns == 40 else 6)
         with torch.no_grad():
             model.bias = nn.Parameter(model.bias.bfloat16().to(dtype))
@@ -170,7 +171,7 @@ def test_a_bias_of_another_dtype_is_turned_in_its_own(columns):
         torch.testing.assert_close(ours, expected, rtol=0.02, atol=0.02 * float(expected.abs().max()))
 
 
-def test_inverses_that_are_joined_are_kept_once():
+def test_stacked_inverses_are_stored_once():
     model = Tables()
     optimizer = NGPlus(model, lr=0.1, damping=0.3, update_every=100)
     model(torch.randint(9, (5, 4))).square().mean().backward()
@@ -179,20 +180,20 @@ def test_inverses_that_are_joined_are_kept_once():
     assert inverses[0].untyped_storage().data_ptr() == inverses[1].untyped_storage().data_ptr()
 
 
-def test_groups_of_convolutions_are_as_alone(monkeypatch):
+def test_batched_groups_of_convolutions_match_each_layer_alone(set_tuning):
     def make():
         layers = [nn.Conv1d(4, 4, 3, padding=1, groups=2, dtype=torch.float64) for _ in range(3)]
         return nn.Sequential(*layers)
 
     x = torch.randn(5, 4, 7, dtype=torch.float64)
-    together, alone = (gradients_after_a_step(make, x, small, monkeypatch) for small in (2**14, -1))
+    together, alone = (gradients_after_a_step(make, x, small, set_tuning) for small in (2**14, -1))
     for name, gradient in together.items():
         torch.testing.assert_close(gradient, alone[name], rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize(("rows", "columns", "bias"), [(3, 5, True), (3, 5, False), (5, 3, False), (4, 4, False)])
-def test_each_direction_is_that_of_a_dense_solve(rows, columns, bias):
-    torch.manual_seed(0)
+def test_each_batched_direction_is_that_of_a_dense_solve(rows, columns, bias):
+    seed_cpu(0)
     model = nn.Sequential(*[nn.Linear(columns, rows, bias=bias, dtype=torch.float64) for _ in range(4)])
     members, expected = [], []
     for layer in find_layers(model):
@@ -203,13 +204,13 @@ def test_each_direction_is_that_of_a_dense_solve(rows, columns, bias):
         layer.weight.grad = G[:, :columns].clone()
         if bias:
             layer.bias.grad = G[:, -1].clone()
-        members.append(Member(layer, DenseInverse([torch.linalg.inv(matrix)[None]], shape), shape))
+        members.append(PreconditionedLayer(layer, DenseInverse([torch.linalg.inv(matrix)[None]], shape), shape))
         solved = torch.linalg.solve(matrix, G) if rows <= shape.columns else torch.linalg.solve(matrix, G.T).T
         expected.append(solved)
-    together, alone = batches(members)
+    together, alone = group_small(members)
     assert [len(batch.members) for batch in together] == [4]
     assert not alone
-    together[0].precondition(Watch())
+    together[0].precondition_(FiniteCheck())
     for layer, direction in zip(find_layers(model), expected, strict=True):
         torch.testing.assert_close(layer.weight.grad, direction[:, :columns])
         if bias:
@@ -234,14 +235,14 @@ class Unlike(nn.Module):
         return self.unmix(self.mix(x.mT).tanh())
 
 
-def test_small_layers_of_any_shapes_are_turned_in_one_series_as_alone(monkeypatch):
+def test_small_layers_of_any_shapes_share_one_series_and_match_each_layer_alone(monkeypatch, set_tuning):
     index = torch.randint(30, (5, 4))
     sizes = []
-    turned = Series.precondition
+    turned = MixedShapes.precondition_
     monkeypatch.setattr(
-        Series, "precondition", lambda self, watch: sizes.append(len(self.members)) or turned(self, watch)
+        MixedShapes, "precondition_", lambda self, watch: sizes.append(len(self.members)) or turned(self, watch)
     )
-    together, alone = (gradients_after_a_step(Unlike, index, small, monkeypatch) for small in (2**14, -1))
+    together, alone = (gradients_after_a_step(Unlike, index, small, set_tuning) for small in (2**14, -1))
     assert sizes == [11, 11]
     assert together.keys() == alone.keys()
     for name, gradient in together.items():
@@ -257,7 +258,7 @@ def check_that_nan_skips_the_step(model, name, index):
         optimizer.zero_grad()
         model(index).square().mean().backward()
         if bad:
-            stored(model.get_parameter(name).grad).view(-1)[-1] = float("nan")
+            stored_values(model.get_parameter(name).grad).view(-1)[-1] = float("nan")
         optimizer.step()
         assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True)) == bad
     assert optimizer.skipped_steps == 1
@@ -268,10 +269,10 @@ def test_nan_in_any_gradient_of_a_series_skips_the_step(name):
     check_that_nan_skips_the_step(Unlike(), name, torch.randint(30, (5, 4)))
 
 
-def test_what_is_large_is_not_turned_with_others(monkeypatch):
+def test_large_layers_are_not_batched(monkeypatch):
     seen = []
-    monkeypatch.setattr(Batch, "precondition", lambda batch, _: seen.append(len(batch.members)))
-    monkeypatch.setattr(Series, "precondition", lambda self, _: seen.append([m.shape.rows for m in self.members]))
+    monkeypatch.setattr(EqualShapes, "precondition_", lambda batch, _: seen.append(len(batch.members)))
+    monkeypatch.setattr(MixedShapes, "precondition_", lambda self, _: seen.append([m.shape.rows for m in self.members]))
     model = nn.ModuleList(
         [
             nn.EmbeddingBag(rows, 4, mode="sum", sparse=sparse)
@@ -309,9 +310,9 @@ class SparseTables(nn.Module):
         return sum(bags) + self.tables[3](index.flip(0)).tanh()
 
 
-def test_rows_of_sparse_gradients_are_turned_together_and_stay_sparse(monkeypatch):
+def test_rows_of_sparse_gradients_are_batched_and_stay_sparse(set_tuning):
     index = torch.randint(9, (5, 2))
-    together, alone = (gradients_after_a_step(SparseTables, index, small, monkeypatch) for small in (2**14, -1))
+    together, alone = (gradients_after_a_step(SparseTables, index, small, set_tuning) for small in (2**14, -1))
     assert [gradient._values().shape[0] for gradient in together.values()][:3] == [10, 10, 10]
     for name, gradient in together.items():
         assert gradient.is_sparse
@@ -354,8 +355,8 @@ def test_nan_in_any_member_skips_the_step(value, which):
 
 
 def test_a_baseline_with_two_sides_is_not_batched(monkeypatch):
-    for kind in (Batch, Series):
-        monkeypatch.setattr(kind, "precondition", lambda *_: pytest.fail("K-FAC has no one-sided inverse"))
+    for kind in (EqualShapes, MixedShapes):
+        monkeypatch.setattr(kind, "precondition_", lambda *_: pytest.fail("K-FAC has no one-sided inverse"))
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
     optimizer = KFAC(model, lr=0.1)
     model(torch.randn(5, 4)).square().mean().backward()

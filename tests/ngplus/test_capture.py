@@ -1,14 +1,12 @@
-"""What is watched, when, and that nothing is left behind: uses of a layer, backward passes, hooks."""
+"""What is captured, when, and that nothing is left behind: uses of a layer, backward passes, hooks."""
 
 import copy
 import gc
 import io
-import itertools
 import pickle
 import warnings
 import weakref
 
-import oracle
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,6 +15,8 @@ from torch.nn.modules import module as nn_module
 
 from ngplus import NGPlus
 from ngplus.baselines import KFAC, SENG
+from tests.ngplus import oracle
+from tests.ngplus.cases import mlp, points, recorded_warnings, seed_cpu
 
 
 @pytest.fixture
@@ -31,22 +31,12 @@ def hooks():
     return lambda: {key: hook for key, hook in all_hooks().items() if key not in before}
 
 
-def mlp(*sizes):
-    torch.manual_seed(0)
-    layers = [nn.Linear(i, o) for i, o in itertools.pairwise(sizes)]
-    return nn.Sequential(*[part for layer in layers for part in (layer, nn.Tanh())]).double()
-
-
-def points(*shape):
-    return torch.randn(shape, dtype=torch.float64)
-
-
 class Wired(nn.Module):
     """A model whose forward is a function of itself and its inputs."""
 
     def __init__(self, forward, **modules):
         super().__init__()
-        torch.manual_seed(0)
+        seed_cpu(0)
         self.wiring = forward
         for name, module in modules.items():
             self.add_module(name, module)
@@ -185,20 +175,19 @@ def test_every_position_of_every_use_is_a_row(use):
         (lambda m, x: m.a(x) + m.a.weight.norm(), "norm"),
     ],
 )
-def test_a_use_that_is_not_understood_is_named_and_its_layer_goes_to_the_base(wiring, name):
+def test_an_unsupported_use_is_named_and_its_layer_goes_to_the_base(wiring, name):
     model = Wired(wiring, a=nn.Linear(4, 3), b=nn.Linear(4, 3))
     plain = copy.deepcopy(model)
     x = points(5, 4)
     oracle.energy(plain(x)).backward()
     optimizer = NGPlus(model, lr=1e-9, update_every=1)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with recorded_warnings() as caught:
         for _ in range(3):
             optimizer.zero_grad()
             oracle.energy(model(x)).backward()
             optimizer.step()
-    assert [str(warning.message) for warning in caught] == [
-        f"a.weight is used by {name}, where a single sample's gradient cannot be seen; it goes to SGD untouched"
+    assert caught == [
+        f"a.weight is used by {name}, where a single sample's gradient cannot be captured; it goes to SGD untouched"
     ]
     assert "a.weight" not in optimizer.curvature
     torch.testing.assert_close(model.a.weight.grad, plain.a.weight.grad, rtol=1e-5, atol=1e-6)
@@ -243,8 +232,8 @@ def test_a_deleted_optimizer_takes_its_hooks_along(hooks):
 
 
 @pytest.mark.parametrize("event", ["load_state_dict", "add_param_group"])
-def test_watching_anew_ends_the_watch_that_was(event, hooks):
-    """Though the graph of a forward pass that it saw is still alive."""
+def test_rearming_the_capture_removes_its_earlier_hooks(event, hooks):
+    """Though the graph of a captured forward pass is still alive."""
     model, x = mlp(4, 3, 2), points(5, 4)
     optimizer = NGPlus(model, lr=0.1, update_every=1, params=[{"params": list(model[0].parameters())}])
     output = model(x)
@@ -272,7 +261,7 @@ def test_a_step_keeps_nothing_of_the_loop_that_makes_it():
 
 def test_forward_passes_between_steps_leave_nothing_behind():
     """Evaluation, no_grad, inference mode, and a forward whose backward does not come."""
-    torch.manual_seed(1)
+    seed_cpu(1)
     x, other = points(5, 4), points(9, 4)
     model = mlp(4, 6, 3)
     quiet = copy.deepcopy(model)
@@ -295,22 +284,22 @@ def test_forward_passes_between_steps_leave_nothing_behind():
         assert torch.equal(a, b)
 
 
-def test_a_forward_that_raises_is_left_properly():
+def test_a_forward_that_raises_leaves_no_function_mode():
     model = Wired(lambda m, x: m.a(x) if x.shape[1] == 4 else 1 / 0, a=nn.Linear(4, 3))
     x = points(5, 4)
     optimizer = NGPlus(model, lr=1e-9, damping=0.3, update_every=1)
     with pytest.raises(ZeroDivisionError):
         model(points(5, 3))
     assert torch.overrides._get_current_function_mode() is None
-    gradients = oracle.sample_gradients(model, [lambda m, i=i: oracle.energy(m(x[i : i + 1])) for i in range(5)])
+    gradients = oracle.energy_gradients(model, x)
     (oracle.energy(model(x)) / 5).backward()
     optimizer.step()
     assert oracle.error(model, oracle.directions(gradients, 0.3)) <= 1e-10
 
 
-def test_layers_called_one_by_one_are_seen_without_a_forward_of_the_model():
+def test_layers_called_one_by_one_are_captured_without_a_forward_of_the_model():
     model, x = mlp(4, 6, 3), points(5, 4)
-    gradients = oracle.sample_gradients(model, [lambda m, i=i: oracle.energy(m(x[i : i + 1])) for i in range(5)])
+    gradients = oracle.energy_gradients(model, x)
 
     def run(m):
         for layer in m:
@@ -324,14 +313,10 @@ def test_layers_called_one_by_one_are_seen_without_a_forward_of_the_model():
 # Backward passes ----------------------------------------------------------------------------------------------------
 
 
-def one_by_one(model, x, loss=oracle.energy):
-    return oracle.sample_gradients(model, [lambda m, i=i: loss(m(x[i : i + 1])) for i in range(len(x))])
-
-
 @pytest.mark.parametrize("create_graph", [False, True])
 def test_gradients_with_respect_to_inputs_do_not_contaminate(create_graph):
     model, x = mlp(4, 6, 3), points(5, 4).requires_grad_()
-    gradients = one_by_one(model, x.detach())
+    gradients = oracle.energy_gradients(model, x.detach())
 
     def run(m):
         output = m(x)
@@ -344,9 +329,9 @@ def test_gradients_with_respect_to_inputs_do_not_contaminate(create_graph):
 
 @pytest.mark.parametrize("create_graph", [False, True])
 def test_gradients_that_are_returned_are_not_those_of_the_step(create_graph):
-    """Those of the weights themselves too, as for the norm of one loss's gradient beside that of another."""
+    """Those of the weights themselves too, as for the norm of one loss's gradient together with that of another."""
     model, x = mlp(4, 6, 3), points(5, 4)
-    gradients = one_by_one(model, x)
+    gradients = oracle.energy_gradients(model, x)
 
     def run(m):
         output = m(x)
@@ -360,8 +345,7 @@ def test_gradients_that_are_returned_are_not_those_of_the_step(create_graph):
 def test_gradients_put_in_place_by_hand_go_to_the_base_with_a_warning():
     model, x = mlp(4, 3), points(5, 4)
     optimizer = NGPlus(model, lr=0.5, damping=0.3)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with recorded_warnings() as caught:
         for _ in range(5):
             before = [p.detach().clone() for p in model.parameters()]
             returned = torch.autograd.grad(oracle.energy(model(x)), list(model.parameters()))
@@ -371,12 +355,12 @@ def test_gradients_put_in_place_by_hand_go_to_the_base_with_a_warning():
             optimizer.zero_grad()
             for parameter, old, gradient in zip(model.parameters(), before, returned, strict=True):
                 torch.testing.assert_close(parameter.detach(), old - 0.5 * gradient)
-    assert sum("no backward pass through the model was seen" in str(warning.message) for warning in caught) == 1
+    assert sum("no backward pass through the model was captured" in warning for warning in caught) == 1
 
 
 def test_backward_to_inputs_only_does_not_contaminate():
     model, x = mlp(4, 6, 3), points(5, 4).requires_grad_()
-    gradients = one_by_one(model, x.detach())
+    gradients = oracle.energy_gradients(model, x.detach())
 
     def run(m):
         oracle.energy(m(x)).backward(inputs=[x])
@@ -390,7 +374,9 @@ def test_backward_to_inputs_only_does_not_contaminate():
 def test_two_losses_through_one_retained_graph_are_one_loss(zeroed):
     """The gradients of a layer's output add up before they are squared; those that `zero_grad` discards do not."""
     model, x = mlp(4, 6, 3), points(5, 4)
-    gradients = one_by_one(model, x, lambda out: out.sin().sum() + (0 if zeroed else 1) * out.square().sum())
+    gradients = oracle.sample_gradients(
+        model, [lambda m, x=x: m(x).sin().sum() + (0 if zeroed else 1) * m(x).square().sum() for x in x.split(1)]
+    )
     optimizer = NGPlus(model, lr=1e-9, damping=0.3, update_every=1)
     out = model(x)
     (out.square().sum() / 5).backward(retain_graph=True)
@@ -408,7 +394,7 @@ def test_accumulated_micro_batches_are_one_batch(sizes, joint, samples):
     """One backward a micro-batch, or one for the sum of unequal ones; the loss is divided by all samples."""
     model = mlp(4, 6, 3)
     x = points(sum(sizes), 4)
-    gradients = one_by_one(model, x)
+    gradients = oracle.energy_gradients(model, x)
     optimizer = NGPlus(model, lr=1e-9, damping=0.3, update_every=1, samples=samples, solver="dense")
     losses = [oracle.energy(model(part)) / len(x) for part in x.split(sizes)]
     if joint:
@@ -423,7 +409,7 @@ def test_accumulated_micro_batches_are_one_batch(sizes, joint, samples):
 @pytest.mark.parametrize("solver", ["auto", "dense", "low_rank"])
 @pytest.mark.parametrize("lengths", [(1, 3), (3, 1), (1, 3, 1, 2)])
 def test_micro_batches_with_and_without_positions_are_one_batch(solver, lengths):
-    """A sequence of length one comes in as vectors would, and its samples count beside those of longer ones."""
+    """A sequence of length one comes in as vectors would, and its samples count like those of longer ones."""
     model = Wired(lambda m, x: m.a(x).tanh().mean(1), a=nn.Linear(12, 12))
     xs = [points(2, length, 12) for length in lengths]
     losses = [lambda m, x=x, i=i: oracle.energy(m(x[i : i + 1])) for x in xs for i in range(len(x))]
@@ -437,7 +423,7 @@ def test_micro_batches_with_and_without_positions_are_one_batch(solver, lengths)
 
 def test_max_samples_holds_over_micro_batches():
     model, x = mlp(4, 6, 3), points(6, 4)
-    gradients = one_by_one(model, x)
+    gradients = oracle.energy_gradients(model, x)
     optimizer = NGPlus(model, lr=1e-9, damping=0.3, update_every=1, max_samples=4)
     for part in x.split([3, 2, 1]):
         (oracle.energy(model(part)) / 6).backward()
@@ -447,7 +433,7 @@ def test_max_samples_holds_over_micro_batches():
 
 def test_a_summed_loss_gives_the_same_curvature_and_a_larger_gradient():
     model, x = mlp(4, 6, 3), points(5, 4)
-    gradients = one_by_one(model, x)
+    gradients = oracle.energy_gradients(model, x)
     expected = {matrix: 5 * D for matrix, D in oracle.directions(gradients, 0.3).items()}
     oracle.descend(model, lambda m: oracle.energy(m(x)), damping=0.3, loss_reduction="sum")
     assert oracle.error(model, expected) <= 1e-10
@@ -455,7 +441,7 @@ def test_a_summed_loss_gives_the_same_curvature_and_a_larger_gradient():
 
 def test_zero_grad_forgets_what_was_summed():
     model, x = mlp(4, 6, 3), points(5, 4)
-    gradients = one_by_one(model, x)
+    gradients = oracle.energy_gradients(model, x)
     optimizer = NGPlus(model, lr=1e-9, damping=0.3, update_every=1)
     model(points(5, 4)).sum().backward()
     optimizer.zero_grad()
@@ -470,7 +456,7 @@ def test_zero_grad_forgets_what_was_summed():
 @pytest.mark.parametrize("sparse", [False, True])
 def test_the_models_zero_grad_forgets_a_backward_without_a_step(sparse, set_to_none, factor, optimizer):
     """As after a step that a scaler skipped."""
-    torch.manual_seed(0)
+    seed_cpu(0)
     start = nn.Embedding(9, 3, sparse=sparse).double() if sparse else nn.Linear(4, 3).double()
     x, other = [torch.randint(9, (n, 4)) if sparse else points(n, 4) for n in (5, 3)]
     moved = []
@@ -520,10 +506,10 @@ EMPTY = {
 @pytest.mark.parametrize("samples", ["batch", "rows"])
 @pytest.mark.parametrize("case", EMPTY)
 def test_an_empty_batch_on_a_curvature_step_is_as_if_it_had_not_been(case, samples, optimizer):
-    """Alone it gives no curvature; beside others, before or after them, it changes nothing of theirs."""
+    """Alone it gives no curvature; together with others, before or after them, it changes nothing of theirs."""
     make, shape, empty = EMPTY[case]
     options = {} if optimizer is KFAC else {"samples": samples}
-    torch.manual_seed(0)
+    seed_cpu(0)
     start = make().double()
     whole = torch.randint(9, (5, *shape)) if isinstance(start, nn.Embedding | nn.EmbeddingBag) else points(5, *shape)
     nothing = torch.zeros(empty, dtype=whole.dtype)
@@ -545,6 +531,7 @@ def test_an_empty_batch_on_a_curvature_step_is_as_if_it_had_not_been(case, sampl
     assert not curvature
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors is a no-op:UserWarning")  # of torch
 @pytest.mark.parametrize("kind", ["model", "parameters"])
 def test_a_weight_without_entries_is_no_layer(kind):
     model = nn.ModuleList([nn.Linear(0, 3), nn.Linear(4, 3)])
@@ -563,7 +550,7 @@ def test_a_weight_without_entries_is_no_layer(kind):
 
 
 @pytest.mark.parametrize("way", ["deepcopy", "pickle", "save"])
-def test_a_model_can_be_copied_while_it_is_watched(way):
+def test_a_model_can_be_copied_while_it_is_captured(way):
     model, x = mlp(4, 3), points(5, 4)
     optimizer = NGPlus(model, lr=0.1, update_every=1)
     model(x).sum().backward()

@@ -4,7 +4,6 @@ import copy
 import random
 import warnings
 
-import oracle
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,23 +11,29 @@ from torch import nn
 from torch.func import functional_call
 
 from ngplus import NGPlus
-from ngplus.completeness import Comparison, MatrixEntries, MatrixSums, Spread, TableEntries, draw, values_of
-from ngplus.factors import Bags, Dense, OneHot
-from ngplus.gfim import Part
+from ngplus.capture.completeness import (
+    Comparison,
+    MatrixEntries,
+    MatrixSums,
+    Spread,
+    TableEntries,
+    draw_entries,
+    read_values,
+)
+from ngplus.factors.dense import Dense
+from ngplus.factors.embedding import Bags, OneHot
+from ngplus.factors.im2col import Patches
+from ngplus.factors.pair import FactorPair
 from ngplus.layers import find_layers
-from ngplus.patches import Patches
+from tests.ngplus import oracle
+from tests.ngplus.cases import points, recorded_warnings, seed_cpu
 
 DAMPING = 0.3
 REASON = "has a gradient that is not the sum of its captured uses"
 
 
-def points(*shape):
-    torch.manual_seed(1)
-    return torch.randn(shape, dtype=torch.float64)
-
-
 class Fused(torch.autograd.Function):
-    """x Wᵀ, of which nothing is seen."""
+    """x Wᵀ, of which nothing is captured."""
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -46,7 +51,7 @@ class Language(nn.Module):
 
     def __init__(self, fused=False, width=5):
         super().__init__()
-        torch.manual_seed(0)
+        seed_cpu(0)
         self.table = nn.Embedding(11, width)
         self.layer = nn.Linear(width, width)
         self.fused = fused
@@ -92,7 +97,7 @@ PARTIAL = {
     "fast weights": (Language, fast_weights, {"table.weight", "layer.weight"}),
     "a function of the functional interface": (
         Language,
-        lambda m, x: oracle.energy(m(x)) + torch.func.vmap(lambda v: m.layer.weight @ v)(points(3, 5)).sum(),
+        lambda m, x: oracle.energy(m(x)) + torch.func.vmap(lambda v: m.layer.weight @ v)(points(3, 5, seed=1)).sum(),
         {"layer.weight"},
     ),
 }
@@ -104,10 +109,9 @@ def step(model, loss, x, pieces=1, **options):
     for part in x.chunk(pieces):
         loss(model, part).backward()
     before = {name: p.grad.clone() for name, p in model.named_parameters()}
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with recorded_warnings() as caught:
         optimizer.step()
-    return optimizer, before, [str(w.message) for w in caught]
+    return optimizer, before, caught
 
 
 @pytest.mark.parametrize("case", PARTIAL)
@@ -125,6 +129,56 @@ def test_a_weight_with_uses_that_are_not_captured_goes_to_the_base(case, pieces,
     for name in partial:
         assert name in messages[0]
         assert torch.equal(dict(model.named_parameters())[name].grad, before[name])
+
+
+BIAS_REASON = "has a bias whose gradient is not the sum of its captured uses"
+
+
+def biased_models():
+    return {
+        "linear": (nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)), "2"),
+        "wide": (nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3000)), "2"),
+        "convolution": (nn.Sequential(nn.Unflatten(1, (1, 5)), nn.Conv1d(1, 6, 3)), "1"),
+        "grouped": (nn.Sequential(nn.Unflatten(1, (1, 5)), nn.Conv1d(1, 4, 1), nn.Conv1d(4, 6, 3, groups=2)), "2"),
+    }
+
+
+@pytest.mark.parametrize("name", biased_models())
+@pytest.mark.parametrize("use", ["none", "added to the output", "penalty", "frozen bias"])
+def test_a_bias_that_is_used_in_the_loop_too_leaves_its_layer_to_the_base(name, use):
+    model, last = biased_models()[name]
+    model = model.double()
+    layer = model.get_submodule(last)
+    if use == "frozen bias":
+        layer.bias.requires_grad_(False)
+    optimizer = NGPlus(model, lr=1e-12, damping=DAMPING, update_every=1)
+    x = points(8, 5)
+    output = model(x)
+    if use == "added to the output":
+        output = output + (layer.bias if output.dim() == 2 else layer.bias[:, None])
+    loss = output.square().sum() / 8 + (layer.bias.square().sum() if use == "penalty" else 0)
+    loss.backward()
+    before = layer.bias.grad
+    with recorded_warnings() as caught:
+        optimizer.step()
+    if use in ("none", "frozen bias"):
+        assert caught == []
+        assert f"{last}.weight" in optimizer.curvature
+    else:
+        (message,) = caught
+        assert message.startswith(f"{last}.weight {BIAS_REASON}")
+        assert f"{last}.weight" not in optimizer.curvature
+        assert torch.equal(layer.bias.grad, before)
+
+
+def test_the_biases_of_attention_are_compared_each_in_its_part():
+    model = nn.MultiheadAttention(4, 2, kdim=3, vdim=5).double()
+    optimizer = NGPlus(model, lr=1e-12, damping=DAMPING, update_every=1)
+    output, _ = model(points(3, 6, 4), points(3, 6, 3), points(3, 6, 5), need_weights=False)
+    (output.square().sum() / 6 + model.in_proj_bias[8:].exp().sum()).backward()
+    with pytest.warns(UserWarning, match=f"^v_proj_weight {BIAS_REASON}"):
+        optimizer.step()
+    assert set(optimizer.curvature) == {"q_proj_weight", "k_proj_weight", "out_proj.weight"}
 
 
 @pytest.mark.parametrize("zeros", [False, True])
@@ -161,7 +215,7 @@ def test_gradients_whose_rows_add_up_to_zero_are_no_other_source(classes, dtype)
     assert len(optimizer.curvature) == 2
 
 
-def test_a_partial_capture_is_accepted_where_one_says_so():
+def test_a_partial_capture_is_accepted_with_the_option_for_it():
     build, loss, _ = PARTIAL["a penalty"]
     optimizer, _, messages = step(build(), loss, torch.randint(11, (6, 4)), partial_capture="accept")
     assert set(optimizer.curvature) == {"table.weight", "layer.weight"}
@@ -201,7 +255,7 @@ def discarded(model, optimizer):
 
 
 @pytest.mark.parametrize("between", [clipped, masked, discarded])
-def test_what_a_loop_does_to_gradients_after_backward_is_no_other_source(between):
+def test_changing_gradients_after_backward_is_not_reported_as_another_source(between):
     model, index = Language(), torch.randint(11, (6, 4))
     optimizer = NGPlus(model, lr=1e-12, damping=DAMPING, update_every=1)
     oracle.energy(model(index)).backward()
@@ -243,7 +297,7 @@ TASKS = {
 class TwoHeads(nn.Module):
     def __init__(self):
         super().__init__()
-        torch.manual_seed(0)
+        seed_cpu(0)
         self.trunk, self.a, self.b = nn.Linear(4, 5), nn.Linear(5, 2), nn.Linear(5, 3)
         self.double()
 
@@ -292,21 +346,23 @@ LAYERS = {
 
 def part_of(module, samples=4, positions=3):
     """A use of a layer with random factors, and the gradient that it makes."""
-    torch.manual_seed(0)
+    seed_cpu(0)
     weight = module.weight
     if isinstance(module, nn.Embedding):
         index = torch.randint(len(weight), (samples, positions))
         columns = points(samples, 1, weight.shape[1], positions)
-        part = Part(OneHot(index, len(weight), torch.float64), Dense(columns))
+        part = FactorPair(OneHot(index, len(weight), torch.float64), Dense(columns))
     elif isinstance(module, nn.Linear):
-        part = Part(
+        part = FactorPair(
             Dense(points(samples, 1, weight.shape[0], positions)), Dense(points(samples, 1, weight.shape[1], positions))
         )
     else:
         images = points(samples, module.in_channels, *[7] * (weight.dim() - 2))
         zeros = tuple((p, p) for p in module.padding)
         columns = Patches(images, module.kernel_size, module.stride, module.dilation, zeros, module.groups)
-        part = Part(Dense(points(samples, module.groups, len(weight) // module.groups, columns.positions)), columns)
+        part = FactorPair(
+            Dense(points(samples, module.groups, len(weight) // module.groups, columns.positions)), columns
+        )
     gradient = torch.einsum("bgmk,bgnk->gmn", part.rows.dense(), part.columns.dense()).reshape(weight.shape)
     return part, gradient
 
@@ -318,7 +374,7 @@ def test_the_compared_entries_of_uses_and_of_the_gradient_agree(name, seed, outp
     module = copy.deepcopy(LAYERS[name]).double()
     (layer,) = find_layers(module)
     part, gradient = part_of(module)
-    entries = draw(layer, layer.shape(None), output_size, random.Random(seed))
+    entries = draw_entries(layer, layer.shape(None), output_size, random.Random(seed))
     products, place = entries.products(part)
     assert place == 0
     torch.testing.assert_close(products.sum(dim=(0, 2)), entries.of_gradient(gradient))
@@ -335,24 +391,24 @@ def test_what_is_added_to_a_gradient_is_found(name, seed, output_size):
     (layer,) = find_layers(module)
     part, gradient = part_of(module)
     for extra, complete in ((0.0, True), (1e-12, True), (1e-5, False), (float("nan"), True)):
-        entries = draw(layer, layer.shape(None), output_size, random.Random(seed))
+        entries = draw_entries(layer, layer.shape(None), output_size, random.Random(seed))
         comparison = Comparison(entries)
         comparison.add_use(part, torch.float64)
         comparison.add_gradient(gradient * (1 + extra))
-        values = values_of([comparison.vectors(None)])[0]
+        values = read_values([comparison.vectors(None)])[0]
         assert comparison.is_complete(values) == (complete or not entries.of_gradient(gradient).any())
 
 
 @pytest.mark.parametrize("output_size", [0, 10**6])
 def test_slices_of_a_weight_are_compared_at_their_place(output_size):
     layer = find_layers(nn.MultiheadAttention(4, 2).double())[0]
-    entries = draw(layer, layer.shape(None), output_size, random.Random(3))
+    entries = draw_entries(layer, layer.shape(None), output_size, random.Random(3))
     gradient = torch.zeros(12, 4, dtype=torch.float64)
     total = torch.zeros(entries.count, dtype=torch.float64)
     for first in (0, 4, 8):
         rows, columns = points(5, 1, 4, 2), points(5, 1, 4, 2) + first
         gradient[first : first + 4] = torch.einsum("bgmk,bgnk->mn", rows, columns)
-        products, place = entries.products(Part(Dense(rows, first_row=first, full_size=12), Dense(columns)))
+        products, place = entries.products(FactorPair(Dense(rows, first_row=first, full_size=12), Dense(columns)))
         total[place : place + products.shape[1]] += products.sum(dim=(0, 2))
     torch.testing.assert_close(total, entries.of_gradient(gradient))
 
@@ -360,23 +416,23 @@ def test_slices_of_a_weight_are_compared_at_their_place(output_size):
 @pytest.mark.parametrize("output_size", [0, 10**6])
 def test_a_table_that_is_a_linear_layers_weight_too_is_compared_row_by_row(output_size):
     layer = find_layers(nn.Linear(5, 9).double())[0]
-    entries = draw(layer, layer.shape(None), output_size, random.Random(0))
+    entries = draw_entries(layer, layer.shape(None), output_size, random.Random(0))
     index, columns = torch.randint(9, (4, 3)), points(4, 1, 5, 3)
-    looked_up = OneHot(index, 9, torch.float64)
-    gradient = torch.einsum("bgmk,bgnk->mn", looked_up.dense(), columns)
+    row_sparse = OneHot(index, 9, torch.float64)
+    gradient = torch.einsum("bgmk,bgnk->mn", row_sparse.dense(), columns)
     torch.testing.assert_close(
-        entries.products(Part(looked_up, Dense(columns)))[0].sum((0, 2)), entries.of_gradient(gradient)
+        entries.products(FactorPair(row_sparse, Dense(columns)))[0].sum((0, 2)), entries.of_gradient(gradient)
     )
     bags = Bags(index.flatten(), torch.arange(4).repeat_interleave(3), points(12), 4, 9)
     gradient = torch.einsum("bgmk,bgnk->mn", bags.dense(), columns[..., :1])
-    products = entries.products(Part(bags, Dense(columns[..., :1])))[0]
+    products = entries.products(FactorPair(bags, Dense(columns[..., :1])))[0]
     torch.testing.assert_close(products.sum((0, 2)), entries.of_gradient(gradient))
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 8, 30])
 def test_spread_rows_are_found_in_every_large_slice(size):
     for seed in range(5):
-        spread = Spread.drawn(size, min(8, size), random.Random(seed))
+        spread = Spread.draw(size, min(8, size), random.Random(seed))
         numbers = list(range(size))[spread.as_slice]
         assert len(numbers) == min(8, size)
         for first in range(size):

@@ -1,46 +1,28 @@
 """Every way to keep and to invert L or R, against plain loops and closed forms in float64."""
 
 import copy
-import itertools
 
-import oracle
 import pytest
 import torch
 from torch import nn
 
 from ngplus import NGPlus
 from ngplus.baselines import SENG
-from ngplus.gfim import Shape
-from ngplus.preconditioner import (
-    DenseInverse,
-    LowRankInverse,
-    SketchedInverse,
-    from_tensors,
-    low_rank,
-    same_batch_direction,
-)
+from ngplus.layers import MatrixShape
+from ngplus.solvers.dense import DenseInverse
+from ngplus.solvers.low_rank import LowRankInverse, invert_low_rank, precondition_same_batch
+from ngplus.solvers.registry import unpack_first_layout
+from ngplus.solvers.sketched import SketchedInverse
+from tests.ngplus import oracle
+from tests.ngplus.cases import mlp, points, seed_cpu
 
 DAMPING = 0.3
 
 
-def mlp(*sizes, dtype=torch.float64, seed=0):
-    torch.manual_seed(seed)
-    layers = [nn.Linear(i, o) for i, o in itertools.pairwise(sizes)]
-    return nn.Sequential(*[part for layer in layers for part in (layer, nn.Tanh())]).to(dtype)
-
-
 def images(dtype=torch.float64):
-    torch.manual_seed(0)
+    seed_cpu(0)
     head = nn.Sequential(nn.Flatten(), nn.Linear(6 * 9, 3))
     return nn.Sequential(nn.Conv2d(2, 6, 3, groups=2, padding=1), nn.Tanh(), nn.MaxPool2d(2), *head).to(dtype)
-
-
-def points(*shape, seed=1):
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def gradients_of(model, *inputs):
-    return oracle.sample_gradients(model, oracle.sample_losses(*inputs))
 
 
 def stepped(model, x, **options):
@@ -60,7 +42,7 @@ def test_a_sample_is_a_batch_element_or_a_row(samples, solver, dtype):
 
 
 @pytest.mark.parametrize("samples", ["batch", "rows"])
-def test_the_loss_may_be_a_sum(samples):
+def test_a_summed_loss_has_the_curvature_of_single_samples(samples):
     """The curvature stays that of single samples; the gradient is as large as the sum's."""
     x = points(5, 3, 4)
     summed, mean = mlp(4, 6, 3), mlp(4, 6, 3)
@@ -85,7 +67,7 @@ def test_max_samples_uses_the_first_ones(used, solver):
 @pytest.mark.parametrize("solver", ["auto", "dense", "low_rank"])
 def test_the_released_rule_adds_the_root_of_the_damping(solver):
     model, x = mlp(4, 30, 3), points(5, 4)
-    expected = oracle.directions(gradients_of(model, x), DAMPING**0.5)
+    expected = oracle.directions(oracle.energy_gradients(model, x), DAMPING**0.5)
     optimizer = stepped(model, x, damping_rule="released", solver=solver)
     assert oracle.error(model, expected) <= 1e-10
     assert optimizer.curvature["0.weight"].damping == DAMPING**0.5
@@ -117,13 +99,13 @@ def test_several_steps_are_those_of_a_plain_loop(kind, block_size, ema, update_e
 
 def test_the_moving_average_starts_from_the_first_matrix_and_not_from_zero():
     model, x = mlp(4, 3), points(5, 4)
-    (samples,) = gradients_of(model, x).values()
+    (samples,) = oracle.energy_gradients(model, x).values()
     optimizer = stepped(model, x, ema=0.9)
     (average,) = optimizer.curvature["0.weight"].average
     torch.testing.assert_close(average, oracle.second_moment(samples), rtol=1e-12, atol=1e-12)
 
 
-def test_a_change_of_damping_waits_for_the_next_curvature_step():
+def test_a_change_of_damping_takes_effect_on_the_next_curvature_step():
     model, x = mlp(4, 3), points(5, 4)
     optimizer = NGPlus(model, lr=1e-9, damping=0.3, update_every=2)
     seen = []
@@ -177,7 +159,7 @@ def test_every_exact_solver_gives_the_same_direction(sizes):
             assert (a.grad - b.grad).norm() <= 1e-11 * b.grad.norm()
 
 
-def test_auto_takes_low_rank_where_the_batch_is_small_beside_the_matrix():
+def test_auto_takes_low_rank_where_the_batch_is_small_compared_with_the_matrix():
     for batch, kind in ((4, LowRankInverse), (5, LowRankInverse), (6, DenseInverse), (40, DenseInverse)):
         optimizer = stepped(mlp(19, 11), points(batch, 19))
         assert kinds(optimizer) == [kind], batch
@@ -198,7 +180,7 @@ def test_low_rank_is_dense_where_there_are_more_samples_than_rows():
 
 def test_low_rank_counts_micro_batches_together():
     model, x = mlp(19, 11), points(6, 19)
-    gradients = gradients_of(model, x)
+    gradients = oracle.energy_gradients(model, x)
     optimizer = NGPlus(model, lr=1e-9, damping=DAMPING, update_every=1)
     for part in x.split(3):
         (oracle.energy(model(part)) / 6).backward()
@@ -216,8 +198,8 @@ def test_low_rank_of_samples_that_repeat_is_exact_however_large_they_are(scale, 
     Q, S, _ = torch.linalg.svd(U.double(), full_matrices=False)
     Q, S = Q[:, :3], S[:3].square()
     expected = G[0] - Q @ ((S / (S + DAMPING))[:, None] * (Q.T @ G[0]))
-    made = low_rank(U, DAMPING)
-    direction = made.apply(G.to(dtype).clone())[0].double() * DAMPING
+    made = invert_low_rank(U, DAMPING)
+    direction = made.apply(G.to(dtype).clone(), None, "left")[0][0].double() * DAMPING
     assert float((direction - expected).norm() / expected.norm()) < (1e-10 if dtype == torch.float64 else 1e-5)
 
 
@@ -245,14 +227,13 @@ def test_low_rank_is_as_exact_as_the_explicit_inverse(side, bias, same, rank, ra
         damping = float(torch.linalg.matrix_norm(L, 2)) / ratio
         damped = L + damping * torch.eye(64, dtype=torch.float64)
         exact = torch.cholesky_solve(G.double(), torch.linalg.cholesky(damped))
-        made, whole = low_rank(U, damping), (G if side == "left" else G.T).contiguous()
+        made, whole = invert_low_rank(U, damping), (G if side == "left" else G.T).contiguous()
         assert (made.refinement is None) == (ratio < 10)
         if bias:
-            direction, column = whole[:, :-1].contiguous(), whole[:, -1].contiguous()
-            made.turn(direction, column, left=side == "left")
-            direction = torch.cat([direction, column.unsqueeze(1)], dim=1)
+            D, d = made.apply(whole[None, :, :-1].contiguous(), whole[None, :, -1:].contiguous(), side)
+            direction = torch.cat([D, d], dim=2)[0]
         else:
-            direction = made.apply(whole[None])[0] if side == "left" else made.apply_right(whole[None])[0]
+            direction = made.apply(whole[None], None, side)[0][0]
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped)).float()
         for name, found in (
             ("low rank", direction if side == "left" else direction.T),
@@ -262,25 +243,26 @@ def test_low_rank_is_as_exact_as_the_explicit_inverse(side, bias, same, rank, ra
     assert errors["low rank"] <= max(1.5 * errors["explicit inverse"], 1e-6)
 
 
-def test_what_refines_a_low_rank_direction_is_saved_and_older_states_go_without():
+def test_refinement_of_a_low_rank_direction_is_saved_and_older_states_load_without_it():
     U, G = graded(20, 30, 8, seed=0)
-    made = low_rank(U, 1e-4 * float(torch.linalg.matrix_norm(U, 2)) ** 2)
+    made = invert_low_rank(U, 1e-4 * float(torch.linalg.matrix_norm(U, 2)) ** 2)
     kept = made.tensors()
-    shape = Shape(groups=1, rows=20, columns=30)
-    loaded = from_tensors(kept, shape)
-    assert torch.equal(loaded.apply(G[None].clone()), made.apply(G[None].clone()))
-    older = from_tensors({name: tensor for name, tensor in kept.items() if name != "refinement"}, shape)
-    plain = LowRankInverse(made.columns, made.damping).apply(G[None].clone())
-    assert torch.equal(older.apply(G[None].clone()), plain)
+    shape = MatrixShape(groups=1, rows=20, columns=30)
+    loaded = unpack_first_layout(kept, shape)
+    refined = made.apply(G[None].clone(), None, "left")[0]
+    assert torch.equal(loaded.apply(G[None].clone(), None, "left")[0], refined)
+    older = unpack_first_layout({name: tensor for name, tensor in kept.items() if name != "refinement"}, shape)
+    plain = LowRankInverse(made.columns, made.damping).apply(G[None].clone(), None, "left")[0]
+    assert torch.equal(older.apply(G[None].clone(), None, "left")[0], plain)
 
 
 def test_low_rank_of_no_samples_is_the_damping_alone():
-    made = low_rank(torch.empty(6, 0), 0.5)
-    torch.testing.assert_close(made.apply(torch.ones(1, 6, 2)), torch.full((1, 6, 2), 2.0))
+    made = invert_low_rank(torch.empty(6, 0), 0.5)
+    torch.testing.assert_close(made.apply(torch.ones(1, 6, 2), None, "left")[0], torch.full((1, 6, 2), 2.0))
 
 
 def test_same_batch_direction_is_that_of_low_rank():
-    torch.manual_seed(0)
+    seed_cpu(0)
     a, g = points(4, 9, seed=1), points(4, 7, seed=2)  # (b, n), (b, m)
     norms = a.norm(dim=1)
     U = (g * norms[:, None]).T / 4**0.5
@@ -288,20 +270,20 @@ def test_same_batch_direction_is_that_of_low_rank():
     G = g.T @ a / 4
     torch.testing.assert_close(U @ sides, G)
     expected = oracle.direction((U @ U.T)[None], G[None], DAMPING)[0]
-    torch.testing.assert_close(same_batch_direction(U, sides, DAMPING), expected, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(precondition_same_batch(U, sides, DAMPING), expected, rtol=1e-11, atol=1e-12)
 
 
 def test_same_batch_direction_names_a_damping_that_is_too_small():
     U = torch.full((3, 2), float("nan"))
     with pytest.raises(ValueError, match=r"not positive definite at damping=0\.3"):
-        same_batch_direction(U, torch.ones(2, 4), DAMPING)
+        precondition_same_batch(U, torch.ones(2, 4), DAMPING)
 
 
 # Sketches (15)(16)(17) ----------------------------------------------------------------------------------------------
 
 
 def sketched_least_squares(U, G, drawn, damping):
-    """D = argmin ‖ΩUD − ΩG‖² + λ‖D‖², then (G − UD)/λ, with Ω the scaled rows drawn."""
+    """D = argmin ‖ΩUD − ΩG‖² + λ‖D‖², then (G − UD)/λ, with Ω the scaled sampled rows."""
     Omega = torch.eye(len(U), dtype=torch.float64)[drawn] * (len(U) / len(drawn)) ** 0.5
     stacked = torch.cat([Omega @ U, damping**0.5 * torch.eye(U.shape[1], dtype=torch.float64)])
     target = torch.cat([Omega @ G, torch.zeros(U.shape[1], G.shape[1], dtype=torch.float64)])
@@ -312,28 +294,28 @@ def sketched_least_squares(U, G, drawn, damping):
 @pytest.mark.parametrize("size", [1, 6, 11])
 def test_sketched_solver_is_the_sketched_least_squares_with_the_same_rows(size, sizes):
     model, x = mlp(*sizes), points(4, sizes[0])
-    ((matrix, samples),) = gradients_of(model, x).items()
+    ((matrix, samples),) = oracle.energy_gradients(model, x).items()
     optimizer = stepped(model, x, solver="sketched", sketch_size=size)
     kept = optimizer.curvature["0.weight"].preconditioner
     assert isinstance(kept, SketchedInverse)
-    assert kept.drawn.shape == (size,)
+    assert kept.sampled.shape == (size,)
     short_first = [G[0] if G.shape[1] <= G.shape[2] else G[0].T for G in samples]
     spectra = [torch.linalg.svd(G) for G in short_first]
     U = torch.stack([u[:, 0] * s[0] for u, s, _ in spectra], dim=1) / len(samples) ** 0.5  # κ = 1: each of rank one
-    D = sketched_least_squares(U, sum(short_first) / len(samples), kept.drawn, DAMPING)
+    D = sketched_least_squares(U, sum(short_first) / len(samples), kept.sampled, DAMPING)
     ours = oracle.gradient_matrix(model, matrix)[0]
     torch.testing.assert_close(ours if len(ours) == len(D) else ours.T, D, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("case", ["linear, left", "linear, right", "convolution", "mini-batch"])
 def test_sampled_columns_give_the_matrix_on_average(case):
-    """Equation (17): the mean over many draws lies within a few standard errors of L (or R)."""
+    """Equation (17): the mean over many samples is within a few standard errors of L (or R)."""
     if case == "convolution":
         model, x = nn.Conv2d(2, 3, 2).double(), points(3, 2, 5, 5)
     else:
         model = nn.Linear(9, 4).double() if case != "linear, right" else nn.Linear(3, 9).double()
         x = points(3, 4, model.in_features)
-    ((_, samples),) = gradients_of(model, x).items()
+    ((_, samples),) = oracle.energy_gradients(model, x).items()
     if case == "mini-batch":
         samples = [sum(samples) / len(samples)]
     L = oracle.second_moment(samples)[0]
@@ -363,7 +345,7 @@ def test_sampled_columns_give_the_matrix_on_average(case):
         (SENG, {"sketch_size": 5}),
     ],
 )
-def test_sketches_are_drawn_where_the_generator_is_and_not_on_the_default_device(optimizer, options):
+def test_sketches_are_sampled_on_the_generators_device_and_not_on_the_default_one(optimizer, options):
     moved = []
     for device in ("cpu", "meta"):
         model, x = mlp(4, 9, 3), points(5, 2, 4)
@@ -448,14 +430,14 @@ def test_mini_batch_with_parameters_takes_each_as_out_times_rest(form):
     assert expected is None or list(optimizer.curvature) == expected
 
 
-def test_mini_batch_watches_nothing():
+def test_mini_batch_curvature_captures_nothing():
     optimizer = NGPlus(mlp(4, 3), update_every=1, curvature="mini_batch")
-    assert optimizer._capture is None
+    assert optimizer._recorder is None
 
 
 @pytest.mark.parametrize("rows", [9, 3])
 def test_mini_batch_of_a_sparse_gradient_is_that_of_the_dense_one(rows):
-    torch.manual_seed(0)
+    seed_cpu(0)
     dense = nn.Embedding(rows, 4).double()
     sparse = nn.Embedding(rows, 4, sparse=True).double()
     sparse.load_state_dict(dense.state_dict())
@@ -483,17 +465,17 @@ def test_mini_batch_of_a_sparse_gradient_is_that_of_the_dense_one(rows):
     ],
 )
 @pytest.mark.parametrize("sizes", [(4, 6, 3), (19, 40, 7)])
-def test_single_precision(sizes, options):
+def test_every_solver_matches_the_oracle_in_single_precision(sizes, options):
     oracle.check(mlp(*sizes, dtype=torch.float32), points(5, sizes[0]).float(), **options)
 
 
 # What is kept -------------------------------------------------------------------------------------------------------
 
 
-def test_a_layers_state_reads_well_and_counts_its_numbers():
+def test_a_layers_state_prints_its_form_and_counts_its_elements():
     optimizer = stepped(mlp(4, 6, 3), points(5, 4), ema=0.5, solver="dense")
     assert str(optimizer.curvature["0.weight"]) == (
-        "LayerState(matrix 6×5, DenseInverse of λI + R, damping 0.3, 1 updates, 50 numbers kept)"
+        "LayerState(matrix 6×5, DenseInverse of λI + R, damping 0.3, 1 updates, 50 elements kept)"
     )
     optimizer = stepped(images(), points(4, 2, 6, 6))
     assert str(optimizer.curvature["0.weight"]).startswith("LayerState(matrix 2×3×10, DenseInverse of λI + L")
@@ -505,7 +487,7 @@ def test_a_layers_state_reads_well_and_counts_its_numbers():
 @pytest.mark.parametrize("samples", [3, 40])
 def test_the_share_is_that_of_the_largest_eigenvalue(options, samples):
     model, x = mlp(9, 7, 12), points(samples, 9)
-    moments = {m.weight: oracle.second_moment(G) for m, G in gradients_of(model, x).items()}
+    moments = {m.weight: oracle.second_moment(G) for m, G in oracle.energy_gradients(model, x).items()}
     optimizer = stepped(model, x, **options)
     damping = DAMPING**0.5 if "damping_rule" in options else DAMPING
     for name, state in optimizer.curvature.items():
@@ -513,7 +495,7 @@ def test_the_share_is_that_of_the_largest_eigenvalue(options, samples):
         assert state.share() == pytest.approx(float(largest / (damping + largest)), rel=1e-9)
 
 
-def test_the_share_of_no_curvature_is_nothing_and_that_of_a_sketch_is_not_known():
+def test_the_share_is_zero_without_curvature_and_unknown_for_a_sketch():
     model, x = mlp(3, 3), points(4, 3)
     flat = oracle.descend(model, lambda m: 0 * m(x).sum(), damping=DAMPING)
     assert [state.share() for state in flat.curvature.values()] == [0.0]

@@ -1,12 +1,12 @@
-"""Saving and loading by `torch.distributed.checkpoint`: what is asked, what is filled in, and what goes on from it."""
+"""Saving and loading by `torch.distributed.checkpoint`: entries of a state, filling in, and resuming."""
 
 import copy
+import functools
 import warnings
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -19,7 +19,8 @@ from torch.optim import SGD, Adagrad, Adam
 
 from ngplus import NGPlus
 from ngplus.baselines import KFAC, SENG, Shampoo
-from ngplus.preconditioner import SketchedInverse
+from ngplus.solvers.sketched import SketchedInverse
+from tests.ngplus.cases import mlp_with_norm, parameters_equal, train
 
 SETTINGS = {
     "sgd": {"base": SGD},
@@ -37,33 +38,13 @@ SETTINGS = {
 FORMS = {"plain": StateDictOptions(), "flattened": StateDictOptions(flatten_optimizer_state_dict=True)}
 
 
-def network(dtype=torch.float64, seed=0):
-    """Two matrices, and a norm that goes to the base."""
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 3)).to(dtype)
-
-
 def optimizer_for(model, settings):
     options = dict(SETTINGS[settings])
     return options.pop("kind", NGPlus)(model, lr=0.01, damping=0.3, update_every=3, **options)
 
 
-def train(model, optimizer, steps):
-    weight = next(model.parameters())
-    for step in steps:
-        x = torch.randn((5, 4), dtype=weight.dtype, generator=torch.Generator().manual_seed(step))
-        optimizer.zero_grad()
-        model(x).square().mean().backward()
-        optimizer.step()
-    optimizer.zero_grad()
-
-
-def same(one, other):
-    return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
-
-
 class App(dcp.stateful.Stateful):
-    """What torch's tutorial saves: an object that asks the state dicts of a model and its optimizer."""
+    """What torch's tutorial saves: an object that gets the state dicts of a model and its optimizer."""
 
     def __init__(self, model, optimizer, options):
         self.model, self.optimizer, self.options = model, optimizer, options
@@ -82,20 +63,26 @@ class App(dcp.stateful.Stateful):
         )
 
 
-def handed_over(app, fresh, folder):
-    fresh.load_state_dict(copy.deepcopy(app.state_dict()))
+def handed_over(app, folder):
+    """Each way saves an app, and returns what loads it into another."""
+    state = copy.deepcopy(app.state_dict())
+    return lambda fresh: fresh.load_state_dict(copy.deepcopy(state))
 
 
-def through_files(app, fresh, folder):
+def through_files(app, folder):
     save(app.state_dict(), folder)
-    filled = fresh.state_dict()  # asked of an optimizer that may have nothing yet
-    load(filled, folder)
-    fresh.load_state_dict(filled)
+
+    def into(fresh):
+        filled = fresh.state_dict()  # of an optimizer that may have no state yet
+        load(filled, folder)
+        fresh.load_state_dict(filled)
+
+    return into
 
 
-def as_an_application(app, fresh, folder):
+def as_an_application(app, folder):
     save({"app": app}, folder)
-    load({"app": fresh}, folder)
+    return lambda fresh: load({"app": fresh}, folder)
 
 
 def save(state, folder):
@@ -118,40 +105,46 @@ WAYS = [handed_over, through_files, as_an_application]
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_it_resumes_to_the_bit_from_any_step(settings, way, form, tmp_path):
     """Into an optimizer that has made no step, and into one that has."""
-    whole = network()
-    train(whole, optimizer_for(whole, settings), range(8))
+    whole, model = after_seven_steps(settings), mlp_with_norm()
+    optimizer = optimizer_for(model, settings)
     for stop in (1, 2, 3, 4):
-        model = network()
-        optimizer = optimizer_for(model, settings)
-        train(model, optimizer, range(stop))
+        train(model, optimizer, [stop - 1])
+        into = way(App(model, optimizer, FORMS[form]), tmp_path / str(stop))
         for made in (0, 2):
-            other = network(seed=5)
+            other = mlp_with_norm(seed=5)
             resumed = optimizer_for(other, settings)
             train(other, resumed, range(20, 20 + made))
-            apps = App(model, optimizer, FORMS[form]), App(other, resumed, FORMS[form])
-            way(*apps, tmp_path / f"{stop}-{made}")
-            train(other, resumed, range(stop, 8))
-            assert same(other, whole), (stop, made)
-        train(model, optimizer, range(stop, 8))
-        assert same(model, whole), stop  # saving has changed nothing
+            into(App(other, resumed, FORMS[form]))
+            train(other, resumed, range(stop, 7))
+            assert parameters_equal(other, whole), (stop, made)
+    train(model, optimizer, range(4, 7))
+    assert parameters_equal(model, whole)  # saving has changed nothing
+
+
+@functools.cache
+def after_seven_steps(settings):
+    """Of which those of number 0, 3 and 6 are curvature steps."""
+    model = mlp_with_norm()
+    train(model, optimizer_for(model, settings), range(7))
+    return model
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("settings", ["adam", "low rank", "sketched", "K-FAC"])
 def test_it_resumes_to_the_bit_in_other_precisions(settings, dtype, tmp_path):
-    model, other = network(dtype), network(dtype, seed=5)
+    model, other = mlp_with_norm(dtype), mlp_with_norm(dtype, seed=5)
     optimizer, resumed = optimizer_for(model, settings), optimizer_for(other, settings)
     train(model, optimizer, range(4))
-    through_files(*(App(*pair, FORMS["plain"]) for pair in ((model, optimizer), (other, resumed))), tmp_path)
+    through_files(App(model, optimizer, FORMS["plain"]), tmp_path)(App(other, resumed, FORMS["plain"]))
     train(model, optimizer, range(4, 8))
     train(other, resumed, range(4, 8))
-    assert same(model, other)
+    assert parameters_equal(model, other)
 
 
 @pytest.mark.parametrize("settings", ["sgd", "adam", "low rank"])
 def test_files_that_were_converted_to_one_of_torch_save_resume_to_the_bit(settings, tmp_path):
     """Converting drops dictionaries that are empty, as SGD's state of a bias is."""
-    model, other = network(), network(seed=5)
+    model, other = mlp_with_norm(), mlp_with_norm(seed=5)
     optimizer, resumed = optimizer_for(model, settings), optimizer_for(other, settings)
     train(model, optimizer, range(4))
     save(App(model, optimizer, FORMS["plain"]).state_dict(), tmp_path / "files")
@@ -159,12 +152,12 @@ def test_files_that_were_converted_to_one_of_torch_save_resume_to_the_bit(settin
     App(other, resumed, FORMS["plain"]).load_state_dict(torch.load(tmp_path / "file.pt", weights_only=True))
     train(model, optimizer, range(4, 8))
     train(other, resumed, range(4, 8))
-    assert same(model, other)
+    assert parameters_equal(model, other)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_state_is_saved_under_the_names_of_the_parameters(form):
-    model = network()
+    model = mlp_with_norm()
     optimizer = optimizer_for(model, "adam")
     train(model, optimizer, range(2))
     state = get_optimizer_state_dict(model, optimizer, options=FORMS[form])
@@ -181,26 +174,26 @@ def test_a_state_is_saved_under_the_names_of_the_parameters(form):
 
 
 @pytest.mark.parametrize("settings", ["sgd", "momentum", "low rank", "mini-batch", "Shampoo"])
-def test_asking_for_a_state_before_the_first_step_is_no_step(settings):
+def test_reading_the_state_before_the_first_step_is_no_step(settings):
     """torch has an optimizer initialize its state by a step of zeros with lr 0, which SGD does not mind."""
-    asked, plain = network(), network()
+    asked, plain = mlp_with_norm(), mlp_with_norm()
     optimizer, reference = optimizer_for(asked, settings), optimizer_for(plain, settings)
     before = copy.deepcopy(asked)
     get_optimizer_state_dict(asked, optimizer)
-    assert same(asked, before)
+    assert parameters_equal(asked, before)
     assert not optimizer.curvature
-    assert optimizer.state_dict()["param_groups"][0][optimizer._key]["steps"] == 0
+    assert optimizer.state_dict()["param_groups"][0][optimizer.key]["steps"] == 0
     train(asked, optimizer, range(7))
     train(plain, reference, range(7))
-    assert same(asked, plain)
+    assert parameters_equal(asked, plain)
     assert {name: state.updates for name, state in optimizer.curvature.items()} == {
         name: state.updates for name, state in reference.curvature.items()
     }
 
 
-def test_asking_for_a_state_before_the_first_step_counts_for_adam_as_it_does_without_ngplus():
+def test_reading_the_state_before_the_first_step_counts_for_adam_as_it_does_without_ngplus():
     """Its bias correction starts one step later, so that both runs are compared with Adam's count set."""
-    asked, counted = network(), network()
+    asked, counted = mlp_with_norm(), mlp_with_norm()
     optimizer, reference = optimizer_for(asked, "adam"), optimizer_for(counted, "adam")
     get_optimizer_state_dict(asked, optimizer)
     for parameter in counted.parameters():
@@ -208,12 +201,12 @@ def test_asking_for_a_state_before_the_first_step_counts_for_adam_as_it_does_wit
         reference.base.state[parameter].update(step=torch.tensor(1.0), **zeros)
     train(asked, optimizer, range(7))
     train(counted, reference, range(7))
-    assert same(asked, counted)
+    assert parameters_equal(asked, counted)
 
 
 def test_a_first_step_with_lr_zero_counts():
     """As a warm-up makes it: there are gradients."""
-    model = network()
+    model = mlp_with_norm()
     optimizer = NGPlus(model, lr=0.1, update_every=2)
     optimizer.param_groups[0]["lr"] = 0.0
     train(model, optimizer, [0])
@@ -222,7 +215,7 @@ def test_a_first_step_with_lr_zero_counts():
 
 
 def test_a_step_of_zeros_counts_where_there_were_others():
-    model = network()
+    model = mlp_with_norm()
     optimizer = NGPlus(model, lr=0.1, update_every=2)
     train(model, optimizer, [0])
     optimizer.param_groups[0]["lr"] = 0.0
@@ -235,17 +228,17 @@ def test_a_step_of_zeros_counts_where_there_were_others():
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("settings", ["sgd", "adam", "adagrad"])
 def test_what_was_saved_before_the_first_step_starts_a_run(settings, form, tmp_path):
-    model, other = network(), network(seed=5)
+    model, other = mlp_with_norm(), mlp_with_norm(seed=5)
     optimizer, started = optimizer_for(model, settings), optimizer_for(other, settings)
-    through_files(App(model, optimizer, FORMS[form]), App(other, started, FORMS[form]), tmp_path)
+    through_files(App(model, optimizer, FORMS[form]), tmp_path)(App(other, started, FORMS[form]))
     train(model, optimizer, range(5))
     train(other, started, range(5))
-    assert same(model, other)
+    assert parameters_equal(model, other)
 
 
-def test_a_state_that_went_through_a_fresh_optimizer_is_still_asked_whole(tmp_path):
-    """Loading what no step has touched leaves the base's state to be initialized, which torch does by a step."""
-    model = network()
+def test_a_state_loaded_into_a_fresh_optimizer_still_has_every_entry(tmp_path):
+    """Loading the state of no step leaves the base's state to be initialized, which torch does by a step."""
+    model = mlp_with_norm()
     optimizer = optimizer_for(model, "adam")
     optimizer.load_state_dict(optimizer.state_dict())
     state = get_optimizer_state_dict(model, optimizer, options=FORMS["flattened"])
@@ -255,36 +248,36 @@ def test_a_state_that_went_through_a_fresh_optimizer_is_still_asked_whole(tmp_pa
 # What does not fit -----------------------------------------------------------------------------------------------
 
 
-def test_a_sketch_is_not_loaded_where_its_core_has_no_place(tmp_path):
+def test_a_sketch_is_refused_by_an_optimizer_without_a_sketched_solver(tmp_path):
     """Loading fills the tensors that there are: an optimizer of another solver offers none for it."""
-    model, other = network(), network()
+    model, other = mlp_with_norm(), mlp_with_norm()
     optimizer, dense = optimizer_for(model, "sketched"), optimizer_for(other, "adam")
     train(model, optimizer, range(2))
     assert isinstance(optimizer.curvature["0.weight"].preconditioner, SketchedInverse)
     with pytest.raises(
         ValueError, match=r"0\.weight has no (core|drawn): it was cut short, or saved with other options"
     ):
-        through_files(App(model, optimizer, FORMS["plain"]), App(other, dense, FORMS["plain"]), tmp_path)
+        through_files(App(model, optimizer, FORMS["plain"]), tmp_path)(App(other, dense, FORMS["plain"]))
 
 
-def test_seng_whose_samples_have_no_size_beforehand_is_handed_over_whole_or_refused(tmp_path):
+def test_seng_without_known_sample_sizes_is_loaded_from_memory_and_refused_from_files(tmp_path):
     def app(seed, steps=0):
-        model = network(seed=seed)
+        model = mlp_with_norm(seed=seed)
         optimizer = SENG(model, lr=0.01, damping=0.3, update_every=3, momentum=0.9)
         train(model, optimizer, range(steps))
         return App(model, optimizer, FORMS["plain"])
 
     saved, resumed = app(0, steps=4), app(5)
-    handed_over(saved, resumed, tmp_path)
+    handed_over(saved, tmp_path)(resumed)
     with pytest.raises(ValueError, match=r"0\.weight has no rows: it was cut short, or saved with other options"):
-        through_files(saved, app(5), tmp_path)
+        through_files(saved, tmp_path)(app(5))
     for each in (saved, resumed):
         train(each.model, each.optimizer, range(4, 8))
-    assert same(saved.model, resumed.model)
+    assert parameters_equal(saved.model, resumed.model)
 
 
 def test_a_partial_load_names_the_layers_it_leaves_without_curvature():
-    model, other = network(), network()
+    model, other = mlp_with_norm(), mlp_with_norm()
     optimizer, loaded = optimizer_for(model, "adam"), optimizer_for(other, "adam")
     train(model, optimizer, range(2))
     state = get_optimizer_state_dict(model, optimizer)
@@ -296,7 +289,7 @@ def test_a_partial_load_names_the_layers_it_leaves_without_curvature():
 
 def test_layers_that_are_frozen_when_loaded_are_named():
     """torch leaves the state of frozen parameters out, the base's too."""
-    model, other = network(), network()
+    model, other = mlp_with_norm(), mlp_with_norm()
     optimizer, loaded = optimizer_for(model, "momentum"), optimizer_for(other, "momentum")
     train(model, optimizer, range(2))
     other[3].requires_grad_(False)

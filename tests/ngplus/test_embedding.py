@@ -2,7 +2,6 @@
 
 import copy
 
-import oracle
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,10 +10,12 @@ from torch import nn
 
 from ngplus import NGPlus
 from ngplus.baselines import KFAC, SENG
+from tests.ngplus import oracle
+from tests.ngplus.cases import seed_cpu
 
 
 def table(kind=nn.Embedding, rows=9, dim=4, dtype=torch.float64, **options):
-    torch.manual_seed(0)
+    seed_cpu(0)
     return kind(rows, dim, **options).to(dtype)
 
 
@@ -22,7 +23,7 @@ def table(kind=nn.Embedding, rows=9, dim=4, dtype=torch.float64, **options):
 @pytest.mark.parametrize("samples", ["batch", "rows"])
 @pytest.mark.parametrize("shape", [(6,), (4, 3), (2, 3, 2)])
 @pytest.mark.parametrize("rows", [9, 3])
-def test_embedding_on_either_side(dtype, samples, shape, rows):
+def test_embedding_of_either_side_matches_the_oracle(dtype, samples, shape, rows):
     model = nn.Sequential(table(rows=rows, dtype=dtype), nn.Linear(4, 2, dtype=dtype))
     oracle.check(model, torch.randint(rows, shape), samples=samples)
 
@@ -36,7 +37,7 @@ def test_embedding_on_either_side(dtype, samples, shape, rows):
     padded=st.booleans(),
     samples=st.sampled_from(["batch", "rows"]),
 )
-def test_embedding_of_any_shape(rows, dim, shape, sparse, padded, samples):
+def test_embedding_of_any_shape_matches_the_oracle(rows, dim, shape, sparse, padded, samples):
     layer = table(rows=rows, dim=dim, sparse=sparse, padding_idx=-1 if padded else None)
     nn.init.normal_(layer.weight)
     oracle.check(layer, torch.randint(rows, shape), samples=samples)
@@ -107,7 +108,7 @@ def test_a_sparse_lookup_of_a_weight_whose_matrix_has_a_bias_is_as_a_dense_one(o
             trained.step()
         assert trained.curvature["table.weight"].shape.columns == 5
         moved.append(model.table.weight.detach())
-    torch.testing.assert_close(moved[1], moved[0], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(moved[1], moved[0], rtol=1e-7, atol=1e-8)  # SENG's Gram matrix rounds to 5e-10
 
 
 def test_padding_index_is_no_part_of_the_curvature():
@@ -195,7 +196,7 @@ def test_bag_of_maxima_goes_to_the_base():
     assert not optimizer.curvature
 
 
-def test_max_norm_shrinks_rows_before_they_are_seen():
+def test_max_norm_shrinks_rows_before_the_curvature_step():
     model = table(max_norm=0.5)
     index = torch.randint(9, (4, 3))
     with torch.no_grad():

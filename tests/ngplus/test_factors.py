@@ -1,4 +1,4 @@
-"""What each factor says of its entries (Gram matrix, norms, slices, flat form) against the entries written out."""
+"""Gram matrix, norms, slices and flat form of each factor, compared with its entries written out."""
 
 import itertools
 
@@ -8,15 +8,22 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ngplus.factors import Bags, Dense, Gathered, OneHot, Sampled, boxes, concatenated, gram, statistics_dtype
-from ngplus.patches import Patches
-from ngplus.patches import patches as patches_or_pixels
+from ngplus.factors.dense import Dense
+from ngplus.factors.embedding import Bags, OneHot
+from ngplus.factors.factor import statistics_dtype
+from ngplus.factors.flat import split_boxes
+from ngplus.factors.gathered import Gathered
+from ngplus.factors.im2col import Patches
+from ngplus.factors.im2col import patches as patches_or_pixels
+from ngplus.factors.products import concatenate, gram
+from ngplus.factors.sketch import Sampled
+from tests.ngplus.cases import seed_cpu
 
 TAILS = st.sampled_from([None, 0.0, 1.0])
 
 
-def dense(samples=3, groups=1, size=4, positions=5, tail=None, **options):
-    return Dense(torch.randn(samples, groups, size, positions, dtype=torch.float64), tail, **options)
+def dense(samples=3, groups=1, size=4, positions=5, appended=None, **options):
+    return Dense(torch.randn(samples, groups, size, positions, dtype=torch.float64), appended, **options)
 
 
 def one_hot(samples=3, positions=5, table_size=4):
@@ -45,8 +52,8 @@ def patches(draw):
 def factors(draw):
     return draw(
         st.one_of(
-            st.builds(dense, samples=st.integers(0, 3), groups=st.integers(1, 2), tail=TAILS),
-            st.builds(dense, tail=TAILS, first_row=st.integers(0, 2), full_size=st.just(6)),
+            st.builds(dense, samples=st.integers(0, 3), groups=st.integers(1, 2), appended=TAILS),
+            st.builds(dense, appended=TAILS, first_row=st.integers(0, 2), full_size=st.just(6)),
             st.builds(one_hot, positions=st.integers(1, 5)),
             st.builds(bags, members=st.integers(0, 9)),
             patches(),
@@ -56,14 +63,14 @@ def factors(draw):
 
 @settings(max_examples=80, deadline=None)
 @given(factors())
-def test_sizes_are_those_of_the_entries(factor):
+def test_factor_sizes_are_those_of_the_dense_form(factor):
     entries = factor.dense()
     assert (entries.shape[0], *entries.shape[2:]) == (factor.samples, factor.size, factor.positions)
 
 
 @settings(max_examples=80, deadline=None)
 @given(factors())
-def test_gram_matrix_and_norms_are_those_of_the_entries(factor):
+def test_gram_matrix_and_norms_are_those_of_the_dense_form(factor):
     entries = factor.dense()
     torch.testing.assert_close(factor.gram(), entries.mT @ entries)
     torch.testing.assert_close(factor.squared_norms(), entries.square().sum(dim=2))
@@ -71,7 +78,7 @@ def test_gram_matrix_and_norms_are_those_of_the_entries(factor):
 
 @settings(max_examples=80, deadline=None)
 @given(factors(), st.integers(0, 3), st.integers(0, 3))
-def test_slices_and_flat_forms_are_those_of_the_entries(factor, start, more):
+def test_slices_and_flat_forms_are_those_of_the_dense_form(factor, start, more):
     stop = min(start + more, factor.samples)
     start = min(start, stop)
     entries = factor.dense()
@@ -84,7 +91,7 @@ def test_slices_and_flat_forms_are_those_of_the_entries(factor, start, more):
 
 @settings(max_examples=120, deadline=None)
 @given(factors(), st.integers(0, 30), st.integers(1, 30), st.integers(0, 2), st.integers(1, 5))
-def test_slices_of_positions_are_those_of_the_entries(factor, start, more, again, fewer):
+def test_slices_of_positions_are_those_of_the_dense_form(factor, start, more, again, fewer):
     start %= factor.positions
     stop = min(start + more, factor.positions)
     entries, part = factor.dense()[..., start:stop], factor.slice_positions(start, stop)
@@ -105,14 +112,14 @@ def test_boxes_are_the_cells_of_a_range_in_order(grid, data):
     cells = torch.arange(torch.tensor(grid).prod().item()).view(grid)
     start = data.draw(st.integers(0, cells.numel()))
     stop = data.draw(st.integers(start, cells.numel()))
-    found = [cells[box].flatten() for box in boxes(grid, start, stop)]
+    found = [cells[box].flatten() for box in split_boxes(grid, start, stop)]
     assert torch.cat([torch.empty(0), *found]).tolist() == list(range(start, stop))
     assert len(found) <= 2 * len(grid) - 1
 
 
 @settings(max_examples=80, deadline=None)
 @given(
-    st.one_of(patches(), st.builds(dense, groups=st.integers(1, 2), tail=TAILS)),
+    st.one_of(patches(), st.builds(dense, groups=st.integers(1, 2), appended=TAILS)),
     st.lists(st.lists(st.integers(-1, 200), min_size=3, max_size=3), min_size=1, max_size=4),
 )
 def test_gathered_positions_are_the_entries_and_zeros(factor, numbers):
@@ -120,8 +127,8 @@ def test_gathered_positions_are_the_entries_and_zeros(factor, numbers):
     index = torch.tensor(numbers).clamp_max(len(entries) - 1)
     expected = entries[index]  # −1 is the last, to be zero
     expected[index < 0] = 0.0
-    if factor.tail is not None:
-        expected[..., -1] = factor.tail
+    if factor.appended is not None:
+        expected[..., -1] = factor.appended
     expected = expected.permute(0, 2, 3, 1)
     gathered = Gathered(factor, index)
     torch.testing.assert_close(gathered.dense(), expected, rtol=0, atol=0)
@@ -136,7 +143,7 @@ def test_gathered_positions_are_the_entries_and_zeros(factor, numbers):
 @given(patches())
 def test_a_kernel_of_one_pixel_is_the_image_itself(factor):
     again = patches_or_pixels(
-        factor.images, factor.kernel, factor.stride, factor.dilation, factor.padding, factor.groups, factor.tail
+        factor.images, factor.kernel, factor.stride, factor.dilation, factor.padding, factor.groups, factor.appended
     )
     torch.testing.assert_close(again.dense(), factor.dense(), rtol=0, atol=0)
     is_plain = set(factor.kernel) == set(factor.stride) == {1} and factor.output_size == factor.images.shape[2:]
@@ -146,7 +153,7 @@ def test_a_kernel_of_one_pixel_is_the_image_itself(factor):
 @settings(max_examples=80, deadline=None)
 @given(patches())
 def test_shifted_products_give_the_gram_matrix_of_unfolded_patches(factor):
-    entries = Patches(**{**vars(factor), "tail": None}).dense()
+    entries = Patches(**{**vars(factor), "appended": None}).dense()
     torch.testing.assert_close(factor._shifted_gram(), entries.mT @ entries)
 
 
@@ -164,7 +171,7 @@ def test_patches_are_what_unfold_gives(stride, dilation, padding):
 
 @pytest.mark.parametrize("kinds", [*itertools.product(["dense", "narrow", "hot", "bags"], repeat=2)], ids="-".join)
 def test_gram_matrix_of_several_uses_is_that_of_their_entries_side_by_side(kinds):
-    torch.manual_seed(0)
+    seed_cpu(0)
     make = {
         "dense": dense,
         "narrow": lambda: dense(size=2, first_row=1, full_size=4),
@@ -172,12 +179,12 @@ def test_gram_matrix_of_several_uses_is_that_of_their_entries_side_by_side(kinds
         "bags": bags,
     }
     uses = [make[kind]() for kind in kinds]
-    entries = concatenated(uses)
+    entries = concatenate(uses)
     torch.testing.assert_close(gram(uses), entries.mT @ entries)
 
 
 def test_the_constant_row_counts_where_one_use_adds_the_bias_and_another_does_not():
-    uses = [dense(tail=1.0), dense(tail=0.0)]
+    uses = [dense(appended=1.0), dense(appended=0.0)]
     entries = torch.cat([use.dense() for use in uses], dim=-1)
     torch.testing.assert_close(gram(uses), entries.mT @ entries)
 

@@ -1,42 +1,50 @@
 """Every way to L or R gives the same matrix, in chunks too, and the cheapest way is taken."""
 
-import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from allocations import peak_elements
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ngplus import NGPlus, gfim
-from ngplus.calls import read_call
-from ngplus.layers import find_layers
-from ngplus.patches import Patches
+from ngplus import NGPlus
+from ngplus.capture.function_mode import FunctionCall
+from ngplus.capture.op_handlers import parse_call
+from ngplus.curvature import second_moment as module
+from ngplus.curvature.second_moment import cheapest_way, drop_tiny, second_moment
+from ngplus.factors.dense import Dense
+from ngplus.factors.im2col import Patches
+from ngplus.factors.pair import FactorPair, flatten_positions
+from ngplus.factors.sketch import Sampled
+from ngplus.layers import MatrixShape, find_layers
+from ngplus.tuning import Tuning
+from tests.ngplus import oracle
+from tests.ngplus.allocations import peak_elements
+from tests.ngplus.cases import seed_cpu
 
 
 @pytest.fixture
 def ways(monkeypatch):
     """The ways that are taken, in order."""
     taken = []
-    choose = gfim.cheapest_way
+    choose = module.cheapest_way
 
-    def watched(*args):
+    def recorded(*args):
         taken.append(choose(*args))
         return taken[-1]
 
-    monkeypatch.setattr(gfim, "cheapest_way", watched)
+    monkeypatch.setattr(module, "cheapest_way", recorded)
     return taken
 
 
 @pytest.fixture(params=["whole", "a sample at a time", "uneven chunks"])
-def chunked(request, monkeypatch):
+def chunked(request, set_tuning):
     size = {"whole": 2**24, "a sample at a time": 1, "uneven chunks": 700}[request.param]
-    monkeypatch.setattr(gfim, "CHUNK", dict.fromkeys(gfim.CHUNK, size))
+    set_tuning(curvature_chunk_cpu=size)
 
 
 def conv(*args, **options):
-    torch.manual_seed(0)
+    seed_cpu(0)
     return nn.Conv2d(*args, **options).double()
 
 
@@ -98,8 +106,8 @@ def statistics(model, x, **options):
         parameter.grad = None
     optimizer = NGPlus(model, lr=0.0001, damping=1.0, solver="dense", ema=0.5, **options)
     model(x).tanh().sum(dim=-1).square().mean().backward()
-    sums = optimizer._capture.collect()
-    optimizer._capture.disarm()
+    sums = optimizer._recorder.collect()
+    optimizer._recorder.disarm()
     return [stack for statistic in sums.values() for stack in statistic.moments]
 
 
@@ -110,13 +118,13 @@ def statistics(model, x, **options):
     ids=str,
 )
 @pytest.mark.parametrize("case", LARGE)
-def test_chunks_of_positions_add_up_to_the_whole(case, options, limit, monkeypatch):
-    torch.manual_seed(0)
+def test_chunks_of_positions_add_up_to_the_whole(case, options, limit, set_tuning):
+    seed_cpu(0)
     model, shape = LARGE[case]
     model, x = model.double(), torch.randn(shape, dtype=torch.float64)
-    monkeypatch.setattr(gfim, "CHUNK", dict.fromkeys(gfim.CHUNK, 2**30))
+    set_tuning(curvature_chunk_cpu=2**30)
     whole = statistics(model, x, **options)
-    monkeypatch.setattr(gfim, "CHUNK", dict.fromkeys(gfim.CHUNK, limit))
+    set_tuning(curvature_chunk_cpu=limit)
     chunked = statistics(model, x, **options)
     assert whole
     for ours, expected in zip(chunked, whole, strict=True):
@@ -126,8 +134,8 @@ def test_chunks_of_positions_add_up_to_the_whole(case, options, limit, monkeypat
 @pytest.mark.parametrize("limit", [1, 300, 2**30])
 @pytest.mark.parametrize("samples", ["batch", "rows"])
 @pytest.mark.parametrize("case", LARGE)
-def test_what_memory_held_before_counts_for_nothing(case, samples, limit, monkeypatch):
-    monkeypatch.setattr(gfim, "CHUNK", dict.fromkeys(gfim.CHUNK, limit))
+def test_uninitialized_memory_never_enters_the_matrix(case, samples, limit, set_tuning):
+    set_tuning(curvature_chunk_cpu=limit)
     model, shape = LARGE[case]
     model, x = model.double(), torch.randn(shape, dtype=torch.float64)
     expected = statistics(model, x, samples=samples)
@@ -142,34 +150,32 @@ def test_what_memory_held_before_counts_for_nothing(case, samples, limit, monkey
 
 @pytest.mark.parametrize("limit", [1, 100])
 def test_chunks_of_positions_of_sampled_columns_and_of_several_uses(limit, monkeypatch):
-    torch.manual_seed(0)
-    shape = gfim.Shape(groups=2, rows=4, columns=19)
+    seed_cpu(0)
+    shape = MatrixShape(groups=2, rows=4, columns=19)
     images = torch.randn(3, 4, 9, 7, dtype=torch.float64)
     uses = [
-        gfim.Part(
-            gfim.Dense(torch.randn(3, 2, 4, patches.positions, dtype=torch.float64)),
-            gfim.Sampled(patches, torch.randint(19, (11,)), 1.5),
+        FactorPair(
+            Dense(torch.randn(3, 2, 4, patches.positions, dtype=torch.float64)),
+            Sampled(patches, torch.randint(19, (11,)), 1.5),
         )
         for patches in (
             Patches(images, (3, 3), (1, 1), (1, 1), ((1, 1), (0, 0)), 2, 1.0),
             Patches(images[..., :5], (3, 3), (2, 1), (1, 1), ((0, 2), (1, 1)), 2, 0.0),
         )
     ]
-    sampled = gfim.Shape(groups=2, rows=4, columns=11)
+    sampled = MatrixShape(groups=2, rows=4, columns=11)
     whole = sum(use.rows.dense() @ use.columns.dense().mT for use in uses)
-    monkeypatch.setattr(gfim, "CHUNK", dict.fromkeys(gfim.CHUNK, limit))
-    monkeypatch.setattr(gfim, "cheapest_way", lambda *_: "direct")
+    monkeypatch.setattr(module, "cheapest_way", lambda *_: "direct")
     for each in (shape, sampled):
-        (ours,) = gfim.second_moment(each, uses)
+        (ours,) = second_moment(each, uses, Tuning(curvature_chunk_cpu=limit))
         torch.testing.assert_close(ours, (whole @ whole.mT).sum(dim=0), rtol=1e-12, atol=1e-10)
 
 
 @pytest.mark.parametrize("rows", [False, True])
 @pytest.mark.parametrize("case", ["conv1d", "conv2d", "conv3d", "depthwise", "right", "linear", "head", "embedding"])
-def test_temporaries_have_no_more_elements_than_a_few_chunks_and_weights(case, rows, monkeypatch):
+def test_temporaries_have_no_more_elements_than_a_few_chunks_and_weights(case, rows):
     """However large a sample is: the largest of these, unfolded, is 60 times as large as what is allowed."""
     limit = 2**13
-    monkeypatch.setattr(gfim, "CHUNK", dict.fromkeys(gfim.CHUNK, limit))
     layer, x = {
         "conv1d": lambda: (nn.Conv1d(8, 8, 9, padding=4), torch.randn(2, 8, 6001)),
         "conv2d": lambda: (nn.Conv2d(8, 8, 3, padding=1), torch.randn(2, 8, 81, 79)),
@@ -190,13 +196,13 @@ def test_temporaries_have_no_more_elements_than_a_few_chunks_and_weights(case, r
         arguments = (*arguments, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
     elif function is F.linear:
         arguments = (*arguments, layer.bias)
-    call = read_call(found, function, arguments, {}, layer.weight, None)
+    call = parse_call(found, FunctionCall(function, arguments, {}, output, None), layer.weight, None)
     shape = found.shape(None)
 
     @torch.no_grad()
     def build():
-        part = call.factors(call.source, gradient)
-        gfim.second_moment(shape, [gfim.positions_as_samples(part) if rows else part])
+        pair = call.factors(call.source, gradient)
+        second_moment(shape, [flatten_positions(pair) if rows else pair], Tuning(curvature_chunk_cpu=limit))
 
     assert peak_elements(build) <= 6 * limit + 4 * shape.groups * shape.short * shape.long
 
@@ -213,7 +219,7 @@ def test_a_layer_used_with_any_numbers_of_positions_by_either_way(way, inside, o
     model = ManyUses(inside, outside, bias)
     xs = [torch.randn(3, k, inside, dtype=torch.float64) for k in positions]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gfim, "cheapest_way", lambda *_: way)
+        patch.setattr(module, "cheapest_way", lambda *_: way)
         oracle.check(model, *xs)
 
 
@@ -233,19 +239,19 @@ class ManyUses(nn.Module):
     ("kappa", "p", "q", "way"), [(1, 10, 10, "scaled"), (2, 100, 100, "gram"), (1000, 10, 20, "direct")]
 )
 def test_the_way_with_the_fewest_operations_is_taken(kappa, p, q, way):
-    shape = gfim.Shape(groups=1, rows=p, columns=q)
-    short, long = (gfim.Dense(torch.empty(1, 1, size, kappa)) for size in (p, q))
-    assert gfim.cheapest_way(shape, [short], [long]) == way
+    shape = MatrixShape(groups=1, rows=p, columns=q)
+    short, long = (Dense(torch.empty(1, 1, size, kappa)) for size in (p, q))
+    assert cheapest_way(shape, [short], [long]) == way
 
 
 def test_the_choice_weighs_the_counts_of_the_design():
     """2κ²q + 2κ²p + 2κp² against 2κpq + 2p²q, on a grid of sizes."""
     for kappa in (2, 5, 20, 100):
         for p, q in ((3, 5), (10, 40), (64, 64)):
-            shape = gfim.Shape(groups=1, rows=p, columns=q)
-            short, long = (gfim.Dense(torch.empty(1, 1, size, kappa)) for size in (p, q))
+            shape = MatrixShape(groups=1, rows=p, columns=q)
+            short, long = (Dense(torch.empty(1, 1, size, kappa)) for size in (p, q))
             through_gram = kappa**2 * (p + q) + kappa * p**2 < p * q * (kappa + p)
-            assert gfim.cheapest_way(shape, [short], [long]) == ("gram" if through_gram else "direct")
+            assert cheapest_way(shape, [short], [long]) == ("gram" if through_gram else "direct")
 
 
 @pytest.mark.parametrize(("short", "size", "stacks"), [
@@ -254,13 +260,13 @@ def test_the_choice_weighs_the_counts_of_the_design():
     (7, 3, [(6, 3, 3), (3, 1, 1)]),
     (7, 9, [(3, 7, 7)]),
 ])  # fmt: skip
-def test_stacks_of_blocks(short, size, stacks):
-    assert gfim.Shape(groups=3, rows=short, columns=8, block_size=size).stack_shapes == stacks
+def test_equal_blocks_of_all_groups_form_one_stack(short, size, stacks):
+    assert MatrixShape(groups=3, rows=short, columns=8, block_size=size).stack_shapes == stacks
 
 
 @pytest.mark.parametrize(("size", "blocks"), [(None, (1, 0)), (7, (1, 0)), (9, (1, 0)), (4, (1, 3))])
 def test_a_block_no_smaller_than_the_matrix_is_the_whole_matrix(size, blocks):
-    assert gfim.Shape(groups=3, rows=7, columns=8, block_size=size).blocks == blocks
+    assert MatrixShape(groups=3, rows=7, columns=8, block_size=size).blocks == blocks
 
 
 @pytest.mark.parametrize("samples", ["batch", "rows"])
@@ -281,7 +287,7 @@ def test_blocks_are_the_diagonal_of_the_whole(case, size, samples):
 @pytest.mark.parametrize("samples", ["batch", "rows"])
 @pytest.mark.parametrize("case", ["linear", "conv", "embedding"])
 def test_max_samples_takes_the_first_samples_for_the_curvature_and_all_for_the_gradient(case, samples, used):
-    torch.manual_seed(0)
+    seed_cpu(0)
     model, x = {
         "linear": lambda: (nn.Linear(9, 5).double(), image(4, 2, 9)),
         "conv": lambda: (conv(2, 5, 3, padding=1), image(3, 2, 4, 4)),
@@ -291,23 +297,23 @@ def test_max_samples_takes_the_first_samples_for_the_curvature_and_all_for_the_g
 
 
 @pytest.mark.parametrize("largest", [1.0, 1e-8, 1e-17])
-def test_leaving_out_tiny_entries_does_not_show_in_the_product(largest):
+def test_dropping_tiny_entries_leaves_the_product_within_rounding(largest):
     """Entries from the largest down to below the smallest normal number, as radial basis functions have them."""
-    torch.manual_seed(0)
+    seed_cpu(0)
     U = largest * 10 ** (-45 * torch.rand(300, 1, 20, 1, dtype=torch.float64))
     exact = (U[:, 0, :, 0].T @ U[:, 0, :, 0]).float()
-    kept = gfim.without_tiny(U.float())
+    kept = drop_tiny(U.float())
     assert (kept == 0).float().mean() > 0.2
     torch.testing.assert_close(kept[:, 0, :, 0].T @ kept[:, 0, :, 0], exact, rtol=0, atol=1e-6 * exact.max().item())
 
 
-def test_what_is_not_finite_is_not_left_out():
+def test_nonfinite_entries_are_not_dropped():
     U = torch.tensor([[1.0, 1e-30, 0.5], [float("nan"), float("inf"), -1e-30]])
     torch.testing.assert_close(
-        gfim.without_tiny(U), torch.tensor([[1.0, 0, 0.5], [float("nan"), float("inf"), 0]]), equal_nan=True
+        drop_tiny(U), torch.tensor([[1.0, 0, 0.5], [float("nan"), float("inf"), 0]]), equal_nan=True
     )
 
 
-def test_zeros_and_nothing_stay():
+def test_zeros_and_empty_tensors_are_kept_as_they_are():
     for U in (torch.zeros(3, 2), torch.zeros(0, 2)):
-        torch.testing.assert_close(gfim.without_tiny(U), U)
+        torch.testing.assert_close(drop_tiny(U), U)

@@ -1,14 +1,20 @@
 """Rows that belong to samples by an index, as atoms do to molecules, against one molecule at a time."""
 
-import oracle
 import pytest
 import torch
-from allocations import peak_elements
 from torch import nn
 
-from ngplus import NGPlus, gfim
-from ngplus.grouping import rows_by_sample, rows_that_count
-from ngplus.patches import Patches
+from ngplus import NGPlus
+from ngplus.capture.sample_index import drop_uncounted_rows, group_rows
+from ngplus.curvature.second_moment import second_moment
+from ngplus.factors.dense import Dense
+from ngplus.factors.im2col import Patches
+from ngplus.factors.pair import FactorPair
+from ngplus.layers import MatrixShape
+from ngplus.tuning import Tuning
+from tests.ngplus import oracle
+from tests.ngplus.allocations import peak_elements
+from tests.ngplus.cases import seed_cpu
 
 ATOMS = [3, 1, 4, 2]
 MOLECULE = torch.arange(len(ATOMS)).repeat_interleave(torch.tensor(ATOMS))
@@ -59,7 +65,7 @@ def index_of(kinds, pairs, features, molecule, molecules):
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("options", [{}, {"block_size": 2}, {"max_samples": 3}, {"ema": 0.5}])
 def test_a_molecule_is_one_sample(options, shuffle):
-    torch.manual_seed(0)
+    seed_cpu(0)
     model = Network().double()
     inputs = batch(shuffle=shuffle)
     losses = [lambda m, i=i: oracle.energy(m(*one_molecule(i, *inputs))) for i in range(len(ATOMS))]
@@ -74,7 +80,7 @@ def test_a_molecule_is_one_sample(options, shuffle):
 
 
 def test_a_tensor_alone_is_the_index_of_every_layer():
-    torch.manual_seed(0)
+    seed_cpu(0)
     model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).double()
     x = torch.randn(6, 3, dtype=torch.float64)
     sample = torch.tensor([0, 0, 1, 2, 2, 2])
@@ -86,9 +92,9 @@ def test_a_tensor_alone_is_the_index_of_every_layer():
     assert oracle.error(model, oracle.directions(gradients, 0.3)) <= 1e-10
 
 
-def test_rows_with_a_negative_number_are_no_samples():
+def test_rows_with_a_negative_index_are_no_samples():
     """As padding in a batch of sentences (T, B, C): the real tokens alone make the curvature."""
-    torch.manual_seed(0)
+    seed_cpu(0)
     model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).double()
     x = torch.randn(4, 2, 3, dtype=torch.float64)
     real = torch.tensor([[1, 1], [1, 1], [1, 0], [0, 0]]).bool()
@@ -103,7 +109,7 @@ def test_rows_with_a_negative_number_are_no_samples():
 
 def test_sequences_of_several_rows_of_the_batch_form_one_sample():
     """An index of shape (b,) takes all positions of an element to its sample; convolutions have it too."""
-    torch.manual_seed(0)
+    seed_cpu(0)
     model = nn.Sequential(nn.Conv1d(2, 3, 3), nn.Tanh(), nn.Conv1d(3, 4, 2)).double()
     x = torch.randn(5, 2, 7, dtype=torch.float64)
     sample = torch.tensor([1, 0, 1, 2, 0])
@@ -118,43 +124,43 @@ def test_sequences_of_several_rows_of_the_batch_form_one_sample():
 @pytest.mark.parametrize("limit", [1, 500, 2**30])
 @pytest.mark.parametrize("per", ["element", "position"])
 @pytest.mark.parametrize("rows", [4, 60])
-def test_convolutions_are_grouped_without_their_patches_being_kept(rows, per, limit, monkeypatch):
-    monkeypatch.setattr(gfim, "CHUNK", dict.fromkeys(gfim.CHUNK, limit))
-    torch.manual_seed(0)
+def test_convolutions_are_grouped_without_storing_their_patches(rows, per, limit):
+    tuning = Tuning(curvature_chunk_cpu=limit)
+    seed_cpu(0)
     patches = Patches(torch.randn(5, 4, 9, 7, dtype=torch.float64), (3, 3), (2, 1), (1, 1), ((1, 1), (1, 0)), 2, 1.0)
-    shape = gfim.Shape(groups=2, rows=rows // 2, columns=19)
+    shape = MatrixShape(groups=2, rows=rows // 2, columns=19)
     kappa = patches.positions
-    part = gfim.Part(gfim.Dense(torch.randn(5, 2, rows // 2, kappa, dtype=torch.float64)), patches)
+    part = FactorPair(Dense(torch.randn(5, 2, rows // 2, kappa, dtype=torch.float64)), patches)
     index = torch.tensor([2, 0, -1, 2, 1]) if per == "element" else torch.randint(-1, 3, (5, kappa))
     numbers = index.repeat_interleave(kappa) if per == "element" else index.flatten()
     left, right = (factor.dense().permute(0, 3, 1, 2).flatten(0, 1) for factor in part)  # (b·κ, groups, ·)
     each = torch.einsum("igm,ign->igmn", left, right)
     short_first = each if shape.side == "left" else each.mT
     grouped = torch.stack([short_first[numbers == sample].sum(dim=0) for sample in range(3)])
-    (by_sample,) = gfim.second_moment(shape, [rows_by_sample(part, index, 0, 3, "layer")])
+    (by_sample,) = second_moment(shape, [group_rows(part, index, 0, 3, "layer")], tuning)
     torch.testing.assert_close(by_sample, (grouped @ grouped.mT).sum(dim=0), rtol=1e-12, atol=1e-10)
-    counted = rows_that_count(part, index, 0, "layer")
+    counted = drop_uncounted_rows(part, index, 0, "layer")
     assert counted.rows.samples == int((numbers >= 0).sum())
-    (alone,) = gfim.second_moment(shape, [counted])
+    (alone,) = second_moment(shape, [counted], tuning)
     kept = short_first[numbers >= 0]
     torch.testing.assert_close(alone, (kept @ kept.mT).sum(dim=0), rtol=1e-12, atol=1e-10)
 
 
-@pytest.mark.parametrize("group", [lambda *args: rows_by_sample(*args[:3], 3, args[3]), rows_that_count])
-def test_grouping_a_convolution_takes_a_few_chunks_and_indices(group, monkeypatch):
+@pytest.mark.parametrize("group", [lambda *args: group_rows(*args[:3], 3, args[3]), drop_uncounted_rows])
+def test_grouping_a_convolution_takes_a_few_chunks_and_indices(group):
     """Unfolded whole it would be 70 elements for each index."""
     limit = 2**13
-    monkeypatch.setattr(gfim, "CHUNK", dict.fromkeys(gfim.CHUNK, limit))
+    tuning = Tuning(curvature_chunk_cpu=limit)
     patches = Patches(torch.randn(2, 8, 81, 79), (3, 3), (1, 1), (1, 1), ((1, 1), (1, 1)), 1, 1.0)
-    part = gfim.Part(gfim.Dense(torch.randn(2, 1, 8, patches.positions)), patches)
+    part = FactorPair(Dense(torch.randn(2, 1, 8, patches.positions)), patches)
     index = torch.randint(-1, 3, (2, patches.positions))
-    shape = gfim.Shape(groups=1, rows=8, columns=73)
-    peak = peak_elements(lambda: gfim.second_moment(shape, [group(part, index, 0, "layer")]))
+    shape = MatrixShape(groups=1, rows=8, columns=73)
+    peak = peak_elements(lambda: second_moment(shape, [group(part, index, 0, "layer")], tuning))
     assert peak <= 6 * limit + 20 * index.numel()
 
 
 def test_layers_that_no_pattern_fits_keep_their_batch_dimension():
-    torch.manual_seed(0)
+    seed_cpu(0)
     model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).double()
     x = torch.randn(6, 3, dtype=torch.float64)
     optimizer = NGPlus(model, lr=1e-9, damping=0.3, update_every=1)
@@ -176,7 +182,7 @@ def test_an_index_that_does_not_fit_names_the_layer_and_both_sizes():
 
 
 @pytest.mark.parametrize("wrong", [[0, 1], torch.zeros(3), {"*": [0]}, {0: torch.zeros(3, dtype=torch.long)}])
-def test_what_is_no_index_is_refused(wrong):
+def test_a_sample_index_of_another_type_is_refused(wrong):
     optimizer = NGPlus(nn.Linear(3, 5), lr=1e-9, damping=0.3, update_every=1)
     with pytest.raises(TypeError, match="sample_index"):
         optimizer.sample_index = wrong
@@ -209,7 +215,7 @@ class Attention(nn.Module):
 
 @pytest.mark.parametrize("samples", ["rows", "batch"])
 def test_padding_inside_attention_is_no_sample(samples):
-    torch.manual_seed(0)
+    seed_cpu(0)
     model = Attention().double()
     x = torch.randn(4, 2, 4, dtype=torch.float64)
     padding = torch.tensor([[False, False, False, False], [False, False, True, True]])  # (B, T)

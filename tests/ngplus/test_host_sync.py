@@ -1,11 +1,11 @@
-"""A plain step queues its work and never waits for the device: on fake tensors, whose values nobody can ask for."""
+"""A plain step never synchronizes with the device: on fake tensors, of which reading a value raises."""
 
 import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from ngplus import NGPlus, direction
+from ngplus import NGPlus
 
 
 def make(rows=9, **options):
@@ -21,7 +21,7 @@ def plain_step_on_fakes(model, optimizer):
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         for parameter in model.parameters():
             parameter.grad = mode.from_tensor(parameter.grad)
-        optimizer._curvature._plan = None  # which keeps places for directions: they are made anew, without values
+        optimizer._apply_plan.forget()  # which keeps memory for directions: it is made again, without values
         optimizer.step()
 
 
@@ -32,23 +32,22 @@ def plain_step_on_fakes(model, optimizer):
         {"block_size": 2},
         {"solver": "low_rank"},
         {"weight_decay": 0.1, "momentum": 0.9},
-        {"base": torch.optim.Adam, "fused": True},  # unfused it asks for its count of steps, which lies on the CPU
+        {"base": torch.optim.Adam, "fused": True},  # unfused it asks for its count of steps, which is on the CPU
     ],
 )
-def test_a_plain_step_asks_for_no_value(options):
+def test_a_plain_step_never_synchronizes(options):
     model, optimizer = make(**options)
     assert len(optimizer.curvature) == 3
-    assert not optimizer._capture.armed
+    assert not optimizer._recorder.armed
     plain_step_on_fakes(model, optimizer)
 
 
-def test_a_large_table_is_not_asked_which_of_its_rows_count(monkeypatch):
-    monkeypatch.setattr(direction, "CHUNK", 8)
-    monkeypatch.setattr(direction, "SMALL_TABLE", 8)
+def test_a_large_table_is_not_searched_for_nonzero_rows(set_tuning):
+    set_tuning(apply_chunk=8, zero_rows_from=8)
     plain_step_on_fakes(*make(rows=64))
 
 
-def test_a_question_would_be_noticed():
+def test_reading_a_value_would_be_noticed():
     model, optimizer = make(nonfinite="raise")
     with pytest.raises(DataDependentOutputException):
         plain_step_on_fakes(model, optimizer)
@@ -56,7 +55,7 @@ def test_a_question_would_be_noticed():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", [{}, {"block_size": 2}, {"solver": "low_rank"}, {"momentum": 0.9}])
-def test_a_plain_step_on_a_gpu_does_not_wait(options):
+def test_a_plain_step_on_a_gpu_never_synchronizes(options):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).cuda()

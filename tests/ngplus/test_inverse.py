@@ -1,6 +1,4 @@
-"""Damped inverses: batches across layers, matrices that will not factorise, bounded tries."""
-
-import warnings
+"""Damped inverses: batches across layers, matrices that will not factorise, bounded retries."""
 
 import pytest
 import torch
@@ -8,8 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ngplus import NGPlus, inverse
-from ngplus.inverse import MAX_TRIES, Request, invert, invert_one
+from ngplus import NGPlus
+from ngplus.curvature import damped_cholesky
+from ngplus.curvature.damped_cholesky import InverseRequest, invert, invert_one
+from ngplus.tuning import DEFAULT
+from tests.ngplus.cases import recorded_warnings, seed_cpu
 
 
 def semidefinite(blocks, size, rank=None, dtype=torch.float64):
@@ -20,7 +21,7 @@ def semidefinite(blocks, size, rank=None, dtype=torch.float64):
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 3), st.integers(1, 5), st.floats(1e-3, 10)), min_size=1, max_size=5))
 def test_matrices_of_any_sizes_and_dampings_are_inverted_together(sizes):
-    requests = [Request(semidefinite(blocks, size, rank=1), damping) for blocks, size, damping in sizes]
+    requests = [InverseRequest(semidefinite(blocks, size, rank=1), damping) for blocks, size, damping in sizes]
     invert(requests)
     for request in requests:
         size = request.matrices.shape[-1]
@@ -34,14 +35,14 @@ def test_matrices_of_equal_size_are_factorised_as_one_batch(monkeypatch):
     batches = []
     factorise = torch.linalg.cholesky_ex
     monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda a: batches.append(tuple(a.shape)) or factorise(a))
-    invert([Request(semidefinite(blocks, size), 0.1) for blocks, size in ((1, 4), (2, 3), (5, 4))])
+    invert([InverseRequest(semidefinite(blocks, size), 0.1) for blocks, size in ((1, 4), (2, 3), (5, 4))])
     assert sorted(batches) == [(2, 3, 3), (6, 4, 4)]
 
 
 def test_single_precision_is_factorised_in_double():
     """λ is 1e-9 of the matrix, beyond what float32 resolves."""
     matrix = torch.ones(1, 2, 2)
-    request = Request(matrix, 1e-9)
+    request = InverseRequest(matrix, 1e-9)
     invert([request])
     assert request.inverse.dtype == torch.float32
     expected = torch.linalg.inv(matrix[0].double() + 1e-9 * torch.eye(2, dtype=torch.float64))
@@ -50,7 +51,7 @@ def test_single_precision_is_factorised_in_double():
 
 def test_a_matrix_that_is_not_definite_gets_ten_times_the_damping_until_it_is():
     indefinite, fine = torch.diag(torch.tensor([1.0, -0.5])).double()[None], semidefinite(1, 2)
-    requests = [Request(indefinite, 0.1), Request(fine, 0.1)]
+    requests = [InverseRequest(indefinite, 0.1), InverseRequest(fine, 0.1)]
     invert(requests)
     assert [request.used_damping for request in requests] == [1.0, 0.1]
     torch.testing.assert_close(requests[0].inverse[0].diagonal(), torch.tensor([0.5, 2.0]).double())
@@ -59,28 +60,28 @@ def test_a_matrix_that_is_not_definite_gets_ten_times_the_damping_until_it_is():
 @pytest.mark.parametrize("damping", [0.1, 0.2, 0.3])
 def test_a_damping_that_single_precision_rounds_is_not_raised(monkeypatch, damping):
     """As on devices without float64."""
-    monkeypatch.setattr(inverse, "factor_dtype", lambda matrix: matrix.dtype)
-    request = Request(torch.zeros(1, 2, 2), damping)
+    monkeypatch.setattr(damped_cholesky, "factor_dtype", lambda matrix: matrix.dtype)
+    request = InverseRequest(torch.zeros(1, 2, 2), damping)
     invert([request])
     assert request.used_damping == damping
     torch.testing.assert_close(invert_one(torch.zeros(2, 2), damping), torch.eye(2) / damping)
 
 
 @pytest.mark.parametrize("entry", [-1e9, float("nan"), float("inf")])
-def test_the_tries_are_bounded_and_others_are_not_held_up(monkeypatch, entry):
+def test_retries_are_bounded_and_other_matrices_are_inverted(monkeypatch, entry):
     tries = []
-    factorised = inverse._factorised
-    monkeypatch.setattr(inverse, "_factorised", lambda *a: tries.append(1) or factorised(*a))
+    factorised = damped_cholesky._factorise
+    monkeypatch.setattr(damped_cholesky, "_factorise", lambda *a: tries.append(1) or factorised(*a))
     hopeless = torch.diag(torch.tensor([1.0, entry])).double()[None]
-    requests = [Request(hopeless, 0.1), Request(semidefinite(1, 2), 0.1)]
+    requests = [InverseRequest(hopeless, 0.1), InverseRequest(semidefinite(1, 2), 0.1)]
     invert(requests)
     assert requests[0].inverse is None
     assert requests[1].inverse is not None
-    assert len(tries) == 1 + MAX_TRIES
+    assert len(tries) == 1 + DEFAULT.cholesky_tries
 
 
 def make(solver="dense"):
-    torch.manual_seed(0)
+    seed_cpu(0)
     model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 5)).double()
     return model, NGPlus(model, lr=0.1, damping=0.2, update_every=1, solver=solver)
 
@@ -88,16 +89,15 @@ def make(solver="dense"):
 def step(model, optimizer):
     optimizer.zero_grad()
     model(torch.randn(6, 4, dtype=torch.float64)).square().mean(0).sum().backward()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with recorded_warnings() as caught:
         optimizer.step()
-    return sorted(str(warning.message) for warning in caught)
+    return sorted(caught)
 
 
 def failing(monkeypatch, failures):
     """Factorisations of 4×4 matrices (the last layer's R) fail so many times."""
     left = [failures]
-    factorised = inverse._factorised
+    factorised = damped_cholesky._factorise
 
     def sometimes(matrices, damping):
         factors, failed = factorised(matrices, damping)
@@ -106,7 +106,7 @@ def failing(monkeypatch, failures):
             failed = torch.ones_like(failed)
         return factors, failed
 
-    monkeypatch.setattr(inverse, "_factorised", sometimes)
+    monkeypatch.setattr(damped_cholesky, "_factorise", sometimes)
 
 
 def test_a_raised_damping_is_reported_and_used(monkeypatch):
@@ -124,7 +124,7 @@ def test_a_layer_that_never_factorises_keeps_what_it_had_and_says_so(monkeypatch
     model, optimizer = make()
     step(model, optimizer)
     before = optimizer.curvature
-    failing(monkeypatch, 1 + MAX_TRIES)
+    failing(monkeypatch, 1 + DEFAULT.cholesky_tries)
     (message,) = step(model, optimizer)
     assert message.startswith("the curvature matrix of 2.weight would not factorise, even with its damping raised")
     assert optimizer.curvature["2.weight"] is before["2.weight"]

@@ -3,12 +3,13 @@
 import copy
 import warnings
 
-import oracle
 import pytest
 import torch
 from torch import nn
 
 from ngplus import NGPlus
+from tests.ngplus import oracle
+from tests.ngplus.cases import recorded_warnings, seed_cpu
 
 DAMPING = 0.3
 
@@ -22,7 +23,7 @@ def jagged(*tensors):
 class Ragged(nn.Module):
     def __init__(self, table, product):
         super().__init__()
-        torch.manual_seed(0)
+        seed_cpu(0)
         self.inlet = nn.Embedding(9, 5) if table else nn.Linear(4, 5)
         self.head = nn.Linear(5, 3)
         self.last = nn.Linear(4, 3, bias=False) if product else None
@@ -71,7 +72,7 @@ class Odd(torch.Tensor):
         return super().__torch_function__(func, types, args, kwargs or {})
 
 
-def test_what_no_reader_can_read_is_a_warning_and_no_error_in_backward():
+def test_an_unreadable_call_is_a_warning_and_no_error_in_backward():
     model = nn.Linear(4, 3).double()
     optimizer = NGPlus(model, lr=1e-9, update_every=1)
     x = torch.randn(5, 4, dtype=torch.float64).as_subclass(Odd)
@@ -93,7 +94,7 @@ SPARSE = {
 @pytest.mark.parametrize("curvature", ["per_sample", "mini_batch"])
 @pytest.mark.parametrize("build", [lambda: nn.Embedding(9, 5), lambda: nn.Embedding(5, 9), lambda: nn.Linear(4, 5)])
 def test_gradients_of_other_sparse_layouts_have_the_dense_ones_direction(layout, curvature, build):
-    torch.manual_seed(0)
+    seed_cpu(0)
     model = build().double()
     x = torch.randn(6, 4, dtype=torch.float64) if isinstance(model, nn.Linear) else torch.randint(5, (6, 2))
     twin = copy.deepcopy(model)
@@ -109,7 +110,7 @@ def test_gradients_of_other_sparse_layouts_have_the_dense_ones_direction(layout,
 @pytest.mark.parametrize("update_every", [1, 3, 100])
 @pytest.mark.parametrize("sparse", [False, True])
 def test_a_table_that_grows_drops_its_curvature_and_builds_it_again(width, update_every, sparse):
-    torch.manual_seed(0)
+    seed_cpu(0)
     table = nn.Embedding(20, width, sparse=sparse).double()
     model = nn.Sequential(table, nn.Linear(width, 3).double())
     optimizer = NGPlus(model, lr=1e-9, damping=DAMPING, update_every=update_every, solver="dense")
@@ -132,7 +133,7 @@ def test_a_table_that_grows_drops_its_curvature_and_builds_it_again(width, updat
 class Residual(nn.Module):
     def __init__(self, in_place):
         super().__init__()
-        torch.manual_seed(0)
+        seed_cpu(0)
         self.inlet, self.layer, self.in_place = nn.Linear(6, 6), nn.Linear(6, 6), in_place
 
     def forward(self, x):
@@ -152,10 +153,9 @@ def test_an_input_overwritten_under_autocast_leaves_the_layer_to_the_base(in_pla
         out = model(x)
     out.float().square().mean().backward()
     gradient = model.layer.weight.grad.clone()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with recorded_warnings() as caught:
         optimizer.step()
-    messages = [str(w.message) for w in caught]
+    messages = caught
     if in_place:
         assert messages[0].startswith("layer.weight had its input overwritten in place between forward and backward")
         assert torch.equal(model.layer.weight.grad, gradient)

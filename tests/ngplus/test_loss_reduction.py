@@ -2,21 +2,17 @@
 
 import copy
 
-import oracle
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ngplus import NGPlus
-from ngplus.loss_reduction import reduction_of
+from ngplus.capture.loss_reduction import reduction_of
+from tests.ngplus import oracle
+from tests.ngplus.cases import mlp, seed_cpu
 
 DAMPING = 0.05
-
-
-def network():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
 
 
 def judge(model, gradients, loss, **options):
@@ -26,7 +22,7 @@ def judge(model, gradients, loss, **options):
 
 def ignoring(samples):
     """Inputs, targets of which most are ignored, and the gradients of those that are not."""
-    model = network()
+    model = mlp(4, 6, 3)
     x, y = torch.randn(6, 5, 4, dtype=torch.float64), torch.randint(3, (6, 5))
     y[:, 2:] = -100
     y[0] = -100
@@ -60,7 +56,7 @@ def test_sample_index_is_the_other_way_to_leave_ignored_targets_out():
 
 
 def test_class_weights_divide_by_their_sum():
-    model, weights = network(), torch.tensor([0.5, 2.0, 4.0], dtype=torch.float64)
+    model, weights = mlp(4, 6, 3), torch.tensor([0.5, 2.0, 4.0], dtype=torch.float64)
     x, y = torch.randn(7, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 2, 1, 0, 0])
     total = weights[y].sum()
     # Sample i counts wᵢ times among Σw.
@@ -80,7 +76,7 @@ def test_class_weights_divide_by_their_sum():
 class Experts(nn.Module):
     def __init__(self):
         super().__init__()
-        torch.manual_seed(0)
+        seed_cpu(0)
         self.inlet = nn.Linear(4, 4)
         self.experts = nn.ModuleList(nn.Linear(4, 3) for _ in range(2))
         self.double()
@@ -98,7 +94,7 @@ class Experts(nn.Module):
 
 @pytest.mark.parametrize("reduction", [16, {"experts.*": 16}])
 @pytest.mark.parametrize("parts", [1, 2])
-def test_experts_that_see_some_of_the_samples(reduction, parts):
+def test_experts_that_get_some_of_the_samples_match_the_oracle_with_their_reduction(reduction, parts):
     model = Experts()
     x, y = torch.randn(16, 4, dtype=torch.float64), torch.randn(16, 3, dtype=torch.float64)
     losses = [lambda m, i=i: F.mse_loss(m(x[i : i + 1]), y[i : i + 1]) for i in range(16)]
@@ -115,8 +111,8 @@ def test_experts_that_see_some_of_the_samples(reduction, parts):
 
 def test_a_subset_of_the_samples_stands_for_all():
     """With ``max_samples`` n/|S| times the sum over S stands for the n that the layer saw."""
-    model, x = network(), torch.randn(8, 4, dtype=torch.float64)
-    gradients = oracle.sample_gradients(model, [lambda m, i=i: oracle.energy(m(x[i : i + 1])) for i in range(8)])
+    model, x = mlp(4, 6, 3), torch.randn(8, 4, dtype=torch.float64)
+    gradients = oracle.energy_gradients(model, x)
     first = oracle.directions(gradients, DAMPING, used=3)
     oracle.descend(
         model,

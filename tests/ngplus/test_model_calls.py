@@ -1,11 +1,12 @@
 """Which calls of a model see the same samples: pieces of a batch, chains of calls, ``forward`` called directly."""
 
-import oracle
 import pytest
 import torch
 from torch import nn
 
 from ngplus import NGPlus
+from tests.ngplus import oracle
+from tests.ngplus.cases import points, seed_cpu
 
 DAMPING = 0.3
 
@@ -15,7 +16,7 @@ class Chain(nn.Module):
 
     def __init__(self):
         super().__init__()
-        torch.manual_seed(0)
+        seed_cpu(0)
         self.shared = nn.Linear(4, 4)
         self.encoder = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), self.shared)
         self.decoder = nn.Sequential(self.shared, nn.Tanh(), nn.Linear(4, 3))
@@ -27,11 +28,6 @@ class Chain(nn.Module):
 
     def twice(self, x):
         return self.cell(x).tanh() * self.cell(2 * x)
-
-
-def points(*shape):
-    torch.manual_seed(1)
-    return torch.randn(shape, dtype=torch.float64)
 
 
 def judge(run, samples, model=None, **options):
@@ -48,7 +44,7 @@ def judge(run, samples, model=None, **options):
 def test_pieces_of_a_batch_are_samples_of_their_own(sizes, build):
     model, total = build(), sum(sizes)
     x = points(total, 4) if isinstance(model, Chain) else points(total, 4, 5)
-    gradients = oracle.sample_gradients(model, [lambda m, i=i: oracle.energy(m(x[i : i + 1])) for i in range(total)])
+    gradients = oracle.energy_gradients(model, x)
     oracle.descend(model, lambda m: sum(oracle.energy(m(part)) for part in x.split(sizes)) / total, damping=DAMPING)
     assert oracle.error(model, oracle.directions(gradients, DAMPING)) <= 1e-10
 
@@ -65,7 +61,7 @@ def test_pieces_of_a_batch_are_samples_of_their_own(sizes, build):
         "one module twice in a method, on what another made": lambda m, x: m.twice(m.encoder(x)),
     }.values(),
 )
-def test_calls_that_are_made_of_each_other_see_the_same_samples(run):
+def test_calls_made_of_each_other_have_the_same_samples(run):
     x = points(5, 4)
     assert judge(lambda m, which: oracle.energy(run(m, x[which])), 5) <= 1e-10
 
@@ -75,7 +71,7 @@ class Direct(nn.Module):
 
     def __init__(self):
         super().__init__()
-        torch.manual_seed(0)
+        seed_cpu(0)
         self.a = nn.Linear(4, 3).double()
 
     def forward(self, x):
@@ -97,7 +93,7 @@ def test_a_discriminators_calls_on_real_and_on_generated_images_are_apart():
     model = nn.ModuleDict(
         {"g": nn.Linear(4, 4), "d": nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1))}
     ).double()
-    real, noise = points(4, 4), points(4, 4).flip(0)
+    real, noise = points(4, 4), points(4, 4)
     losses = [lambda m, i=i: oracle.energy(m["d"](real[i : i + 1])) for i in range(4)]
     losses += [lambda m, i=i: oracle.energy(m["d"](m["g"](noise[i : i + 1]))) for i in range(4)]
     gradients = oracle.sample_gradients(model, losses)
@@ -128,8 +124,8 @@ def test_halves_of_what_a_trunk_made_are_samples_of_their_own():
 
 
 @pytest.mark.parametrize("model_calls", ["separate", "joined"])
-def test_branches_of_a_siamese_network_are_one_sample_where_one_says_so(model_calls):
-    x, y = points(5, 4), points(5, 4).flip(1)
+def test_branches_of_a_siamese_network_are_one_sample_with_joined_model_calls(model_calls):
+    x, y = points(5, 4), points(5, 4)
 
     def run(model, which):
         return (model.cell(x[which]) - model.cell(y[which])).square().sum()
@@ -138,7 +134,7 @@ def test_branches_of_a_siamese_network_are_one_sample_where_one_says_so(model_ca
     assert error <= 1e-10 if model_calls == "joined" else error > 0.1
 
 
-def test_a_recurrent_cell_called_from_the_loop_on_its_own_state():
+def test_a_recurrent_cell_called_from_the_loop_has_one_sample_a_sequence():
     """The weights see a sequence as one sample: what multiplies the inputs is joined by what multiplies the state."""
     x = points(5, 7, 3)
     cell = nn.ModuleDict({"x": nn.Linear(3, 4), "h": nn.Linear(4, 4, bias=False)}).double()
@@ -157,4 +153,4 @@ def test_nothing_of_a_direct_forward_is_kept_after_backward():
     model, x = Direct(), points(6, 4)
     optimizer = NGPlus(model, lr=1e-9, update_every=1)
     oracle.energy(model.forward(x)).backward()
-    assert optimizer._capture._model_calls._thread.frame is None
+    assert optimizer._recorder._model_calls._thread.frame is None

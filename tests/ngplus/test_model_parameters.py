@@ -1,7 +1,6 @@
 """Parameters that were replaced in the model after the optimizer was made are named, on the next step."""
 
 import copy
-import warnings
 
 import pytest
 import torch
@@ -9,21 +8,21 @@ from torch import nn
 from torch.nn.utils import prune
 
 from ngplus import NGPlus
+from tests.ngplus.cases import recorded_warnings, seed_cpu
 
 
 def three_layers() -> nn.Sequential:
-    torch.manual_seed(0)
+    seed_cpu(0)
     return nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 5), nn.Linear(5, 2))
 
 
 def step(model: nn.Module, optimizer: NGPlus) -> list[str]:
     """One step on a random batch; what it warned of."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with recorded_warnings() as caught:
         model(torch.randn(7, 4)).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    return [str(warning.message) for warning in caught]
+    return caught
 
 
 def new_layer(model):

@@ -30,9 +30,9 @@ def clip(X, radius):
 
 def projected_gradient(L, Y, radius, steps=20_000):
     """Minimise ½‖X − Y‖_L² on the ball by gradient steps and Frobenius clipping: no multiplier, no basis."""
-    X = clip(Y, radius)
+    X, norm = clip(Y, radius), np.linalg.norm(L, 2)
     for _ in range(steps):
-        X = clip(X - L @ (X - Y) / np.linalg.norm(L, 2), radius)
+        X = clip(X - L @ (X - Y) / norm, radius)
     return X
 
 
@@ -269,7 +269,7 @@ def test_a_sparse_gradient_gives_the_same_step_as_the_dense_one():
         ({"alpha": 1.0, "radius": 0.5}, r"starts at norm 2, outside the ball of radius 0\.5"),
     ],
 )
-def test_a_bad_argument_is_named_with_its_value(arguments, message):
+def test_a_wrong_argument_is_named_with_its_value(arguments, message):
     with pytest.raises(ValueError, match=message):
         OnlineNGPlus([torch.nn.Parameter(torch.ones(2, 2))], **arguments)
 

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ngplus import NGPlus
+from tests.ngplus.cases import seed_cpu
 
 REFUSED = {
     "update_every zero": ({"update_every": 0}, ValueError, "update_every must be an integer ≥ 1, got 0"),
@@ -130,7 +131,7 @@ def test_a_wrong_damping_of_a_group_is_refused(damping):
 
 
 @pytest.mark.parametrize("damping", [0, -1.0, float("nan"), "1"])
-def test_a_damping_that_turns_wrong_is_refused_on_the_next_curvature_step(damping):
+def test_a_damping_set_out_of_range_is_refused_on_the_next_curvature_step(damping):
     model = nn.Linear(3, 2)
     optimizer = NGPlus(model, update_every=1)
     optimizer.param_groups[0]["damping"] = damping
@@ -146,7 +147,7 @@ ONE_STEP = {"lr": 0.25, "damping": 0.5, "ema": 0.5, "update_every": 2}
 
 def moved(**options) -> torch.Tensor:
     """The weight after two steps with ``ONE_STEP``, some of it given in another form."""
-    torch.manual_seed(0)
+    seed_cpu(0)
     model = nn.Linear(3, 2)
     optimizer = NGPlus(model, **{**ONE_STEP, **options})
     for _ in range(2):
@@ -234,7 +235,7 @@ def test_a_bare_tensor_is_no_list_of_its_rows(options):
 def test_parameters_without_a_model_need_the_mini_batch_form():
     model = nn.Linear(3, 2)
     with pytest.raises(
-        TypeError, match=r'"per_sample" watches the layers of a model: .* got generator; .*"mini_batch"'
+        TypeError, match=r'"per_sample" captures the uses of a model.s layers: .* got generator; .*"mini_batch"'
     ):
         NGPlus(model.parameters())
     with pytest.raises(TypeError, match=r"params is for an nn\.Module"):
@@ -269,7 +270,7 @@ def test_layers_of_unsupported_kinds_are_named_once_with_where_they_go():
     ]
 
 
-def test_norms_and_frozen_layers_are_passed_on_without_a_word(recwarn):
+def test_norms_and_frozen_layers_go_to_the_base_without_a_warning(recwarn):
     model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.BatchNorm1d(4), nn.PReLU(4), nn.Bilinear(2, 2, 2))
     model[4].requires_grad_(False)
     NGPlus(model)

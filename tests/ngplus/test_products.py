@@ -2,7 +2,6 @@
 
 import warnings
 
-import oracle
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +9,8 @@ from torch import Tensor, nn
 
 from ngplus import NGPlus
 from ngplus.baselines import KFAC, SENG
+from tests.ngplus import oracle
+from tests.ngplus.cases import seed_cpu
 
 transformers = pytest.importorskip("transformers")
 Conv1D = transformers.pytorch_utils.Conv1D
@@ -28,7 +29,7 @@ class TiedHead(nn.Module):
 
     def __init__(self, head) -> None:
         super().__init__()
-        torch.manual_seed(0)
+        seed_cpu(0)
         self.table, self.mix = nn.Embedding(11, 4), nn.Linear(4, 4)
         self.head = head
 
@@ -57,7 +58,7 @@ class Autoencoder(nn.Module):
 
     def __init__(self, back, inside: int, outside: int, bias: bool) -> None:
         super().__init__()
-        torch.manual_seed(0)
+        seed_cpu(0)
         self.encode = nn.Linear(inside, outside, bias=bias)
         self.shift = nn.Parameter(torch.randn(inside))
         self.back = back
@@ -86,7 +87,7 @@ class Convolved(nn.Module):
 
     def __init__(self, trained_bias: bool = True) -> None:
         super().__init__()
-        torch.manual_seed(0)
+        seed_cpu(0)
         self.up, self.down = Conv1D(7, 4), Conv1D(3, 7)
         for layer in (self.up, self.down):
             nn.init.normal_(layer.weight)
@@ -104,35 +105,35 @@ def test_conv1d_of_gpt2_flattens_its_input_and_its_samples_stay_apart(between, s
 
 
 @pytest.mark.parametrize("options", [{"block_size": 2}, {"max_samples": 2}, {"solver": "low_rank"}])
-def test_conv1d_with_every_option(options):
+def test_conv1d_with_every_option_matches_the_oracle(options):
     oracle.check(Convolved().double(), torch.randn(5, 4, dtype=torch.float64), **options)
 
 
-def test_conv1d_with_its_samples_along_the_second_dimension():
+def test_conv1d_with_another_batch_dimension_matches_the_oracle():
     oracle.check(Convolved().double(), torch.randn(3, 5, 4, dtype=torch.float64), batch_dim=1)
 
 
-def test_conv1d_is_a_linear_layer_with_its_matrix_turned():
+def test_conv1d_is_a_linear_layer_with_its_matrix_transposed():
     """To the baseline with whole per-sample gradients too: the directions are each other's transposes."""
-    turned = Convolved(trained_bias=False).double()
+    transposed = Convolved(trained_bias=False).double()
     plain = nn.Sequential(nn.Linear(4, 7), nn.Tanh(), nn.Linear(7, 3)).double()
-    for ours, theirs in zip((plain[0], plain[2]), (turned.up, turned.down), strict=True):
+    for ours, theirs in zip((plain[0], plain[2]), (transposed.up, transposed.down), strict=True):
         ours.weight.data.copy_(theirs.weight.T)
         ours.bias.data.copy_(theirs.bias)
         ours.bias.requires_grad_(False)
     x = torch.randn(6, 2, 4, dtype=torch.float64)
-    for model in (turned, plain):
+    for model in (transposed, plain):
         optimizer = SENG(model, lr=1e-9, damping=0.3, update_every=1)
         (oracle.energy(model(x)) / 6).backward()
         optimizer.step()
         assert len(optimizer.curvature) == 2
-    assert torch.allclose(turned.up.weight.grad, plain[0].weight.grad.T, rtol=1e-9, atol=1e-12)
-    assert torch.allclose(turned.down.weight.grad, plain[2].weight.grad.T, rtol=1e-9, atol=1e-12)
+    assert torch.allclose(transposed.up.weight.grad, plain[0].weight.grad.T, rtol=1e-9, atol=1e-12)
+    assert torch.allclose(transposed.down.weight.grad, plain[2].weight.grad.T, rtol=1e-9, atol=1e-12)
 
 
 def gpt2() -> nn.Module:
     """GPT-2 with two blocks, as `transformers` has it."""
-    torch.manual_seed(0)
+    seed_cpu(0)
     config = transformers.GPT2Config(
         vocab_size=31,
         n_positions=8,
@@ -149,7 +150,7 @@ def gpt2() -> nn.Module:
 
 
 class Logits(nn.Module):
-    """What a language model says, without what it wraps around it."""
+    """The logits of a language model alone."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -159,8 +160,8 @@ class Logits(nn.Module):
         return self.model(input_ids=index, use_cache=False).logits
 
 
-def test_every_matrix_of_gpt2_but_its_positions_against_the_oracle():
-    """The table of positions is looked up once for the whole batch: one sample, by what `docs/supported.md` says."""
+def test_every_matrix_of_gpt2_but_its_positions_matches_the_oracle():
+    """The table of positions is looked up once for the whole batch: one sample, as in `docs/supported.md`."""
     model = Logits(gpt2()).double()
     model.model.transformer.wpe.weight.requires_grad_(False)
     with warnings.catch_warnings():
@@ -174,7 +175,7 @@ class Shifted(nn.Module):
 
     def __init__(self, call) -> None:
         super().__init__()
-        torch.manual_seed(0)
+        seed_cpu(0)
         self.inlet, self.outlet = nn.Linear(5, 6), nn.Linear(6, 3)
         self.call = call
 
@@ -199,7 +200,7 @@ TO_BASE = {
 
 
 @pytest.mark.parametrize("case", TO_BASE)
-def test_what_cannot_be_read_goes_to_the_base_with_one_warning(case):
+def test_unsupported_products_go_to_the_base_with_one_warning(case):
     call, message = TO_BASE[case]
     model = Shifted(call)
     optimizer = NGPlus(model, lr=1e-9, damping=0.3, update_every=1)

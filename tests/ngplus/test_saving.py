@@ -2,14 +2,9 @@
 
 import collections
 import copy
-import io
-import itertools
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
-import oracle
 import pytest
 import torch
 from torch import nn
@@ -17,6 +12,8 @@ from torch.optim import SGD, Adam
 
 from ngplus import NGPlus
 from ngplus.baselines import KFAC, SENG, Shampoo
+from tests.ngplus.cases import mlp, parameters_equal, through_a_file, train
+from tests.ngplus.training.processes import in_a_fresh_process
 
 SETTINGS = {
     "sgd": {"base": SGD, "momentum": 0.9, "weight_decay": 0.01},
@@ -28,33 +25,8 @@ SETTINGS = {
 }
 
 
-def mlp(*sizes, seed=0):
-    torch.manual_seed(seed)
-    layers = [nn.Linear(i, o) for i, o in itertools.pairwise(sizes)]
-    return nn.Sequential(*[part for layer in layers for part in (layer, nn.Tanh())]).double()
-
-
 def optimizer_for(model, settings, **options):
     return NGPlus(model, lr=0.01, damping=0.3, update_every=3, **SETTINGS[settings], **options)
-
-
-def train(model, optimizer, steps):
-    for step in steps:
-        x = torch.randn((5, 4), dtype=torch.float64, generator=torch.Generator().manual_seed(step))
-        optimizer.zero_grad()
-        oracle.batch_loss(x)(model).backward()
-        optimizer.step()
-
-
-def same(one, other):
-    return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
-
-
-def through_a_file(state):
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
@@ -72,18 +44,18 @@ def test_saved_at_any_step_it_resumes_to_the_bit(settings):
         model.load_state_dict(weights)
         optimizer.load_state_dict(state)
         train(model, optimizer, range(stop, 8))
-        assert same(model, whole), stop
+        assert parameters_equal(model, whole), stop
 
 
 def resume(folder, settings):
     """The end of a run, in a process that did not begin it."""
-    saved = torch.load(f"{folder}/saved.pt", weights_only=True)
+    saved = torch.load(folder / "saved.pt", weights_only=True)
     model = mlp(4, 6, 3, seed=9)
     optimizer = optimizer_for(model, settings)
     model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
     train(model, optimizer, range(4, 8))
-    torch.save(model.state_dict(), f"{folder}/resumed.pt")
+    return model
 
 
 def test_a_fresh_process_goes_on_to_the_bit(tmp_path):
@@ -92,15 +64,12 @@ def test_a_fresh_process_goes_on_to_the_bit(tmp_path):
     train(model, optimizer, range(4))
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "saved.pt")
     train(model, optimizer, range(4, 8))
-    code = f"import sys; sys.path[:0] = {sys.path!r}; import test_saving; test_saving.resume({str(tmp_path)!r}, 'ema')"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
-    resumed = torch.load(tmp_path / "resumed.pt", weights_only=True)
-    assert all(torch.equal(value, resumed[name]) for name, value in model.state_dict().items())
+    assert parameters_equal(model, in_a_fresh_process(resume, tmp_path, "ema"))
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
-def test_a_copy_beside_its_model_goes_on_identically(copied, settings):
+def test_a_copy_together_with_its_model_goes_on_identically(copied, settings):
     model = mlp(4, 6, 3)
     optimizer = optimizer_for(model, settings)
     train(model, optimizer, range(4))
@@ -108,7 +77,7 @@ def test_a_copy_beside_its_model_goes_on_identically(copied, settings):
     assert [id(p) for p in other_model.parameters()] == [id(p) for p in other.param_groups[0]["params"]]
     train(model, optimizer, range(4, 8))
     train(other_model, other, range(4, 8))
-    assert same(model, other_model)
+    assert parameters_equal(model, other_model)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
@@ -118,9 +87,9 @@ def test_a_copy_alone_brings_its_own_model(copied):
     train(model, optimizer, range(4))
     other = copied(optimizer)
     train(model, optimizer, range(4, 8))
-    assert not same(model, other._model)
+    assert not parameters_equal(model, other._model)
     train(other._model, other, range(4, 8))
-    assert same(model, other._model)
+    assert parameters_equal(model, other._model)
 
 
 def test_a_copy_of_plain_parameters_goes_on_identically():
@@ -130,7 +99,7 @@ def test_a_copy_of_plain_parameters_goes_on_identically():
     other_model, other = copy.deepcopy((model, optimizer))
     train(model, optimizer, range(4, 8))
     train(other_model, other, range(4, 8))
-    assert same(model, other_model)
+    assert parameters_equal(model, other_model)
 
 
 @pytest.mark.parametrize("optimizer", [NGPlus, KFAC, SENG])
@@ -163,11 +132,11 @@ def test_a_bias_that_left_or_joined_its_matrix_is_no_hindrance(event, steps, cop
         other.load_state_dict(trained.state_dict())
     train(model, trained, range(2 + steps, 9))
     train(other_model, other, range(2 + steps, 9))
-    assert same(model, other_model)
+    assert parameters_equal(model, other_model)
     assert trained.curvature["0.weight"].shape.columns == (4 if event == "frozen" else 5)
 
 
-def test_a_state_does_not_change_with_what_goes_on():
+def test_a_state_dict_does_not_change_with_later_steps():
     model = mlp(4, 6, 3)
     optimizer = optimizer_for(model, "ema")
     train(model, optimizer, range(4))
@@ -205,7 +174,7 @@ def refused(state, words):
         optimizer.load_state_dict(state)
     train(model, optimizer, range(4, 8))
     train(plain, reference, range(4, 8))
-    assert same(model, plain)
+    assert parameters_equal(model, plain)
 
 
 @pytest.mark.parametrize("other", FOREIGN)
@@ -267,7 +236,7 @@ def test_a_state_without_an_average_is_refused_where_averages_are_kept():
         optimizer_for(mlp(4, 6, 3), "ema").load_state_dict(state)
 
 
-def test_a_layer_of_which_a_state_says_nothing_is_named_and_starts_without_curvature():
+def test_a_layer_missing_from_a_state_is_named_and_starts_without_curvature():
     model = mlp(4, 6, 3)
     optimizer = optimizer_for(model, "sgd")
     train(model, optimizer, range(2))
@@ -327,7 +296,7 @@ def test_reading_the_state_at_any_time_changes_nothing():
                 assert len(optimizer.state) >= 2
         return model
 
-    assert same(run(asked=True), run(asked=False))
+    assert parameters_equal(run(asked=True), run(asked=False))
 
 
 def test_a_state_that_is_put_in_place_of_the_old_is_the_bases():
@@ -342,7 +311,7 @@ def test_a_state_that_is_put_in_place_of_the_old_is_the_bases():
 
 
 @pytest.mark.parametrize("settings", ["sgd", "ema"])
-def test_what_has_names_loads_what_has_none_and_the_other_way_round(settings):
+def test_states_with_and_without_parameter_names_load_into_each_other(settings):
     whole = mlp(4, 6, 3)
     train(whole, optimizer_for(whole, settings), range(8))
     for named in (False, True):
@@ -354,10 +323,10 @@ def test_what_has_names_loads_what_has_none_and_the_other_way_round(settings):
         other.load_state_dict(model.state_dict())
         loaded.load_state_dict(through_a_file(optimizer.state_dict()))
         train(other, loaded, range(5, 8))
-        assert same(other, whole)
+        assert parameters_equal(other, whole)
 
 
-def test_plain_parameters_with_names_load_what_has_none_and_the_other_way_round():
+def test_states_of_plain_parameters_with_and_without_names_load_into_each_other():
     def make(model, named):
         return NGPlus(
             model.named_parameters() if named else model.parameters(), lr=0.1, curvature="mini_batch", ema=0.5
@@ -371,21 +340,21 @@ def test_plain_parameters_with_names_load_what_has_none_and_the_other_way_round(
         loaded.load_state_dict(through_a_file(optimizer.state_dict()))
         train(model, optimizer, range(3, 6))
         train(other, loaded, range(3, 6))
-        assert same(model, other)
+        assert parameters_equal(model, other)
 
 
-def test_what_no_step_has_counted_yet_survives():
+def test_pending_layers_retries_and_skipped_steps_survive_saving():
     """A layer that is pending, one that is given up as unsupported, and skipped steps."""
     model = mlp(4, 6, 3)
     optimizer = NGPlus(model, lr=0.01, update_every=100)
-    optimizer._late, optimizer._tries = optimizer._layers[::-1], {optimizer._layers[0]: 2}
-    optimizer._opaque, optimizer._skipped = {optimizer._layers[1]}, torch.tensor(3)
+    optimizer._coverage.pending, optimizer._coverage.tries = optimizer._layers[::-1], {optimizer._layers[0]: 2}
+    optimizer._coverage.unsupported, optimizer._skipped = {optimizer._layers[1]}, torch.tensor(3)
     loaded = NGPlus(mlp(4, 6, 3), lr=0.01, update_every=100)
     loaded.load_state_dict(through_a_file(optimizer.state_dict()))
     for other in (loaded, pickle.loads(pickle.dumps(optimizer))):
-        assert [layer.name for layer in other._late] == ["2.weight", "0.weight"]
-        assert {layer.name: count for layer, count in other._tries.items()} == {"0.weight": 2}
-        assert {layer.name for layer in other._opaque} == {"2.weight"}
+        assert [layer.name for layer in other._coverage.pending] == ["2.weight", "0.weight"]
+        assert {layer.name: count for layer, count in other._coverage.tries.items()} == {"0.weight": 2}
+        assert {layer.name for layer in other._coverage.unsupported} == {"2.weight"}
         assert other.skipped_steps == 3
 
 
@@ -460,7 +429,7 @@ def test_a_file_of_the_first_layout_goes_on_where_it_was_saved(way):
             optimizer = first_made(model, way)
             optimizer.load_state_dict(state)
         train(model, optimizer, range(4, 8))
-        assert optimizer.state_dict()["param_groups"][0][optimizer._key]["steps"] == 8
+        assert optimizer.state_dict()["param_groups"][0][optimizer.key]["steps"] == 8
         rtol, atol = (0, 0) if rounds_alike else (1e-12, 1e-14)
         for name, value in model.state_dict().items():
             torch.testing.assert_close(value, saved["end"][name], rtol=rtol, atol=atol)

@@ -1,9 +1,11 @@
 """Schnetpack's `Dense` applies its activation inside its own forward; NG+ must see the gradient before it."""
 
-import oracle
 import pytest
 import torch
 from torch import nn
+
+from tests.ngplus import oracle
+from tests.ngplus.cases import seed_cpu
 
 schnetpack = pytest.importorskip("schnetpack")
 
@@ -20,7 +22,7 @@ SIZES = [1, 3, 2, 4]  # atoms a molecule; the first has no pairs
 
 
 def model(aggregation: str) -> NeuralNetworkPotential:
-    torch.manual_seed(0)
+    seed_cpu(0)
     made = NeuralNetworkPotential(
         representation=SchNet(5, 2, GaussianRBF(4, 4.0), CosineCutoff(4.0), n_filters=3),
         input_modules=[PairwiseDistances()],
@@ -93,7 +95,7 @@ def test_molecules_are_preconditioned_as_by_the_gradients_of_single_molecules(ag
 
 
 def test_a_dense_layer_is_a_linear_layer_before_its_activation():
-    torch.manual_seed(0)
+    seed_cpu(0)
     inside = Dense(4, 3, activation=nn.Tanh()).double()
     outside = nn.Sequential(nn.Linear(4, 3), nn.Tanh()).double()
     outside[0].load_state_dict(inside.state_dict(), strict=False)

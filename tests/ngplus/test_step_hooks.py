@@ -10,6 +10,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from ngplus import NGPlus
 from ngplus.baselines import KFAC
+from tests.ngplus.cases import seed_cpu
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def calls():
 
 
 def model_with_gradients() -> nn.Module:
-    torch.manual_seed(0)
+    seed_cpu(0)
     model = nn.Linear(3, 2)
     model(torch.randn(4, 3)).square().sum().backward()
     return model
@@ -56,7 +57,7 @@ def test_hooks_of_every_optimizer_are_called_once_a_step(calls, base, kind):
         assert calls == [("before", optimizer), ("after", optimizer)] * steps
 
 
-def test_with_a_closure_too(calls):
+def test_hooks_are_called_once_a_step_with_a_closure(calls):
     model = model_with_gradients()
     optimizer = NGPlus(model, lr=0.1)
     before = model.weight.clone()

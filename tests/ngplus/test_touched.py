@@ -1,24 +1,26 @@
-"""Bases that are lent sparse gradients of tables, against the same bases with dense ones."""
+"""Gradients of tables that are temporarily converted to sparse, compared with the same bases on dense ones."""
 
-import subprocess
-import sys
+import warnings
 
 import pytest
 import torch
 from torch import nn
 from torch.optim import SGD, Adagrad, Adam, SparseAdam
 
-from ngplus import NGPlus, batching, direction, touched
+from ngplus import NGPlus
+from tests.ngplus.cases import seed_cpu
+from tests.ngplus.training.processes import in_a_fresh_process
+
+EVERY_TABLE_IS_LARGE = {"zero_rows_from": 8, "grouped_below": 8}
 
 
 @pytest.fixture(autouse=True)
-def every_table_is_large(monkeypatch):
-    monkeypatch.setattr(direction, "SMALL_TABLE", 8)
-    monkeypatch.setattr(batching, "SMALL", 8)
+def tuning(set_tuning):
+    return set_tuning(**EVERY_TABLE_IS_LARGE)
 
 
 class Model(nn.Module):
-    """Two tables, of which a batch touches few rows, and a linear layer."""
+    """Two tables, of which a batch looks up few rows, and a linear layer."""
 
     def __init__(self, dtype=torch.float64):
         super().__init__()
@@ -30,8 +32,8 @@ class Model(nn.Module):
         return self.out((self.words(index[:, 0]) + self.bags(index)).tanh())
 
 
-class Watched:
-    """What layouts of gradients a base's step has seen."""
+class Layouts:
+    """Names of the parameters whose gradients were sparse in each step of the base."""
 
     def __init__(self, optimizer):
         self.sparse = []
@@ -48,13 +50,13 @@ def batch(step):
     return torch.randint(200, (5, 2), generator=torch.Generator().manual_seed(step))
 
 
-def trained(base, few, monkeypatch, *, dtype=torch.float64, closure=False, steps=6, **options):
-    """A model after some steps, and the layouts that the base saw; nothing is lent where ``few`` is too large."""
-    monkeypatch.setattr(touched, "FEW", few)
-    torch.manual_seed(0)
+def trained(base, share, set_tuning, *, dtype=torch.float64, closure=False, steps=6, **options):
+    """A model after some steps, and the layouts that the base got; none is converted where ``share`` is too small."""
+    set_tuning(**EVERY_TABLE_IS_LARGE, sparse_step_share=share)
+    seed_cpu(0)
     model = Model(dtype)
     optimizer = NGPlus(model, base, damping=0.3, update_every=3, **{"lr": 0.1, **options})
-    watched = Watched(optimizer)
+    layouts = Layouts(optimizer)
     for step in range(steps):
 
         def loss(step=step):
@@ -68,7 +70,7 @@ def trained(base, few, monkeypatch, *, dtype=torch.float64, closure=False, steps
         else:
             loss()
             optimizer.step()
-    return model, watched.sparse
+    return model, layouts.sparse
 
 
 ALLOWED = [
@@ -81,9 +83,9 @@ ALLOWED = [
 
 @pytest.mark.parametrize(("base", "options"), ALLOWED)
 @pytest.mark.parametrize("closure", [False, True])
-def test_what_is_lent_moves_parameters_as_dense_gradients_do(base, options, closure, monkeypatch):
-    model, sparse = trained(base, 8, monkeypatch, closure=closure, **options)
-    other, none = trained(base, 10**9, monkeypatch, closure=closure, **options)
+def test_converting_gradients_to_sparse_moves_parameters_as_dense_ones_do(base, options, closure, set_tuning):
+    model, sparse = trained(base, 1 / 8, set_tuning, closure=closure, **options)
+    other, none = trained(base, 0.0, set_tuning, closure=closure, **options)
     assert sparse == 6 * [{"words.weight", "bags.weight"}]
     assert none == 6 * [set()]
     for parameter, dense in zip(model.parameters(), other.parameters(), strict=True):
@@ -91,7 +93,7 @@ def test_what_is_lent_moves_parameters_as_dense_gradients_do(base, options, clos
         assert parameter.grad.layout == torch.strided
         torch.testing.assert_close(parameter.grad, dense.grad, rtol=1e-12, atol=1e-14)
     rows = torch.cat([batch(step)[:, 0] for step in range(6)]).unique()
-    torch.manual_seed(0)
+    seed_cpu(0)
     start = Model().words.weight
     others = torch.ones(200, dtype=torch.bool).index_fill_(0, rows, False)
     assert torch.equal(model.words.weight[others], start[others])
@@ -109,16 +111,16 @@ def test_what_is_lent_moves_parameters_as_dense_gradients_do(base, options, clos
         (Adam, {}),
     ],
 )
-def test_a_base_that_moves_every_row_or_takes_no_sparse_gradients_is_lent_none(base, options, monkeypatch):
-    model, sparse = trained(base, 8, monkeypatch, **options)
-    other, _ = trained(base, 10**9, monkeypatch, **options)
+def test_a_base_that_moves_every_row_or_takes_no_sparse_gradients_gets_dense_ones(base, options, set_tuning):
+    model, sparse = trained(base, 1 / 8, set_tuning, **options)
+    other, _ = trained(base, 0.0, set_tuning, **options)
     assert sparse == 6 * [set()]
     for parameter, dense in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(parameter, dense)
 
 
 @pytest.mark.parametrize("change", ["bfloat16", "columns first"])
-def test_tables_that_torch_would_round_or_read_otherwise_are_lent_none(change):
+def test_tables_that_torch_would_round_or_read_otherwise_keep_dense_gradients(change):
     model = Model(torch.float32)
     if change == "bfloat16":
         model.to(torch.bfloat16)
@@ -126,24 +128,24 @@ def test_tables_that_torch_would_round_or_read_otherwise_are_lent_none(change):
         for table in (model.words, model.bags):
             table.weight = nn.Parameter(table.weight.detach().T.contiguous().T)
     optimizer = NGPlus(model, Adagrad, lr=0.1)
-    watched = Watched(optimizer)
+    layouts = Layouts(optimizer)
     for _ in range(2):
         optimizer.zero_grad()
         model(batch(0)).square().mean().backward()
         optimizer.step()
-    assert watched.sparse == 2 * [set()]
+    assert layouts.sparse == 2 * [set()]
 
 
-def test_only_the_groups_whose_settings_allow_it_and_tables_with_few_touched_rows_are_lent():
+def test_only_groups_whose_settings_allow_it_and_tables_with_few_nonzero_rows_are_converted():
     model = Model()
     groups = [{"params": [model.words.weight], "weight_decay": 1e-3}, {"params": [model.bags.weight]}]
     optimizer = NGPlus(model, Adagrad, lr=0.1, params=groups)
-    watched = Watched(optimizer)
+    layouts = Layouts(optimizer)
     for index in (batch(0), torch.arange(100).view(50, 2)):
         optimizer.zero_grad()
         model(index).square().mean().backward()
         optimizer.step()
-    assert watched.sparse == [{"bags.weight"}, set()]
+    assert layouts.sparse == [{"bags.weight"}, set()]
 
 
 def test_a_base_that_fails_leaves_the_dense_gradients(monkeypatch):
@@ -161,7 +163,7 @@ def test_a_base_that_fails_leaves_the_dense_gradients(monkeypatch):
     assert all(p.grad.layout == torch.strided for p in model.parameters())
 
 
-def test_a_gradient_that_a_hook_of_the_base_took_away_stays_away():
+def test_a_gradient_that_a_hook_of_the_base_removed_stays_removed():
     model = Model()
     optimizer = NGPlus(model, SGD, lr=0.1)
     optimizer.base.register_step_post_hook(lambda base, args, kwargs: base.zero_grad())
@@ -171,7 +173,7 @@ def test_a_gradient_that_a_hook_of_the_base_took_away_stays_away():
 
 
 @pytest.mark.parametrize("base", [SGD, Adagrad])
-def test_nan_in_a_touched_row_reaches_no_parameter(base):
+def test_nan_in_a_nonzero_row_reaches_no_parameter(base):
     model = Model()
     optimizer = NGPlus(model, base, lr=0.1)
     before = [p.detach().clone() for p in model.parameters()]
@@ -196,34 +198,34 @@ class SparseModel(nn.Module):
         return self.out(sum(table(index % 7) for table in self.tables).tanh())
 
 
-def sparsely_trained(base, small, monkeypatch, **options):
+def sparsely_trained(base, small, set_tuning, **options):
     """A model after some steps, its optimizer, and which tables' gradients the base saw as sparse ones."""
-    monkeypatch.setattr(touched, "SMALL", small)
-    torch.manual_seed(0)
+    set_tuning(**EVERY_TABLE_IS_LARGE, dense_step_up_to=small)
+    seed_cpu(0)
     model = SparseModel()
     if base is SparseAdam:  # which takes no dense gradients
         model.out.requires_grad_(False)
         options["params"] = model.tables.parameters()
     optimizer = NGPlus(model, base, damping=0.3, update_every=3, **{"lr": 0.1, **options})
-    watched = Watched(optimizer)
+    layouts = Layouts(optimizer)
     for step in range(5):
         optimizer.zero_grad()
         model(batch(step)).square().mean().backward()
         optimizer.step()
         assert all(table.weight.grad.is_sparse for table in model.tables)
-    return model, optimizer, watched.sparse
+    return model, optimizer, layouts.sparse
 
 
 ALL_TABLES = {f"tables.{i}.weight" for i in range(3)}
 
 
 @pytest.mark.parametrize("options", [{}, {"lr_decay": 0.1}, {"initial_accumulator_value": 0.2}, {"maximize": True}])
-def test_adagrad_is_lent_dense_gradients_of_small_tables_and_makes_the_same_step(monkeypatch, options):
-    (model, optimizer, seen), (plain, its, unlent) = (
-        sparsely_trained(Adagrad, small, monkeypatch, **options) for small in (2000, -1)
+def test_adagrad_gets_dense_gradients_of_small_sparse_tables_and_makes_the_same_step(set_tuning, options):
+    (model, optimizer, seen), (plain, its, unconverted) = (
+        sparsely_trained(Adagrad, small, set_tuning, **options) for small in (2000, -1)
     )
     assert seen == 5 * [{"tables.2.weight"}]
-    assert unlent == 5 * [ALL_TABLES]
+    assert unconverted == 5 * [ALL_TABLES]
     for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
         torch.testing.assert_close(optimizer.state[ours]["sum"], its.state[theirs]["sum"], rtol=1e-12, atol=1e-20)
@@ -232,8 +234,8 @@ def test_adagrad_is_lent_dense_gradients_of_small_tables_and_makes_the_same_step
 @pytest.mark.parametrize(
     ("base", "options"), [(SGD, {}), (Adagrad, {"eps": 0.0}), (Adagrad, {"lr": torch.tensor(0.1)}), (SparseAdam, {})]
 )
-def test_other_bases_and_settings_get_sparse_gradients_as_they_are(monkeypatch, base, options):
-    model, optimizer, seen = sparsely_trained(base, 2000, monkeypatch, **options)
+def test_other_bases_and_settings_get_sparse_gradients_as_they_are(set_tuning, base, options):
+    model, optimizer, seen = sparsely_trained(base, 2000, set_tuning, **options)
     assert seen == 5 * [ALL_TABLES]
     assert all(bool(p.isfinite().all()) for p in model.parameters())
     assert optimizer.skipped_steps == 0
@@ -258,22 +260,20 @@ def test_nan_in_a_small_table_reaches_no_parameter():
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
 
 
-PLAIN_LOOP = """
-import torch
-from ngplus import NGPlus
-model = torch.nn.EmbeddingBag(20_000, 16, mode="sum")
-optimizer = NGPlus(model, torch.optim.Adagrad, lr=0.1)
-seen = []
-optimizer.base.register_step_post_hook(lambda *_: seen.append(model.weight.grad.is_sparse))
-for _ in range(2):
-    model(torch.randint(20_000, (4, 2))).square().mean().backward()
-    optimizer.step()
-    optimizer.zero_grad()
-print(seen)
-"""
+def layouts_with_warnings_as_errors():
+    """Whether the base's gradient was sparse, in each step."""
+    warnings.simplefilter("error")
+    model = nn.EmbeddingBag(20_000, 16, mode="sum")
+    optimizer = NGPlus(model, Adagrad, lr=0.1)
+    seen = []
+    optimizer.base.register_step_post_hook(lambda *_: seen.append(model.weight.grad.is_sparse))
+    for _ in range(2):
+        model(torch.randint(20_000, (4, 2))).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return seen
 
 
-def test_torch_does_not_warn_of_what_is_lent():
+def test_converting_the_layout_makes_torch_give_no_warning():
     """In a process of its own, since torch warns but once in each."""
-    ran = subprocess.run([sys.executable, "-W", "error", "-c", PLAIN_LOOP], capture_output=True, text=True, check=False)
-    assert (ran.returncode, ran.stdout) == (0, "[True, True]\n"), ran.stderr
+    assert in_a_fresh_process(layouts_with_warnings_as_errors) == [True, True]

@@ -9,7 +9,7 @@ from experiments import tasks
 from experiments.estimate import measuring
 from experiments.estimate.measuring import make_clock, measure, measure_briefly, measure_loading, round_length
 from experiments.estimate.timed_steps import Parts, has_refresh, make_training, take_steps
-from ngplus.curvature import Curvature
+from ngplus.curvature.update import LayerCurvature
 
 CPU = torch.device("cpu")
 CLOCK = make_clock(CPU)
@@ -62,13 +62,13 @@ def test_what_grows_with_the_batch_is_told_from_the_update(recipe, monkeypatch):
 
 
 def test_a_refresh_step_is_told_from_a_plain_one(recipe, toy_task, monkeypatch):
-    update = Curvature.update
+    update = LayerCurvature.update
 
     def slow(self, *arguments):
         time.sleep(0.1)
         return update(self, *arguments)
 
-    monkeypatch.setattr(Curvature, "update", slow)
+    monkeypatch.setattr(LayerCurvature, "update", slow)
     found = measure(recipe, "ngplus", toy_task, CPU, clock=CLOCK, round_length=4, steps=12)
     assert found.steps == 12
     assert found.seconds.plain.update < 0.1 <= found.seconds.refresh.update

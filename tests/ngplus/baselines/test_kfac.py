@@ -6,13 +6,15 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from allocations import peak_elements
 from torch import Tensor, nn
 
-from ngplus import NGPlus, gfim
+from ngplus import NGPlus
 from ngplus.baselines import KFAC
-from ngplus.baselines.kronecker import moment
-from ngplus.patches import Patches
+from ngplus.baselines.kronecker import sum_outer_products
+from ngplus.factors.im2col import Patches
+from ngplus.tuning import Tuning
+from tests.ngplus.allocations import peak_elements
+from tests.ngplus.cases import parameters_equal, seed_cpu, training_step
 
 
 def sample_losses(model: nn.Module, *inputs: Tensor) -> list[Tensor]:
@@ -21,13 +23,7 @@ def sample_losses(model: nn.Module, *inputs: Tensor) -> list[Tensor]:
     return [output.sin().sum() + 0.5 * output.square().sum() for output in outputs]
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, *inputs: Tensor) -> None:
-    optimizer.zero_grad()
-    torch.stack(sample_losses(model, *inputs)).mean().backward()
-    optimizer.step()
-
-
-def watched(model: nn.Module, module: nn.Module, *inputs: Tensor) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
+def record(model: nn.Module, module: nn.Module, *inputs: Tensor) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
     """For each sample, the inputs of a module at each of its positions and the gradients of that sample's own loss."""
     calls = []
 
@@ -67,7 +63,7 @@ def vectors_out(module: nn.Module, gradient: Tensor) -> list[Tensor]:
 
 
 def factors(model: nn.Module, module: nn.Module, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-    a, g = watched(model, module, *inputs)
+    a, g = record(model, module, *inputs)
     A = sum(torch.outer(v, v) for sample in a for v in sample) / len(a)
     B = sum(torch.outer(v, v) / len(sample) for sample in g for v in sample) / len(g)
     return A, B
@@ -102,17 +98,9 @@ def check(model: nn.Module, *inputs: Tensor, split: str = "trace", damping: floa
         G, pi = matrix(layer), trace_norm(A, B) if split == "trace" else 1.0
         table = isinstance(layer, nn.Embedding)
         expected.append(dense_direction(B, A, G, damping, 1 / pi) if table else dense_direction(A, B, G, damping, pi))
-    train(model, optimizer, *inputs)
+    training_step(model, optimizer, *inputs)
     for layer, D in zip(layers, expected, strict=True):
         torch.testing.assert_close(matrix(layer), D, rtol=1e-9, atol=1e-12)
-
-
-@pytest.fixture(autouse=True)
-def _double():
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 class Sequence(nn.Module):
@@ -166,7 +154,7 @@ def test_each_group_of_a_convolution_has_its_own_pair_of_factors():
         part.zero_grad()
         torch.stack(sample_losses(part, x[:, 2 * half :][:, :2])).mean().backward()
         expected.append(dense_direction(A, B, matrix(part[0]), 0.3, pi))
-    train(model, KFAC(model, lr=1e-9, damping=0.3), x)
+    training_step(model, KFAC(model, lr=1e-9, damping=0.3), x)
     torch.testing.assert_close(matrix(layer), torch.cat(expected), rtol=1e-9, atol=1e-12)
 
 
@@ -178,27 +166,29 @@ def test_a_longer_side_than_allowed_keeps_the_diagonal_of_its_factor():
     model.zero_grad()
     torch.stack(sample_losses(model, x)).mean().backward()
     expected = dense_direction(A, B, matrix(model), 0.3, trace_norm(A, B))
-    train(model, KFAC(model, lr=1e-9, damping=0.3, max_side=6), x)
+    training_step(model, KFAC(model, lr=1e-9, damping=0.3, max_side=6), x)
     torch.testing.assert_close(matrix(model), expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("limit", [1, 100, 2**30])
 @pytest.mark.parametrize("groups", [1, 3])
-def test_factors_of_large_images_are_summed_in_parts(groups, limit, monkeypatch):
-    monkeypatch.setattr(gfim, "CHUNK", dict.fromkeys(gfim.CHUNK, limit))
-    torch.manual_seed(0)
+def test_factors_of_large_images_are_summed_in_parts(groups, limit):
+    tuning = Tuning(curvature_chunk_cpu=limit)
+    seed_cpu(0)
     patches = Patches(torch.randn(2, 6, 9, 7, dtype=torch.float64), (3, 2), (2, 1), (1, 1), ((1, 1), (0, 1)), groups)
     columns = patches.dense().permute(1, 2, 0, 3).flatten(2)
-    torch.testing.assert_close(moment(patches, 100, groups), columns @ columns.mT)
-    torch.testing.assert_close(moment(patches, 1, groups), columns.square().sum(dim=2).view(-1, 1, 1))
+    torch.testing.assert_close(sum_outer_products(patches, 100, groups, tuning), columns @ columns.mT)
+    torch.testing.assert_close(
+        sum_outer_products(patches, 1, groups, tuning), columns.square().sum(dim=2).view(-1, 1, 1)
+    )
 
 
-def test_a_factor_takes_a_few_chunks_besides_itself(monkeypatch):
+def test_a_factor_takes_a_few_chunks_besides_itself():
     """Unfolded whole it would be 112 chunks."""
     limit = 2**13
-    monkeypatch.setattr(gfim, "CHUNK", dict.fromkeys(gfim.CHUNK, limit))
+    tuning = Tuning(curvature_chunk_cpu=limit)
     patches = Patches(torch.randn(2, 8, 81, 79), (3, 3), (1, 1), (1, 1), ((1, 1), (1, 1)), 1)
-    assert peak_elements(lambda: moment(patches, 100, 1)) <= 4 * limit + 4 * patches.size**2
+    assert peak_elements(lambda: sum_outer_products(patches, 100, 1, tuning)) <= 4 * limit + 4 * patches.size**2
 
 
 def test_factors_are_averaged_from_the_first_on_and_kept_between_curvature_steps():
@@ -213,7 +203,7 @@ def test_factors_are_averaged_from_the_first_on_and_kept_between_curvature_steps
         model.zero_grad()
         torch.stack(sample_losses(model, x)).mean().backward()
         expected = dense_direction(*averages, matrix(model), 0.3, trace_norm(*averages))
-        train(model, optimizer, x)
+        training_step(model, optimizer, x)
         torch.testing.assert_close(matrix(model), expected, rtol=1e-9, atol=1e-12)
 
 
@@ -221,7 +211,7 @@ def test_the_sum_of_losses_has_the_curvature_of_their_mean():
     x = torch.randn(6, 4)
     one = nn.Linear(4, 3)
     other = copy.deepcopy(one)
-    train(one, KFAC(one, lr=1e-9, damping=0.3), x)
+    training_step(one, KFAC(one, lr=1e-9, damping=0.3), x)
     optimizer = KFAC(other, lr=1e-9, damping=0.3, loss_reduction="sum")
     torch.stack(sample_losses(other, x)).sum().backward()
     optimizer.step()
@@ -232,7 +222,7 @@ def test_micro_batches_are_one_batch():
     x = torch.randn(6, 2, 6, 6)
     one = convolutional()
     other = copy.deepcopy(one)
-    train(one, KFAC(one, lr=1e-9, damping=0.3), x)
+    training_step(one, KFAC(one, lr=1e-9, damping=0.3), x)
     optimizer = KFAC(other, lr=1e-9, damping=0.3)
     for micro in x.split(3):
         (torch.stack(sample_losses(other, micro)).mean() / 2).backward()
@@ -241,7 +231,8 @@ def test_micro_batches_are_one_batch():
         torch.testing.assert_close(b.grad, a.grad, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.filterwarnings("ignore")
+# Of torch, about how asdfghjkl uses it.
+@pytest.mark.filterwarnings("ignore:Using a non-full backward hook:FutureWarning")
 def test_asdfghjkl_gives_the_same_directions():
     """Without biases, which it treats apart from the matrix."""
     from asdl import FISHER_EMP, KfacGradientMaker, PreconditioningConfig
@@ -270,7 +261,7 @@ def test_bags_have_the_diagonal_of_their_factor(members):
     A, B = (a.T @ a / 6).diagonal().diag(), g.T @ g / 6
     torch.stack(sample_losses(model, index)).mean().backward()
     expected = dense_direction(B, A, model[0].weight.grad, 0.3, trace_norm(B, A))
-    train(model, KFAC(model, lr=1e-9, damping=0.3), index)
+    training_step(model, KFAC(model, lr=1e-9, damping=0.3), index)
     torch.testing.assert_close(model[0].weight.grad, expected, rtol=1e-9, atol=1e-12)
 
 
@@ -280,7 +271,7 @@ def test_a_sparse_gradient_stays_sparse():
     other = nn.Sequential(nn.Embedding(7, 4, sparse=True), nn.Flatten())
     other.load_state_dict(one.state_dict())
     for model in (one, other):
-        train(model, KFAC(model, lr=1e-9, damping=0.3), index)
+        training_step(model, KFAC(model, lr=1e-9, damping=0.3), index)
     assert other[0].weight.grad.is_sparse
     torch.testing.assert_close(other[0].weight.grad.to_dense(), one[0].weight.grad, rtol=1e-9, atol=1e-12)
 
@@ -302,7 +293,7 @@ def test_a_table_that_is_a_matrix_too_goes_to_the_base_with_a_warning():
     with pytest.warns(
         UserWarning, match=r"table\.weight is looked up as a table and multiplied as a matrix, for which"
     ):
-        train(model, KFAC(model, lr=1e-9), index)
+        training_step(model, KFAC(model, lr=1e-9), index)
     assert torch.equal(model.table.weight.grad, before)
 
 
@@ -310,7 +301,7 @@ def test_a_grouping_leaves_rows_out_of_both_factors():
     x = torch.randn(6, 4)
     one = nn.Linear(4, 3)
     other = copy.deepcopy(one)
-    train(one, KFAC(one, lr=1e-9, damping=0.3), x[:4])
+    training_step(one, KFAC(one, lr=1e-9, damping=0.3), x[:4])
     optimizer = KFAC(other, lr=1e-9, damping=0.3)
     optimizer.sample_index = torch.tensor([0, 0, 1, 1, -1, -1])
     (sum(sample_losses(other, x)[:4]) / 4).backward()
@@ -324,29 +315,29 @@ def test_a_saved_state_goes_on_to_the_bit():
     optimizer = KFAC(model, torch.optim.Adam, lr=0.01, damping=0.1, update_every=2)
     batches = torch.randn(6, 8, 2, 6, 6)
     for x in batches[:3]:
-        train(model, optimizer, x)
+        training_step(model, optimizer, x)
     file = io.BytesIO()
     torch.save(optimizer.state_dict(), file)
     other = copy.deepcopy(model)
     resumed = KFAC(other, torch.optim.Adam, lr=1.0, damping=1.0, update_every=2)
     resumed.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
     for x in batches[3:]:
-        train(model, optimizer, x)
-        train(other, resumed, x)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+        training_step(model, optimizer, x)
+        training_step(other, resumed, x)
+    assert parameters_equal(model, other)
 
 
 @pytest.mark.parametrize("sides", [(8192, 3), (3, 8192)])
-def test_a_state_with_factors_of_another_form_is_averaged_anew(sides):
+def test_a_state_with_factors_of_another_form_starts_a_new_average(sides):
     """At ``max_side`` 3 the factor of the five columns is its diagonal."""
     model, x = nn.Linear(4, 3), torch.randn(6, 4)
     before = KFAC(model, lr=1e-9, update_every=1, max_side=sides[0])
-    train(model, before, torch.randn(6, 4))
+    training_step(model, before, torch.randn(6, 4))
     fresh = copy.deepcopy(model)
     loaded = KFAC(model, lr=1e-9, update_every=1, max_side=sides[1])
     loaded.load_state_dict(before.state_dict())
-    train(model, loaded, x)
-    train(fresh, KFAC(fresh, lr=1e-9, update_every=1, max_side=sides[1]), x)
+    training_step(model, loaded, x)
+    training_step(fresh, KFAC(fresh, lr=1e-9, update_every=1, max_side=sides[1]), x)
     torch.testing.assert_close(model.weight.grad, fresh.weight.grad, rtol=1e-7, atol=1e-9)
 
 
@@ -354,11 +345,11 @@ def test_a_pickled_copy_goes_on_to_the_bit():
     model = nn.Linear(4, 3)
     optimizer = KFAC(model, lr=0.1, max_side=5, update_every=2)
     x = torch.randn(3, 6, 4)
-    train(model, optimizer, x[0])
+    training_step(model, optimizer, x[0])
     copied = pickle.loads(pickle.dumps(optimizer))
     for batch in x[1:]:
-        train(model, optimizer, batch)
-        train(copied._model, copied, batch)
+        training_step(model, optimizer, batch)
+        training_step(copied._model, copied, batch)
     assert torch.equal(model.weight, copied._model.weight)
 
 
@@ -371,9 +362,9 @@ def test_states_of_other_optimizers_are_refused():
 def test_a_loss_that_is_not_finite_changes_nothing():
     model = nn.Linear(4, 3)
     optimizer = KFAC(model, lr=0.1)
-    train(model, optimizer, torch.randn(6, 4))
+    training_step(model, optimizer, torch.randn(6, 4))
     before = model.weight.clone()
-    train(model, optimizer, torch.full((6, 4), torch.nan))
+    training_step(model, optimizer, torch.full((6, 4), torch.nan))
     assert torch.equal(model.weight, before)
     assert optimizer.skipped_steps == 1
 
@@ -383,7 +374,7 @@ def test_it_trains_a_small_network_faster_than_its_base():
     y = torch.randint(4, (64,))
 
     def loss_after(make) -> float:
-        torch.manual_seed(1)
+        seed_cpu(1)
         model = convolutional()
         optimizer = make(model)
         for _ in range(25):
@@ -401,7 +392,7 @@ def test_times_and_schedules_are_ngs():
     model = nn.Linear(4, 3)
     optimizer = KFAC(model, lr=0.1, damping=0.5, momentum=0.9)
     optimizer.track_times()
-    train(model, optimizer, torch.randn(6, 4))
+    training_step(model, optimizer, torch.randn(6, 4))
     assert min(optimizer.times.curvature, optimizer.times.inverse, optimizer.times.apply) > 0
     (group,) = optimizer.param_groups
     assert (group["lr"], group["damping"], group["momentum"]) == (0.1, 0.5, 0.9)
@@ -427,9 +418,9 @@ def test_parameters_alone_are_refused():
         KFAC(nn.Linear(2, 2).parameters())
 
 
-def test_its_options_are_shown():
+def test_its_repr_names_its_options_and_matrices():
     model = nn.Linear(2, 2)
     optimizer = KFAC(model, split="equal")
     assert repr(optimizer).startswith("KFAC(1 layers, update_every=100,")
-    train(model, optimizer, torch.randn(3, 2))
+    training_step(model, optimizer, torch.randn(3, 2))
     assert "2×3" in repr(optimizer.curvature["weight"])

@@ -2,26 +2,21 @@ import copy
 import io
 import pickle
 
-import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from allocations import peak_elements
 from torch import Tensor, nn
 
-from ngplus import gfim
 from ngplus.baselines import SENG, Shampoo
 from ngplus.baselines import sample_gradients as forms
-from ngplus.gfim import Shape
-from ngplus.patches import Patches
-
-
-@pytest.fixture(autouse=True)
-def _double():
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+from ngplus.factors.dense import Dense
+from ngplus.factors.im2col import Patches
+from ngplus.factors.pair import FactorPair
+from ngplus.layers import MatrixShape
+from ngplus.tuning import Tuning
+from tests.ngplus import oracle
+from tests.ngplus.allocations import peak_elements
+from tests.ngplus.cases import training_step
 
 
 def dense_directions(gradients: dict, damping: float, used: int | None = None) -> dict:
@@ -35,18 +30,12 @@ def dense_directions(gradients: dict, damping: float, used: int | None = None) -
     return directions
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, *inputs: Tensor) -> None:
-    optimizer.zero_grad()
-    oracle.batch_loss(*inputs)(model).backward()
-    optimizer.step()
-
-
 def check(model: nn.Module, *inputs: Tensor, damping: float = 0.3, **options) -> SENG:
     expected = dense_directions(
         oracle.sample_gradients(model, oracle.sample_losses(*inputs)), damping, options.get("max_samples")
     )
     optimizer = SENG(model, lr=1e-9, damping=damping, **options)
-    train(model, optimizer, *inputs)
+    training_step(model, optimizer, *inputs)
     assert oracle.error(model, expected) < 1e-10
     return optimizer
 
@@ -125,11 +114,11 @@ def test_uses_as_table_and_as_matrix_are_samples_of_their_own_where_every_row_is
     oracle.energy(output).backward(inputs=[output, hidden])
     uses = [torch.outer(g, h.tanh()) for g, h in zip(output.grad, hidden.detach(), strict=True)]
     uses += [torch.outer(F.one_hot(i, 5).double(), g) for i, g in zip(index, hidden.grad, strict=True)]
-    # With a mean over 4, and 8 samples seen, each counts as 8/4 times its own gradient.
+    # With a mean over 4, and 8 samples captured, each counts as 8/4 times its own gradient.
     Fisher = sum(torch.outer(2 * G.flatten(), 2 * G.flatten()) for G in uses) / 8 + 0.3 * torch.eye(15)
     expected = torch.linalg.solve(Fisher, sum(uses).flatten() / 4).view(5, 3)
     optimizer = SENG(model, lr=1e-9, damping=0.3, samples="rows")
-    train(model, optimizer, index)
+    training_step(model, optimizer, index)
     assert kept(optimizer)["table.weight"] is forms.Factored
     torch.testing.assert_close(model.table.weight.grad, expected)
 
@@ -146,7 +135,7 @@ def test_every_row_a_sample():
     x = torch.randn(5, 2, 4)
     gradients = oracle.row_gradients(model, lambda m: oracle.energy(m(x)) / 5)
     expected = dense_directions(gradients, 0.3)
-    train(model, SENG(model, lr=1e-9, damping=0.3, samples="rows"), x)
+    training_step(model, SENG(model, lr=1e-9, damping=0.3, samples="rows"), x)
     assert oracle.error(model, expected) < 1e-10
 
 
@@ -177,7 +166,7 @@ def test_samples_are_kept_between_curvature_steps():
             Fisher = sum(torch.outer(G.flatten(), G.flatten()) for G in samples) / 6 + 0.3 * torch.eye(15)
         g = sum(samples) / 6
         expected = torch.linalg.solve(Fisher, g.flatten()).view_as(g)
-        train(model, optimizer, x)
+        training_step(model, optimizer, x)
         assert oracle.error(model, {matrix: expected}) < 1e-10
 
 
@@ -185,7 +174,7 @@ def test_what_is_kept_is_a_copy():
     model = nn.Linear(4, 3)
     x = torch.randn(6, 4)
     optimizer = SENG(model, lr=1e-9, damping=0.3, update_every=2)
-    train(model, optimizer, x)
+    training_step(model, optimizer, x)
     before = [tensor.clone() for tensor in optimizer.curvature["weight"].tensors()]
     x.zero_()
     assert all(torch.equal(a, b) for a, b in zip(optimizer.curvature["weight"].tensors(), before, strict=True))
@@ -198,7 +187,7 @@ def test_a_sparse_gradient_comes_back_sparse():
     optimizers = [SENG(model, lr=1e-9, damping=0.3, update_every=5) for model in (one, other)]
     for batch in (index, torch.full((3, 2), 5)):  # rows that the second batch did not look up move too
         for model, optimizer in zip((one, other), optimizers, strict=True):
-            train(model, optimizer, batch)
+            training_step(model, optimizer, batch)
         gradient = other.table.weight.grad
         assert gradient.is_sparse
         torch.testing.assert_close(gradient.to_dense(), one.table.weight.grad, rtol=1e-9, atol=1e-12)
@@ -207,9 +196,9 @@ def test_a_sparse_gradient_comes_back_sparse():
 def sketched_direction(optimizer: SENG, samples: list[Tensor], g: Tensor, damping: float) -> Tensor:
     """The least-squares problem with Ω written out, for the entries that the optimizer drew."""
     (state,) = optimizer.curvature.values()
-    drawn = state.preconditioner.drawn
-    Omega = torch.zeros(len(drawn), g.numel())
-    Omega[torch.arange(len(drawn)), drawn] = (g.numel() / len(drawn)) ** 0.5
+    sampled = state.preconditioner.sampled
+    Omega = torch.zeros(len(sampled), g.numel())
+    Omega[torch.arange(len(sampled)), sampled] = (g.numel() / len(sampled)) ** 0.5
     U = torch.stack([G.flatten() for G in samples], dim=1) / len(samples) ** 0.5
     N = U.shape[1]
     system = torch.cat([Omega @ U, damping**0.5 * torch.eye(N)])
@@ -231,7 +220,7 @@ def test_sketched_coefficients_solve_the_sketched_problem(model, x):
     model, x = model.double(), x.double() if x.is_floating_point() else x
     ((matrix, samples),) = oracle.sample_gradients(model, oracle.sample_losses(x)).items()
     optimizer = SENG(model, lr=1e-9, damping=0.3, sketch_size=11)
-    train(model, optimizer, x)
+    training_step(model, optimizer, x)
     expected = sketched_direction(optimizer, samples, sum(samples) / len(samples), 0.3)
     assert oracle.error(model, {matrix: expected}) < 1e-9
 
@@ -239,29 +228,29 @@ def test_sketched_coefficients_solve_the_sketched_problem(model, x):
 def test_the_gram_matrix_is_the_same_by_either_way():
     for groups, N, kappa, m, n in [(1, 6, 1, 9, 8), (2, 5, 6, 7, 9), (1, 40, 5, 6, 30)]:
         factored = forms.Factored(torch.randn(groups, N, kappa, m), torch.randn(groups, N, kappa, n))
-        written = factored.written(m)
+        written = factored.write_out(m)
         torch.testing.assert_close(factored.gram(), written.gram())
-        drawn = torch.randint(groups * m * n, (20,))
-        shape = Shape(groups=groups, rows=m, columns=n)
-        torch.testing.assert_close(factored.entries(drawn, shape), written.entries(drawn, shape))
+        sampled = torch.randint(groups * m * n, (20,))
+        shape = MatrixShape(groups=groups, rows=m, columns=n)
+        torch.testing.assert_close(factored.entries(sampled, shape), written.entries(sampled, shape))
         G = torch.randn(groups, m, n)
         torch.testing.assert_close(factored.inner(G), written.inner(G))
 
 
-def test_the_gram_matrix_in_chunks(monkeypatch):
-    monkeypatch.setitem(gfim.CHUNK, "cpu", 64)
+def test_the_gram_matrix_in_chunks(set_tuning):
+    set_tuning(curvature_chunk_cpu=64)
     check(convolutional(), torch.randn(5, 2, 6, 6))
     check(Sequence(), torch.randint(7, (5, 2)))
 
 
-def test_gradients_that_are_written_out_take_a_few_chunks_besides_themselves(monkeypatch):
+def test_gradients_that_are_written_out_take_a_few_chunks_besides_themselves():
     """Unfolded whole, an image would be 56 chunks."""
     limit = 2**13
-    monkeypatch.setattr(gfim, "CHUNK", dict.fromkeys(gfim.CHUNK, limit))
+    tuning = Tuning(curvature_chunk_cpu=limit)
     patches = Patches(torch.randn(3, 8, 81, 79), (3, 3), (1, 1), (1, 1), ((1, 1), (1, 1)), 1)
-    outputs = gfim.Dense(torch.randn(3, 1, 8, patches.positions))
+    outputs = Dense(torch.randn(3, 1, 8, patches.positions))
     made = []
-    peak = peak_elements(lambda: made.append(forms.gather([gfim.Part(outputs, patches)], 1)))
+    peak = peak_elements(lambda: made.append(forms.gather([FactorPair(outputs, patches)], 1, tuning)))
     expected = (outputs.dense() @ patches.dense().mT).flatten(1)
     torch.testing.assert_close(made[0].gradients, expected, rtol=1e-4, atol=1e-3)
     assert peak <= 4 * limit + 4 * expected.numel()
@@ -274,7 +263,7 @@ def test_a_saved_state_and_a_pickled_copy_go_on_to_the_bit():
         optimizer = SENG(model, lr=0.1, damping=0.1, update_every=2, momentum=0.9, **options)
         batches = torch.randint(7, (6, 8, 2))
         for x in batches[:3]:
-            train(model, optimizer, x)
+            training_step(model, optimizer, x)
         file = io.BytesIO()
         torch.save(optimizer.state_dict(), file)
         other = copy.deepcopy(model)
@@ -283,7 +272,7 @@ def test_a_saved_state_and_a_pickled_copy_go_on_to_the_bit():
         copied = pickle.loads(pickle.dumps(optimizer))
         for x in batches[3:]:
             for one, stepper in ((model, optimizer), (other, resumed), (copied._model, copied)):
-                train(one, stepper, x)
+                training_step(one, stepper, x)
         for a, b, c in zip(model.parameters(), other.parameters(), copied._model.parameters(), strict=True):
             assert torch.equal(a, b)
             assert torch.equal(a, c)
@@ -292,9 +281,9 @@ def test_a_saved_state_and_a_pickled_copy_go_on_to_the_bit():
 def test_a_loss_that_is_not_finite_changes_nothing():
     model = nn.Linear(4, 3)
     optimizer = SENG(model, lr=0.1, update_every=1)
-    train(model, optimizer, torch.randn(6, 4))
+    training_step(model, optimizer, torch.randn(6, 4))
     before = model.weight.clone()
-    train(model, optimizer, torch.full((6, 4), torch.nan))
+    training_step(model, optimizer, torch.full((6, 4), torch.nan))
     assert torch.equal(model.weight, before)
     assert optimizer.skipped_steps == 1
 
@@ -322,9 +311,9 @@ def test_states_of_other_optimizers_are_refused():
 def test_several_processes_are_refused(monkeypatch):
     model = nn.Linear(4, 3)
     optimizer = SENG(model)
-    monkeypatch.setattr("ngplus.distributed.world_size", lambda: 2)
+    monkeypatch.setattr("ngplus.baselines.seng.world_size", lambda: 2)
     with pytest.raises(RuntimeError, match="it does not train in several together"):
-        train(model, optimizer, torch.randn(6, 4))
+        training_step(model, optimizer, torch.randn(6, 4))
 
 
 def test_what_is_out_of_range_is_refused_by_name():
@@ -332,9 +321,9 @@ def test_what_is_out_of_range_is_refused_by_name():
         SENG(nn.Linear(2, 2), sketch_size=0)
 
 
-def test_its_options_are_shown():
+def test_its_repr_names_its_options_and_matrices():
     model = nn.Linear(4, 3)
     optimizer = SENG(model, damping=0.25, max_samples=9)
     assert "SENG(1 layers, update_every=200," in repr(optimizer)
-    train(model, optimizer, torch.randn(6, 4))
+    training_step(model, optimizer, torch.randn(6, 4))
     assert repr(optimizer.curvature["weight"]).startswith("SENGState(matrix 3×5, damping 0.25, 1 updates")

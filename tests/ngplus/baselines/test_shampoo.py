@@ -10,14 +10,6 @@ from torch import Tensor, nn
 from ngplus.baselines import KFAC, Shampoo
 
 
-@pytest.fixture(autouse=True)
-def _double():
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 class Tensors(nn.Module):
     """Parameters of zero to four dimensions, with a gradient of one's choice."""
 
@@ -72,7 +64,7 @@ class Plain:
 
 
 @pytest.mark.parametrize("ema", [None, 0.8])
-def test_directions_are_the_products_of_roots_written_out_and_roots_are_kept_between_renewals(ema):
+def test_directions_are_the_products_of_roots_written_out_and_roots_are_kept_between_updates(ema):
     model = Tensors()
     optimizer = Shampoo(model, lr=1e-9, damping=1e-3, update_every=6, ema=ema)
     plain = {name: Plain(p.shape, 1e-3, ema) for name, p in model.named_parameters() if p.dim()}
@@ -168,7 +160,7 @@ def test_a_gradient_that_is_not_finite_changes_neither_parameters_nor_matrices()
     assert optimizer.skipped_steps == 1
 
 
-def test_a_first_gradient_that_is_not_finite_leaves_the_tensor_for_later():
+def test_a_first_gradient_that_is_not_finite_leaves_the_tensor_to_the_next_step():
     model = nn.Linear(3, 2, bias=False)
     optimizer = Shampoo(model, lr=0.1, damping=1e-3, update_every=5)
     model.weight.grad = torch.full_like(model.weight, torch.nan)
@@ -185,7 +177,7 @@ def network() -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Tanh(), nn.Flatten(), nn.Linear(48, 4))
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> float:
+def cross_entropy_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> float:
     optimizer.zero_grad()
     loss = F.cross_entropy(model(x), y)
     loss.backward()
@@ -197,7 +189,7 @@ def test_it_trains_a_small_network():
     x, y = torch.randn(64, 2, 6, 6), torch.randint(4, (64,))
     model = network()
     optimizer = Shampoo(model, lr=0.1, update_every=5, grafting="sgd", momentum=0.9)
-    losses = [train(model, optimizer, x, y) for _ in range(40)]
+    losses = [cross_entropy_step(model, optimizer, x, y) for _ in range(40)]
     assert losses[-1] < 0.1 * losses[0]
 
 
@@ -207,7 +199,7 @@ def test_a_saved_state_and_a_pickled_copy_go_on_to_the_bit():
     model = network()
     optimizer = Shampoo(model, lr=0.1, update_every=3, momentum=0.9)
     for step in range(4):
-        train(model, optimizer, x[step], y[step])
+        cross_entropy_step(model, optimizer, x[step], y[step])
     file = io.BytesIO()
     torch.save(optimizer.state_dict(), file)
     other = copy.deepcopy(model)
@@ -216,7 +208,7 @@ def test_a_saved_state_and_a_pickled_copy_go_on_to_the_bit():
     copied = pickle.loads(pickle.dumps(optimizer))
     for step in range(4, 7):
         for one, stepper in ((model, optimizer), (other, resumed), (copied._model, copied)):
-            train(one, stepper, x[step], y[step])
+            cross_entropy_step(one, stepper, x[step], y[step])
     for a, b, c in zip(model.parameters(), other.parameters(), copied._model.parameters(), strict=True):
         assert torch.equal(a, b)
         assert torch.equal(a, c)

@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from oracle import PlainLoop
 from torch import Tensor, nn
 
 from ngplus import NGPlus
+from tests.ngplus.cases import seed_cpu
+from tests.ngplus.oracle import PlainLoop
 
 SETTINGS = {"lr": 0.1, "damping": 0.3, "update_every": 2}
 
@@ -33,6 +34,20 @@ class Problem:
         exact = Problem(self.model, inputs, self.targets.double())
         return [lambda model, i=i: exact.loss(model, slice(i, i + 1)) for i in range(len(inputs))]
 
+    def train(
+        self,
+        optimizer: torch.optim.Optimizer,
+        steps: int,
+        *,
+        through: Callable[[Tensor], Tensor] | None = None,
+        samples: slice = slice(None),
+    ) -> None:
+        """The plain loop of anyone, on some of the samples, through a wrapper of the model where there is one."""
+        for _ in range(steps):
+            self.loss(self.model if through is None else through, samples).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
     def plain_run(self, steps: int, **settings) -> nn.Module:
         """The model after NG+ by the oracle's loop, one sample at a time in float64."""
         model = copy.deepcopy(self.model).double()
@@ -44,14 +59,14 @@ class Problem:
 
 def perceptron(dtype: torch.dtype = torch.float64, samples: int = 6) -> Problem:
     """Layers of both sides: 7×6 keeps R, 3×8 keeps L."""
-    torch.manual_seed(0)
+    seed_cpu(0)
     model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).to(dtype)
     return Problem(model, torch.randn(samples, 5, dtype=dtype), torch.randn(samples, 3, dtype=dtype))
 
 
 def convolutional(dtype: torch.dtype = torch.float64, samples: int = 4) -> Problem:
     """A convolution, one with groups, batch-independent norms and a linear layer."""
-    torch.manual_seed(0)
+    seed_cpu(0)
     model = nn.Sequential(
         nn.Conv2d(2, 4, 3, padding=1),
         nn.GroupNorm(2, 4),
@@ -80,16 +95,8 @@ class Attentive(nn.Module):
 
 def attentive(dtype: torch.dtype = torch.float64, samples: int = 4) -> Problem:
     """Token indices in, attention between."""
-    torch.manual_seed(0)
+    seed_cpu(0)
     return Problem(Attentive().to(dtype), torch.randint(11, (samples, 5)), torch.randn(samples, 3, dtype=dtype))
-
-
-def train(problem: Problem, optimizer: NGPlus, steps: int, model: Callable[[Tensor], Tensor] | None = None) -> None:
-    """The plain loop of anyone."""
-    for _ in range(steps):
-        problem.loss(problem.model if model is None else model).backward()
-        optimizer.step()
-        optimizer.zero_grad()
 
 
 def distance(model: nn.Module, reference: nn.Module, start: nn.Module | None = None) -> float:
@@ -104,13 +111,13 @@ def flat(model: nn.Module) -> Tensor:
     return torch.cat([p.detach().double().flatten() for p in model.parameters()])
 
 
-def unseen(optimizer: NGPlus, names: Sequence[str]) -> bool:
+def without_curvature(optimizer: NGPlus, names: Sequence[str]) -> bool:
     """Whether none of these weights has a curvature."""
     return not set(names) & set(optimizer.curvature)
 
 
 def collect_optimizers() -> None:
-    """Let go of the optimizers of a test that is over, which may still wait for a forward pass.
+    """Let go of the optimizers of a test that is over, which may still capture.
 
     Where the test failed, Python keeps its variables with the traceback.
     """

@@ -1,17 +1,29 @@
-"""`torch.compile`: the same numbers, and afterwards a compiler that stands where it stood."""
+"""`torch.compile`: the same results, and afterwards the compiler's stance is what it was."""
 
 import copy
 import gc
 
 import pytest
 import torch
-from problems import SETTINGS, attentive, collect_optimizers, convolutional, distance, flat, perceptron, train
 from torch._dynamo import eval_frame
 
 from ngplus import NGPlus
+from tests.ngplus.training.problems import (
+    SETTINGS,
+    attentive,
+    collect_optimizers,
+    convolutional,
+    distance,
+    flat,
+    perceptron,
+)
 
-# torch's own word about every global hook, for a wrapper that is first called on a curvature step.
-pytestmark = pytest.mark.filterwarnings("ignore:Using `torch.compile.module.` when there are global hooks")
+pytestmark = [
+    # Of torch, about every global hook, for a wrapper that is first called on a curvature step.
+    pytest.mark.filterwarnings("ignore:Using `torch.compile.module.` when there are global hooks:UserWarning"),
+    # Of torch, about the tensors that it traces itself.
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +83,7 @@ WAYS = [wrapped_before, wrapped_before_and_model_given, wrapped_after, in_place_
 def test_a_compiled_model_trains_like_the_plain_one(way, make):
     problem, backend = make(), Backend()
     optimizer, compiled = way(problem.model, backend=backend)
-    train(problem, optimizer, 4, model=compiled)
+    problem.train(optimizer, 4, through=compiled)
     assert distance(problem.model, make().plain_run(4)) < 1e-10
     assert backend.graphs > 0  # on the steps between curvature steps
 
@@ -80,15 +92,15 @@ def test_a_compiled_model_trains_like_the_plain_one(way, make):
 def test_a_model_compiled_in_one_graph_trains_like_the_plain_one(way):
     problem = perceptron()
     optimizer, compiled = way(problem.model, backend="aot_eager", fullgraph=True)
-    train(problem, optimizer, 4, model=compiled)
+    problem.train(optimizer, 4, through=compiled)
     assert distance(problem.model, perceptron().plain_run(4)) < 1e-10
 
 
-def test_a_compiled_layer_within_a_model_is_seen():
+def test_a_compiled_layer_within_a_model_is_captured():
     problem = perceptron()
     problem.model[0] = torch.compile(problem.model[0], backend="aot_eager")
     optimizer = NGPlus(problem.model, **SETTINGS)
-    train(problem, optimizer, 4)
+    problem.train(optimizer, 4)
     assert distance(problem.model, perceptron().plain_run(4)) < 1e-10
 
 
@@ -138,7 +150,7 @@ STEPS = [compiled_step, compiled_train_step, compiled_train_step_with_a_closure]
 def test_a_compiled_train_step_trains_like_the_plain_one(way, curvature):
     settings = {**SETTINGS, "update_every": 3, "momentum": 0.9, "curvature": curvature}
     plain, problem = perceptron(), perceptron()
-    train(plain, NGPlus(plain.model, **settings), 8)
+    plain.train(NGPlus(plain.model, **settings), 8)
     train_step = way(problem, NGPlus(problem.model, **settings), backend="aot_eager")
     for _ in range(8):
         train_step()
@@ -163,7 +175,7 @@ def test_a_step_inside_one_graph_is_refused_before_anything_moves(way, curvature
     problem = perceptron()
     train_step = way(problem, NGPlus(problem.model, **SETTINGS, curvature=curvature), backend="eager", fullgraph=True)
     before = flat(problem.model)
-    with pytest.raises(RuntimeError, match=r"NGPlus\.step|backward"):
+    with pytest.raises(RuntimeError, match=r"Optimizer\.step|backward"):
         train_step()
     assert torch.equal(flat(problem.model), before)
 
@@ -171,9 +183,9 @@ def test_a_step_inside_one_graph_is_refused_before_anything_moves(way, curvature
 def test_a_step_inside_one_graph_is_refused_by_the_compiler_where_no_curvature_is_due():
     problem = perceptron()
     optimizer = NGPlus(problem.model, **SETTINGS)
-    train(problem, optimizer, 1)
+    problem.train(optimizer, 1)
     before = flat(problem.model)
-    with pytest.raises(RuntimeError, match=r"NGPlus\.step"):
+    with pytest.raises(RuntimeError, match=r"Optimizer\.step"):
         compiled_step(problem, optimizer, backend="eager", fullgraph=True)()
     assert torch.equal(flat(problem.model), before)
 
@@ -192,7 +204,7 @@ def test_inductor_runs_a_compiled_train_step_like_the_plain_one(way):
 def test_inductor_trains_like_the_plain_model():
     problem = perceptron()
     optimizer, compiled = wrapped_before(problem.model)
-    train(problem, optimizer, 4, model=compiled)
+    problem.train(optimizer, 4, through=compiled)
     assert distance(problem.model, perceptron().plain_run(4)) < 1e-10
 
 
@@ -201,12 +213,12 @@ def test_a_state_loads_with_and_without_the_wrapping(saved):
     wrapped, inner = torch.compile(perceptron().model, backend="eager"), perceptron().model
     model, other = (wrapped, inner) if saved == "compiled" else (inner, wrapped)
     optimizer, resumed = NGPlus(model, **SETTINGS), NGPlus(other, **SETTINGS)
-    train(perceptron(), optimizer, 3, model=model)
+    perceptron().train(optimizer, 3, through=model)
     resumed.load_state_dict(optimizer.state_dict())
     for parameter, value in zip(other.parameters(), model.parameters(), strict=True):
         parameter.data.copy_(value)
-    train(perceptron(), optimizer, 3, model=model)
-    train(perceptron(), resumed, 3, model=other)
+    perceptron().train(optimizer, 3, through=model)
+    perceptron().train(resumed, 3, through=other)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
@@ -216,21 +228,21 @@ def test_the_compiler_is_held_back_on_curvature_steps_only():
     stances = []
     for _ in range(4):
         stances.append(stance())
-        train(problem, optimizer, 1, model=compiled)
+        problem.train(optimizer, 1, through=compiled)
     assert stances == ["force_eager", "default"] * 2
 
 
-def test_two_optimizers_hold_the_compiler_until_neither_watches():
+def test_two_optimizers_hold_the_compiler_until_neither_captures():
     first, second = perceptron(), perceptron()
     ours, theirs = NGPlus(first.model, **SETTINGS), NGPlus(second.model, **SETTINGS)
-    train(first, ours, 1)
-    assert stance() == "force_eager"  # the second still waits for its curvature step
-    train(second, theirs, 1)
+    first.train(ours, 1)
+    assert stance() == "force_eager"  # the second's curvature step is still to come
+    second.train(theirs, 1)
     assert stance() == "default"
 
 
 @pytest.mark.parametrize("end", ["deleted", "loaded", "copied"])
-def test_an_optimizer_that_goes_while_it_watches_lets_go_of_the_compiler(end):
+def test_deleting_an_optimizer_that_captures_restores_the_compilers_stance(end):
     problem = perceptron()
     optimizer = NGPlus(problem.model, **SETTINGS)
     if end == "loaded":
@@ -243,7 +255,7 @@ def test_an_optimizer_that_goes_while_it_watches_lets_go_of_the_compiler(end):
     assert stance() == "default"
 
 
-def test_an_optimizer_that_goes_before_its_loss_lets_go_of_the_compiler():
+def test_deleting_an_optimizer_before_its_loss_restores_the_compilers_stance():
     problem = perceptron()
     optimizer = NGPlus(problem.model, **{**SETTINGS, "update_every": 1})
     loss = problem.loss(problem.model)
@@ -255,8 +267,8 @@ def test_an_optimizer_that_goes_before_its_loss_lets_go_of_the_compiler():
     assert loss.isfinite()
 
 
-def test_a_stance_that_was_set_before_is_put_back():
+def test_a_stance_that_was_set_before_is_restored():
     problem = perceptron()
     with torch.compiler.set_stance("eager_on_recompile"):
-        train(problem, NGPlus(problem.model, **SETTINGS), 1)
+        problem.train(NGPlus(problem.model, **SETTINGS), 1)
         assert stance() == "eager_on_recompile"

@@ -7,8 +7,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from problems import SETTINGS, Problem, attentive, convolutional, distance, flat, perceptron
-from processes import Team
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -20,15 +18,10 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.nn.parallel import DistributedDataParallel
 
 from ngplus import NGPlus
+from tests.ngplus.cases import recorded_warnings, seed_cpu
+from tests.ngplus.training.problems import SETTINGS, Problem, attentive, convolutional, distance, flat, perceptron
 
 pytestmark = pytest.mark.slow  # starting the processes is
-
-
-@pytest.fixture(scope="module")
-def team():
-    team = Team()
-    yield team
-    team.close()
 
 
 def share(problem: Problem, first: int | None = None) -> slice:
@@ -57,23 +50,17 @@ def agree(outcomes: list[dict]) -> dict:
     return first
 
 
-def train_together(make, settings, wrapping, steps=4, watched="whole"):
+def train_together(make, settings, wrapping, steps=4, given="whole"):
     problem = make()
     parallel = DistributedDataParallel(problem.model, **wrapping)
-    optimizer = NGPlus(parallel if watched == "whole" else problem.model, **{**SETTINGS, **settings})
-    for _ in range(steps):
-        problem.loss(parallel, share(problem)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    optimizer = NGPlus(parallel if given == "whole" else problem.model, **{**SETTINGS, **settings})
+    problem.train(optimizer, steps, through=parallel, samples=share(problem))
     return outcome(problem.model, optimizer)
 
 
 def train_alone(problem, settings, steps=4):
     optimizer = NGPlus(problem.model, **{**SETTINGS, **settings})
-    for _ in range(steps):
-        problem.loss(problem.model).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    problem.train(optimizer, steps)
     return problem.model
 
 
@@ -154,7 +141,7 @@ class Branches(nn.Module):
 def branching(signs: tuple[int, ...]) -> Problem:
     """Six samples; the sign of each one's first number."""
     problem = perceptron()
-    torch.manual_seed(1)
+    seed_cpu(1)
     problem.model = Branches().double()
     problem.inputs[:, 0] = problem.inputs[:, 0].abs() * torch.tensor(signs).double()
     return problem
@@ -164,14 +151,11 @@ def train_branches(signs, steps=4, **settings):
     problem = branching(signs)
     parallel = DistributedDataParallel(problem.model, find_unused_parameters=True)
     optimizer = NGPlus(parallel, **{**SETTINGS, **settings})
-    for _ in range(steps):
-        problem.loss(parallel, share(problem)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    problem.train(optimizer, steps, through=parallel, samples=share(problem))
     return outcome(problem.model, optimizer)
 
 
-def test_a_layer_that_no_process_uses_has_no_curvature_and_holds_nobody_up(team):
+def test_a_layer_that_no_process_uses_has_no_curvature_and_blocks_no_process(team):
     together = agree(team.run(train_branches, (1, 1, 1, 1, 1, 1)))
     assert set(together["curvature"]) == {"trunk.weight"}
     assert torch.equal(together["model"].branch.weight, branching((1,) * 6).model.branch.weight)
@@ -259,10 +243,7 @@ def resume_together():
     optimizer = NGPlus(parallel, **SETTINGS, ema=0.5, momentum=0.9)
 
     def steps(count):
-        for _ in range(count):
-            problem.loss(parallel, share(problem)).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        problem.train(optimizer, count, through=parallel, samples=share(problem))
 
     steps(3)
     kept, weights = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(problem.model.state_dict())
@@ -298,10 +279,7 @@ def resume_by_distributed_checkpoint(form, settings, folder):
         return problem, parallel, NGPlus(parallel, **{**SETTINGS, "update_every": 3, **settings})
 
     def steps(problem, parallel, optimizer, count):
-        for _ in range(count):
-            problem.loss(parallel, share(problem)).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        problem.train(optimizer, count, through=parallel, samples=share(problem))
 
     problem, parallel, optimizer = start()
     steps(problem, parallel, optimizer, 5)
@@ -342,29 +320,25 @@ def ask_before_the_first_step(asked):
     optimizer = NGPlus(parallel, **{**SETTINGS, "update_every": 3})
     if asked:
         get_optimizer_state_dict(parallel, optimizer)
-    for _ in range(4):
-        problem.loss(parallel, share(problem)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    problem.train(optimizer, 4, through=parallel, samples=share(problem))
     return outcome(problem.model, optimizer)
 
 
-def test_processes_whose_state_is_asked_before_the_first_step_train_as_if_it_were_not(team):
+def test_reading_the_state_before_the_first_step_does_not_change_training(team):
     asked, plain = (agree(team.run(ask_before_the_first_step, each)) for each in (True, False))
     assert torch.equal(flat(asked["model"]), flat(plain["model"]))
     assert len(asked["curvature"]) == 2
 
 
 def train_unfactorisable():
-    """Curvature of rank below its side, beside which the damping is lost to rounding."""
+    """Curvature of rank below its side, compared with which the damping is lost to rounding."""
     problem = perceptron(samples=2)
     parallel = DistributedDataParallel(problem.model)
     optimizer = NGPlus(parallel, lr=1e-300, damping=1e-18, update_every=1)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with recorded_warnings() as caught:
         problem.loss(parallel, share(problem)).backward()
         optimizer.step()
-    warned = [str(w.message) for w in caught if "damping" in str(w.message)]
+    warned = [message for message in caught if "damping" in message]
     return {**outcome(problem.model, optimizer), "warned": warned}
 
 
@@ -423,10 +397,7 @@ def sharded_later(steps):
     for shard in (first, whole, old):
         problem = perceptron()
         optimizer = NGPlus(problem.model, **{**SETTINGS, "update_every": 3})
-        for _ in range(steps):
-            problem.loss(problem.model).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        problem.train(optimizer, steps)
         problem.loss(shard(problem.model)).backward()
         with pytest.raises((TypeError, RuntimeError)) as caught:
             optimizer.step()

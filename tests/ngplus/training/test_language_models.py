@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ngplus import NGPlus
+from tests.ngplus.cases import seed_cpu
 
 transformers = pytest.importorskip("transformers")
 
@@ -33,11 +34,11 @@ MIXTRAL = ("MixtralForCausalLM", "MixtralConfig", {**SIZES, "num_key_value_heads
 
 
 def make(model: str, config: str, sizes: dict) -> nn.Module:
-    torch.manual_seed(0)
+    seed_cpu(0)
     return getattr(transformers, model)(getattr(transformers, config)(**sizes))
 
 
-def train(model: nn.Module, optimizer: NGPlus, steps: int = 6) -> list[float]:
+def train_on_tokens(model: nn.Module, optimizer: NGPlus, steps: int = 6) -> list[float]:
     """The losses of some steps on one batch of tokens."""
     index = torch.randint(3, TOKENS, (4, 10))
     losses = []
@@ -51,12 +52,12 @@ def train(model: nn.Module, optimizer: NGPlus, steps: int = 6) -> list[float]:
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_every_matrix_of_a_language_model_is_preconditioned_without_a_word(name):
+def test_every_matrix_of_a_language_model_is_preconditioned_without_a_warning(name):
     model = make(name, *WHOLE[name])
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         optimizer = NGPlus(model, lr=0.02, damping=1.0, update_every=2)
-        losses = train(model, optimizer)
+        losses = train_on_tokens(model, optimizer)
     assert losses[-1] < losses[0]
     assert set(optimizer.curvature) == {name for name, p in model.named_parameters() if p.dim() > 1}
 
@@ -69,6 +70,6 @@ def test_experts_and_their_routers_go_to_the_base_with_one_warning():
     ) as said:
         optimizer = NGPlus(model, lr=0.02, damping=1.0, update_every=2)
     assert len(said) == 1
-    losses = train(model, optimizer)
+    losses = train_on_tokens(model, optimizer)
     assert losses[-1] < losses[0]
     assert not [name for name in optimizer.curvature if ".mlp." in name]

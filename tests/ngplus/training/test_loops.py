@@ -5,20 +5,21 @@ import copy
 import threading
 import warnings
 
-import oracle
 import pytest
 import torch
-from problems import SETTINGS, attentive, convolutional, distance, flat, perceptron, train
 from torch import nn
 
 from ngplus import NGPlus
+from tests.ngplus import oracle
+from tests.ngplus.cases import seed_cpu
+from tests.ngplus.training.problems import SETTINGS, attentive, convolutional, distance, flat, perceptron
 
 
 @pytest.mark.parametrize("make", [perceptron, convolutional, attentive])
 def test_the_plain_loop_is_the_oracle(make):
     problem = make()
     expected = problem.plain_run(4)
-    train(problem, NGPlus(problem.model, **SETTINGS), 4)
+    problem.train(NGPlus(problem.model, **SETTINGS), 4)
     assert distance(problem.model, expected) < 1e-10
 
 
@@ -116,14 +117,14 @@ def test_a_step_that_is_left_out_leaves_nothing_behind(zero):
     optimizer = NGPlus(problem.model, **SETTINGS)
     (100 * problem.loss(problem.model)).backward()  # a loop that finds this batch wanting
     {"optimizer": optimizer, "model": problem.model}[zero].zero_grad()
-    train(problem, optimizer, 2)
+    problem.train(optimizer, 2)
     assert distance(problem.model, expected) < 1e-10
 
 
 def test_clipping_before_the_step_scales_the_direction_and_not_the_curvature():
     clipped, whole = perceptron(), perceptron()
     start = copy.deepcopy(whole.model)
-    train(whole, NGPlus(whole.model, **SETTINGS), 1)
+    whole.train(NGPlus(whole.model, **SETTINGS), 1)
     optimizer = NGPlus(clipped.model, **SETTINGS)
     clipped.loss(clipped.model).backward()
     norm = nn.utils.clip_grad_norm_(clipped.model.parameters(), 0.1)
@@ -140,7 +141,7 @@ def test_clipping_after_preconditioning_is_a_hook_of_the_base():
     optimizer.base.register_step_pre_hook(
         lambda *_: nn.utils.clip_grad_norm_(problem.model.parameters(), 0.01) and None
     )
-    train(problem, optimizer, 1)
+    problem.train(optimizer, 1)
     assert torch.isclose(
         (flat(problem.model) - flat(start)).norm() / SETTINGS["lr"], torch.tensor(0.01).double(), rtol=1e-3
     )
@@ -151,7 +152,7 @@ def test_step_hooks_of_the_optimizer_run_once_a_step():
     optimizer = NGPlus(problem.model, **SETTINGS)
     optimizer.register_step_pre_hook(lambda *_: calls.append("before") or None)
     optimizer.register_step_post_hook(lambda *_: calls.append("after") or None)
-    train(problem, optimizer, 2)
+    problem.train(optimizer, 2)
     assert calls == ["before", "after"] * 2
 
 
@@ -160,7 +161,7 @@ class Adapted(nn.Module):
 
     def __init__(self):
         super().__init__()
-        torch.manual_seed(0)
+        seed_cpu(0)
         self.layer = nn.Linear(5, 4)
         self.adapters = nn.ModuleDict(
             {name: nn.Sequential(nn.Linear(5, 2, bias=False), nn.Linear(2, 4)) for name in "ab"}
@@ -219,7 +220,7 @@ def test_a_bias_frozen_after_backward_is_still_a_column_of_its_layer():
 @pytest.mark.parametrize("inside", [range(4), (0, 2, 3)], ids=["always", "sometimes"])
 def test_a_step_may_be_inside_any_mode_of_autograd(mode, inside):
     plain, problem = perceptron(), perceptron()
-    train(plain, NGPlus(plain.model, **SETTINGS, momentum=0.9), 4)
+    plain.train(NGPlus(plain.model, **SETTINGS, momentum=0.9), 4)
     optimizer = NGPlus(problem.model, **SETTINGS, momentum=0.9)
     for step in range(4):
         problem.loss(problem.model).backward()
@@ -254,7 +255,7 @@ def test_a_step_from_another_thread_is_the_same_step():
 def test_steps_inside_the_backward_pass_are_those_after_it():
     """One optimizer a layer, which steps as soon as its gradients are there."""
     plain, problem = perceptron(), perceptron()
-    train(plain, NGPlus(plain.model, **SETTINGS, momentum=0.9), 4)
+    plain.train(NGPlus(plain.model, **SETTINGS, momentum=0.9), 4)
     layers = [problem.model[0], problem.model[2]]
     handles = [each for layer in layers for each in step_in_backward(layer, NGPlus(layer, **SETTINGS, momentum=0.9))]
     for _ in range(4):
@@ -290,7 +291,7 @@ def test_averaged_weights_and_their_rate_are_those_of_any_optimizer():
     schedule = torch.optim.swa_utils.SWALR(optimizer, swa_lr=SETTINGS["lr"] / 2, anneal_epochs=1)
     weights = []
     for _ in range(4):
-        train(problem, optimizer, 1)
+        problem.train(optimizer, 1)
         averaged.update_parameters(problem.model)
         weights.append(flat(problem.model))
         schedule.step()
@@ -303,7 +304,7 @@ ROWS, COLUMNS = (slice(0, 2),), (slice(None), slice(0, 2))
 
 def moved_where_frozen(shape, frozen, zeroed_by):
     """Whether a part of a weight moves in three steps; its gradient, or its direction, is zeroed in each."""
-    torch.manual_seed(0)
+    seed_cpu(0)
     model = nn.Linear(shape[1], shape[0], bias=False)
     optimizer = NGPlus(model, **SETTINGS, momentum=0.9)
 

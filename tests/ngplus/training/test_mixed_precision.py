@@ -5,12 +5,13 @@ import warnings
 
 import pytest
 import torch
-from problems import SETTINGS, attentive, convolutional, distance, flat, perceptron, train
 from torch import nn
 from torch.amp import GradScaler
 
 from ngplus import NGPlus
 from ngplus.baselines import KFAC, SENG, Shampoo
+from tests.ngplus.cases import seed_cpu
+from tests.ngplus.training.problems import SETTINGS, attentive, convolutional, distance, flat, perceptron
 
 SCALE = 2.0**16
 PROBLEMS = [perceptron, convolutional, attentive]
@@ -31,7 +32,7 @@ def after_three_full_steps(make, **settings):
     problem = make(torch.float32)
     start = copy.deepcopy(problem.model)
     full = make(torch.float32)
-    train(full, NGPlus(full.model, **SETTINGS, **settings), 3)
+    full.train(NGPlus(full.model, **SETTINGS, **settings), 3)
     return problem, start, full.model
 
 
@@ -52,7 +53,7 @@ def test_autocast_moves_like_full_precision(make, dtype, tolerance):
 
 def wide(autocast, optimizer, closure, **options):
     """The weights after a curvature step and a plain one of layers that few samples leave of low rank."""
-    torch.manual_seed(0)
+    seed_cpu(0)
     model = nn.Sequential(nn.Linear(20, 16), nn.Tanh(), nn.Linear(16, 40))
     trained = optimizer(model, lr=0.1, damping=0.01, update_every=2, **options)
 
@@ -180,7 +181,7 @@ def test_a_step_that_overflows_is_skipped_and_leaves_nothing_behind(curvature, z
     assert distance(problem.model, full, start) < 1e-5
 
 
-def test_a_later_step_that_overflows_keeps_the_curvature_and_is_done_again():
+def test_a_later_overflowing_curvature_step_keeps_the_curvature_and_is_repeated():
     problem, start, full = after_three_full_steps(perceptron)
     optimizer, scale = NGPlus(problem.model, **SETTINGS), scaler()
     for _ in range(2):
@@ -196,7 +197,7 @@ def test_a_later_step_that_overflows_keeps_the_curvature_and_is_done_again():
     assert distance(problem.model, full, start) < 1e-5
 
 
-def test_sums_that_overflow_while_gradients_do_not_are_tried_again_on_the_next_step():
+def test_sums_that_overflow_while_gradients_do_not_are_built_again_on_the_next_step():
     problem = perceptron(torch.float32)
     optimizer = NGPlus(problem.model, lr=1e-30, damping=0.3, update_every=1000)
     (problem.loss(problem.model) * 1e25).backward()
@@ -206,7 +207,7 @@ def test_sums_that_overflow_while_gradients_do_not_are_tried_again_on_the_next_s
     assert torch.isfinite(flat(problem.model)).all()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        train(problem, optimizer, 1)
+        problem.train(optimizer, 1)
     assert {name: state.updates for name, state in optimizer.curvature.items()} == {"0.weight": 1, "2.weight": 1}
 
 
@@ -216,7 +217,7 @@ def test_a_model_in_bfloat16_keeps_its_curvature_in_float32():
     problem.model.bfloat16()
     problem.inputs, problem.targets = problem.inputs.bfloat16(), problem.targets.bfloat16()
     optimizer = NGPlus(problem.model, **SETTINGS)
-    train(problem, optimizer, 1)
-    train(full, NGPlus(full.model, **SETTINGS), 1)
+    problem.train(optimizer, 1)
+    full.train(NGPlus(full.model, **SETTINGS), 1)
     assert optimizer.curvature["0.weight"].tensors()[0].dtype == torch.float32
     assert distance(problem.model, full.model, start) < 0.2  # bfloat16 weights resolve 2⁻⁸ of themselves

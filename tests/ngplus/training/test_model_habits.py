@@ -8,13 +8,23 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import SETTINGS, Problem, attentive, collect_optimizers, convolutional, distance, flat, perceptron, train
 from torch import nn
 from torch.overrides import _len_torch_function_stack
 from torch.utils.checkpoint import checkpoint
 
 from ngplus import NGPlus
 from ngplus.baselines import KFAC, SENG, Shampoo
+from tests.ngplus.cases import seed_cpu
+from tests.ngplus.training.problems import (
+    SETTINGS,
+    Problem,
+    attentive,
+    collect_optimizers,
+    convolutional,
+    distance,
+    flat,
+    perceptron,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +50,7 @@ def assert_follows_the_oracle(problem: Problem, steps: int = 3, **settings) -> N
     optimizer = NGPlus(problem.model, **{**SETTINGS, **settings})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        train(problem, optimizer, steps)
+        problem.train(optimizer, steps)
     assert distance(problem.model, expected) < 1e-10
     return optimizer
 
@@ -53,7 +63,7 @@ class Checkpointed(nn.Module):
 
     def __init__(self, reentrant: bool, reused: bool = False, across: bool = False) -> None:
         super().__init__()
-        torch.manual_seed(0)
+        seed_cpu(0)
         self.inlet, self.middle, self.outlet = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 3)
         self.reentrant, self.reused, self.across = reentrant, reused, across
 
@@ -73,16 +83,16 @@ class Checkpointed(nn.Module):
 
 @pytest.mark.parametrize("reused", [False, True])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_activation_checkpointing_sees_every_layer_once(reentrant, reused):
+def test_activation_checkpointing_captures_every_layer_once(reentrant, reused):
     assert_follows_the_oracle(with_model(Checkpointed(reentrant, reused)))
 
 
-def test_a_layer_in_two_checkpoints_that_are_not_reentrant():
+def test_a_layer_in_two_checkpoints_that_are_not_reentrant_matches_the_oracle():
     assert_follows_the_oracle(with_model(Checkpointed(reentrant=False, across=True)))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing_a_whole_submodule(reentrant):
+def test_checkpointing_a_whole_submodule_matches_the_oracle(reentrant):
     problem = convolutional()
     body, head = problem.model[:-1], problem.model[-1]
 
@@ -138,7 +148,7 @@ class Skipping(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        torch.manual_seed(0)
+        seed_cpu(0)
         self.inlet, self.middle, self.outlet = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 3)
         self.skip = False
 
@@ -150,13 +160,13 @@ class Skipping(nn.Module):
 def test_a_layer_skipped_in_steps_between_curvature_steps_keeps_its_curvature():
     problem = with_model(Skipping())
     optimizer = NGPlus(problem.model, lr=0.1, damping=0.3, update_every=4)
-    train(problem, optimizer, 1)
+    problem.train(optimizer, 1)
     problem.model.skip = True
     before = problem.model.middle.weight.clone()
-    train(problem, optimizer, 2)
+    problem.train(optimizer, 2)
     assert torch.equal(problem.model.middle.weight, before)
     problem.model.skip = False
-    train(problem, optimizer, 1)
+    problem.train(optimizer, 1)
     assert not torch.equal(problem.model.middle.weight, before)
     assert optimizer.curvature["middle.weight"].updates == 1
 
@@ -165,10 +175,10 @@ def test_a_layer_skipped_on_the_curvature_step_gets_its_curvature_as_soon_as_it_
     problem = with_model(Skipping())
     optimizer = NGPlus(problem.model, lr=0.1, damping=0.3, update_every=1000)
     problem.model.skip = True
-    train(problem, optimizer, 3)
+    problem.train(optimizer, 3)
     assert set(optimizer.curvature) == {"inlet.weight", "outlet.weight"}
     problem.model.skip = False
-    train(problem, optimizer, 2)
+    problem.train(optimizer, 2)
     assert set(optimizer.curvature) == {"inlet.weight", "middle.weight", "outlet.weight"}
     assert optimizer.curvature["inlet.weight"].updates == 1
 
@@ -178,27 +188,27 @@ class Recursive(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        torch.manual_seed(0)
+        seed_cpu(0)
         self.inlet, self.outlet = nn.Linear(5, 5), nn.Linear(5, 3)
 
     def forward(self, x, depth=2):
         if depth == 0:
             return x
         x = self(self.inlet(x).tanh(), depth - 1)
-        # Not a call of the layer, which would be watched for its own sake.
+        # Not a call of the layer, which would be captured for its own sake.
         return F.linear(x, self.outlet.weight, self.outlet.bias) if depth == 2 else x
 
 
-def test_a_model_that_calls_itself_is_seen_to_the_end():
+def test_a_model_that_calls_itself_is_captured_to_the_end():
     assert_follows_the_oracle(with_model(Recursive()))
 
 
-def test_submodules_called_one_by_one_are_seen():
+def test_submodules_called_one_by_one_are_captured():
     problem = perceptron()
     expected = problem.plain_run(3)
     optimizer = NGPlus(problem.model, **SETTINGS)
     encoder, activation, head = problem.model
-    train(problem, optimizer, 3, model=lambda x: head(activation(encoder(x))))
+    problem.train(optimizer, 3, through=lambda x: head(activation(encoder(x))))
     assert distance(problem.model, expected) < 1e-10
 
 
@@ -206,9 +216,9 @@ def test_a_model_called_in_pieces_of_the_batch_before_one_backward_is_one_batch(
     problem = perceptron()
     start = copy.deepcopy(problem.model)
     optimizer = NGPlus(problem.model, **SETTINGS)
-    train(problem, optimizer, 1, model=lambda x: torch.cat([problem.model(x[:2]), problem.model(x[2:])]))
+    problem.train(optimizer, 1, through=lambda x: torch.cat([problem.model(x[:2]), problem.model(x[2:])]))
     reference = perceptron()
-    train(reference, NGPlus(reference.model, **SETTINGS), 1)
+    reference.train(NGPlus(reference.model, **SETTINGS), 1)
     assert distance(problem.model, reference.model, start) < 1e-10
 
 
@@ -220,7 +230,7 @@ class Functional(nn.Module):
 
     def __init__(self, readable: bool) -> None:
         super().__init__()
-        torch.manual_seed(0)
+        seed_cpu(0)
         self.inlet, self.outlet = nn.Linear(5, 6), nn.Linear(6, 3)
         self.readable = readable
 
@@ -241,7 +251,7 @@ def test_a_weight_in_a_contraction_of_the_models_own_goes_to_the_base_with_one_w
     start = copy.deepcopy(problem.model)
     optimizer = NGPlus(problem.model, **SETTINGS)
     with pytest.warns(UserWarning, match=r"inlet\.weight is used .*untouched") as caught:
-        train(problem, optimizer, 1)
+        problem.train(optimizer, 1)
     assert set(optimizer.curvature) == {"outlet.weight"}
     plain = copy.deepcopy(start)
     problem.loss(plain).backward()
@@ -249,7 +259,7 @@ def test_a_weight_in_a_contraction_of_the_models_own_goes_to_the_base_with_one_w
     assert torch.allclose(problem.model.inlet.weight, step)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        train(problem, optimizer, 4)
+        problem.train(optimizer, 4)
     assert len(caught) == 1
 
 
@@ -273,18 +283,18 @@ LOOKS = {
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")
 @pytest.mark.parametrize("look", LOOKS)
-def test_a_transform_of_the_model_between_forward_passes_is_not_watched(look):
+def test_a_transform_of_the_model_between_forward_passes_is_not_captured(look):
     problem = perceptron()
     plain = copy.deepcopy(problem)
     optimizer = NGPlus(problem.model, **SETTINGS)
     LOOKS[look](problem.model, problem.inputs)
-    train(problem, optimizer, 2)
-    train(plain, NGPlus(plain.model, **SETTINGS), 2)
+    problem.train(optimizer, 2)
+    plain.train(NGPlus(plain.model, **SETTINGS), 2)
     assert distance(problem.model, plain.model) == 0
 
 
 class Transformed(nn.Module):
-    """A model whose first layer is seen by `torch.func` alone, or by it and a plain call."""
+    """A model whose first layer is used inside `torch.func` alone, or by it and a plain call."""
 
     def __init__(self, transform: str, plainly: bool) -> None:
         super().__init__()
@@ -306,17 +316,17 @@ def test_a_weight_inside_a_transform_of_the_models_own_goes_to_the_base_with_one
     problem = with_model(Transformed(transform, plainly))
     optimizer = NGPlus(problem.model, **SETTINGS)
     with pytest.warns(UserWarning, match=r"inside\.weight is used inside a transform of .*untouched") as caught:
-        train(problem, optimizer, 1)
+        problem.train(optimizer, 1)
     assert len(caught) == 1
     assert set(optimizer.curvature) == {"outside.weight"}
 
 
-def test_functional_call_with_the_models_own_parameters_is_seen():
+def test_functional_call_with_the_models_own_parameters_is_captured():
     problem = perceptron()
     expected = problem.plain_run(3)
     optimizer = NGPlus(problem.model, **SETTINGS)
     own = dict(problem.model.named_parameters())
-    train(problem, optimizer, 3, model=lambda x: torch.func.functional_call(problem.model, own, x))
+    problem.train(optimizer, 3, through=lambda x: torch.func.functional_call(problem.model, own, x))
     assert distance(problem.model, expected) < 1e-10
 
 
@@ -325,7 +335,7 @@ class Tied(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        torch.manual_seed(0)
+        seed_cpu(0)
         self.table, self.mix = nn.Embedding(11, 4), nn.Linear(4, 4)
         self.out = nn.Linear(4, 11)
         self.out.weight = self.table.weight
@@ -335,7 +345,7 @@ class Tied(nn.Module):
 
 
 def test_a_tied_weight_has_one_curvature_of_both_uses():
-    torch.manual_seed(0)
+    seed_cpu(0)
     problem = Problem(Tied().double(), torch.randint(11, (5, 3)), torch.randn(5, 11).double())
     optimizer = assert_follows_the_oracle(problem)
     assert set(optimizer.curvature) == {"table.weight", "mix.weight"}
@@ -369,7 +379,7 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("changes", [(2, 7), (4, 5)])
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_weights_that_change_their_memory_format_in_the_middle_of_training_change_nothing(make, changes):
-    torch.manual_seed(0)
+    seed_cpu(0)
     layers = [nn.Conv2d(3, 4, 3, padding=1), *(nn.Conv2d(4, 4, 3, padding=1) for _ in range(2))]
     layers += [nn.Conv2d(4, 6, 3, groups=2, bias=False), nn.Conv2d(6, 40, 2, padding=1)]
     model = nn.Sequential(*(part for layer in layers for part in (layer, nn.Tanh()))).double()
@@ -388,18 +398,18 @@ def test_weights_that_change_their_memory_format_in_the_middle_of_training_chang
         torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-13)
 
 
-def test_attention_with_the_batch_second():
+def test_attention_with_the_batch_second_matches_the_oracle():
     class Second(nn.Module):
         def __init__(self):
             super().__init__()
-            torch.manual_seed(0)
+            seed_cpu(0)
             self.attention, self.head = nn.MultiheadAttention(4, 2), nn.Linear(4, 3)
 
         def forward(self, x):
             x = x.transpose(0, 1)
             return self.head(self.attention(x, x, x)[0].mean(0))
 
-    torch.manual_seed(1)
+    seed_cpu(1)
     assert_follows_the_oracle(with_model(Second(), torch.randn(6, 3, 4).double()))
 
 
@@ -411,7 +421,7 @@ class Failing(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        torch.manual_seed(0)
+        seed_cpu(0)
         self.inlet, self.outlet = nn.Linear(5, 6), nn.Linear(6, 3)
         self.error: BaseException | None = None
 
@@ -431,7 +441,7 @@ def test_an_exception_in_forward_leaves_no_mode_and_the_next_step_is_the_oracles
         problem.loss(problem.model)
     assert _len_torch_function_stack() == 0
     problem.model.error = None
-    train(problem, optimizer, 3)
+    problem.train(optimizer, 3)
     assert distance(problem.model, expected) < 1e-10
 
 
@@ -448,11 +458,11 @@ def test_an_exception_in_a_pre_hook_leaves_no_mode():
         problem.loss(problem.model)
     assert _len_torch_function_stack() == 0
     handle.remove()
-    train(problem, optimizer, 1)
+    problem.train(optimizer, 1)
     assert distance(problem.model, expected) < 1e-10
 
 
-def test_an_interrupted_forward_is_left_with_the_next_step():
+def test_the_function_mode_of_an_interrupted_forward_ends_with_the_next_step():
     problem = with_model(Failing())
     expected = problem.plain_run(2)
     optimizer = NGPlus(problem.model, **SETTINGS)
@@ -460,7 +470,7 @@ def test_an_interrupted_forward_is_left_with_the_next_step():
     with pytest.raises(KeyboardInterrupt):
         problem.loss(problem.model)
     problem.model.error = None
-    train(problem, optimizer, 2)
+    problem.train(optimizer, 2)
     assert _len_torch_function_stack() == 0
     assert distance(problem.model, expected) < 1e-10
 
@@ -495,7 +505,7 @@ class Meeting(nn.Module):
 
 @pytest.mark.parametrize("first_leaves", ["first", "last"])
 @pytest.mark.parametrize("with_gradients", [False, True])
-def test_another_thread_may_run_the_model_meanwhile(with_gradients, first_leaves):
+def test_another_thread_running_the_model_does_not_change_the_curvature(with_gradients, first_leaves):
     problem = perceptron()
     expected = problem.plain_run(1)
     meeting = Meeting(problem.model, first_leaves)
@@ -525,11 +535,11 @@ def test_another_thread_may_run_the_model_meanwhile(with_gradients, first_leaves
     assert distance(problem.model, expected) < 1e-10
 
 
-def test_training_in_another_thread_than_the_optimizer_was_made_in():
+def test_training_in_another_thread_than_the_optimizer_was_made_in_matches_the_oracle():
     problem = perceptron()
     expected = problem.plain_run(3)
     optimizer = NGPlus(problem.model, **SETTINGS)
-    worker = threading.Thread(target=train, args=(problem, optimizer, 3))
+    worker = threading.Thread(target=problem.train, args=(optimizer, 3))
     worker.start()
     worker.join()
     assert distance(problem.model, expected) < 1e-10
@@ -538,7 +548,7 @@ def test_training_in_another_thread_than_the_optimizer_was_made_in():
 # Copies and places ----------------------------------------------------------------------------------------------------
 
 
-def test_averaged_copies_follow_and_are_not_watched():
+def test_averaged_copies_follow_and_are_not_captured():
     problem = perceptron()
     expected = problem.plain_run(4)
     optimizer = NGPlus(problem.model, **SETTINGS)
@@ -547,7 +557,7 @@ def test_averaged_copies_follow_and_are_not_watched():
         problem.model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)
     )
     for _ in range(4):
-        train(problem, optimizer, 1)
+        problem.train(optimizer, 1)
         for copied in (averaged, moving):
             copied.update_parameters(problem.model)
             copied(problem.inputs).sum().backward()  # such as distillation from a teacher
@@ -555,7 +565,7 @@ def test_averaged_copies_follow_and_are_not_watched():
     assert not torch.equal(flat(averaged.module), flat(problem.model))
 
 
-def test_shared_memory_and_loader_workers():
+def test_shared_memory_and_loader_workers_change_nothing():
     problem = perceptron()
     expected = problem.plain_run(3)
     problem.model.share_memory()
@@ -564,7 +574,7 @@ def test_shared_memory_and_loader_workers():
     loader = torch.utils.data.DataLoader(data, batch_size=len(data), num_workers=1, persistent_workers=True)
     for _ in range(3):
         for problem.inputs, problem.targets in loader:
-            train(problem, optimizer, 1)
+            problem.train(optimizer, 1)
     assert distance(problem.model, expected) < 1e-10
 
 
@@ -573,13 +583,13 @@ def test_a_model_made_double_after_the_optimizer_goes_on_in_double(make):
     problem = make(torch.float32)
     double = Problem(copy.deepcopy(problem.model).double(), problem.inputs, problem.targets.double())
     optimizer = NGPlus(problem.model, **SETTINGS, ema=0.5, momentum=0.9)
-    train(problem, optimizer, 1)
+    problem.train(optimizer, 1)
     problem.model.double()
     if problem.inputs.is_floating_point():
         problem.inputs = double.inputs = problem.inputs.double()
     problem.targets = problem.targets.double()
-    train(problem, optimizer, 3)
-    train(double, NGPlus(double.model, **SETTINGS, ema=0.5, momentum=0.9), 4)
+    problem.train(optimizer, 3)
+    double.train(NGPlus(double.model, **SETTINGS, ema=0.5, momentum=0.9), 4)
     assert all(p.dtype == torch.float64 for p in problem.model.parameters())
     assert all(tensor.dtype == torch.float64 for state in optimizer.curvature.values() for tensor in state.tensors())
     assert distance(problem.model, double.model) < 1e-4

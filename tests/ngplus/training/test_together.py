@@ -1,4 +1,4 @@
-"""NG+ beside others: other optimizers, parametrized weights, and an installation that has torch alone."""
+"""NG+ together with others: other optimizers, parametrized weights, and an installation that has torch alone."""
 
 import copy
 import subprocess
@@ -9,17 +9,18 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import SETTINGS, attentive, distance, flat, perceptron, train
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ngplus import NGPlus
+from tests.ngplus.cases import seed_cpu
+from tests.ngplus.training.problems import SETTINGS, attentive, distance, flat, perceptron
 
 # Two optimizers ------------------------------------------------------------------------------------------------------
 
 
 def generator_and_critic() -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
-    torch.manual_seed(0)
+    seed_cpu(0)
     generator = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 4)).double()
     critic = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)).double()
     return generator, critic, torch.randn(6, 3).double(), torch.randn(6, 4).double()
@@ -83,13 +84,13 @@ def test_every_implementation_of_a_base_makes_the_same_steps(base, way):
     if way == "fused" and base is torch.optim.RMSprop:
         pytest.skip("RMSprop has no fused implementation")
     one, other = perceptron(), perceptron()
-    train(one, NGPlus(one.model, base, **{**SETTINGS, "lr": 0.01}, **{way: True}), 4)
-    train(other, NGPlus(other.model, base, **{**SETTINGS, "lr": 0.01}, foreach=False), 4)
+    one.train(NGPlus(one.model, base, **{**SETTINGS, "lr": 0.01}, **{way: True}), 4)
+    other.train(NGPlus(other.model, base, **{**SETTINGS, "lr": 0.01}, foreach=False), 4)
     assert distance(one.model, other.model, perceptron().model) < 1e-10
 
 
 def test_sparse_adam_steps_on_directions_that_stay_sparse():
-    torch.manual_seed(0)
+    seed_cpu(0)
     table = nn.Embedding(30, 4, sparse=True).double()
     before = table.weight.detach().clone()
     optimizer = NGPlus(table, torch.optim.SparseAdam, lr=0.01, damping=0.3, update_every=2)
@@ -150,7 +151,7 @@ class Recurrent(nn.Module):
 
     def __init__(self, kind: type[nn.RNNBase]) -> None:
         super().__init__()
-        torch.manual_seed(0)
+        seed_cpu(0)
         self.recurrent, self.head = kind(5, 6, batch_first=True), nn.Linear(6, 3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -174,7 +175,7 @@ def test_recurrent_layers_go_to_the_base_with_one_warning(kind):
 
 
 @pytest.mark.parametrize("norm", [nn.LayerNorm, nn.BatchNorm1d, nn.RMSNorm, lambda size: nn.GroupNorm(1, size)])
-def test_norms_go_to_the_base_untouched_and_without_a_word(norm):
+def test_norms_go_to_the_base_unchanged_and_without_a_warning(norm):
     problem = perceptron()
     problem.model.insert(1, norm(7).double())
     with warnings.catch_warnings():
@@ -196,7 +197,7 @@ def test_an_input_that_is_shared_by_the_batch_is_one_sample():
     class Positions(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            torch.manual_seed(0)
+            seed_cpu(0)
             self.table, self.head = nn.Embedding(4, 5), nn.Linear(5, 3)
 
         def forward(self, x: Tensor) -> Tensor:
@@ -261,7 +262,7 @@ def test_unscaled_gradients_without_the_scalers_own_step_have_the_curvature_of_t
     scaler.unscale_(optimizer)
     optimizer.step()  # where scaler.step(optimizer) belongs
     settings = {**SETTINGS, "lr": SETTINGS["lr"] / 16, "damping": SETTINGS["damping"] / 16}
-    train(expected, NGPlus(expected.model, **settings), 1)
+    expected.train(NGPlus(expected.model, **settings), 1)
     assert distance(scaled.model, expected.model, perceptron().model) < 1e-10
 
 
@@ -271,7 +272,7 @@ def test_a_layer_in_two_reentrant_checkpoints_counts_each_use_as_samples_of_its_
     class Across(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            torch.manual_seed(0)
+            seed_cpu(0)
             self.inlet, self.middle, self.outlet = nn.Linear(5, 6), nn.Linear(6, 6, bias=False), nn.Linear(6, 3)
 
         def forward(self, x: Tensor) -> Tensor:
@@ -284,7 +285,7 @@ def test_a_layer_in_two_reentrant_checkpoints_counts_each_use_as_samples_of_its_
     problem.model = Across().double()
     plain = copy.deepcopy(problem.model)
     optimizer = NGPlus(problem.model, **SETTINGS, solver="dense")
-    train(problem, optimizer, 1)
+    problem.train(optimizer, 1)
 
     x, uses = plain.inlet(problem.inputs).tanh(), []
     for _ in range(2):
@@ -300,10 +301,10 @@ def test_a_layer_in_two_reentrant_checkpoints_counts_each_use_as_samples_of_its_
     torch.testing.assert_close(problem.model.middle.weight, plain.middle.weight - SETTINGS["lr"] * direction)
 
 
-def test_a_step_that_is_skipped_lets_the_base_coast_on_its_momentum():
+def test_a_skipped_step_moves_parameters_by_the_bases_momentum_alone():
     problem = perceptron()
     optimizer = NGPlus(problem.model, **SETTINGS, momentum=0.9)
-    train(problem, optimizer, 1)
+    problem.train(optimizer, 1)
     before, buffers = flat(problem.model), [optimizer.state[p]["momentum_buffer"] for p in problem.model.parameters()]
     buffers = torch.cat([buffer.flatten() for buffer in buffers]).clone()
     (problem.loss(problem.model) * float("nan")).backward()
@@ -332,7 +333,7 @@ def test_import_and_a_step_need_torch_alone():
         assert set(optimizer.curvature) == {"0.weight", "2.weight"}
         assert not torch.equal(before, model[0].weight)
     """
-    # torch itself says at its import that there is no numpy; nothing else may be said.
+    # torch itself warns at its import that there is no numpy; nothing else may warn.
     command = [sys.executable, "-W", "error", "-W", "ignore:Failed to initialize NumPy", "-c", textwrap.dedent(script)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

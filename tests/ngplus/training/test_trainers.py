@@ -6,11 +6,12 @@ import warnings
 
 import pytest
 import torch
-from problems import SETTINGS, Problem, distance, flat, perceptron, train
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ngplus import NGPlus
+from tests.ngplus.cases import seed_cpu
+from tests.ngplus.training.problems import SETTINGS, Problem, distance, flat, perceptron
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 lightning = pytest.importorskip("pytorch_lightning")
@@ -49,7 +50,7 @@ def test_under_accelerate_a_sample_index_is_set_on_the_optimizer_inside():
     [kept] = prepared.optimizer.curvature["0.weight"].tensors()
     assert torch.equal(kept, curvature_of_grouped_rows())
     plain = perceptron(samples=6)
-    train(plain, optimizer := NGPlus(plain.model, **SETTINGS), 1)
+    plain.train(optimizer := NGPlus(plain.model, **SETTINGS), 1)
     assert not torch.allclose(kept, optimizer.curvature["0.weight"].tensors()[0], rtol=0.01)
 
 
@@ -189,7 +190,7 @@ def test_lightning_resumes_from_its_checkpoint_to_the_bit(settings, tmp_path):
 
 
 def tiny_bert() -> nn.Module:
-    torch.manual_seed(0)
+    seed_cpu(0)
     config = transformers.BertConfig(
         vocab_size=32,
         hidden_size=16,

@@ -1,16 +1,10 @@
 """Processes with different numbers of batches, under `Join`; and processes that do not train the same layers."""
 
 import itertools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.distributed as dist
-from oracle import PlainLoop
-from problems import SETTINGS, distance, flat, perceptron
-from processes import Team
 from torch import nn
 from torch.distributed.algorithms.join import Join
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -18,15 +12,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ngplus import NGPlus
 from ngplus.baselines import KFAC
+from tests.ngplus.cases import seed_cpu
+from tests.ngplus.oracle import PlainLoop
+from tests.ngplus.training.problems import SETTINGS, distance, flat, perceptron
+from tests.ngplus.training.processes import Team
 
 pytestmark = pytest.mark.slow  # starting the processes is
-
-
-@pytest.fixture(scope="module")
-def team():
-    team = Team()
-    yield team
-    team.close()
 
 
 # Uneven numbers of batches --------------------------------------------------------------------------------------------
@@ -168,39 +159,20 @@ def test_momentum_of_a_process_that_has_ended_stays_behind_as_with_any_optimizer
     assert not torch.allclose(momentum, other_momentum, rtol=0.01)
 
 
-JOIN_AN_UNKNOWN_MODEL = """
-import torch, torch.distributed as dist
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from ngplus import NGPlus
-dist.init_process_group("gloo")
-parallel = DistributedDataParallel(nn.Linear(5, 3))
-optimizer = NGPlus(parallel.parameters(), curvature="mini_batch", lr=0.1, update_every=1)
-with parallel.join():
-    for _ in range(1 if dist.get_rank() else 3):
-        parallel(torch.randn(4, 5)).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-"""
+def join_an_unknown_model():
+    parallel = DistributedDataParallel(nn.Linear(5, 3))
+    optimizer = NGPlus(parallel.parameters(), curvature="mini_batch", lr=0.1, update_every=1)
+    with parallel.join():
+        for _ in range(1 if dist.get_rank() else 3):
+            parallel(torch.randn(4, 5)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
 
 
-def test_a_process_that_waits_for_others_is_noticed_where_the_optimizer_does_not_know_the_wrapper():
-    """Both end: the one with batches says why, the other loses its connection."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    del store
-    command = [sys.executable, "-c", JOIN_AN_UNKNOWN_MODEL]
-    processes = [
-        subprocess.Popen(command, env={**os.environ, **place, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    try:
-        active, ended = (process.communicate(timeout=240)[1] for process in processes)
-    finally:
-        for process in processes:
-            process.kill()
+def test_waiting_for_others_raises_where_the_optimizer_does_not_know_the_wrapper():
+    """Both end: the one with batches raises why, the other loses its connection."""
+    active, ended = Team().tracebacks(join_an_unknown_model)
     assert "RuntimeError: NGPlus averages curvature over all processes and would wait for one" in active
-    assert [process.returncode for process in processes] == [1, 1]
     assert "NGPlus averages" not in ended
 
 
@@ -223,7 +195,7 @@ def two_steps(model, optimizer):
 
 
 def alike(*sizes) -> nn.Sequential:
-    torch.manual_seed(0)
+    seed_cpu(0)
     return nn.Sequential(*(nn.Linear(*pair) for pair in itertools.pairwise(sizes)))
 
 
@@ -235,7 +207,7 @@ def sharded_by_zero(_rank, sizes):
 
 
 @pytest.mark.parametrize("sizes", [(5, 5, 5), (5, 4, 3, 2)], ids=str)
-def test_layers_shared_out_over_processes_are_refused(team, sizes):
+def test_layers_sharded_over_processes_are_refused(team, sizes):
     """Equally large ones differ by their values only."""
     first, second = team.run(refused, sharded_by_zero, sizes)
     assert first == second
@@ -293,7 +265,7 @@ DIFFERENT = {
 
 
 @pytest.mark.parametrize("make", DIFFERENT, ids=lambda make: make.__name__)
-def test_processes_that_train_different_models_are_told_how_they_differ(team, make):
+def test_processes_that_train_different_models_are_refused_with_their_differences(team, make):
     first, second = team.run(refused, make)
     assert first == second
     assert DIFFERENT[make] in first

@@ -1,4 +1,4 @@
-"""Models of others, as they come: a few steps with finite losses, curvature where it is expected, nothing said."""
+"""Models of others, as they come: a few steps with finite losses, curvature where it is expected, no other warning."""
 
 import warnings
 from collections.abc import Callable
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ngplus import NGPlus
 from ngplus.layers import SUPPORTED
+from tests.ngplus.cases import seed_cpu
 
 
 def resnet18() -> nn.Module:
@@ -88,8 +89,8 @@ def assert_trains(model: nn.Module, optimizer: NGPlus, loss: Callable[[], Tensor
 
 
 @pytest.fixture(autouse=True)
-def nothing_undocumented_is_said():
-    torch.manual_seed(0)
+def undocumented_warnings_are_errors():
+    seed_cpu(0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", "enable_nested_tensor is True")  # nn.Transformer's own, when it is made
@@ -97,7 +98,7 @@ def nothing_undocumented_is_said():
 
 
 @pytest.mark.parametrize("make", IMAGE_MODELS)
-def test_image_models(make):
+def test_image_models_train_and_every_supported_layer_has_curvature(make):
     model = make()
     optimizer = make_optimizer(model, BARE.get(make.__name__))
     size = 32 if make in (small_vit, small_swin, swin_t, convnext_tiny) else 64
@@ -120,7 +121,7 @@ class LanguageModel(nn.Module):
         return self.head(self.recurrent(self.table(tokens))[0])
 
 
-def test_a_language_model_with_an_lstm():
+def test_a_language_model_with_an_lstm_preconditions_its_table_and_head():
     model = LanguageModel()
     optimizer = make_optimizer(model, r"recurrent \(LSTM\)")
     tokens = torch.randint(20, (4, 7))
@@ -129,7 +130,7 @@ def test_a_language_model_with_an_lstm():
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
-def test_the_transformer_of_torch(batch_first):
+def test_the_transformer_of_torch_has_curvature_in_every_supported_layer(batch_first):
     model = nn.Transformer(
         d_model=16, nhead=2, num_encoder_layers=2, num_decoder_layers=2, dim_feedforward=24, batch_first=batch_first
     )
@@ -145,7 +146,7 @@ def test_the_transformer_of_torch(batch_first):
 
 def test_the_transformer_of_torch_has_one_curvature_whichever_dimension_the_batch_is():
     def curvature(batch_first: bool) -> dict[str, Tensor]:
-        torch.manual_seed(0)
+        seed_cpu(0)
         model = nn.Transformer(16, 2, 1, 1, 24, dropout=0.0, batch_first=batch_first).double()
         optimizer = make_optimizer(model, None, batch_dim=0 if batch_first else 1)
         source, target = torch.randn(3, 5, 16).double(), torch.randn(3, 4, 16).double()

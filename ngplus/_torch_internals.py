@@ -1,0 +1,143 @@
+"""Every use that is made of torch beyond its public interface, and of the interpreter, each with its reason."""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._dynamo import eval_frame
+from torch._compile import _disable_dynamo as run_outside_of_graphs
+from torch.autograd.graph import Node
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
+
+# A backward pass ---------------------------------------------------------------------------------------------------
+# Hooks on tensors get a gradient and nothing of the pass that brings it.
+
+
+def accumulates(accumulator: Node) -> bool:
+    """Whether the backward pass that is running adds to ``.grad`` through this node.
+
+    `torch.autograd.grad` returns gradients instead.
+    """
+    try:
+        return torch._C._will_engine_execute_node(accumulator)
+    except RuntimeError:  # it returns the gradient of this very weight
+        return False
+
+
+def backward_pass_number() -> int:
+    """A number of the backward pass that is running, which no other has."""
+    return torch._C._current_graph_task_id()
+
+
+def retains_graph() -> bool:
+    """Whether the backward pass that is running leaves its graph to another."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+# The autograd graph ------------------------------------------------------------------------------------------------
+# Its nodes are numbered in the order in which a thread makes them, which tells the call that made one.
+
+
+def node_number(node: Node) -> int:
+    """The number of a node; for a leaf's the largest there is."""
+    return node._sequence_nr()
+
+
+def next_node_number() -> int:
+    """The number of the next node that this thread makes."""
+    return torch._C._autograd._get_sequence_nr()
+
+
+# Function calls ----------------------------------------------------------------------------------------------------
+
+
+def is_transformed() -> bool:
+    """Whether `torch.func` or `torch.jit.trace` runs what is called now: it makes no graph of its own."""
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+    return tracing or torch._C._functorch.maybe_current_level() is not None
+
+
+def is_current_mode(mode: TorchFunctionMode) -> bool:
+    """Whether ``mode`` is the innermost function mode of this thread, so that it may be left."""
+    return _get_current_function_mode() is mode  # type: ignore[no-untyped-call]
+
+
+def with_globals(function: Any, replaced: Mapping[str, Any]) -> Callable[..., Any]:
+    """A copy of a Python function that finds other values under some of its global names.
+
+    Replacing them in the function's module would replace them for other threads too.
+    """
+    namespace = {**function.__globals__, **replaced}
+    copy = types.FunctionType(
+        function.__code__, namespace, function.__name__, function.__defaults__, function.__closure__
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+def undispatched(function: Any) -> Callable[..., Any]:
+    """``function`` without its first step, which hands the whole call to the function mode that is on.
+
+    So the mode sees the functions that it calls, as the projections of attention.
+    """
+    return with_globals(function, {"has_torch_function": lambda _: False})
+
+
+def frames() -> Iterator[types.FrameType]:
+    """The frames of this thread's stack, from the caller's caller outwards."""
+    frame: types.FrameType | None = sys._getframe(2)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+# Memory and precision ----------------------------------------------------------------------------------------------
+
+
+def shares_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are views of the same memory."""
+    return torch._C._is_alias_of(one, other)  # type: ignore[attr-defined,no-any-return]
+
+
+def is_autocast_enabled() -> bool:
+    """Whether autocast is on for any device: one call in place of one for each."""
+    return torch._C._is_any_autocast_enabled()
+
+
+# The compiler ------------------------------------------------------------------------------------------------------
+
+_set_frame_count = getattr(eval_frame, "set_fullgraph_compiled_frame_count", None)
+
+
+def is_in_fullgraph() -> bool:
+    """Whether a function compiled with ``fullgraph=True`` runs, though uncompiled for the moment.
+
+    torch counts the frames that it compiles inside of one, from −1 outside; the count is only told as it is set.
+    """
+    if _set_frame_count is None or (count := _set_frame_count(-1)) < 0:
+        return False
+    _set_frame_count(count)
+    return True
+
+
+__all__ = [
+    "accumulates",
+    "backward_pass_number",
+    "frames",
+    "is_autocast_enabled",
+    "is_current_mode",
+    "is_in_fullgraph",
+    "is_transformed",
+    "next_node_number",
+    "node_number",
+    "retains_graph",
+    "run_outside_of_graphs",
+    "shares_memory",
+    "undispatched",
+    "with_globals",
+]

@@ -1,0 +1,205 @@
+"""Sums over the samples of a layer, made as soon as the factors of its uses are captured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ngplus.capture.loss_reduction import Reduction
+from ngplus.capture.op_handlers import OpCall
+from ngplus.capture.sample_index import drop_uncounted_rows, group_rows
+from ngplus.config import LayerwiseOptions, ModelCallSamples, PartialCapture, Samples
+from ngplus.curvature.second_moment import add_stacks_, multiply_columns, scale_columns, second_moment
+from ngplus.factors.pair import FactorPair, flatten_positions, sample_indices, sample_long_side
+from ngplus.layers import Layer, MatrixShape
+from ngplus.tuning import DEFAULT, Tuning
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """What a sample is, how many are used and in which form their sum is kept.
+
+    Attributes:
+        samples: "batch" or "rows", see `NGPlus`.
+        model_calls: "separate" or "joined", see `NGPlus`.
+        partial_capture: "base" or "accept", see `NGPlus`.
+        max_samples: most samples that a curvature step uses of each layer, or None.
+        block_size: p of (18), or None.
+        max_rank: most columns of U, as a fraction of the matrix's side, for which the sum of rank-one products is
+            kept as U (14); 0 keeps none.
+        sketch_size: columns of 𝒢ᵢ to sample (17) where U is not kept, or None for all.
+    """
+
+    samples: Samples
+    model_calls: ModelCallSamples
+    partial_capture: PartialCapture
+    max_samples: int | None
+    block_size: int | None = None
+    max_rank: float = 0.0
+    sketch_size: int | None = None
+
+    @classmethod
+    def from_options(cls, options: LayerwiseOptions, **others: Any) -> Sampling:
+        """The sampling of an optimizer with these options.
+
+        Args:
+            options: of the optimizer.
+            **others: the attributes that are no options of all of them.
+        """
+        return cls(
+            samples=options.samples,
+            model_calls=options.model_calls,
+            partial_capture=options.partial_capture,
+            max_samples=options.max_samples,
+            **others,
+        )
+
+
+@dataclass(eq=False)
+class Statistic:
+    """Sums over the samples of one layer on one curvature step.
+
+    Attributes:
+        shape: of what is summed.
+        moments: Σ of products of the gradients that backward returned, one tensor a stack of blocks.
+        columns: the same sum as UUᵀ, while that is the cheaper form.
+        samples: N that went through the layer.
+        used: |S| of them that were summed.
+        reduction: what the loss divides by: "mean" for N, "sum" for 1, or a number.
+    """
+
+    shape: MatrixShape
+    moments: list[Tensor] = field(default_factory=list)
+    columns: list[Tensor] = field(default_factory=list)
+    samples: int = 0
+    used: int = 0
+    reduction: Reduction = "mean"
+
+    def scale(self) -> float:
+        """Factor from the sum to (4).
+
+        Backward of a mean over N samples returns 𝒢ᵢ/N, so that (4) is N² Σ / |S|. Where N is given and the layer saw
+        n samples of which |S| were summed, the others' gradients are zero and (4) is N (n / |S|) Σ.
+        """
+        if self.reduction == "sum":
+            return 1 / max(1, self.used)
+        return (self.samples if self.reduction == "mean" else self.reduction) * self.samples / max(1, self.used)
+
+    @property
+    def weight(self) -> float:
+        """How many samples it stands for in an average over processes."""
+        return self.reduction if self.used and not isinstance(self.reduction, str) else self.used
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that was summed."""
+        return [*self.moments, *self.columns]
+
+    def is_zero(self) -> bool:
+        """Whether every sample's gradient is zero. Synchronizes with the device."""
+        return all(is_zero(tensor) for tensor in self.tensors())
+
+    def add_(self, moments: list[Tensor]) -> None:
+        """Add to the sum, in place; ``moments`` are its own from then on."""
+        self.moments = add_stacks_([self.moments, moments]) if self.moments else moments
+
+    def densify_(self) -> None:
+        """Replace UUᵀ by moments."""
+        if self.columns:
+            self.add_(multiply_columns(self.shape, torch.cat(self.columns, dim=1).unsqueeze(0)))
+            self.columns = []
+
+
+class Accumulator:
+    """Sums Σᵢ 𝒢ᵢ𝒢ᵢᵀ, or Σᵢ 𝒢ᵢᵀ𝒢ᵢ, of a layer's captured uses.
+
+    Args:
+        sampling: see `Sampling`.
+        generator: samples the columns of (17).
+        tuning: sizes of temporaries.
+
+    Attributes:
+        sampling: as given.
+    """
+
+    statistic: ClassVar[type[Statistic]] = Statistic
+    missing: ClassVar[str] = "where a single sample's gradient cannot be captured"
+    """What a layer lacks that is not supported, for messages."""
+
+    def __init__(self, sampling: Sampling, generator: torch.Generator, tuning: Tuning = DEFAULT) -> None:
+        self.sampling = sampling
+        self._generator = generator
+        self._tuning = tuning
+
+    def check(self, call: OpCall) -> None:
+        """Refuse a use that has no statistic.
+
+        Raises:
+            UnsupportedCall: of such a use.
+        """
+
+    def regroup(self, pair: FactorPair, index: Tensor, batch_dim: int, samples: int, name: str) -> FactorPair:
+        """The factors with their rows assigned to the samples that the user's index names.
+
+        Args:
+            pair: of one use.
+            index: (b,), or of the input's shape without its features; negative where a row counts as none.
+            batch_dim: of the input.
+            samples: how many there are.
+            name: of the layer, for errors.
+
+        Raises:
+            ValueError: an index for another number of rows.
+        """
+        if self.sampling.samples == "rows":
+            return drop_uncounted_rows(pair, index, batch_dim, name)
+        return group_rows(pair, index, batch_dim, samples, name)
+
+    def add_(self, layer: Layer, statistic: Statistic, pairs: Sequence[FactorPair]) -> None:
+        """Add to a layer's statistic, in place.
+
+        Args:
+            layer: the layer.
+            statistic: its sums so far.
+            pairs: factors of uses by the same samples; with ``samples="rows"`` of one use.
+
+        Raises:
+            UnsupportedCall: of uses that have no statistic together.
+        """
+        rows = self.sampling.samples == "rows"
+        pairs = [flatten_positions(pair) for pair in pairs] if rows else list(pairs)
+        count = pairs[0].rows.samples
+        used = self._count_used(statistic, count)
+        statistic.samples += count
+        statistic.used += used
+        if used:
+            self._add_used_(statistic, [FactorPair(p.rows.slice(0, used), p.columns.slice(0, used)) for p in pairs])
+
+    def _count_used(self, statistic: Statistic, samples: int) -> int:
+        """How many of ``samples`` more are to be used."""
+        limit = self.sampling.max_samples
+        return samples if limit is None else max(0, min(samples, limit - statistic.used))
+
+    def _add_used_(self, statistic: Statistic, pairs: list[FactorPair]) -> None:
+        shape = statistic.shape
+        rank_one = len(pairs) == 1 and pairs[0].rows.positions == 1
+        if rank_one and shape.groups == 1 and not statistic.moments:
+            rank = pairs[0].rows.samples + sum(columns.shape[1] for columns in statistic.columns)
+            if rank <= self.sampling.max_rank * shape.short:
+                statistic.columns.append(scale_columns(shape, pairs[0]))
+                return
+        statistic.densify_()
+        if not rank_one and (size := self.sampling.sketch_size) is not None and size < shape.long:
+            pairs = [sample_long_side(shape, p, sample_indices(shape.long, size, self._generator)) for p in pairs]
+        statistic.add_(second_moment(shape, pairs, self._tuning))
+
+
+def is_zero(tensor: Tensor) -> bool:
+    """Whether no entry differs from zero. Synchronizes with the device."""
+    return not bool((tensor._values() if tensor.is_sparse else tensor).any())
+
+
+__all__ = ["Accumulator", "Sampling", "Statistic", "is_zero"]

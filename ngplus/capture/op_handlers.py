@@ -1,0 +1,373 @@
+"""How a function call that takes a layer's weight gives the factors (8) of each sample's gradient, by function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ngplus.capture.function_mode import Attention, FunctionCall, owner_of
+from ngplus.factors.dense import Dense
+from ngplus.factors.embedding import Bags, OneHot
+from ngplus.factors.factor import statistics_dtype
+from ngplus.factors.im2col import patches
+from ngplus.factors.pair import FactorPair
+from ngplus.layers import Layer
+
+
+class UnsupportedCall(Exception):  # noqa: N818 (control flow, never seen by users)
+    """A use of a layer's weight whose per-sample gradient is not known in the form (8)."""
+
+
+@dataclass(eq=False)
+class OpCall:
+    """One use of a layer in a forward pass; with its output's gradient it gives the factors of 𝒢ᵢ.
+
+    Attributes:
+        layer: whose weight was used.
+        source: what multiplied the weight: input, or indices.
+        factors: takes ``source`` and the gradient of the call's output to `FactorPair`.
+        transposed: whether the input belongs to the matrix's rows and the output to its columns, as in x W.
+    """
+
+    layer: Layer
+    source: Any
+    factors: Callable[[Any, Tensor], FactorPair]
+    transposed: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class WeightArgument:
+    """What a function call takes as its weight, and what is known around the call.
+
+    Attributes:
+        layer: whose weight it is.
+        weight: the layer's weight, or a view of it.
+        attention: the attention that the call is a part of, or None.
+        input_shape: of the module's input, where the module flattens it before the call; else None.
+    """
+
+    layer: Layer
+    weight: Tensor
+    attention: Attention | None
+    input_shape: torch.Size | None
+
+
+@dataclass(frozen=True)
+class OpHandler:
+    """How the calls of a function are parsed.
+
+    Attributes:
+        parse: takes the `WeightArgument` and the call's other arguments to an `OpCall`.
+        position: of the weight among the function's arguments.
+        keyword: its name.
+    """
+
+    parse: Callable[..., OpCall]
+    position: int = 1
+    keyword: str = "weight"
+
+
+def find_weight(call: FunctionCall) -> Any:
+    """The argument that the called function takes as weight; None for functions without a handler."""
+    handler = OP_HANDLERS.get(call.function)
+    if handler is None:
+        return None
+    if handler.keyword in call.kwargs:
+        return call.kwargs[handler.keyword]
+    return call.args[handler.position] if len(call.args) > handler.position else None
+
+
+def parse_call(layer: Layer, call: FunctionCall, weight: Tensor, input_shape: torch.Size | None) -> OpCall:
+    """Parse a function call that takes a layer's weight.
+
+    Args:
+        layer: whose weight it is.
+        call: of a function that has a handler.
+        weight: what `find_weight` found: the layer's weight, or a view of it.
+        input_shape: see `WeightArgument`.
+
+    Returns:
+        The call's input, and how its factors are made.
+
+    Raises:
+        UnsupportedCall: where the gradient of one sample cannot be told from what goes in and out.
+        ValueError: a ``batch_dim`` that is no dimension of the input.
+    """
+    handler, args = OP_HANDLERS[call.function], call.args
+    given = WeightArgument(layer, weight, call.attention, input_shape)
+    others = {name: value for name, value in call.kwargs.items() if name != handler.keyword}
+    return handler.parse(given, *args[: handler.position], *args[handler.position + 1 :], **others)
+
+
+def _appended_value(layer: Layer, bias: Tensor | None) -> float | None:
+    """The constant in the bias's column for this call; see `Dense`."""
+    if layer.trained_bias is None:
+        return None
+    used = bias is not None and (bias is layer.bias or bias._base is layer.bias or _is_piece(bias, layer.bias))
+    return 1.0 if used else 0.0
+
+
+def _is_piece(bias: Tensor, of: Tensor | None) -> bool:
+    """Whether ``bias`` is cut out of several joined by ``torch.cat``, exactly where ``of`` went in.
+
+    fairseq's attention joins the biases of its three projections, to have `F.multi_head_attention_forward` cut them
+    apart again. Only pieces of equal length are told apart.
+    """
+    joined = bias._base
+    node = None if joined is None else joined.grad_fn
+    if joined is None or node is None or node.name() != "CatBackward0":
+        return False
+    pieces = [getattr(source, "variable", None) for source, _ in node.next_functions]
+    place, left = divmod(int(bias.storage_offset() - joined.storage_offset()), bias.numel())
+    equal = left == 0 and len(pieces) * bias.numel() == joined.numel()
+    return equal and pieces[place] is of
+
+
+def _row_slice(layer: Layer, weight: Tensor) -> tuple[int, int | None]:
+    """First row and full size of a weight that is a slice of rows; (0, None) for the whole."""
+    whole = layer.weight
+    if weight is whole:
+        return 0, None
+    if weight.shape[1:] != whole.shape[1:] or weight.stride() != whole.stride():
+        raise UnsupportedCall("is used through a view that is not a slice of rows")
+    first = int(weight.storage_offset() - whole.storage_offset()) // whole.stride(0)
+    return (first, whole.shape[0]) if weight.shape[0] != whole.shape[0] else (0, None)
+
+
+def _is_transpose(weight: Tensor, whole: Tensor) -> bool:
+    """Whether ``weight`` is the transpose of the whole matrix, in the same memory; a 1 × 1 matrix is its own."""
+    if weight is whole or not (weight.dim() == whole.dim() == 2) or tuple(whole.shape) == (1, 1):
+        return False
+    mirrored = (*whole.shape[::-1], *whole.stride()[::-1], whole.storage_offset())
+    return (*weight.shape, *weight.stride(), weight.storage_offset()) == mirrored
+
+
+def _parse_linear(given: WeightArgument, input: Tensor, bias: Tensor | None = None, **_: Any) -> OpCall:
+    """Parse x Wᵀ + b, where the weight is the layer's, a slice of its rows, or its transpose."""
+    layer, attention = given.layer, given.attention
+    transposed = _is_transpose(given.weight, layer.weight)
+    first_row, full_size = (0, None) if transposed else _row_slice(layer, given.weight)
+    if transposed and bias is not None and bias is layer.trained_bias:
+        raise UnsupportedCall("is used transposed, with a bias that is a column of it")
+    appended = _appended_value(layer, bias)
+    leading = _leading_shape(given, input)
+    if attention is None and (dimensions := len(leading or input.shape[:-1])) > 1:
+        _check_batch_dim(layer, input, dimensions)
+
+    def positions_last(tensor: Tensor) -> Tensor:
+        """(b, 1, features, κ), whatever the layout of a linear layer's input or output."""
+        features = tensor.shape[-1]
+        if attention is not None and tensor.dim() == 2:
+            tensor = tensor.view(-1, attention.batch, features)  # (T·B, E) -> (T, B, E)
+        if leading is not None:
+            tensor = tensor.reshape(*leading, features)
+        batch_dim = 1 if attention is not None else layer.batch_dim
+        if tensor.dim() <= 2:
+            return tensor.reshape(-1, 1, features, 1)
+        return tensor.movedim(batch_dim, 0).flatten(1, -2).mT.unsqueeze(1)
+
+    def factors(source: Tensor, gradient: Tensor) -> FactorPair:
+        inside, outside = positions_last(source), positions_last(gradient)
+        if transposed:
+            return FactorPair(rows=Dense(inside), columns=Dense(outside, appended=appended))
+        rows = Dense(outside, first_row=first_row, full_size=full_size)
+        return FactorPair(rows=rows, columns=Dense(inside, appended=appended))
+
+    return OpCall(layer, input, factors, transposed)
+
+
+def _leading_shape(given: WeightArgument, input: Tensor) -> torch.Size | None:
+    """The shape of a module's input without its features, where the call gets it flattened; else None."""
+    if not given.layer.flattens:
+        return None
+    shape = given.input_shape
+    if shape is None or shape[-1] != input.shape[-1] or shape.numel() != input.numel():
+        raise UnsupportedCall("is used on flattened rows whose samples nothing tells")
+    return shape[:-1]
+
+
+def _parse_matmul(given: WeightArgument, input: Tensor) -> OpCall:
+    """Parse x W, or x Wᵀ where W is transposed already."""
+    if given.weight.dim() != 2:
+        raise UnsupportedCall("is used in a product by a view that is no matrix")
+    if isinstance(owner_of(input), nn.Parameter):
+        raise UnsupportedCall("is multiplied by another parameter, which has no samples")
+    return _parse_linear(replace(given, weight=given.weight.mT), input)
+
+
+def _parse_addmm(given: WeightArgument, input: Tensor, mat1: Tensor, *, beta: float = 1, alpha: float = 1) -> OpCall:
+    """Parse b + x W; torch calls b ``input`` and x ``mat1``."""
+    if beta != 1 or alpha != 1:
+        raise UnsupportedCall(f"is used by addmm with {alpha=}, {beta=}")
+    return _parse_linear(replace(given, weight=given.weight.mT), mat1, bias=input)
+
+
+def _check_batch_dim(layer: Layer, input: Tensor, dimensions: int) -> None:
+    if not 0 <= layer.batch_dim < dimensions:
+        raise ValueError(
+            f"batch_dim={layer.batch_dim} is no sample dimension of {layer.name}'s input {tuple(input.shape)}"
+        )
+
+
+def _parse_convolution(
+    given: WeightArgument,
+    input: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> OpCall:
+    layer, weight = given.layer, given.weight
+    if weight is not layer.weight or groups != layer.groups:
+        raise UnsupportedCall("is used by a convolution with other groups or a part of the weight")
+    kernel = tuple(weight.shape[2:])
+    stride, dilation = _per_direction(stride, kernel), _per_direction(dilation, kernel)
+    zeros = _pad_amounts(padding, kernel, dilation)
+    appended = _appended_value(layer, bias)
+
+    def batched(tensor: Tensor) -> Tensor:
+        return tensor if tensor.dim() == len(kernel) + 2 else tensor.unsqueeze(0)
+
+    def factors(source: Tensor, gradient: Tensor) -> FactorPair:
+        outputs = batched(gradient).flatten(2)  # (b, out, κ)
+        rows = Dense(outputs.reshape(outputs.shape[0], groups, -1, outputs.shape[2]))
+        columns = patches(batched(source), kernel, stride, dilation, zeros, groups, appended)
+        return FactorPair(rows=rows, columns=columns)
+
+    return OpCall(layer, input, factors)
+
+
+def _per_direction(value: Any, kernel: tuple[int, ...]) -> tuple[int, ...]:
+    """An int or a sequence of one or more, for every spatial direction."""
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * len(kernel) if len(values) == 1 else values
+
+
+def _pad_amounts(padding: Any, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """Zeros before and after each direction, for every form that convolutions take padding in."""
+    if padding == "valid":
+        padding = 0
+    if padding == "same":
+        totals = [step * (size - 1) for step, size in zip(dilation, kernel, strict=True)]
+        return tuple((total // 2, total - total // 2) for total in totals)
+    return tuple((amount, amount) for amount in _per_direction(padding, kernel))
+
+
+def _parse_embedding(
+    given: WeightArgument,
+    input: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> OpCall:
+    layer, weight = given.layer, given.weight
+    if scale_grad_by_freq:
+        raise UnsupportedCall("is an embedding with scale_grad_by_freq, which no sample's gradient has")
+    if weight is not layer.weight:
+        raise UnsupportedCall("is an embedding of a part of the table")
+    if input.dim() > 1:
+        _check_batch_dim(layer, input, input.dim())
+    appended = _appended_value(layer, None)
+    rows_of_table = weight.shape[0]
+
+    def factors(index: Tensor, gradient: Tensor) -> FactorPair:
+        if padding_idx is not None:
+            kept = index != padding_idx % rows_of_table
+            gradient = gradient * kept.unsqueeze(-1)
+        index, gradient = _move_samples_first(index, gradient, layer.batch_dim)
+        dtype = statistics_dtype(gradient.dtype)
+        columns = Dense(gradient.mT.unsqueeze(1), appended=appended)  # (b, 1, d, κ)
+        return FactorPair(rows=OneHot(index, rows_of_table, dtype), columns=columns)
+
+    return OpCall(layer, input, factors)
+
+
+def _move_samples_first(index: Tensor, gradient: Tensor, batch_dim: int) -> tuple[Tensor, Tensor]:
+    """Indices (b, κ) and gradients (b, κ, d) from indices of any number of dimensions."""
+    if index.dim() == 0:
+        return index.view(1, 1), gradient.view(1, 1, -1)
+    if index.dim() == 1:
+        return index.unsqueeze(1), gradient.unsqueeze(1)
+    return index.movedim(batch_dim, 0).flatten(1), gradient.movedim(batch_dim, 0).flatten(1, -2)
+
+
+def _parse_embedding_bag(
+    given: WeightArgument,
+    input: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> OpCall:
+    layer, weight = given.layer, given.weight
+    if scale_grad_by_freq or mode == "max":
+        raise UnsupportedCall(f"is an embedding bag with {mode=}, {scale_grad_by_freq=}")
+    if weight is not layer.weight:
+        raise UnsupportedCall("is an embedding bag over a part of the table")
+    appended = _appended_value(layer, None)
+    rows_of_table = weight.shape[0]
+    bags_of_one = offsets is None and input.shape[1] == 1 and per_sample_weights is None and padding_idx is None
+
+    def factors(index: Tensor, gradient: Tensor) -> FactorPair:
+        dtype = statistics_dtype(gradient.dtype)
+        if bags_of_one:
+            columns = Dense(gradient.reshape(len(index), 1, -1, 1), appended=appended)
+            return FactorPair(rows=OneHot(index.long(), rows_of_table, dtype), columns=columns)
+        bags = _list_members(index, offsets, include_last_offset, rows_of_table)
+        given = None if per_sample_weights is None else per_sample_weights.detach().flatten()
+        weights = torch.ones_like(bags.weight, dtype=dtype) if given is None else given.to(dtype)
+        if padding_idx is not None:
+            weights = weights * (bags.index != padding_idx % rows_of_table)
+        if mode == "mean":
+            counted = weights.new_zeros(bags.bags).index_add_(0, bags.bag, (weights != 0).to(weights.dtype))
+            weights = weights / counted.clamp_min_(1.0)[bags.bag]
+        rows = Bags(bags.index, bags.bag, weights, bags.bags, rows_of_table)
+        return FactorPair(rows=rows, columns=Dense(gradient.reshape(rows.bags, 1, -1, 1), appended=appended))
+
+    return OpCall(layer, input, factors)
+
+
+def _list_members(index: Tensor, offsets: Tensor | None, include_last_offset: bool, table_size: int) -> Bags:
+    """The bags of a call as flat lists of members, each of weight one."""
+    if offsets is None:
+        bags, members = index.shape
+        bag = torch.arange(bags, device=index.device).repeat_interleave(members)
+    else:
+        starts = offsets[:-1] if include_last_offset else offsets
+        bags = starts.numel()
+        place = torch.arange(index.numel(), device=index.device)
+        bag = torch.searchsorted(starts.to(place.dtype), place, right=True) - 1
+    flat = index.flatten().long()
+    return Bags(flat, bag, torch.ones_like(flat, dtype=torch.float32), bags, table_size)
+
+
+OP_HANDLERS: Mapping[Any, OpHandler] = {
+    F.linear: OpHandler(_parse_linear),
+    F.conv1d: OpHandler(_parse_convolution),
+    F.conv2d: OpHandler(_parse_convolution),
+    F.conv3d: OpHandler(_parse_convolution),
+    F.embedding: OpHandler(_parse_embedding),
+    F.embedding_bag: OpHandler(_parse_embedding_bag),
+    torch.matmul: OpHandler(_parse_matmul, keyword="other"),
+    Tensor.matmul: OpHandler(_parse_matmul, keyword="other"),
+    Tensor.__matmul__: OpHandler(_parse_matmul, keyword="other"),
+    torch.mm: OpHandler(_parse_matmul, keyword="mat2"),
+    Tensor.mm: OpHandler(_parse_matmul, keyword="mat2"),
+    torch.addmm: OpHandler(_parse_addmm, position=2, keyword="mat2"),
+}
+"""The functions whose calls are parsed; a use by any other makes a layer unsupported."""
+
+__all__ = ["OpCall", "UnsupportedCall", "find_weight", "parse_call"]

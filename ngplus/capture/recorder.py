@@ -1,0 +1,518 @@
+"""Recording the uses of a model's weights on curvature steps, and only then.
+
+While armed, a function mode is on inside the calls of the model (or of one of its layers, where layers are called one
+by one). It gets every function call that takes a layer's weight, whoever makes it: the layer itself, a subclass that
+wraps more around it, attention, or a functional use of another module's weight. The call's output gets a tensor hook;
+when its gradient comes back, the sample's factors are summed at once and nothing is kept. Tensor hooks survive in-place
+activations, and a forward pass whose backward never comes leaves nothing behind, since everything hangs on its graph.
+
+Nothing is registered on the model itself but hooks on its weights while their gradients are awaited, so that it can be
+copied and pickled at any time.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import weakref
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ngplus._torch_internals import accumulates, backward_pass_number, is_current_mode, is_transformed, retains_graph
+from ngplus.capture.accumulator import Accumulator, Sampling, Statistic, is_zero
+from ngplus.capture.completeness import Comparison, Entries, draw_bias_entries, draw_entries, read_values
+from ngplus.capture.function_mode import CaptureMode, FunctionCall, owner_of
+from ngplus.capture.model_calls import ModelCalls
+from ngplus.capture.op_handlers import UnsupportedCall, find_weight, parse_call
+from ngplus.capture.sample_index import SampleIndex
+from ngplus.capture.weight_use import CapturedPair, LayerRecord, WeightHook, WeightUse, record_versions
+from ngplus.curvature.all_reduce import world_size
+from ngplus.factors.pair import FactorPair
+from ngplus.guards.amp import without_autocast
+from ngplus.guards.compile_guard import hold_eager, release_eager
+from ngplus.guards.join import is_joinable
+from ngplus.layers import Layer
+from ngplus.profiling import Stopwatch
+from ngplus.tuning import DEFAULT, Tuning
+
+INCOMPLETE = (
+    "has a gradient that is not the sum of its captured uses: it is used outside of the model's calls too "
+    "(in the training loop, through model.forward, in a torch.autograd.Function, as a penalty or in derivatives)"
+)
+"""Why a layer is left to the base whose gradient has other sources than what was captured."""
+
+INCOMPLETE_BIAS = (
+    "has a bias whose gradient is not the sum of its captured uses: the bias is used outside of the model's calls too "
+    "(in the training loop, as a penalty or in derivatives)"
+)
+"""The same of its bias."""
+
+BY_HAND = (
+    "has a gradient that was put together by hand from several backward passes, some of which zero_grad has discarded"
+)
+"""Why all layers are left to the base where this is true of one of them."""
+
+_UNREADABLE = (RuntimeError, NotImplementedError, TypeError, IndexError, AttributeError)
+"""What a handler may raise of a layout or a dtype that it does not expect; it must not end the backward pass."""
+
+
+class _OutermostCall(threading.local):
+    """The outermost call of the model that is running on this thread, and how often its module is entered."""
+
+    module: nn.Module | None = None
+    depth: int = 0
+    mode: CaptureMode | None = None
+
+
+class Recorder:
+    """Sums the curvature statistics of a model's layers while it is armed.
+
+    Args:
+        model: whose calls are recorded.
+        layers: whose weights are recognised in them.
+        sampling: see `Sampling`.
+        accumulator: sums what is captured.
+        stopwatch: gets the seconds spent on curvature.
+        tuning: of the comparison with the gradient.
+
+    Attributes:
+        sample_index: which sample each row of a layer's input belongs to, or None.
+        joinables: modules among those called that `torch.distributed.algorithms.Join` may have been given.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Iterable[Layer],
+        sampling: Sampling,
+        accumulator: Accumulator,
+        stopwatch: Stopwatch,
+        tuning: Tuning = DEFAULT,
+    ) -> None:
+        self._layers = {id(layer.weight): layer for layer in layers}
+        self._model = model
+        self._sampling = sampling
+        self._accumulator = accumulator
+        self._stopwatch = stopwatch
+        self._tuning = tuning
+        self._records: dict[Layer, LayerRecord] = {}
+        self._modules: frozenset[int] = frozenset()
+        self._awaited: frozenset[int] = frozenset()
+        self._biases: dict[int, list[Layer]] = {}
+        self._flattening: dict[int, Layer] = {}
+        self._input_shapes: dict[Layer, torch.Size] = {}
+        self._outermost = _OutermostCall()
+        self._model_calls = ModelCalls(sampling.model_calls == "joined")
+        self._handles: list[RemovableHandle] = []
+        self._weight_hooks: list[WeightHook] = []
+        self._hooked: set[tuple[Layer, int]] = set()
+        self._random = random.Random(0)
+        self._unsupported: dict[Layer, str] = {}
+        self.sample_index: SampleIndex | None = None
+        self.joinables: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+    # Arming -----------------------------------------------------------------------------------------------------
+
+    @property
+    def armed(self) -> bool:
+        """Whether calls of the model are recorded now."""
+        return bool(self._handles)
+
+    def arm(self, layers: Iterable[Layer]) -> None:
+        """Record the model's calls from now on, for these layers."""
+        self._awaited = frozenset(id(layer.weight) for layer in layers)
+        modules = dict(self._model.named_modules())
+        self._modules = frozenset(id(module) for module in modules.values())
+        self._biases = {}
+        for layer in self._layers.values():
+            if layer.bias is not None:
+                self._biases.setdefault(id(layer.bias), []).append(layer)
+        self._flattening = {id(modules.get(layer.module)): layer for layer in self._layers.values() if layer.flattens}
+        self._forget()
+        self._model_calls.follow(modules.values())
+        if self.armed:
+            return
+        recorder = weakref.ref(self)
+
+        def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if (alive := recorder()) is not None:
+                alive._enter(module, args)
+
+        def leave(module: nn.Module, _args: Any, _output: Any) -> None:
+            if (alive := recorder()) is not None:
+                alive._leave(module)
+
+        self._handles = [
+            nn.modules.module.register_module_forward_pre_hook(enter),
+            nn.modules.module.register_module_forward_hook(leave, always_call=True),
+        ]
+        hold_eager()
+        self._finalizer = weakref.finalize(self, _release, self._handles, self._weight_hooks)
+        self._finalizer.atexit = False
+
+    def disarm(self) -> None:
+        """Record nothing any more, and forget everything."""
+        if self.armed:
+            self._finalizer()
+            self._handles = []
+        self._forget()
+
+    def discard(self) -> None:
+        """Forget what was summed so far, but not the forward passes whose backward is still to come."""
+        for record in self._records.values():
+            record.discard()
+
+    def _forget(self) -> None:
+        """Forget forward passes too, and leave one that was cut short by something like `KeyboardInterrupt`."""
+        self._records = {}
+        self._unsupported = {}
+        self._input_shapes = {}
+        self._model_calls.clear()
+        _remove(self._weight_hooks)
+        self._hooked = set()
+        outermost = self._outermost
+        if outermost.mode is not None and is_current_mode(outermost.mode):
+            outermost.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        outermost.module = outermost.mode = None
+
+    # Forward: calls of the model, and function calls in them ------------------------------------------------------
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if is_joinable(module):
+            self.joinables.add(module)
+        if (layer := self._flattening.get(id(module))) is not None and args and isinstance(args[0], Tensor):
+            self._input_shapes[layer] = args[0].shape
+        outermost = self._outermost
+        if outermost.module is module:
+            outermost.depth += 1
+        elif (
+            outermost.module is None
+            and id(module) in self._modules
+            and torch.is_grad_enabled()
+            and not is_transformed()
+        ):
+            mode = CaptureMode(partial(_record_call, weakref.ref(self)))
+            outermost.module, outermost.depth, outermost.mode = module, 1, mode
+            self._model_calls.begin()
+            mode.__enter__()  # type: ignore[no-untyped-call]
+
+    def _leave(self, module: nn.Module) -> None:
+        outermost = self._outermost
+        if outermost.module is not module or outermost.mode is None:
+            return
+        outermost.depth -= 1
+        if outermost.depth == 0:
+            outermost.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            outermost.module = outermost.mode = None
+            self._model_calls.end()
+
+    def record_call(self, call: FunctionCall) -> None:
+        """Record the uses of weights in a function call that the forward pass made."""
+        weight = find_weight(call)
+        for argument in call.tensors():
+            self._model_calls.trace(argument)
+            owner = id(owner_of(argument))
+            layer, biased = self._layers.get(owner), self._biases.get(owner, ())
+            if layer is not None and not (owner in self._awaited and layer.weight.requires_grad):
+                layer = None
+            if not (layer or biased) or not call.passes_gradient_to(argument):
+                continue
+            if layer is None:
+                self._record_bias(biased, call, weight)
+                continue
+            try:
+                self._record_use(layer, call, argument, weight)
+            except UnsupportedCall as reason:
+                self._record(layer).unsupported = str(reason)
+
+    def _record_bias(self, layers: Sequence[Layer], call: FunctionCall, weight: Any) -> None:
+        """Record a bias that a call takes: a column of its layer's matrix only where the weight goes in with it.
+
+        What ``torch.cat`` joins may be cut apart again for calls that take both.
+        """
+        taken_with = self._layers.get(id(owner_of(weight))) if isinstance(weight, Tensor) else None
+        if taken_with in layers or call.function is torch.cat:
+            return
+        for layer in layers:
+            if id(layer.weight) in self._awaited:
+                self._record(layer).unsupported = f"is used apart from its bias, which {call.name} takes"
+
+    def _record_use(self, layer: Layer, call: FunctionCall, argument: Tensor, weight: Any) -> None:
+        """Await the gradient of the output of a call that uses a layer's weight.
+
+        Raises:
+            UnsupportedCall: of which the factors are not known.
+        """
+        if is_transformed():
+            raise UnsupportedCall("is used inside a transform of torch.func")
+        if argument is not weight:
+            raise UnsupportedCall(f"is used by {call.name}")
+        if any(each.is_nested and each.layout != torch.jagged for each in call.tensors()):
+            raise UnsupportedCall("is used on a nested tensor whose layout is not torch.jagged")
+        try:
+            op_call = parse_call(layer, call, argument, self._input_shapes.get(layer))
+        except _UNREADABLE as error:
+            raise UnsupportedCall(f"is used by {call.name} in a way that is not known ({error})") from error
+        self._accumulator.check(op_call)
+        self._await_gradient(
+            layer,
+            call,
+            WeightUse(
+                call=op_call,
+                output_shape=call.output.shape,
+                dtype=call.output.dtype,
+                accumulator=torch.autograd.graph.get_gradient_edge(layer.weight).node,
+                sample_index=None if call.attention and layer.of_attention else self.sample_index,
+                batch_dim=1 if call.attention else layer.batch_dim,
+                size=_size(call.output, 1 if call.attention else layer.batch_dim),
+                model_call=self._model_calls.current,
+                versions=record_versions(call),
+            ),
+        )
+
+    def _await_gradient(self, layer: Layer, call: FunctionCall, use: WeightUse) -> None:
+        self._model_calls.add_size(use.size)
+        record = self._record(layer, call.output)
+        record.accumulator = use.accumulator  # of older uses too, if their graph is alive
+        record.pending.add(use)
+        hook = partial(_receive_gradient, weakref.ref(self), use)  # weakly: a loss that is kept would keep the recorder
+        _hooked_tensor(call.output).register_hook(hook)  # type: ignore[no-untyped-call]
+
+    def _record(self, layer: Layer, output: Tensor | None = None) -> LayerRecord:
+        """The record of a layer; a new one where there is none, or where the layer's matrix has another shape now."""
+        shape = layer.shape(self._sampling.block_size)
+        record = self._records.get(layer)
+        if record is None or record.statistic.shape != shape:
+            record = self._records[layer] = LayerRecord(layer, self._accumulator.statistic(shape))
+            if self._sampling.partial_capture == "base":
+                elements = 0 if output is None else output.values().numel() if output.is_nested else output.numel()
+                entries = draw_entries(layer, shape, elements, self._random, self._tuning)
+                record.comparison = self._start_comparison(layer, layer.weight, entries)
+                if layer.bias is not None and (bias_entries := draw_bias_entries(layer, entries)) is not None:
+                    record.bias_comparison = self._start_comparison(layer, layer.bias, bias_entries)
+        return record
+
+    def _start_comparison(self, layer: Layer, parameter: Tensor, entries: Entries) -> Comparison:
+        """Compare what is captured of a layer with the gradient that backward passes bring to one of its parameters."""
+        if parameter.requires_grad and (layer, id(parameter)) not in self._hooked:
+            self._hooked.add((layer, id(parameter)))
+            hook = partial(_compare_gradient, weakref.ref(self), layer, parameter)
+            self._weight_hooks.append(WeightHook(parameter, hook))
+        return Comparison(entries, self._tuning)
+
+    # Backward: gradients of outputs, and of weights ---------------------------------------------------------------
+
+    def receive_gradient(self, use: WeightUse, gradient: Tensor) -> None:
+        """Take the gradient of a call's output, in a backward pass that also reaches the weight."""
+        record = self._records.get(use.call.layer)
+        if use.returned or record is None or not accumulates(use.accumulator):
+            return
+        self._model_calls.release_frame()
+        backward_pass = backward_pass_number()
+        if record.backward_pass != backward_pass:
+            self._reduce(record, record.captured)
+            self._drop_stale(record)
+            record.backward_pass = backward_pass
+        record.pending.discard(use)
+        use.add_gradient(gradient)
+        if retains_graph():
+            record.retained.add(use)
+        else:
+            self._finish(record, use)
+
+    def compare_gradient(self, layer: Layer, parameter: Tensor, gradient: Tensor) -> None:
+        """Take the gradient that a backward pass brings to a layer's weight or bias."""
+        record = self._records.get(layer)
+        if record is None or record.accumulator is None or record.unsupported is not None:
+            return
+        comparison = record.comparison if parameter is layer.weight else record.bias_comparison
+        if comparison is None or not accumulates(torch.autograd.graph.get_gradient_edge(parameter).node):
+            return
+        if comparison.is_empty and parameter.grad is not None:
+            # What is there before the first backward pass of a captured use has another source, or is zero.
+            comparison.add_gradient(parameter.grad.detach())
+        comparison.add_gradient(gradient.detach())
+
+    def _finish(self, record: LayerRecord, use: WeightUse) -> None:
+        """Capture the factors of a use whose gradient is complete, and sum those of the samples that are."""
+        record.retained.discard(use)
+        gradient = use.take_gradient()
+        try:
+            if gradient is not None and gradient.numel() and record.unsupported is None:
+                # An empty batch, or sequences of length zero, have nothing to sum.
+                self._capture(record, use, gradient)
+            samples = self._samples_of(use)
+            captured = [each for each in record.captured if self._samples_of(each.use) == samples]
+            awaited = any(self._samples_of(each) == samples for each in (*record.pending, *record.retained))
+            if self._sampling.samples == "rows" or not awaited:
+                self._reduce(record, captured)
+        except UnsupportedCall as reason:
+            record.unsupported = str(reason)
+        except torch.OutOfMemoryError:
+            raise
+        except _UNREADABLE as error:
+            record.unsupported = f"could not be read ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+        finally:
+            use.release()
+
+    def _capture(self, record: LayerRecord, use: WeightUse, gradient: Tensor) -> None:
+        if use.input_was_overwritten():
+            raise UnsupportedCall("had its input overwritten in place between forward and backward")
+        with torch.no_grad(), without_autocast([gradient.device.type]):
+            index, source = use.sample_index, use.call.source
+            if source.is_nested:
+                if index is None and self._sampling.samples == "batch":
+                    index = SampleIndex.of_jagged(source)
+                pair = use.call.factors(source.values(), gradient.values())
+            else:
+                pair = use.call.factors(source, gradient.reshape(use.output_shape))
+            for comparison in record.comparisons():
+                comparison.add_use(pair, use.dtype)
+            rows = None if index is None else index.index_of(record.layer.module)
+            if index is not None and rows is not None:
+                pair = self._accumulator.regroup(pair, rows, use.batch_dim, index.samples, record.layer.name)
+            record.captured.append(CapturedPair(use, pair))
+
+    def _samples_of(self, use: WeightUse) -> int:
+        """A number that uses share which are by the same samples; those of other sizes may have it too."""
+        return self._model_calls.root(use.model_call, use.size)
+
+    def _drop_stale(self, record: LayerRecord) -> None:
+        """Drop the sums of a backward pass whose gradients are gone: a skipped step, then ``model.zero_grad()``.
+
+        Gradients of zeros, where sums are not zero, are gone too: ``set_to_none=False``. It synchronizes with the
+        device, on the second backward pass of a curvature step and those after it.
+        """
+        if not (record.statistic.used or record.retained):
+            return
+        gradient = record.layer.weight.grad
+        if gradient is None or (is_zero(gradient) and not record.statistic.is_zero()):
+            record.discard()
+
+    def _reduce(self, record: LayerRecord, captured: Sequence[CapturedPair]) -> None:
+        """Sum the samples of ``captured``, which are among the record's.
+
+        Of calls that see the same samples, those with equally many are uses by the same ones.
+        """
+        record.captured = [each for each in record.captured if each not in captured]
+        if not captured or record.unsupported is not None:
+            return
+        together: dict[tuple[int, int], list[FactorPair]] = {}
+        for number, each in enumerate(captured):
+            rows = self._sampling.samples == "rows"
+            key = (number, 0) if rows else (each.pair.rows.samples, self._samples_of(each.use))
+            together.setdefault(key, []).append(each.pair)
+        try:
+            with torch.no_grad(), without_autocast([record.layer.weight.device.type]):
+                for pairs in together.values():
+                    self._accumulator.add_(record.layer, record.statistic, pairs)
+        except UnsupportedCall as reason:
+            record.unsupported = str(reason)
+
+    # The end of the step ------------------------------------------------------------------------------------------
+
+    def collect(self) -> dict[Layer, Statistic]:
+        """What was summed since the last `discard`, for the layers whose gradients came back and are complete."""
+        with self._stopwatch.measure("curvature"):
+            records = self._records
+            for record in records.values():
+                for use in list(record.retained):
+                    self._finish(record, use)
+                self._reduce(record, record.captured)
+            self._unsupported = {
+                layer: f"{record.unsupported}, {self._accumulator.missing}"
+                for layer, record in records.items()
+                if record.unsupported is not None
+            }
+            self._unsupported.update(self._find_incomplete())
+        return {
+            layer: record.statistic
+            for layer, record in records.items()
+            if record.statistic.used and layer not in self._unsupported
+        }
+
+    def unsupported(self) -> dict[Layer, str]:
+        """The layers that the latest `collect` left out, with the reason."""
+        return self._unsupported
+
+    def _find_incomplete(self) -> dict[Layer, str]:
+        """The layers whose gradient is not the sum of what was captured, with the reason. Synchronizes once."""
+        records = [record for layer, record in self._records.items() if layer not in self._unsupported]
+        compared = [(record, comparison) for record in records for comparison in record.comparisons()]
+        doubtful = [
+            _doubtful_gradient(record) if comparison is record.comparison else None for record, comparison in compared
+        ]
+        values = read_values([each.vectors(gradient) for (_, each), gradient in zip(compared, doubtful, strict=True)])
+        incomplete: dict[Layer, str] = {}
+        for (record, comparison), gradient, known in zip(compared, doubtful, values, strict=True):
+            if gradient is not None and not comparison.is_multiple(known):
+                return dict.fromkeys(self._layers.values(), BY_HAND)
+            if not comparison.is_empty and not comparison.is_complete(known):
+                reason = INCOMPLETE if comparison is record.comparison else INCOMPLETE_BIAS
+                incomplete.setdefault(record.layer, reason)
+        return incomplete
+
+
+def _record_call(recorder: weakref.ref[Recorder], call: FunctionCall) -> None:
+    if (alive := recorder()) is not None and alive.armed:
+        with alive._stopwatch.measure("curvature"):
+            alive.record_call(call)
+
+
+def _receive_gradient(recorder: weakref.ref[Recorder], use: WeightUse, gradient: Tensor) -> None:
+    if (alive := recorder()) is not None:
+        with alive._stopwatch.measure("curvature"):
+            alive.receive_gradient(use, gradient)
+
+
+def _compare_gradient(recorder: weakref.ref[Recorder], layer: Layer, parameter: Tensor, gradient: Tensor) -> None:
+    if (alive := recorder()) is not None:
+        with alive._stopwatch.measure("curvature"):
+            alive.compare_gradient(layer, parameter, gradient)
+
+
+def _release(handles: Iterable[RemovableHandle], hooks: list[WeightHook]) -> None:
+    for handle in handles:
+        handle.remove()
+    _remove(hooks)
+    release_eager()
+
+
+def _remove(hooks: list[WeightHook]) -> None:
+    for hook in hooks:
+        hook.remove()
+    hooks.clear()
+
+
+def _size(output: Tensor, batch_dim: int) -> int:
+    """Length of an output's batch dimension; a jagged one's is that of its list."""
+    if output.dim() <= batch_dim:
+        return 1
+    return len(output) if output.is_nested else output.shape[batch_dim]
+
+
+def _hooked_tensor(output: Tensor) -> Tensor:
+    """The tensor to hook for an output that may be a view of another shape, as those of linear layers on sequences are.
+
+    A view that is changed in place leaves the graph, and its hook with it; what it was a view of stays.
+    """
+    base = output._base
+    if base is None or base.numel() != output.numel() or not (base.is_contiguous() and output.is_contiguous()):
+        return output
+    return base
+
+
+def _doubtful_gradient(record: LayerRecord) -> Tensor | None:
+    """A layer's gradient, where some that came before it were thrown away, so that it may be made of those.
+
+    Several processes average their gradients, which are multiples of no single process's.
+    """
+    return record.layer.weight.grad if record.discarded and world_size() == 1 else None
+
+
+__all__ = ["BY_HAND", "INCOMPLETE", "Recorder"]

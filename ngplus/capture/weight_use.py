@@ -1,0 +1,165 @@
+"""Uses of a layer's weight between forward and backward, and what is known of a layer meanwhile."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+
+from ngplus.capture.accumulator import Statistic
+from ngplus.capture.completeness import Comparison
+from ngplus.capture.function_mode import FunctionCall, owner_of
+from ngplus.capture.op_handlers import OpCall
+from ngplus.capture.sample_index import SampleIndex
+from ngplus.factors.pair import FactorPair
+from ngplus.layers import Layer
+
+
+def record_versions(call: FunctionCall) -> list[tuple[Tensor, int]]:
+    """The arguments of a call that are no parameters, with their versions: in-place operations count them up."""
+    arguments = (each for each in call.tensors() if not isinstance(owner_of(each), nn.Parameter))
+    return [(each, each._version) for each in arguments if not each.is_inference()]
+
+
+@dataclass(eq=False, slots=True, weakref_slot=True)
+class WeightUse:
+    """A call that uses a weight, whose output's gradient has not come back yet.
+
+    Attributes:
+        call: with its input.
+        output_shape: of what it returned.
+        dtype: that it was computed in.
+        accumulator: of the weight's gradient.
+        sample_index: which rows belong to which sample, or None.
+        batch_dim: where the samples are.
+        size: of that dimension.
+        model_call: number of the outermost call of the model that it is in.
+        versions: of its arguments.
+        gradient: of the output, while the graph is retained and more may come.
+        returned: whether all of the gradient is back.
+    """
+
+    call: OpCall
+    output_shape: torch.Size
+    dtype: torch.dtype
+    accumulator: Node
+    sample_index: SampleIndex | None
+    batch_dim: int
+    size: int
+    model_call: int
+    versions: list[tuple[Tensor, int]]
+    gradient: Tensor | None = None
+    returned: bool = False
+
+    def add_gradient(self, gradient: Tensor) -> None:
+        """Add what a backward pass brings to the output's gradient."""
+        self.gradient = gradient.detach() if self.gradient is None else self.gradient + gradient.detach()
+
+    def take_gradient(self) -> Tensor | None:
+        """The output's gradient, which is complete and not kept any longer."""
+        gradient, self.gradient, self.returned = self.gradient, None, True
+        return gradient
+
+    def input_was_overwritten(self) -> bool:
+        """Whether any argument has been changed in place since."""
+        return any(tensor._version != version for tensor, version in self.versions)
+
+    def release(self) -> None:
+        """Let go of the arguments."""
+        self.call.source, self.versions = None, []
+
+
+@dataclass(eq=False, slots=True)
+class CapturedPair:
+    """The factors of a use whose gradient is back.
+
+    Attributes:
+        use: the use.
+        pair: its factors.
+    """
+
+    use: WeightUse
+    pair: FactorPair
+
+
+@dataclass(eq=False, slots=True)
+class LayerRecord:
+    """What is known of a layer since the optimizer's last step.
+
+    Attributes:
+        layer: the layer.
+        statistic: what was summed.
+        comparison: of what was captured with the weight's gradient; None where partial capture is accepted.
+        bias_comparison: the same for the bias; None also without a trained one.
+        pending: uses whose gradients have not come back.
+        retained: uses whose gradients have come back through a graph that is retained.
+        captured: factors that are to be summed.
+        backward_pass: number of the pass that the latest gradient came in.
+        discarded: whether gradients of an earlier backward pass were thrown away.
+        unsupported: why the layer goes to the base, or None.
+        accumulator: of the weight's gradient.
+    """
+
+    layer: Layer
+    statistic: Statistic
+    comparison: Comparison | None = None
+    bias_comparison: Comparison | None = None
+    pending: weakref.WeakSet[WeightUse] = field(default_factory=weakref.WeakSet)
+    retained: set[WeightUse] = field(default_factory=set)
+    captured: list[CapturedPair] = field(default_factory=list)
+    backward_pass: int = -1
+    discarded: bool = False
+    unsupported: str | None = None
+    accumulator: Node | None = None
+
+    def comparisons(self) -> list[Comparison]:
+        """Those that there are."""
+        return [each for each in (self.comparison, self.bias_comparison) if each is not None]
+
+    def discard(self) -> None:
+        """Forget what came back, but not the uses whose gradients may still come."""
+        self.discarded |= bool(self.statistic.used or self.captured or self.retained)
+        self.statistic = type(self.statistic)(self.statistic.shape)
+        self.captured = []
+        if self.comparison is not None:
+            self.comparison = self.comparison.empty()
+        if self.bias_comparison is not None:
+            self.bias_comparison = self.bias_comparison.empty()
+        for use in self.retained:
+            use.gradient = None
+            self.pending.add(use)
+        self.retained = set()
+
+
+class WeightHook:
+    """A hook on a weight that gets the gradient of a backward pass before any other hook of the weight does.
+
+    Args:
+        weight: a leaf that requires a gradient.
+        hook: takes the gradient.
+    """
+
+    __slots__ = ("_handle", "_weight")
+
+    def __init__(self, weight: Tensor, hook: Callable[[Tensor], None]) -> None:
+        self._weight = weight
+        self._handle = weight.register_hook(hook)  # type: ignore[no-untyped-call]
+        hooks = weight._backward_hooks
+        if hooks is not None and len(hooks) > 1:  # the engine calls them in the order in which they were put in
+            others = {key: each for key, each in hooks.items() if key != self._handle.id}
+            for key in others:
+                del hooks[key]
+            hooks.update(others)
+
+    def remove(self) -> None:
+        """Leave the weight as it was."""
+        self._handle.remove()
+        if not self._weight._backward_hooks:
+            self._weight._backward_hooks = None
+
+
+__all__ = ["CapturedPair", "LayerRecord", "WeightHook", "WeightUse", "record_versions"]

@@ -1,0 +1,342 @@
+"""What a user of an optimizer chooses, checked before anything is made of it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any, Literal, cast, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ngplus.capture.loss_reduction import LossReduction, check_loss_reduction
+from ngplus.solvers.registry import SolverName
+
+Curvature = Literal["per_sample", "mini_batch"]
+Samples = Literal["batch", "rows"]
+ModelCallSamples = Literal["separate", "joined"]
+PartialCapture = Literal["base", "accept"]
+DampingRule = Literal["paper", "released"]
+NonFinite = Literal["skip", "raise"]
+
+
+def check_positive(name: str, value: Any, *, or_zero: bool = False) -> float:
+    """Check a number: Python's, NumPy's, or a tensor with one element, which is read from its device.
+
+    Args:
+        name: of the argument, for the error.
+        value: what was given.
+        or_zero: whether 0 is allowed too.
+
+    Returns:
+        The number.
+
+    Raises:
+        TypeError: where it is no number.
+        ValueError: where it is not finite, or not above zero.
+    """
+    allowed = "≥ 0" if or_zero else "> 0"
+    number = _as_float(value)
+    if number is None:
+        raise TypeError(f"{name} must be a number {allowed}, got {value!r}")
+    if not (0 < number < float("inf") or (or_zero and number == 0)):
+        raise ValueError(f"{name} must be a finite number {allowed}, got {number!r}")
+    return number
+
+
+def _as_float(value: Any) -> float | None:
+    """A real number as a float, None for anything else."""
+    if hasattr(value, "item"):
+        try:
+            value = value.item()
+        except (RuntimeError, ValueError):  # more than one element, or a tensor without memory
+            return None
+    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else None
+
+
+def check_count(name: str, value: Any, *, optional: bool = True) -> int | None:
+    """Check an integer above zero, Python's or NumPy's.
+
+    Args:
+        name: of the argument, for the error.
+        value: what was given.
+        optional: whether None is allowed too.
+
+    Returns:
+        It as Python's.
+
+    Raises:
+        TypeError: where it is no integer.
+        ValueError: where it is not above zero.
+    """
+    if optional and value is None:
+        return None
+    allowed = f"an integer ≥ 1{' or None' if optional else ''}"
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be {allowed}, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+    return int(value)
+
+
+def check_ema(value: Any) -> float:
+    """Check the β of a moving average.
+
+    Args:
+        value: what was given.
+
+    Returns:
+        It as a float.
+
+    Raises:
+        TypeError: where it is no number.
+        ValueError: where it is not in [0, 1).
+    """
+    ema = _as_float(value)
+    if ema is None:
+        raise TypeError(f"ema must be a number in [0, 1), got {value!r}")
+    if not 0 <= ema < 1:
+        raise ValueError(f"ema must be in [0, 1), got {value!r}")
+    return ema
+
+
+def check_choice(name: str, value: Any, allowed: Any) -> None:
+    """Check one of several strings.
+
+    Args:
+        name: of the argument, for the error.
+        value: what was given.
+        allowed: a `Literal`.
+
+    Raises:
+        ValueError: where it is none of them.
+    """
+    choices = get_args(allowed)
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerwiseOptions:
+    """The choices that every `LayerwiseOptimizer` has, for all parameter groups; see `NGPlus` for what each means."""
+
+    update_every: int
+    samples: Samples = "batch"
+    batch_dim: int | Mapping[str, int] = 0
+    model_calls: ModelCallSamples = "separate"
+    loss_reduction: LossReduction = "mean"
+    partial_capture: PartialCapture = "base"
+    max_samples: int | None = None
+    nonfinite: NonFinite = "skip"
+
+    def __post_init__(self) -> None:
+        self._check_counts("update_every", optional=False)
+        self._check_counts("max_samples")
+        check_choice("samples", self.samples, Samples)
+        check_choice("model_calls", self.model_calls, ModelCallSamples)
+        check_choice("partial_capture", self.partial_capture, PartialCapture)
+        check_choice("nonfinite", self.nonfinite, NonFinite)
+        check_loss_reduction(self.loss_reduction)
+        self._check_batch_dim()
+
+    def _check_counts(self, *names: str, optional: bool = True) -> None:
+        """Check integers ≥ 1, and turn NumPy's into Python's."""
+        for name in names:
+            object.__setattr__(self, name, check_count(name, getattr(self, name), optional=optional))
+
+    def _check_batch_dim(self) -> None:
+        dims = self.batch_dim.values() if isinstance(self.batch_dim, Mapping) else [self.batch_dim]
+        for dim in dims:
+            if isinstance(dim, bool) or not isinstance(dim, Integral):
+                raise TypeError(f"batch_dim must be an integer ≥ 0 or a dict of them by module name, got {dim!r}")
+            if dim < 0:
+                raise ValueError(f"batch_dim must be ≥ 0, got {dim!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(LayerwiseOptions):
+    """The choices of `NGPlus` that hold for all parameter groups; see there for what each means."""
+
+    curvature: Curvature = "per_sample"
+    ema: float = 0.0
+    solver: SolverName = "auto"
+    block_size: int | None = None
+    sketch_size: int | None = None
+    damping_rule: DampingRule = "paper"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_counts("block_size", "sketch_size")
+        check_choice("curvature", self.curvature, Curvature)
+        check_choice("solver", self.solver, SolverName)
+        check_choice("damping_rule", self.damping_rule, DampingRule)
+        object.__setattr__(self, "ema", check_ema(self.ema))
+        self._check_solver()
+
+    def _check_solver(self) -> None:
+        if self.solver == "sketched" and self.sketch_size is None:
+            raise ValueError('solver="sketched" needs sketch_size (q in (16) and (17)), got None')
+        if self.sketch_size is not None and self.solver != "sketched":
+            raise ValueError(f'sketch_size={self.sketch_size} is for solver="sketched", got solver={self.solver!r}')
+        if self.solver == "low_rank" and self.block_size is not None:
+            raise ValueError(f'solver="low_rank" has no blocks, got block_size={self.block_size}')
+
+
+Params = Iterable[Any]
+"""Parameters, named parameters or parameter groups, as `torch.optim` takes them."""
+
+
+def model_and_params(
+    model: nn.Module | Params, params: Params | None, *, needs_model: bool
+) -> tuple[nn.Module | None, Params]:
+    """Tell a model from parameters.
+
+    Args:
+        model: the first argument of an optimizer.
+        params: its argument of this name.
+        needs_model: whether there must be a model.
+
+    Returns:
+        The model, if it is one, and what `base` is to train.
+
+    Raises:
+        TypeError: neither a model nor parameters, or both where one is wanted.
+        ValueError: a model whose parameters have no shape or no memory yet.
+    """
+    for name, given in (("the first argument", model), ("params", params)):
+        if isinstance(given, Tensor):
+            raise TypeError(
+                f"{name} must be an nn.Module or an iterable of tensors or dicts, got a tensor of shape "
+                f"{tuple(given.shape)}: put it into a list"
+            )
+    if isinstance(model, nn.Module):
+        _check_ready(model)
+        return model, list(model.parameters() if params is None else params)
+    if needs_model:
+        raise TypeError(
+            'curvature="per_sample" captures the uses of a model\'s layers: NGPlus needs an nn.Module, got '
+            f'{type(model).__name__}; curvature="mini_batch" takes parameters alone'
+        )
+    if params is not None:
+        raise TypeError("params is for an nn.Module; without one, give the parameter groups as the first argument")
+    return None, list(model)
+
+
+def _check_ready(model: nn.Module) -> None:
+    if scripted := [name for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]:
+        raise TypeError(
+            f"{scripted[0] or 'the model'} is a torch.jit.ScriptModule, whose function calls cannot be captured: make "
+            "the optimizer of a model that is not scripted"
+        )
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ValueError(f"{name} has no shape yet: run the model once before making the optimizer")
+        if parameter.is_meta:
+            raise ValueError(f"{name} is on the meta device: give it memory (to_empty) before making the optimizer")
+    if sharded := [name for name, m in model.named_modules() if type(m).__name__ == "FullyShardedDataParallel"]:
+        raise TypeError(f"{sharded[0] or 'the model'} is wrapped in FullyShardedDataParallel: {_WHOLE_WEIGHTS}")
+
+
+def check_whole(named: Iterable[tuple[str, Tensor]]) -> None:
+    """Refuse weights that are sharded over processes.
+
+    Args:
+        named: parameters by name.
+
+    Raises:
+        TypeError: for one that is.
+    """
+    for name, parameter in named:
+        if "DTensor" in (type(parameter).__name__, type(parameter.data).__name__):
+            raise TypeError(f"{name} is a DTensor: {_WHOLE_WEIGHTS}")
+        if getattr(parameter, "_fsdp_flattened", False):  # by FullyShardedDataParallel(…, use_orig_params=True)
+            raise TypeError(f"{name} is a part of a FullyShardedDataParallel's flat parameter: {_WHOLE_WEIGHTS}")
+
+
+_WHOLE_WEIGHTS = (
+    "NG+ needs whole weights and does not work under FSDP or tensor parallelism; "
+    "wrap the model in torch.nn.parallel.DistributedDataParallel instead"
+)
+
+
+def make_base(base: Any, params: Params, lr: Any, options: dict[str, Any], owner: str) -> Optimizer:
+    """Make the base optimizer, its arguments checked by name first.
+
+    Args:
+        base: its class.
+        params: what it trains.
+        lr: of it.
+        options: everything else that it takes.
+        owner: name of the optimizer around it, for errors.
+
+    Returns:
+        The base.
+
+    Raises:
+        TypeError: ``base`` is no optimizer class, or does not take one of the options.
+        ValueError: a damping ≤ 0, or ``differentiable=True``.
+    """
+    if not (isinstance(base, type) and issubclass(base, Optimizer)):
+        raise TypeError(f"base must be a torch.optim.Optimizer class, such as torch.optim.SGD, got {base!r}")
+    known = inspect.signature(base).parameters
+    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+    if (unknown := sorted(set(options) - set(known))) and not open_ended:
+        allowed = ", ".join(name for name in known if name not in ("params", "lr"))
+        raise TypeError(
+            f"{', '.join(unknown)} is an option of neither {owner} nor its base {base.__name__}, which takes {allowed}"
+        )
+    make = cast(Callable[..., Optimizer], base)
+    made = make([check_group(group) for group in params], lr=lr, **options)
+    for group in made.param_groups:
+        check_group(group)
+    return made
+
+
+def check_group(group: Any) -> Any:
+    """Check a parameter group's damping, and make it a float; anything but a group is left to ``base``.
+
+    Args:
+        group: the group, or a parameter.
+
+    Returns:
+        It, copied where it has a damping.
+
+    Raises:
+        TypeError: a damping that is no number.
+        ValueError: a damping ≤ 0, or ``differentiable=True``.
+    """
+    if not isinstance(group, dict):
+        return group
+    if group.get("differentiable"):
+        raise ValueError(
+            "differentiable=True is not supported: the preconditioned gradient is made without a graph, so that "
+            "derivatives through the step would be wrong"
+        )
+    if "damping" not in group:
+        return group
+    return {**group, "damping": check_positive("damping of a parameter group", group["damping"])}
+
+
+__all__ = [
+    "Curvature",
+    "DampingRule",
+    "LayerwiseOptions",
+    "ModelCallSamples",
+    "NonFinite",
+    "Options",
+    "Params",
+    "PartialCapture",
+    "Samples",
+    "SolverName",
+    "check_choice",
+    "check_count",
+    "check_ema",
+    "check_group",
+    "check_positive",
+    "check_whole",
+    "make_base",
+    "model_and_params",
+]

@@ -1,0 +1,225 @@
+"""Curvature over several processes: one all-reduce of packed triangles, the inversions shared out and gathered.
+
+Every process calls these in the same order with the same shapes, whether or not its own batch reached a layer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ngplus.curvature.damped_cholesky import InverseRequest, invert
+from ngplus.guards.join import JOIN_BOTH
+from ngplus.tuning import DEFAULT, Tuning
+
+
+def world_size() -> int:
+    """Number of processes that train together; 1 where `torch.distributed` is not in use."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def check_processes(name: str, properties: Sequence[str], weights: Mapping[str, Tensor], device: torch.device) -> None:
+    """Make sure that every process is here, and trains the same layers, before anything is averaged.
+
+    Without it processes would wait for each other forever, or average layers that have nothing to do with one another.
+
+    Args:
+        name: of the optimizer.
+        properties: what must be the same on all processes, each in words that follow "has".
+        weights: to be compared too, by name.
+        device: of the collectives.
+
+    Raises:
+        RuntimeError: on every process that is here.
+    """
+    # A process that has run out of batches under `Join` is in a sum of this shape, to which it gives a zero.
+    present = torch.ones(1, device=device)
+    dist.all_reduce(present)
+    if int(present) != dist.get_world_size():
+        raise RuntimeError(JOIN_BOTH.format(name=name))
+    digest = int.from_bytes(hashlib.sha256("\n".join(properties).encode()).digest()[:7], "big")
+    extremes = torch.tensor([digest, -digest], device=device)
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+    if int(extremes.sum()) != 0:
+        raise RuntimeError(f"{name} {_ONE_MODEL}, but {_describe_difference(properties)}; {_NO_SHARDS}")
+    if weights and (differing := _find_different(weights, device)):
+        others = f" and of {len(differing) - 1} more" if len(differing) > 1 else ""
+        raise RuntimeError(f"{name} {_ONE_MODEL}, but the values of {differing[0]}{others} differ; {_NO_SHARDS}")
+
+
+def _describe_difference(properties: Sequence[str]) -> str:
+    """What process 0 and the first that differs from it have, each of them alone."""
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, list(properties))
+    rank = next(rank for rank, theirs in enumerate(every) if theirs != every[0])
+    alone = {0: _without(every[0], every[rank]), rank: _without(every[rank], every[0])}
+    parts = [f"process {number} alone has {', '.join(only[:4])}" for number, only in alone.items() if only]
+    return " and ".join(parts) or f"processes 0 and {rank} have its layers in different orders"
+
+
+def _without(these: Sequence[str], those: Sequence[str]) -> list[str]:
+    return [each for each in these if each not in set(those)]
+
+
+def _find_different(weights: Mapping[str, Tensor], device: torch.device) -> list[str]:
+    """Names of the weights of which some elements differ by more than half of what they are."""
+    values = torch.stack([_elements(weight).to(device) for weight in weights.values()])
+    extremes = torch.stack([values, -values])
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+    largest, smallest = extremes[0], -extremes[1]
+    size = torch.maximum(largest.abs(), smallest.abs()).amax(1)
+    differs: list[bool] = ((largest - smallest).amax(1) > size / 2).tolist()
+    return [name for name, different in zip(weights, differs, strict=True) if different]
+
+
+def _elements(weight: Tensor) -> Tensor:
+    """Sixteen elements of a weight, in float32."""
+    positions = torch.arange(16, device=weight.device) * (weight.numel() - 1) // 15
+    return weight.detach().take(positions).float()
+
+
+_ONE_MODEL = "averages curvature over all processes of the default process group, which must train one model"
+
+
+_NO_SHARDS = (
+    "wrap the model in torch.nn.parallel.DistributedDataParallel. Optimizers that give every process parameters of its "
+    "own, as ZeroRedundancyOptimizer does, are not supported"
+)
+
+
+def largest(values: Sequence[float], device: torch.device) -> list[float]:
+    """The largest of each value over all processes. Synchronizes.
+
+    Args:
+        values: of this process.
+        device: of the collectives.
+
+    Returns:
+        As many values.
+    """
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    every: list[float] = tensor.tolist()
+    return every
+
+
+def pack_triangles(matrices: Tensor) -> Tensor:
+    """The lower triangles of (blocks, p, p) symmetric matrices as one vector."""
+    rows, columns = _triangle(matrices.shape[-1], matrices.device)
+    return matrices[:, rows, columns].flatten()
+
+
+def unpack_triangles(triangles: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """The symmetric matrices, of ``shape``, that `pack_triangles` was given."""
+    blocks, size, _ = shape
+    rows, columns = _triangle(size, triangles.device)
+    matrices = triangles.new_empty(shape)
+    entries = triangles.view(blocks, -1)
+    matrices[:, rows, columns] = entries
+    matrices[:, columns, rows] = entries
+    return matrices
+
+
+def _triangle(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    rows, columns = torch.tril_indices(size, size, device=device)
+    return rows, columns
+
+
+def sum_over_processes(rows: Sequence[Sequence[float]], device: torch.device) -> list[list[float]]:
+    """Sum numbers over all processes. Synchronizes.
+
+    Args:
+        rows: of this process, all of one length.
+        device: of the collectives.
+
+    Returns:
+        The sums, in the same rows.
+    """
+    tensor = torch.tensor(rows, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor)
+    sums: list[list[float]] = tensor.tolist()
+    return sums
+
+
+def average_(moments: Sequence[list[Tensor]], weights: Sequence[float], sums: Sequence[float]) -> None:
+    """Average matrices over processes in place, each process's weighted by its number of samples.
+
+    Args:
+        moments: of each layer, a tensor a stack of blocks; zeros where this process has no samples.
+        weights: samples that each was made from here.
+        sums: for each layer, the samples of all processes together.
+    """
+    if not moments:
+        return
+    stacks = [(stack, weight) for layer, weight in zip(moments, weights, strict=True) for stack in layer]
+    flat = torch.cat([pack_triangles(stack) * weight for stack, weight in stacks])
+    dist.all_reduce(flat)
+    start = 0
+    for layer, total in zip(moments, sums, strict=True):
+        for stack in layer:
+            blocks, size, _ = stack.shape
+            length = blocks * size * (size + 1) // 2
+            triangles = flat[start : start + length] / total
+            stack.copy_(unpack_triangles(triangles, (blocks, size, size)))
+            start += length
+
+
+def invert_shared(requests: Sequence[InverseRequest], tuning: Tuning = DEFAULT) -> None:
+    """`invert` with the work divided among the processes by operation count; each ends with all inverses.
+
+    Args:
+        requests: the same on every process; changed in place.
+        tuning: how often a damping is raised.
+    """
+    rank = dist.get_rank()
+    owners = _assign(requests, dist.get_world_size())
+    mine = [request for request, owner in zip(requests, owners, strict=True) if owner == rank]
+    invert(mine, tuning)
+    flat = torch.cat([_pack_result(request, owner == rank) for request, owner in zip(requests, owners, strict=True)])
+    dist.all_reduce(flat)
+    start = 0
+    for request in requests:
+        blocks, size, _ = request.matrices.shape
+        length = blocks * size * (size + 1) // 2
+        request.used_damping = float(flat[start])
+        triangles = flat[start + 1 : start + 1 + length].to(request.matrices.dtype)
+        request.inverse = unpack_triangles(triangles, (blocks, size, size)) if request.used_damping else None
+        start += 1 + length
+
+
+def _assign(requests: Sequence[InverseRequest], processes: int) -> list[int]:
+    """A process for each request, the largest first to the process with the least work."""
+    load = [0] * processes
+    owners = [0] * len(requests)
+    costs = [r.matrices.shape[0] * r.matrices.shape[1] ** 3 for r in requests]
+    for place in sorted(range(len(requests)), key=lambda i: -costs[i]):
+        owners[place] = load.index(min(load))
+        load[owners[place]] += costs[place]
+    return owners
+
+
+def _pack_result(request: InverseRequest, mine: bool) -> Tensor:
+    """λ that was used (0 for a failure) and the inverse's triangles in float64; zeros where another process has it."""
+    blocks, size, _ = request.matrices.shape
+    if not mine or request.inverse is None:
+        length = 1 + blocks * size * (size + 1) // 2
+        return request.matrices.new_zeros(length, dtype=torch.float64)
+    used = request.matrices.new_tensor([request.used_damping], dtype=torch.float64)
+    return torch.cat([used, pack_triangles(request.inverse).double()])
+
+
+__all__ = [
+    "average_",
+    "check_processes",
+    "invert_shared",
+    "largest",
+    "pack_triangles",
+    "sum_over_processes",
+    "unpack_triangles",
+    "world_size",
+]

@@ -1,0 +1,270 @@
+"""From a curvature step's sums to preconditioners: scale, average over processes and time, invert."""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ngplus.capture.accumulator import Statistic
+from ngplus.curvature.all_reduce import average_, invert_shared, sum_over_processes, world_size
+from ngplus.curvature.damped_cholesky import InverseRequest, invert
+from ngplus.curvature.layer_state import LayerState, empty_entries, pad
+from ngplus.factors.factor import statistics_dtype
+from ngplus.layers import Layer
+from ngplus.solvers.preconditioner import Entries, Preconditioner
+from ngplus.tuning import DEFAULT, Tuning
+
+
+class LayerCurvature(ABC):
+    """The curvature of all layers of a model: what is kept of each, and how it is updated.
+
+    A method is a subclass, which says what its matrices are and how a preconditioner is made of them.
+
+    Args:
+        block_size: p of (18), or None.
+        ema: β of (11), in [0, 1).
+        tuning: how often a damping is raised.
+
+    Attributes:
+        states: what is kept of each layer.
+    """
+
+    state_class: ClassVar[type[LayerState]] = LayerState
+
+    def __init__(self, *, block_size: int | None = None, ema: float = 0.0, tuning: Tuning = DEFAULT) -> None:
+        self._block_size = block_size
+        self._ema = ema
+        self._tuning = tuning
+        self.states: dict[Layer, LayerState] = {}
+
+    # What a method defines ----------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _scale_(self, layer: Layer, statistic: Statistic, loss_scale: float) -> None:
+        """Scale a process's sums to its curvature matrices, in place."""
+
+    @abstractmethod
+    def _requests(self, layer: Layer, statistic: Statistic, damping: float) -> list[InverseRequest]:
+        """The matrices to invert for a layer; none where it needs no explicit inverse."""
+
+    @abstractmethod
+    def _make(self, statistic: Statistic, inverses: list[Tensor], damping: float) -> Preconditioner | None:
+        """Make a layer's preconditioner of the inverses of `_requests`; None where it cannot be made."""
+
+    @abstractmethod
+    def _blank_entries(self, layer: Layer) -> Entries:
+        """The entries that every layer saves, their tensors without memory."""
+
+    def _empty_moments(self, layer: Layer) -> list[Tensor]:
+        """The zeros that a process without samples brings to the average."""
+        dtype, shape = statistics_dtype(layer.weight.dtype), layer.shape(self._block_size)
+        return [torch.zeros(size, dtype=dtype, device=layer.weight.device) for size in shape.stack_shapes]
+
+    def _shift(self, damping: float) -> float:
+        """What is added to the diagonals."""
+        return damping
+
+    @property
+    def _keeps_average(self) -> bool:
+        return self._ema > 0
+
+    # The update ---------------------------------------------------------------------------------------------------
+
+    def update(
+        self,
+        layers: Sequence[Layer],
+        statistics: Mapping[Layer, Statistic],
+        damping: Mapping[Layer, float],
+        loss_scale: float,
+        unsupported: Collection[Layer] = (),
+    ) -> tuple[list[Layer], list[Layer]]:
+        """Update the preconditioners with the sums of a curvature step.
+
+        Args:
+            layers: for which this is a curvature step, the same on every process.
+            statistics: what was summed; a layer without samples may be missing. Changed in place.
+            damping: λ of each layer.
+            loss_scale: factor by which all gradients were larger than the loss's.
+            unsupported: layers that this process has no statistic of, so that no process may have one.
+
+        Returns:
+            Layers whose sums were not finite, which keep what they had; and those that another process does not
+            support.
+        """
+        sums = {layer: statistics[layer] for layer in layers if layer in statistics}
+        for layer, statistic in sums.items():
+            self._scale_(layer, statistic, loss_scale)
+        elsewhere: list[Layer] = []
+        if world_size() > 1:
+            elsewhere = self._average_over_processes_(layers, sums, unsupported)
+        finite, nonfinite = _split_finite(sums)
+        requests = {layer: self._requests(layer, sums[layer], damping[layer]) for layer in finite}
+        self._invert_([request for of_layer in requests.values() for request in of_layer])
+        for layer, of_layer in requests.items():
+            self._finish(layer, sums[layer], of_layer, damping[layer])
+        return nonfinite, elsewhere
+
+    def _average_over_processes_(
+        self, layers: Sequence[Layer], sums: dict[Layer, Statistic], unsupported: Collection[Layer]
+    ) -> list[Layer]:
+        """Average over processes; afterwards ``sums`` has the same layers on all of them.
+
+        Returns:
+            Layers that another process does not support.
+        """
+        weights = [sums[layer].weight if layer in sums else 0.0 for layer in layers]
+        device = layers[0].weight.device
+        totals, flags = sum_over_processes([weights, [float(layer in unsupported) for layer in layers]], device)
+        used = [layer for layer, total, flag in zip(layers, totals, flags, strict=True) if total and not flag]
+        ours = [sums[layer] if layer in sums else self._empty_statistic(layer) for layer in used]
+        for statistic in ours:
+            statistic.densify_()
+        weight, total = (dict(zip(layers, each, strict=True)) for each in (weights, totals))
+        average_(
+            [statistic.moments for statistic in ours],
+            [weight[layer] for layer in used],
+            [total[layer] for layer in used],
+        )
+        sums.clear()
+        for layer, statistic in zip(used, ours, strict=True):
+            statistic.used = int(total[layer])
+            sums[layer] = statistic
+        return [layer for layer, flag in zip(layers, flags, strict=True) if flag and layer not in unsupported]
+
+    def _empty_statistic(self, layer: Layer) -> Statistic:
+        return Statistic(layer.shape(self._block_size), moments=self._empty_moments(layer))
+
+    def _update_average(self, layer: Layer, statistic: Statistic) -> list[Tensor]:
+        """L̄ₖ = β L̄ₖ₋₁ + (1 − β) Lₖ, equation (11), which starts from L₀, and again where its form has changed."""
+        before, moments, beta = self.states.get(layer), statistic.moments, self._ema
+        if not beta or before is None or before.average is None or before.shape != statistic.shape:
+            return moments
+        if [old.shape for old in before.average] != [new.shape for new in moments]:  # a loaded K-FAC's other max_side
+            return moments
+        pairs = zip(before.average, moments, strict=True)
+        return [old.to(new).mul(beta).add_(new, alpha=1 - beta) for old, new in pairs]
+
+    def _invert_(self, requests: Sequence[InverseRequest]) -> None:
+        if world_size() > 1 and requests:
+            invert_shared(requests, self._tuning)
+        else:
+            invert(requests, self._tuning)
+
+    def _finish(self, layer: Layer, statistic: Statistic, requests: Sequence[InverseRequest], damping: float) -> None:
+        """Keep a layer's new preconditioner, or what it had where there is none."""
+        inverses = [request.inverse for request in requests if request.inverse is not None]
+        complete = len(inverses) == len(requests)
+        preconditioner = self._make(statistic, inverses, damping) if complete else None
+        if preconditioner is None:
+            warnings.warn(
+                f"the curvature matrix of {layer.name} would not factorise, even with its damping raised from "
+                f"{damping:g} tenfold several times; what it had before is kept",
+                stacklevel=5,
+            )
+            return
+        for request in requests:
+            if request.used_damping > request.damping:
+                warnings.warn(
+                    f"the damping of {layer.name} was raised from {request.damping:g} to {request.used_damping:g} for "
+                    "this curvature step: the matrix would not factorise with less",
+                    stacklevel=5,
+                )
+        used = max((request.used_damping for request in requests), default=self._shift(damping))
+        before = self.states.get(layer)
+        average = [request.matrices for request in requests] if self._ema else None
+        updates = 1 + (before.updates if before else 0)
+        self.states[layer] = self.state_class(statistic.shape, preconditioner, average, used, updates)
+
+    # Between curvature steps --------------------------------------------------------------------------------------
+
+    def find_ready(self, layer: Layer) -> LayerState | None:
+        """What is kept of a layer that has a gradient, moved to the gradient's device if need be.
+
+        Args:
+            layer: the layer. What no longer fits its matrix is dropped.
+
+        Returns:
+            The state, or None.
+        """
+        state, gradient = self.states.get(layer), layer.weight.grad
+        if state is None or gradient is None:
+            return None
+        if not state.fits(layer):  # its bias was frozen or freed meanwhile, or its table has grown
+            del self.states[layer]
+            return None
+        if state.preconditioner.main.device != gradient.device:
+            state.to_(gradient.device)
+        return state
+
+    # Saving -------------------------------------------------------------------------------------------------------
+
+    def pack(self, layer: Layer) -> Entries:
+        """Pack what is saved of a layer, with or without curvature, by names and in sizes that follow from the options.
+
+        `torch.distributed.checkpoint` fills tensors that it is given, and knows no others: an optimizer that has no
+        curvature yet has to offer tensors of the right sizes. A rank depends on the batch; its columns are padded with
+        zeros to p×p, which is no more than the weight.
+
+        Args:
+            layer: the layer.
+
+        Returns:
+            Tensors and numbers by name.
+        """
+        state, device = self.states.get(layer), layer.weight.device
+        if state is None or not state.fits(layer):
+            entries = empty_entries(layer.shape(self._block_size))
+        else:
+            entries = state.entries()
+        blank = self._blank_entries(layer)
+        filled = {name: pad(entries.get(name), like, device) for name, like in blank.items()}
+        others = {name: each.to(device) if isinstance(each, Tensor) else each for name, each in entries.items()}
+        return {**others, **filled}
+
+    def unpack(self, layer: Layer, entries: Mapping[str, Any]) -> LayerState | None:
+        """Restore what `pack` gave.
+
+        Args:
+            layer: the layer.
+            entries: what `pack` gave.
+
+        Returns:
+            The layer's state; None where there was no curvature yet.
+
+        Raises:
+            ValueError: an entry is missing, or is of another matrix.
+        """
+        # torch's unflattening gives an empty dictionary for an entry that it does not find.
+        found = {name: each for name, each in entries.items() if not isinstance(each, dict)}
+        try:
+            if not found["updates"]:
+                return None
+            state = self.state_class.from_entries(layer, found)
+            if found["averaged"] and not state.average and self._keeps_average:
+                raise KeyError("average0")
+        except KeyError as error:
+            raise ValueError(
+                f"the state of {layer.name} has no {error.args[0]}: it was cut short, or saved with other options"
+            ) from None
+        return state
+
+
+def _split_finite(sums: Mapping[Layer, Statistic]) -> tuple[list[Layer], list[Layer]]:
+    """Layers whose sums are finite, and the others. Synchronizes once: NaN must not be factorised."""
+    if not sums:
+        return [], []
+    flags = [
+        torch.stack([stack.isfinite().all() for stack in statistic.tensors()]).all().cpu()
+        for statistic in sums.values()
+    ]
+    finite: list[bool] = torch.stack(flags).tolist()
+    layers = list(zip(sums, finite, strict=True))
+    return [layer for layer, fine in layers if fine], [layer for layer, fine in layers if not fine]
+
+
+__all__ = ["LayerCurvature"]

@@ -1,0 +1,52 @@
+"""Where an optimizer's time goes: curvature, inverse, apply."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+Stage = Literal["curvature", "inverse", "apply"]
+
+
+@dataclass
+class StepTimes:
+    """Seconds spent so far.
+
+    Attributes:
+        curvature: building L or R, inside backward, and watching the forward pass for it.
+        inverse: all-reduce, moving average, factorisation.
+        apply: multiplying gradients, and the check that they are finite.
+    """
+
+    curvature: float = 0.0
+    inverse: float = 0.0
+    apply: float = 0.0
+
+
+class Stopwatch:
+    """Adds up `StepTimes` where it is on; costs nothing, and never synchronizes, where it is off."""
+
+    def __init__(self) -> None:
+        self.times = StepTimes()
+        self.on = False
+
+    @contextmanager
+    def measure(self, stage: Stage) -> Iterator[None]:
+        """Count the seconds of the block to ``stage``, the device's queue drained before and after."""
+        if not self.on:
+            yield
+            return
+        start = _now()
+        yield
+        setattr(self.times, stage, getattr(self.times, stage) + _now() - start)
+
+
+def _now() -> float:
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()
+    return time.perf_counter()
