@@ -65,7 +65,7 @@ test: $(STAMP)  ## run the tests
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(TEST_WORKERS) --dist worksteal
 
 lint: $(STAMP)  ## check the code: ruff, pydoclint, mypy
-	$(VENV)/bin/ruff format --check . && $(VENV)/bin/ruff check . && $(VENV)/bin/pydoclint -q experiments && $(VENV)/bin/mypy
+	$(VENV)/bin/ruff format --check . && $(VENV)/bin/ruff check . && $(VENV)/bin/pydoclint -q ngplus experiments && $(VENV)/bin/mypy
 
 reproduce: $(TASKS:%=reproduce-%)  ## train every task, by default at scale tiny, and print the comparisons
 

@@ -19,7 +19,7 @@ from ngplus.apply.layer import precondition_
 from ngplus.apply.plan import ApplyPlan
 from ngplus.apply.sparse_grad import NonzeroRows, TemporaryLayout
 from ngplus.capture.accumulator import Accumulator, Statistic, is_zero
-from ngplus.capture.loss_reduction import reduction_of
+from ngplus.capture.loss_reduction import find_reduction
 from ngplus.capture.recorder import Recorder
 from ngplus.capture.sample_index import SampleIndex
 from ngplus.config import (
@@ -411,7 +411,7 @@ class LayerwiseOptimizer(Inspection, SavedState, Optimizer, Joinable):
         missing = [layer for layer in layers if layer not in statistics and layer not in reasons]
         reasons |= dict.fromkeys(self._find_uncaptured(missing), UNCAPTURED)
         for layer, statistic in list(statistics.items()):
-            statistic.reduction = reduction_of(self._options.loss_reduction, layer.module)
+            statistic.reduction = find_reduction(self._options.loss_reduction, layer.module)
             if statistic.reduction == 0:  # a batch whose targets are all ignored
                 del statistics[layer]
         return statistics, reasons, loss_scale()

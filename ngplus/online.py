@@ -53,6 +53,9 @@ def regret_bound(alpha: float, rows: int, gradient_bound: float, diameter: float
         diameter: 𝒟, the diameter of the feasible set.
         rounds: T.
 
+    Returns:
+        The bound on R_T.
+
     Example:
         >>> round(regret_bound(alpha=0.25, rows=3, gradient_bound=1.0, diameter=2.0, rounds=100), 3)
         21.549
@@ -71,6 +74,9 @@ def secular_multiplier(eigenvalues: Tensor, weights: Tensor, radius: float) -> f
         eigenvalues: λ, positive, shape (m,).
         weights: squared norms of the rows in the eigenbasis, shape (m,).
         radius: of the ball, positive.
+
+    Returns:
+        μ, 0 where the sum is no more than radius² already.
     """
     length = math.sqrt(weights.sum().item())
     if length <= radius:
@@ -101,6 +107,9 @@ def project_to_ball(
         eigenvectors: Q, shape (m, m).
         radius: of the ball.
         center: C, shape (m, n); None is the origin.
+
+    Returns:
+        X, shape (m, n).
     """
     offset = target if center is None else target - center
     rotated = eigenvectors.mT @ offset  # (m, m) x (m, n) -> (m, n)
@@ -131,6 +140,9 @@ def online_step(
         epsilon: ε; no eigenvalue of L_t is smaller.
         radius: of 𝒦; None is no projection.
         center: of 𝒦, shape (m, n); None is the origin.
+
+    Returns:
+        Θ_{t+1}, shape (m, n).
     """
     eigenvalues, eigenvectors = torch.linalg.eigh(curvature)
     # Rounding can push a small eigenvalue of an ill-conditioned L_t below ε, even below zero.
@@ -228,7 +240,13 @@ class OnlineNGPlus(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One round t of (19); returns the closure's loss, if one is given.
+        """Make one round t of (19).
+
+        Args:
+            closure: evaluates the model again and returns the loss, as in `torch.optim`.
+
+        Returns:
+            The closure's loss, or None.
 
         Raises:
             FloatingPointError: a gradient or an update is not finite and ``nonfinite="raise"``.

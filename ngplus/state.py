@@ -351,6 +351,9 @@ class SavedState:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from what `state_dict` gave, `base` by its own ``load_state_dict``.
 
+        Args:
+            state_dict: of this layout or of the first.
+
         Raises:
             ValueError: a state of another optimizer or another model. Nothing has changed then.
         """

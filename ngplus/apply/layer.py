@@ -68,6 +68,11 @@ def _may_have_zero_rows(layer: Layer, gradient: Tensor, tuning: Tuning) -> bool:
 def _precondition_nonzero_rows_(preconditioner: Preconditioner, table: Tensor, tuning: Tuning) -> NonzeroRows | None:
     """Precondition in place the rows of a gradient that are not zeros.
 
+    Args:
+        preconditioner: whose rows are independent.
+        table: the gradient, (q, p).
+        tuning: sizes of products.
+
     Returns:
         Them; None, and nothing is done, where they are half of the rows or more.
     """

@@ -176,7 +176,9 @@ class FactorAccumulator(Accumulator):
     Σ over samples i and positions t, A is Σ a aᵀ and B is Σ g gᵀ / T.
 
     Args:
-        sampling: as for `Accumulator`, like the arguments not named here.
+        sampling: as for `Accumulator`.
+        generator: as for `Accumulator`.
+        tuning: as for `Accumulator`.
         tables: the layers that are embeddings.
         max_side: the longest side that gets a whole matrix.
     """
@@ -200,6 +202,9 @@ class FactorAccumulator(Accumulator):
     def check(self, call: OpCall) -> None:
         """Refuse x @ W.
 
+        Args:
+            call: the use.
+
         Raises:
             UnsupportedCall: of such a use.
         """
@@ -212,6 +217,11 @@ class FactorAccumulator(Accumulator):
 
     def add_(self, layer: Layer, statistic: Statistic, pairs: Sequence[FactorPair]) -> None:
         """Add the factors of uses by the same samples, in place.
+
+        Args:
+            layer: the layer.
+            statistic: its sums so far.
+            pairs: factors of the uses.
 
         Raises:
             UnsupportedCall: of an embedding that is multiplied, or a matrix that is looked up.

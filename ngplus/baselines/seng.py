@@ -123,6 +123,9 @@ class GramInverse(Preconditioner):
         Args:
             tensors: by name.
             damping: λ.
+
+        Returns:
+            The preconditioner.
         """
         return cls(from_tensors(tensors), tensors["core"], damping, tensors.get("drawn"))
 
@@ -173,7 +176,17 @@ class SENGCurvature(LayerCurvature):
         loss_scale: float,
         unsupported: Collection[Layer] = (),
     ) -> tuple[list[Layer], list[Layer]]:
-        """As in `LayerCurvature`, in a single process.
+        """Update the preconditioners as `LayerCurvature` does, in a single process.
+
+        Args:
+            layers: as for `LayerCurvature.update`.
+            statistics: likewise.
+            damping: likewise.
+            loss_scale: likewise.
+            unsupported: likewise.
+
+        Returns:
+            As `LayerCurvature.update` does.
 
         Raises:
             RuntimeError: where several processes train together.

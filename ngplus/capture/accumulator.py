@@ -49,6 +49,9 @@ class Sampling:
         Args:
             options: of the optimizer.
             **others: the attributes that are no options of all of them.
+
+        Returns:
+            The sampling.
         """
         return cls(
             samples=options.samples,
@@ -137,6 +140,9 @@ class Accumulator:
     def check(self, call: OpCall) -> None:
         """Refuse a use that has no statistic.
 
+        Args:
+            call: the use.
+
         Raises:
             UnsupportedCall: of such a use.
         """
@@ -150,6 +156,9 @@ class Accumulator:
             batch_dim: of the input.
             samples: how many there are.
             name: of the layer, for errors.
+
+        Returns:
+            The factors.
 
         Raises:
             ValueError: an index for another number of rows.

@@ -43,12 +43,15 @@ def _number(value: Any) -> float:
     return number
 
 
-def reduction_of(value: LossReduction, module: str) -> Reduction:
-    """What holds for the layer of a module.
+def find_reduction(value: LossReduction, module: str) -> Reduction:
+    """Find what the loss divides by for the layer of a module.
 
     Args:
         value: of the optimizer. Of a dict the first pattern that fits counts, "mean" where none does.
         module: name of the layer's module.
+
+    Returns:
+        "mean", "sum" or a number.
 
     Raises:
         TypeError: a function that returned no loss reduction.
@@ -59,5 +62,5 @@ def reduction_of(value: LossReduction, module: str) -> Reduction:
         check_loss_reduction(value)
     if isinstance(value, Mapping):
         value = next((each for pattern, each in value.items() if fnmatchcase(module, pattern)), "mean")
-        return reduction_of(value, module)
+        return find_reduction(value, module)
     return value if isinstance(value, str) else _number(value)

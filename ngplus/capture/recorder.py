@@ -245,6 +245,12 @@ class Recorder:
     def _record_use(self, layer: Layer, call: FunctionCall, argument: Tensor, weight: Any) -> None:
         """Await the gradient of the output of a call that uses a layer's weight.
 
+        Args:
+            layer: whose weight it is.
+            call: the call.
+            argument: the tensor among its arguments that is the weight, or a view of it.
+            weight: what the call takes as weight, see `find_weight`.
+
         Raises:
             UnsupportedCall: of which the factors are not known.
         """

@@ -79,7 +79,14 @@ class LayerState:
 
     @classmethod
     def from_entries(cls, layer: Layer, entries: Mapping[str, Any]) -> Self:
-        """What `entries` gave, on the device of the layer's weight.
+        """Restore what `entries` gave.
+
+        Args:
+            layer: the layer.
+            entries: what `entries` gave.
+
+        Returns:
+            The state, on the device of the layer's weight.
 
         Raises:
             KeyError: an entry is missing.
@@ -93,7 +100,14 @@ class LayerState:
 
     @classmethod
     def from_first_layout(cls, layer: Layer, packed: Mapping[str, Any]) -> Self:
-        """The same from a file of the first layout, which had a nested dictionary for each layer.
+        """Restore one from a file of the first layout, which had a nested dictionary for each layer.
+
+        Args:
+            layer: the layer.
+            packed: its dictionary.
+
+        Returns:
+            The state, on the device of the layer's weight.
 
         Raises:
             ValueError: the layer's matrix has another shape.

@@ -112,7 +112,12 @@ class LayerCurvature(ABC):
     def _average_over_processes_(
         self, layers: Sequence[Layer], sums: dict[Layer, Statistic], unsupported: Collection[Layer]
     ) -> list[Layer]:
-        """Average over processes; afterwards ``sums`` has the same layers on all of them.
+        """Average over processes.
+
+        Args:
+            layers: as for `update`.
+            sums: of this process, changed in place; afterwards it has the same layers on all processes.
+            unsupported: as for `update`.
 
         Returns:
             Layers that another process does not support.

@@ -36,7 +36,10 @@ class Preconditioner(ABC):
         return None
 
     def set_matrices_(self, matrices: Tensor) -> None:
-        """Keep ``matrices``, which have the same values, in place of `matrices`.
+        """Keep other memory of the same values in place of `matrices`.
+
+        Args:
+            matrices: (blocks, p, p).
 
         Raises:
             NotImplementedError: where there are none.
@@ -80,6 +83,9 @@ class Preconditioner(ABC):
             entries: what `entries` gave; its tensors may have been padded with zeros.
             shape: of the layer's matrix.
             damping: λ.
+
+        Returns:
+            The preconditioner.
 
         Raises:
             KeyError: an entry is missing.

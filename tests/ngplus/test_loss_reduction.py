@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ngplus import NGPlus
-from ngplus.capture.loss_reduction import reduction_of
+from ngplus.capture.loss_reduction import find_reduction
 from tests.ngplus import oracle
 from tests.ngplus.cases import mlp, seed_cpu
 
@@ -146,10 +146,10 @@ def test_it_can_be_set_before_any_step_and_a_batch_without_targets_builds_nothin
 
 def test_the_first_pattern_that_fits_counts():
     value = {"experts.0": 3, "experts.*": "sum", "head": lambda: {"head": 5}}
-    found = [reduction_of(value, module) for module in ("experts.0", "experts.1", "head", "inlet")]
+    found = [find_reduction(value, module) for module in ("experts.0", "experts.1", "head", "inlet")]
     assert found == [3.0, "sum", 5.0, "mean"]
 
 
 def test_a_function_that_returns_no_reduction_is_named():
     with pytest.raises(TypeError, match="or a function of these, got None"):
-        reduction_of(lambda: None, "head")
+        find_reduction(lambda: None, "head")
