@@ -188,7 +188,11 @@ _REMEDY = "; start over with --force"
 
 def _save_to_disk(state: dict[str, Any], path: Path) -> None:
     with path.open("wb") as file:
-        torch.save(state, file)
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:
+            # torch 2.14 hides what ends a write, a full disk or the exit that a signal asks for, behind its own error.
+            raise error.__context__ or error from None
         file.flush()
         os.fsync(file.fileno())
 

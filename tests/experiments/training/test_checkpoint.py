@@ -1,4 +1,5 @@
 import errno
+import io
 
 import pytest
 import torch
@@ -99,6 +100,37 @@ def test_a_file_of_another_program_is_refused(path):
     torch.save({"state_dict": {}}, path)
     with pytest.raises(CheckpointError, match="not a checkpoint of this program"):
         load_checkpoint(path, parts(), IDENTITY)
+
+
+class EndingFile(io.FileIO):
+    """A file whose third write ends in an exception."""
+
+    def __init__(self, path, exception):
+        super().__init__(path, "w")
+        self._exception, self._writes = exception, 0
+
+    def write(self, data):
+        self._writes += 1
+        if self._writes == 3:
+            raise self._exception
+        return super().write(data)
+
+
+@pytest.mark.parametrize(
+    ("exception", "seen"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), CheckpointError),
+        (SystemExit(130), SystemExit),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ],
+)
+def test_what_ends_a_write_half_way_is_raised_and_the_checkpoint_before_stays(path, monkeypatch, exception, seen):
+    save_checkpoint(path, parts(), Position(step=1), IDENTITY)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(path), "open", lambda self, *_: EndingFile(self, exception))
+        with pytest.raises(seen):
+            save_checkpoint(path, parts(), Position(step=2), IDENTITY)
+    assert load_checkpoint(path, parts(), IDENTITY).step == 1
 
 
 def test_a_full_disk_is_said_and_the_checkpoint_before_stays(path, monkeypatch):
