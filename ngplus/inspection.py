@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -17,18 +18,18 @@ if TYPE_CHECKING:
     from ngplus.capture.recorder import Recorder
     from ngplus.config import LayerwiseOptions
     from ngplus.curvature.layer_state import LayerState
-    from ngplus.curvature.update import LayerCurvature
+    from ngplus.curvature.store import CurvatureStore
     from ngplus.layers import Layer
     from ngplus.profiling import StepTimes, Stopwatch
 
 
-class Inspection:
+class Inspection(ABC):
     """The properties of a `LayerwiseOptimizer` that are for its users."""
 
     _base: Optimizer
     _options: LayerwiseOptions
     _layers: list[Layer]
-    _curvature: LayerCurvature
+    _curvature: CurvatureStore
     _recorder: Recorder | None
     _sample_index: SampleIndex | None
     _skipped: Tensor | None
@@ -44,8 +45,9 @@ class Inspection:
         """Whether the next step builds curvature, of some layer at least."""
         return bool(self._layers_to_capture())
 
+    @abstractmethod
     def _layers_to_capture(self) -> list[Layer]:
-        raise NotImplementedError
+        """The layers that get a curvature on the next step."""
 
     @property
     def sample_index(self) -> Mapping[str, Tensor] | None:

@@ -33,6 +33,7 @@ from ngplus.config import (
 )
 from ngplus.curvature.all_reduce import check_processes, largest, world_size
 from ngplus.curvature.coverage import Coverage
+from ngplus.curvature.store import CurvatureStore
 from ngplus.curvature.update import LayerCurvature
 from ngplus.guards.amp import loss_scale, without_autocast
 from ngplus.guards.compile_guard import refuse_fullgraph
@@ -123,7 +124,7 @@ class LayerwiseOptimizer(Inspection, SavedState, Optimizer, Joinable):
     # What a method defines ----------------------------------------------------------------------------------------
 
     @abstractmethod
-    def _make_curvature(self) -> LayerCurvature:
+    def _make_curvature(self) -> CurvatureStore:
         """Make the curvature of all layers."""
 
     def _make_accumulator(self) -> Accumulator:
@@ -394,6 +395,7 @@ class LayerwiseOptimizer(Inspection, SavedState, Optimizer, Joinable):
             damping = self._agree(damping, with_batch)
         if not layers:
             return
+        assert isinstance(self._curvature, LayerCurvature)
         statistics, reasons, scale = self._collect(layers) if with_batch else ({}, {}, 1.0)
         self._apply_plan.forget()
         with self._stopwatch.measure("inverse"):

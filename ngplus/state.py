@@ -8,6 +8,7 @@ The entries of a layer are stored under ``state`` with the base's own of its wei
 from __future__ import annotations
 
 import warnings
+from abc import ABC, abstractmethod
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from torch.optim import Optimizer
 
 from ngplus.curvature.coverage import Coverage
 from ngplus.curvature.layer_state import LayerState
-from ngplus.curvature.update import LayerCurvature
+from ngplus.curvature.store import CurvatureStore
 from ngplus.layers import Layer, rekey_layers
 from ngplus.solvers.preconditioner import Entries
 
@@ -70,7 +71,7 @@ class Layout:
     base: str
     groups: Sequence[dict[str, Any]]
     layers: Sequence[Layer]
-    curvature: LayerCurvature
+    curvature: CurvatureStore
 
     def pack(self, progress: Progress, base_state: Mapping[str, Any]) -> dict[str, Any]:
         """The state dict of an optimizer.
@@ -257,14 +258,14 @@ def initializes_state(groups: Sequence[Mapping[str, Any]]) -> bool:
     return len(dense) == len(gradients) and not any(bool(torch.count_nonzero(gradient)) for gradient in dense)
 
 
-class SavedState:
+class SavedState(ABC):
     """Saving, loading and copying of a `LayerwiseOptimizer`."""
 
     key: ClassVar[str]
     param_groups: list[dict[str, Any]]
     _base: Optimizer
     _layers: list[Layer]
-    _curvature: LayerCurvature
+    _curvature: CurvatureStore
     _coverage: Coverage
     _generator: torch.Generator
     _skipped: Tensor | None
@@ -277,17 +278,21 @@ class SavedState:
 
     # Of the optimizer ---------------------------------------------------------------------------------------------
 
+    @abstractmethod
     def _share_groups(self) -> None:
-        raise NotImplementedError
+        """Use the list of groups that is `base`'s."""
 
+    @abstractmethod
     def _start(self) -> None:
-        raise NotImplementedError
+        """Make everything that is not pickled."""
 
+    @abstractmethod
     def _update_layers(self) -> None:
-        raise NotImplementedError
+        """Find the layers again."""
 
+    @abstractmethod
     def _arm_recorder(self) -> None:
-        raise NotImplementedError
+        """Record the next forward pass if its step builds curvature."""
 
     # The base, and its state --------------------------------------------------------------------------------------
 

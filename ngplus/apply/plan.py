@@ -9,7 +9,7 @@ from torch import nn
 
 from ngplus.apply.grouped import EqualShapes, MixedShapes, PreconditionedLayer, gradient_form, group_small
 from ngplus.apply.sparse_grad import NonzeroRows
-from ngplus.curvature.update import LayerCurvature
+from ngplus.curvature.store import CurvatureStore
 from ngplus.guards.finite_check import FiniteCheck
 from ngplus.layers import Layer
 from ngplus.tuning import DEFAULT, Tuning
@@ -41,7 +41,7 @@ class ApplyPlan:
         has_changed: whether layers have gained or lost a gradient or a curvature since somebody set it to False.
     """
 
-    def __init__(self, curvature: LayerCurvature, tuning: Tuning = DEFAULT) -> None:
+    def __init__(self, curvature: CurvatureStore, tuning: Tuning = DEFAULT) -> None:
         self._curvature = curvature
         self._tuning = tuning
         self._plan: _Plan | None = None

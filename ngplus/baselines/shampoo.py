@@ -12,11 +12,9 @@ from torch.optim import Optimizer
 
 from ngplus.apply.grouped import PreconditionedLayer
 from ngplus.apply.sparse_grad import NonzeroRows
-from ngplus.capture.accumulator import Statistic
 from ngplus.config import LayerwiseOptions, NonFinite, Params, check_choice, check_count
-from ngplus.curvature.damped_cholesky import InverseRequest
 from ngplus.curvature.layer_state import LayerState
-from ngplus.curvature.update import LayerCurvature
+from ngplus.curvature.store import CurvatureStore
 from ngplus.devices import factor_dtype
 from ngplus.factors.factor import statistics_dtype
 from ngplus.layers import Layer, MatrixShape, Side
@@ -132,7 +130,7 @@ def inverse_root(matrix: Tensor, damping: float, order: int) -> Tensor:
     return root.to(matrix.dtype)
 
 
-class ShampooCurvature(LayerCurvature):
+class ShampooCurvature(CurvatureStore):
     """The sides of all tensors, which every gradient adds to.
 
     Args:
@@ -203,17 +201,6 @@ class ShampooCurvature(LayerCurvature):
         sides = {dim: torch.empty(size, size, dtype=dtype, device="meta") for dim, size in sizes.items()}
         averages = {f"average{i}": side for i, side in enumerate(sides.values())}
         return {**averages, **{f"side{dim}": side for dim, side in sides.items()}}
-
-    # There are no sums of samples, so that what `update` is made of is not called.
-
-    def _scale_(self, layer: Layer, statistic: Statistic, loss_scale: float) -> None:
-        raise NotImplementedError
-
-    def _requests(self, layer: Layer, statistic: Statistic, damping: float) -> list[InverseRequest]:
-        raise NotImplementedError
-
-    def _make(self, statistic: Statistic, inverses: list[Tensor], damping: float) -> Preconditioner | None:
-        raise NotImplementedError
 
 
 def _has_side(parameter: Tensor) -> bool:

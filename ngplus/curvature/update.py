@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,15 +12,15 @@ from torch import Tensor
 from ngplus.capture.accumulator import Statistic
 from ngplus.curvature.all_reduce import average_, invert_shared, sum_over_processes, world_size
 from ngplus.curvature.damped_cholesky import InverseRequest, invert
-from ngplus.curvature.layer_state import LayerState, empty_entries, pad
+from ngplus.curvature.store import CurvatureStore
 from ngplus.factors.factor import statistics_dtype
 from ngplus.layers import Layer
-from ngplus.solvers.preconditioner import Entries, Preconditioner
+from ngplus.solvers.preconditioner import Preconditioner
 from ngplus.tuning import DEFAULT, Tuning
 
 
-class LayerCurvature(ABC):
-    """The curvature of all layers of a model: what is kept of each, and how it is updated.
+class LayerCurvature(CurvatureStore):
+    """A curvature that is made of sums over samples, on curvature steps.
 
     A method is a subclass, which says what its matrices are and how a preconditioner is made of them.
 
@@ -29,18 +28,12 @@ class LayerCurvature(ABC):
         block_size: p of (18), or None.
         ema: β of (11), in [0, 1).
         tuning: how often a damping is raised.
-
-    Attributes:
-        states: what is kept of each layer.
     """
 
-    state_class: ClassVar[type[LayerState]] = LayerState
-
     def __init__(self, *, block_size: int | None = None, ema: float = 0.0, tuning: Tuning = DEFAULT) -> None:
-        self._block_size = block_size
+        super().__init__(block_size)
         self._ema = ema
         self._tuning = tuning
-        self.states: dict[Layer, LayerState] = {}
 
     # What a method defines ----------------------------------------------------------------------------------------
 
@@ -55,10 +48,6 @@ class LayerCurvature(ABC):
     @abstractmethod
     def _make(self, statistic: Statistic, inverses: list[Tensor], damping: float) -> Preconditioner | None:
         """Make a layer's preconditioner of the inverses of `_requests`; None where it cannot be made."""
-
-    @abstractmethod
-    def _blank_entries(self, layer: Layer) -> Entries:
-        """The entries that every layer saves, their tensors without memory."""
 
     def _empty_moments(self, layer: Layer) -> list[Tensor]:
         """The zeros that a process without samples brings to the average."""
@@ -184,79 +173,6 @@ class LayerCurvature(ABC):
         average = [request.matrices for request in requests] if self._ema else None
         updates = 1 + (before.updates if before else 0)
         self.states[layer] = self.state_class(statistic.shape, preconditioner, average, used, updates)
-
-    # Between curvature steps --------------------------------------------------------------------------------------
-
-    def find_ready(self, layer: Layer) -> LayerState | None:
-        """What is kept of a layer that has a gradient, moved to the gradient's device if need be.
-
-        Args:
-            layer: the layer. What no longer fits its matrix is dropped.
-
-        Returns:
-            The state, or None.
-        """
-        state, gradient = self.states.get(layer), layer.weight.grad
-        if state is None or gradient is None:
-            return None
-        if not state.fits(layer):  # its bias was frozen or freed meanwhile, or its table has grown
-            del self.states[layer]
-            return None
-        if state.preconditioner.main.device != gradient.device:
-            state.to_(gradient.device)
-        return state
-
-    # Saving -------------------------------------------------------------------------------------------------------
-
-    def pack(self, layer: Layer) -> Entries:
-        """Pack what is saved of a layer, with or without curvature, by names and in sizes that follow from the options.
-
-        `torch.distributed.checkpoint` fills tensors that it is given, and knows no others: an optimizer that has no
-        curvature yet has to offer tensors of the right sizes. A rank depends on the batch; its columns are padded with
-        zeros to p×p, which is no more than the weight.
-
-        Args:
-            layer: the layer.
-
-        Returns:
-            Tensors and numbers by name.
-        """
-        state, device = self.states.get(layer), layer.weight.device
-        if state is None or not state.fits(layer):
-            entries = empty_entries(layer.shape(self._block_size))
-        else:
-            entries = state.entries()
-        blank = self._blank_entries(layer)
-        filled = {name: pad(entries.get(name), like, device) for name, like in blank.items()}
-        others = {name: each.to(device) if isinstance(each, Tensor) else each for name, each in entries.items()}
-        return {**others, **filled}
-
-    def unpack(self, layer: Layer, entries: Mapping[str, Any]) -> LayerState | None:
-        """Restore what `pack` gave.
-
-        Args:
-            layer: the layer.
-            entries: what `pack` gave.
-
-        Returns:
-            The layer's state; None where there was no curvature yet.
-
-        Raises:
-            ValueError: an entry is missing, or is of another matrix.
-        """
-        # torch's unflattening gives an empty dictionary for an entry that it does not find.
-        found = {name: each for name, each in entries.items() if not isinstance(each, dict)}
-        try:
-            if not found["updates"]:
-                return None
-            state = self.state_class.from_entries(layer, found)
-            if found["averaged"] and not state.average and self._keeps_average:
-                raise KeyError("average0")
-        except KeyError as error:
-            raise ValueError(
-                f"the state of {layer.name} has no {error.args[0]}: it was cut short, or saved with other options"
-            ) from None
-        return state
 
 
 def _split_finite(sums: Mapping[Layer, Statistic]) -> tuple[list[Layer], list[Layer]]:

@@ -1,0 +1,111 @@
+"""What is kept of all layers between curvature steps: found, packed and unpacked by layer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from ngplus.curvature.layer_state import LayerState, empty_entries, pad
+from ngplus.layers import Layer
+from ngplus.solvers.preconditioner import Entries
+
+
+class CurvatureStore(ABC):
+    """What is kept of each layer of a model.
+
+    Args:
+        block_size: p of (18), or None.
+
+    Attributes:
+        states: by layer, of those that have a curvature.
+    """
+
+    state_class: ClassVar[type[LayerState]] = LayerState
+
+    def __init__(self, block_size: int | None = None) -> None:
+        self._block_size = block_size
+        self.states: dict[Layer, LayerState] = {}
+
+    @abstractmethod
+    def _blank_entries(self, layer: Layer) -> Entries:
+        """The entries that every layer saves, their tensors without memory."""
+
+    @property
+    def _keeps_average(self) -> bool:
+        """Whether a state without an average was cut short."""
+        return False
+
+    def find_ready(self, layer: Layer) -> LayerState | None:
+        """What is kept of a layer that has a gradient, moved to the gradient's device if need be.
+
+        Args:
+            layer: the layer. What no longer fits its matrix is dropped.
+
+        Returns:
+            The state, or None.
+        """
+        state, gradient = self.states.get(layer), layer.weight.grad
+        if state is None or gradient is None:
+            return None
+        if not state.fits(layer):  # its bias was frozen or freed meanwhile, or its table has grown
+            del self.states[layer]
+            return None
+        if state.preconditioner.main.device != gradient.device:
+            state.to_(gradient.device)
+        return state
+
+    def pack(self, layer: Layer) -> Entries:
+        """Pack what is saved of a layer, with or without curvature, by names and in sizes that follow from the options.
+
+        `torch.distributed.checkpoint` fills tensors that it is given, and knows no others: an optimizer that has no
+        curvature yet has to offer tensors of the right sizes. A rank depends on the batch; its columns are padded with
+        zeros to p×p, which is no more than the weight.
+
+        Args:
+            layer: the layer.
+
+        Returns:
+            Tensors and numbers by name.
+        """
+        state, device = self.states.get(layer), layer.weight.device
+        if state is None or not state.fits(layer):
+            entries = empty_entries(layer.shape(self._block_size))
+        else:
+            entries = state.entries()
+        blank = self._blank_entries(layer)
+        filled = {name: pad(entries.get(name), like, device) for name, like in blank.items()}
+        others = {name: each.to(device) if isinstance(each, Tensor) else each for name, each in entries.items()}
+        return {**others, **filled}
+
+    def unpack(self, layer: Layer, entries: Mapping[str, Any]) -> LayerState | None:
+        """Restore what `pack` gave.
+
+        Args:
+            layer: the layer.
+            entries: what `pack` gave.
+
+        Returns:
+            The layer's state; None where there was no curvature yet.
+
+        Raises:
+            ValueError: an entry is missing, or is of another matrix.
+        """
+        # torch's unflattening gives an empty dictionary for an entry that it does not find.
+        found = {name: each for name, each in entries.items() if not isinstance(each, dict)}
+        try:
+            if not found["updates"]:
+                return None
+            state = self.state_class.from_entries(layer, found)
+            if found["averaged"] and not state.average and self._keeps_average:
+                raise KeyError("average0")
+        except KeyError as error:
+            raise ValueError(
+                f"the state of {layer.name} has no {error.args[0]}: it was cut short, or saved with other options"
+            ) from None
+        return state
+
+
+__all__ = ["CurvatureStore"]
