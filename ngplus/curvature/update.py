@@ -1,4 +1,4 @@
-"""From a curvature step's sums to preconditioners: scale, average over processes and time, invert."""
+"""From a curvature step's sums to preconditioners: scale, average over processes and over time (11), invert."""
 
 from __future__ import annotations
 
