@@ -143,7 +143,7 @@ class LayerwiseOptions:
         self._check_batch_dim()
 
     def _check_counts(self, *names: str, optional: bool = True) -> None:
-        """Check integers ≥ 1, and turn NumPy's into Python's."""
+        """Check integers ≥ 1, and make Python's of NumPy's."""
         for name in names:
             object.__setattr__(self, name, check_count(name, getattr(self, name), optional=optional))
 

@@ -18,7 +18,7 @@ class StepTimes:
     """Seconds spent so far.
 
     Attributes:
-        curvature: building L or R, inside backward, and watching the forward pass for it.
+        curvature: building L or R, inside backward, and recording the forward pass for it.
         inverse: all-reduce, moving average, factorisation.
         apply: multiplying gradients, and the check that they are finite.
     """

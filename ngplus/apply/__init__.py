@@ -1,1 +1,1 @@
-"""apply."""
+"""From curvature to directions (6): every layer's gradient is replaced on every step, small ones together."""

@@ -25,7 +25,8 @@ from torch.utils.hooks import RemovableHandle
 
 from ngplus._torch_internals import accumulates, backward_pass_number, is_current_mode, is_transformed, retains_graph
 from ngplus.capture.accumulator import Accumulator, Sampling, Statistic, is_zero
-from ngplus.capture.completeness import Comparison, Entries, draw_bias_entries, draw_entries, read_values
+from ngplus.capture.compared_entries import ComparedEntries, choose_bias_entries, sample_entries
+from ngplus.capture.completeness import Comparison, read_values
 from ngplus.capture.function_mode import CaptureMode, FunctionCall, owner_of
 from ngplus.capture.model_calls import ModelCalls
 from ngplus.capture.op_handlers import UnsupportedCall, find_weight, parse_call
@@ -297,13 +298,13 @@ class Recorder:
             record = self._records[layer] = LayerRecord(layer, self._accumulator.statistic(shape))
             if self._sampling.partial_capture == "base":
                 elements = 0 if output is None else output.values().numel() if output.is_nested else output.numel()
-                entries = draw_entries(layer, shape, elements, self._random, self._tuning)
+                entries = sample_entries(layer, shape, elements, self._random, self._tuning)
                 record.comparison = self._start_comparison(layer, layer.weight, entries)
-                if layer.bias is not None and (bias_entries := draw_bias_entries(layer, entries)) is not None:
+                if layer.bias is not None and (bias_entries := choose_bias_entries(layer, entries)) is not None:
                     record.bias_comparison = self._start_comparison(layer, layer.bias, bias_entries)
         return record
 
-    def _start_comparison(self, layer: Layer, parameter: Tensor, entries: Entries) -> Comparison:
+    def _start_comparison(self, layer: Layer, parameter: Tensor, entries: ComparedEntries) -> Comparison:
         """Compare what is captured of a layer with the gradient that backward passes bring to one of its parameters."""
         if parameter.requires_grad and (layer, id(parameter)) not in self._hooked:
             self._hooked.add((layer, id(parameter)))

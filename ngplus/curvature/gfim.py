@@ -1,4 +1,4 @@
-"""NG+'s curvature: the generalized Fisher information matrix of each layer, and its mini-batch form."""
+"""NG+'s curvature: the generalized Fisher information matrix (4)(5) of each layer, or its mini-batch form (12)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a curvature step's sums to preconditioners: scale, average over processes and time, invert."""
+"""From a curvature step's sums to preconditioners: scale, average over processes and over time (11), invert."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ class LayerCurvature(CurvatureStore):
             warnings.warn(
                 f"the curvature matrix of {layer.name} would not factorise, even with its damping raised from "
                 f"{damping:g} tenfold several times; what it had before is kept",
-                stacklevel=5,
+                stacklevel=4,
             )
             return
         for request in requests:
@@ -166,7 +166,7 @@ class LayerCurvature(CurvatureStore):
                 warnings.warn(
                     f"the damping of {layer.name} was raised from {request.damping:g} to {request.used_damping:g} for "
                     "this curvature step: the matrix would not factorise with less",
-                    stacklevel=5,
+                    stacklevel=4,
                 )
         used = max((request.used_damping for request in requests), default=self._shift(damping))
         before = self.states.get(layer)

@@ -75,7 +75,7 @@ class Flat:
 
     def dense(self) -> Tensor:
         """The entries, (samples, groups, d, 1)."""
-        return _joined([box.dense().permute(0, 3, 1, 2).flatten(0, 1) for box in self._boxes()]).unsqueeze(-1)
+        return cat([box.dense().permute(0, 3, 1, 2).flatten(0, 1) for box in self._boxes()]).unsqueeze(-1)
 
     def gram(self) -> Tensor:
         """The squared norm as a 1×1 matrix."""
@@ -83,7 +83,7 @@ class Flat:
 
     def squared_norms(self) -> Tensor:
         """Squared norm of every position, (samples, groups, 1)."""
-        return _joined([box.squared_norms().transpose(1, 2).flatten(0, 1) for box in self._boxes()]).unsqueeze(-1)
+        return cat([box.squared_norms().transpose(1, 2).flatten(0, 1) for box in self._boxes()]).unsqueeze(-1)
 
     def slice(self, start: int, stop: int) -> Flat:
         """The positions ``start`` to ``stop``."""
@@ -122,6 +122,6 @@ def _in_row(grid: Sequence[int], row: int, start: int, stop: int) -> Iterator[tu
         yield slice(row, row + 1), *box
 
 
-def _joined(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+def cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
     """Tensors side by side; a single one as it is."""
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ngplus.factors.embedding import Bags, OneHot
 from ngplus.factors.factor import Factor
-from ngplus.factors.flat import _joined
+from ngplus.factors.flat import cat
 
 
 def gram(factors: Sequence[Factor]) -> Tensor:
@@ -41,4 +41,4 @@ def _inner(left: Factor, right: Factor) -> Tensor:
 
 def concatenate(factors: Sequence[Factor]) -> Tensor:
     """The entries of several factors side by side, (b, groups, d, Σκ)."""
-    return _joined([f.dense() for f in factors], dim=-1)
+    return cat([f.dense() for f in factors], dim=-1)

@@ -11,15 +11,8 @@ from torch import nn
 from torch.func import functional_call
 
 from ngplus import NGPlus
-from ngplus.capture.completeness import (
-    Comparison,
-    MatrixEntries,
-    MatrixSums,
-    Spread,
-    TableEntries,
-    draw_entries,
-    read_values,
-)
+from ngplus.capture.compared_entries import MatrixEntries, MatrixSums, Spread, TableEntries, sample_entries
+from ngplus.capture.completeness import Comparison, read_values
 from ngplus.factors.dense import Dense
 from ngplus.factors.embedding import Bags, OneHot
 from ngplus.factors.im2col import Patches
@@ -374,7 +367,7 @@ def test_the_compared_entries_of_uses_and_of_the_gradient_agree(name, seed, outp
     module = copy.deepcopy(LAYERS[name]).double()
     (layer,) = find_layers(module)
     part, gradient = part_of(module)
-    entries = draw_entries(layer, layer.shape(None), output_size, random.Random(seed))
+    entries = sample_entries(layer, layer.shape(None), output_size, random.Random(seed))
     products, place = entries.products(part)
     assert place == 0
     torch.testing.assert_close(products.sum(dim=(0, 2)), entries.of_gradient(gradient))
@@ -391,7 +384,7 @@ def test_what_is_added_to_a_gradient_is_found(name, seed, output_size):
     (layer,) = find_layers(module)
     part, gradient = part_of(module)
     for extra, complete in ((0.0, True), (1e-12, True), (1e-5, False), (float("nan"), True)):
-        entries = draw_entries(layer, layer.shape(None), output_size, random.Random(seed))
+        entries = sample_entries(layer, layer.shape(None), output_size, random.Random(seed))
         comparison = Comparison(entries)
         comparison.add_use(part, torch.float64)
         comparison.add_gradient(gradient * (1 + extra))
@@ -402,7 +395,7 @@ def test_what_is_added_to_a_gradient_is_found(name, seed, output_size):
 @pytest.mark.parametrize("output_size", [0, 10**6])
 def test_slices_of_a_weight_are_compared_at_their_place(output_size):
     layer = find_layers(nn.MultiheadAttention(4, 2).double())[0]
-    entries = draw_entries(layer, layer.shape(None), output_size, random.Random(3))
+    entries = sample_entries(layer, layer.shape(None), output_size, random.Random(3))
     gradient = torch.zeros(12, 4, dtype=torch.float64)
     total = torch.zeros(entries.count, dtype=torch.float64)
     for first in (0, 4, 8):
@@ -416,7 +409,7 @@ def test_slices_of_a_weight_are_compared_at_their_place(output_size):
 @pytest.mark.parametrize("output_size", [0, 10**6])
 def test_a_table_that_is_a_linear_layers_weight_too_is_compared_row_by_row(output_size):
     layer = find_layers(nn.Linear(5, 9).double())[0]
-    entries = draw_entries(layer, layer.shape(None), output_size, random.Random(0))
+    entries = sample_entries(layer, layer.shape(None), output_size, random.Random(0))
     index, columns = torch.randint(9, (4, 3)), points(4, 1, 5, 3)
     row_sparse = OneHot(index, 9, torch.float64)
     gradient = torch.einsum("bgmk,bgnk->mn", row_sparse.dense(), columns)
@@ -432,7 +425,7 @@ def test_a_table_that_is_a_linear_layers_weight_too_is_compared_row_by_row(outpu
 @pytest.mark.parametrize("size", [1, 2, 7, 8, 30])
 def test_spread_rows_are_found_in_every_large_slice(size):
     for seed in range(5):
-        spread = Spread.draw(size, min(8, size), random.Random(seed))
+        spread = Spread.sample(size, min(8, size), random.Random(seed))
         numbers = list(range(size))[spread.as_slice]
         assert len(numbers) == min(8, size)
         for first in range(size):

@@ -282,9 +282,9 @@ def test_same_batch_direction_names_a_damping_that_is_too_small():
 # Sketches (15)(16)(17) ----------------------------------------------------------------------------------------------
 
 
-def sketched_least_squares(U, G, drawn, damping):
+def sketched_least_squares(U, G, sampled, damping):
     """D = argmin ‖ΩUD − ΩG‖² + λ‖D‖², then (G − UD)/λ, with Ω the scaled sampled rows."""
-    Omega = torch.eye(len(U), dtype=torch.float64)[drawn] * (len(U) / len(drawn)) ** 0.5
+    Omega = torch.eye(len(U), dtype=torch.float64)[sampled] * (len(U) / len(sampled)) ** 0.5
     stacked = torch.cat([Omega @ U, damping**0.5 * torch.eye(U.shape[1], dtype=torch.float64)])
     target = torch.cat([Omega @ G, torch.zeros(U.shape[1], G.shape[1], dtype=torch.float64)])
     return (G - U @ torch.linalg.lstsq(stacked, target).solution) / damping

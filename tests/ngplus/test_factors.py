@@ -19,7 +19,7 @@ from ngplus.factors.products import concatenate, gram
 from ngplus.factors.sketch import Sampled
 from tests.ngplus.cases import seed_cpu
 
-TAILS = st.sampled_from([None, 0.0, 1.0])
+APPENDED = st.sampled_from([None, 0.0, 1.0])
 
 
 def dense(samples=3, groups=1, size=4, positions=5, appended=None, **options):
@@ -45,15 +45,15 @@ def patches(draw):
     size = [max(1, length) + draw(st.integers(0, 2)) for length in least]
     groups = draw(st.integers(1, 2))
     images = torch.randn(2, groups * draw(st.integers(1, 2)), *size, dtype=torch.float64)
-    return Patches(images, tuple(kernel), tuple(stride), tuple(dilation), tuple(padding), groups, draw(TAILS))
+    return Patches(images, tuple(kernel), tuple(stride), tuple(dilation), tuple(padding), groups, draw(APPENDED))
 
 
 @st.composite
 def factors(draw):
     return draw(
         st.one_of(
-            st.builds(dense, samples=st.integers(0, 3), groups=st.integers(1, 2), appended=TAILS),
-            st.builds(dense, appended=TAILS, first_row=st.integers(0, 2), full_size=st.just(6)),
+            st.builds(dense, samples=st.integers(0, 3), groups=st.integers(1, 2), appended=APPENDED),
+            st.builds(dense, appended=APPENDED, first_row=st.integers(0, 2), full_size=st.just(6)),
             st.builds(one_hot, positions=st.integers(1, 5)),
             st.builds(bags, members=st.integers(0, 9)),
             patches(),
@@ -119,7 +119,7 @@ def test_boxes_are_the_cells_of_a_range_in_order(grid, data):
 
 @settings(max_examples=80, deadline=None)
 @given(
-    st.one_of(patches(), st.builds(dense, groups=st.integers(1, 2), appended=TAILS)),
+    st.one_of(patches(), st.builds(dense, groups=st.integers(1, 2), appended=APPENDED)),
     st.lists(st.lists(st.integers(-1, 200), min_size=3, max_size=3), min_size=1, max_size=4),
 )
 def test_gathered_positions_are_the_entries_and_zeros(factor, numbers):
@@ -192,9 +192,9 @@ def test_the_constant_row_counts_where_one_use_adds_the_bias_and_another_does_no
 @settings(max_examples=40, deadline=None)
 @given(factors(), st.integers(1, 6))
 def test_sampled_rows_are_scaled_rows(factor, count):
-    drawn = torch.randint(factor.size, (count,))
-    sampled = Sampled(factor, drawn, 1.5)
-    entries = factor.dense()[:, :, drawn] * 1.5
+    rows = torch.randint(factor.size, (count,))
+    sampled = Sampled(factor, rows, 1.5)
+    entries = factor.dense()[:, :, rows] * 1.5
     torch.testing.assert_close(sampled.dense(), entries)
     torch.testing.assert_close(sampled.gram(), entries.mT @ entries)
     torch.testing.assert_close(sampled.squared_norms(), entries.square().sum(dim=2))

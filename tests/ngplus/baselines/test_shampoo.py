@@ -52,7 +52,7 @@ class Plain:
                     self.L[side] + new if self.ema is None else self.ema * self.L[side] + (1 - self.ema) * new
                 )
 
-    def renew(self) -> None:
+    def make_roots(self) -> None:
         self.product = torch.ones(1, 1)
         for L, kept in zip(self.L, self.kept, strict=True):
             eye = torch.eye(len(L))
@@ -74,7 +74,7 @@ def test_directions_are_the_products_of_roots_written_out_and_roots_are_kept_bet
         for name, oracle in plain.items():
             oracle.gather(gradients[name])
             if step in (0, 1, 2, 4, 6, 12):
-                oracle.renew()
+                oracle.make_roots()
             expected = oracle.direction(gradients[name])
             torch.testing.assert_close(model.get_parameter(name).grad, expected, rtol=1e-8, atol=1e-12)
         assert torch.equal(model.scalar.grad, gradients["scalar"])
@@ -106,7 +106,7 @@ def test_a_long_side_is_left_as_it_is_and_the_others_take_its_share():
         gradients = give(model, step)
         optimizer.step()
         plain.gather(gradients["weight"])
-        plain.renew()
+        plain.make_roots()
         torch.testing.assert_close(model.weight.grad, plain.direction(gradients["weight"]), rtol=1e-8, atol=1e-12)
 
 
@@ -169,7 +169,7 @@ def test_a_first_gradient_that_is_not_finite_leaves_the_tensor_to_the_next_step(
     optimizer.step()
     plain = Plain((2, 3), 1e-3)
     plain.gather(gradients["weight"])
-    plain.renew()
+    plain.make_roots()
     torch.testing.assert_close(model.weight.grad, plain.direction(gradients["weight"]), rtol=1e-8, atol=1e-12)
 
 
@@ -268,7 +268,7 @@ def test_groups_have_their_own_damping():
     for layer, damping in zip(model, (1e-3, 10.0), strict=True):
         plain = Plain((2, 3), damping)
         plain.gather(G)
-        plain.renew()
+        plain.make_roots()
         torch.testing.assert_close(layer.weight.grad, plain.direction(G), rtol=1e-8, atol=1e-12)
 
 

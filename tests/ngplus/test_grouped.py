@@ -238,9 +238,9 @@ class Unlike(nn.Module):
 def test_small_layers_of_any_shapes_share_one_series_and_match_each_layer_alone(monkeypatch, set_tuning):
     index = torch.randint(30, (5, 4))
     sizes = []
-    turned = MixedShapes.precondition_
+    precondition_ = MixedShapes.precondition_
     monkeypatch.setattr(
-        MixedShapes, "precondition_", lambda self, watch: sizes.append(len(self.members)) or turned(self, watch)
+        MixedShapes, "precondition_", lambda self, check: sizes.append(len(self.members)) or precondition_(self, check)
     )
     together, alone = (gradients_after_a_step(Unlike, index, small, set_tuning) for small in (2**14, -1))
     assert sizes == [11, 11]
@@ -253,14 +253,14 @@ def test_small_layers_of_any_shapes_share_one_series_and_match_each_layer_alone(
 def check_that_nan_skips_the_step(model, name, index):
     """After a step that is as it should be."""
     optimizer = NGPlus(model, lr=0.1, update_every=100)
-    for bad in (False, True):
+    for nonfinite in (False, True):
         before = [p.detach().clone() for p in model.parameters()]
         optimizer.zero_grad()
         model(index).square().mean().backward()
-        if bad:
+        if nonfinite:
             stored_values(model.get_parameter(name).grad).view(-1)[-1] = float("nan")
         optimizer.step()
-        assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True)) == bad
+        assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True)) == nonfinite
     assert optimizer.skipped_steps == 1
 
 

@@ -181,8 +181,8 @@ def test_a_nonfinite_inverse_is_raised_with_its_layers_name(value, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(parameters(model), before, strict=True))
 
 
-def spoil_inverses(monkeypatch, bad):
-    monkeypatch.setattr(torch, "cholesky_inverse", lambda factors: torch.full_like(factors, bad))
+def spoil_inverses(monkeypatch, nonfinite):
+    monkeypatch.setattr(torch, "cholesky_inverse", lambda factors: torch.full_like(factors, nonfinite))
 
 
 def test_an_overflow_of_the_product_is_caught_though_gradient_and_inverse_are_finite():
