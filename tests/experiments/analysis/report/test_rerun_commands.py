@@ -47,7 +47,9 @@ def test_a_task_that_nobody_knows_is_run_by_name():
 
 
 def test_help_is_a_screen_that_names_every_target():
-    shown = subprocess.run(["make", "--no-print-directory", "help"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(
+        ["make", "--no-print-directory", "help"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    ).stdout
     lines = shown.splitlines()
     assert len(lines) <= 30
     assert max(map(len, lines)) <= 100
