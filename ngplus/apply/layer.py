@@ -44,6 +44,10 @@ def precondition_(member: PreconditionedLayer, tuning: Tuning = DEFAULT) -> Nonz
         if rows is not None:
             return rows
     bias_gradient = _bias_gradient(layer)
+    if preconditioner.works_in_place and _is_plain(gradient, bias_gradient, bias is not None, dtype):
+        G = gradient if gradient.dim() == 2 else gradient.view(len(gradient), -1)
+        preconditioner.apply_(G, bias_gradient, shape.side)
+        return None
     column = None
     if bias is not None and not (
         bias_gradient is None and shape.side == "left" and preconditioner.rows_are_independent
@@ -55,6 +59,13 @@ def precondition_(member: PreconditionedLayer, tuning: Tuning = DEFAULT) -> Nonz
     if bias_gradient is not None and d is not None and not shares_memory(d, bias_gradient):
         bias_gradient.copy_(d.flatten())
     return None
+
+
+def _is_plain(gradient: Tensor, bias_gradient: Tensor | None, has_bias: bool, dtype: torch.dtype) -> bool:
+    """Whether the direction can be computed in the gradients' own memory."""
+    if gradient.layout != torch.strided or gradient.dtype != dtype or not gradient.is_contiguous():
+        return False
+    return not has_bias or (bias_gradient is not None and bias_gradient.dtype == dtype)
 
 
 def _may_have_zero_rows(layer: Layer, gradient: Tensor, tuning: Tuning) -> bool:

@@ -34,6 +34,7 @@ class LowRankInverse(Preconditioner):
     """
 
     rows_are_independent: ClassVar[bool] = True
+    works_in_place: ClassVar[bool] = True
 
     columns: Tensor
     damping: float
@@ -48,16 +49,22 @@ class LowRankInverse(Preconditioner):
         self, gradient: Tensor, column: Tensor | None, side: Side, tuning: Tuning = DEFAULT
     ) -> tuple[Tensor, Tensor | None]:
         """Equation (14), never forming a p×p matrix, in place."""
-        self._apply_(gradient[0], None if column is None else column[0, :, 0], left=side == "left")
+        self.apply_(gradient[0], None if column is None else column[0, :, 0], side)
         return gradient, column
 
-    def _apply_(self, gradient: Tensor, column: Tensor | None, *, left: bool) -> None:
+    def apply_(self, gradient: Tensor, column: Tensor | None, side: Side) -> None:
         """Overwrite G by (14) from the left, (p, q), or from the right, (q, p), in one pass over it, refined in two.
 
         A column c may be stored apart: from the left it is one more, (p,); from the right it is the last of G's, (q,).
+
+        Args:
+            gradient: G.
+            column: c, or None.
+            side: from which G is multiplied.
         """
+        left = side == "left"
         if left and column is not None:
-            self._apply_(column.unsqueeze(1), None, left=True)
+            self.apply_(column.unsqueeze(1), None, side)
             column = None
         scale = 1 / self.damping
         coefficients = self._coefficients(gradient, column, left=left)

@@ -21,9 +21,11 @@ class Preconditioner(ABC):
 
     Attributes:
         rows_are_independent: whether a row of G(λI + R)⁻¹ needs that row of G alone, so that rows of zeros stay zeros.
+        works_in_place: whether it has `apply_`.
     """
 
     rows_are_independent: ClassVar[bool] = False
+    works_in_place: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -61,6 +63,19 @@ class Preconditioner(ABC):
         Returns:
             The direction, and the bias's column of it.
         """
+
+    def apply_(self, gradient: Tensor, column: Tensor | None, side: Side) -> None:
+        """Overwrite the gradient of a layer with one group by its direction, with fewer views than `apply` takes.
+
+        Args:
+            gradient: G without the bias's column, (m, n), in the dtype of `main`.
+            column: the bias's column of G, (m,); None without a bias.
+            side: the short side of the matrix.
+
+        Raises:
+            NotImplementedError: where it does not work in place.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
