@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import operator
 import random
+import weakref
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -290,6 +291,8 @@ class MatrixSums(TableEntries):
         long: False.
     """
 
+    _latest: tuple[weakref.ref[Factor], Tensor, Tensor] | None = None
+
     @classmethod
     def sample_sums(cls, layer: Layer, most: int, generator: random.Random) -> MatrixSums:
         """Up to ``most`` sums."""
@@ -301,18 +304,32 @@ class MatrixSums(TableEntries):
         assert isinstance(pair.columns, Dense)
         columns = pair.columns.entries[:, 0].mT
         sums = self._sum_columns(columns.to(statistics_dtype(columns.dtype))).mT
-        return self._signed_rows(pair.rows).unsqueeze(1) * sums, 0
+        return self.sum_rows(pair.rows)[0] * sums, 0
 
     def sizes(self, pair: FactorPair, products: Tensor) -> Tensor:
         """Root sums of squares in place of the sums, which cancel: the rows of a softmax's gradient add up to zero."""
         assert isinstance(pair.columns, Dense)
         columns = pair.columns.entries[:, 0].mT
         columns = self._add_up(columns.to(statistics_dtype(columns.dtype)).square()).sqrt().mT
-        if not isinstance(pair.rows, Dense):
-            return self._signed_rows(pair.rows).unsqueeze(1) * columns
-        rows = pair.rows.entries[:, 0]
-        norms: Tensor = torch.linalg.vector_norm(rows.to(statistics_dtype(rows.dtype)), dim=1, keepdim=True)
-        return norms * columns
+        return self.sum_rows(pair.rows)[1] * columns
+
+    def sum_rows(self, rows: Factor) -> tuple[Tensor, Tensor]:
+        """Sum the rows of a factor with their signs.
+
+        Args:
+            rows: of a use; asked for several times in a row, it is summed once.
+
+        Returns:
+            sᵀGᵢ, and root sums of squares in place of the sums where there are some, (samples, 1, κ) both.
+        """
+        if self._latest is not None and self._latest[0]() is rows:
+            return self._latest[1:]
+        sums = norms = self._signed_rows(rows).unsqueeze(1)
+        if isinstance(rows, Dense):
+            entries = rows.entries[:, 0]
+            norms = torch.linalg.vector_norm(entries.to(statistics_dtype(entries.dtype)), dim=1, keepdim=True)
+        self._latest = weakref.ref(rows), sums, norms
+        return sums, norms
 
     def of_gradient(self, gradient: Tensor) -> Tensor:
         """The entries of sᵀG T."""
@@ -324,7 +341,7 @@ class MatrixSums(TableEntries):
 
     def bias_entries(self, layer: Layer) -> ComparedEntries:
         """The sum over the layer's bias with the signs of the rows."""
-        return BiasSum(count=1, column=0, shift=self.shift, long=False, part=layer.bias_slice)
+        return BiasSum(sums=self, part=layer.bias_slice)
 
     def _signed_dense_rows(self, factor: Dense) -> Tensor:
         entries = factor.entries[:, 0].mT
@@ -344,7 +361,7 @@ class MatrixSums(TableEntries):
 
 @dataclass(kw_only=True, slots=True)
 class BiasEntries:
-    """ComparedEntries of a bias, which is one more column of its matrix.
+    """Entries of a bias, which is one more column of its matrix.
 
     Attributes:
         count: how many they are.
@@ -375,32 +392,35 @@ class BiasEntries:
 
 
 @dataclass(kw_only=True, slots=True)
-class BiasSum(MatrixSums):
+class BiasSum:
     """The sum over a bias with random signs.
 
     Attributes:
+        sums: of the matrix, over the same rows with the same signs.
         part: of the bias parameter that is the layer's.
     """
 
+    sums: MatrixSums
     part: slice
+
+    @property
+    def count(self) -> int:
+        """One sum."""
+        return 1
 
     def products(self, pair: FactorPair) -> tuple[Tensor, int]:
         """(sᵀGᵢ)[κ] times the constant that the use multiplies the bias by."""
-        return self._signed_rows(pair.rows).unsqueeze(1) * _bias_factor(pair), 0
+        return self.sums.sum_rows(pair.rows)[0] * _bias_factor(pair), 0
 
     def sizes(self, pair: FactorPair, products: Tensor) -> Tensor:
-        """Norms in place of sums, which cancel: the rows of a softmax's gradient add up to zero."""
-        if not isinstance(pair.rows, Dense):
-            return products
-        rows = pair.rows.entries[:, 0]
-        norms: Tensor = torch.linalg.vector_norm(rows.to(statistics_dtype(rows.dtype)), dim=1, keepdim=True)
-        return norms * _bias_factor(pair)
+        """Root sums of squares in place of the sum, as of the matrix."""
+        return self.sums.sum_rows(pair.rows)[1] * _bias_factor(pair)
 
     def of_gradient(self, gradient: Tensor) -> Tensor:
         """The sum over the bias's gradient."""
         values = gradient[self.part]
         values = values.to(statistics_dtype(values.dtype))
-        return (values * _signs_from(self.shift, len(values), values)).sum(0, keepdim=True)
+        return (values * _signs_from(self.sums.shift, len(values), values)).sum(0, keepdim=True)
 
 
 def _bias_factor(pair: FactorPair) -> float:
