@@ -108,7 +108,9 @@ def test_a_sparse_lookup_of_a_weight_whose_matrix_has_a_bias_is_as_a_dense_one(o
             trained.step()
         assert trained.curvature["table.weight"].shape.columns == 5
         moved.append(model.table.weight.detach())
-    torch.testing.assert_close(moved[1], moved[0], rtol=1e-7, atol=1e-8)  # SENG's Gram matrix rounds to 5e-10
+    # SENG's (G − Uy)/λ is a small difference of large numbers where a lookup and a product are one layer.
+    tolerance = {"rtol": 1e-8, "atol": 2e-9} if optimizer is SENG and both else {"rtol": 1e-10, "atol": 1e-12}
+    torch.testing.assert_close(moved[1], moved[0], **tolerance)
 
 
 def test_padding_index_is_no_part_of_the_curvature():
