@@ -16,7 +16,7 @@ import operator
 import random
 import weakref
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,25 @@ from ngplus.layers import Layer, MatrixShape
 from ngplus.tuning import DEFAULT, Tuning
 
 
+class UseEntries(NamedTuple):
+    """Some entries of what a use brings to a gradient.
+
+    Attributes:
+        values: (k,), k of all that are compared.
+        place: of the first of them among all.
+        size: root sum of squares of what they are sums of, which tells how large rounding is; a scalar.
+    """
+
+    values: Tensor
+    place: int
+    size: Tensor
+
+
+def _sum_products(products: Tensor, place: int = 0) -> UseEntries:
+    """The sums of (samples, k, κ) products over samples and positions."""
+    return UseEntries(products.sum(dim=(0, 2)), place, torch.linalg.vector_norm(products))
+
+
 class ComparedEntries(Protocol):
     """Some entries of a layer's matrix."""
 
@@ -40,12 +59,8 @@ class ComparedEntries(Protocol):
         """How many they are."""
         ...
 
-    def products(self, pair: FactorPair) -> tuple[Tensor, int]:
-        """The summands of a use, (samples, k, κ), and the place of the first of its k entries among all."""
-        ...
-
-    def sizes(self, pair: FactorPair, products: Tensor) -> Tensor:
-        """How large what is rounded in ``products`` is, in their shape."""
+    def of_use(self, pair: FactorPair) -> UseEntries:
+        """The entries of Σᵢ 𝒢ᵢ of a use."""
         ...
 
     def of_gradient(self, gradient: Tensor) -> Tensor:
@@ -121,17 +136,13 @@ class MatrixEntries:
             shape=shape,
         )
 
-    def products(self, pair: FactorPair) -> tuple[Tensor, int]:
-        """Gᵢ[r, κ] Aᵢ[c, κ]."""
+    def of_use(self, pair: FactorPair) -> UseEntries:
+        """Σᵢ Σ_κ Gᵢ[r, κ] Aᵢ[c, κ]."""
         rows, place = self._row_entries(pair.rows)
         columns = self._column_entries(pair.columns)
         if rows.shape[1] < self.count:
             columns = columns[:, place : place + rows.shape[1]]
-        return rows * columns, place
-
-    def sizes(self, pair: FactorPair, products: Tensor) -> Tensor:
-        """The products themselves."""
-        return products
+        return _sum_products(rows * columns, place)
 
     def _row_entries(self, factor: Factor) -> tuple[Tensor, int]:
         if isinstance(factor, OneHot):  # a table that is a linear layer's weight too
@@ -228,15 +239,11 @@ class TableEntries:
         column, shift = generator.randrange(width - count + 1), generator.randrange(PERIOD)
         return cls(count=count, column=column, shift=shift, long=height >= long_from)
 
-    def products(self, pair: FactorPair) -> tuple[Tensor, int]:
-        """(sᵀGᵢ)[κ] Aᵢ[c, κ]."""
+    def of_use(self, pair: FactorPair) -> UseEntries:
+        """Σᵢ Σ_κ (sᵀGᵢ)[κ] Aᵢ[c, κ]; softmax over a long table, whose rows add up to zero, hardly cancels in them."""
         assert isinstance(pair.columns, Dense)
         columns = pair.columns.entries[:, 0, self.column : self.column + self.count]
-        return self._signed_rows(pair.rows).unsqueeze(1) * columns.to(statistics_dtype(columns.dtype)), 0
-
-    def sizes(self, pair: FactorPair, products: Tensor) -> Tensor:
-        """The products themselves: softmax over a long table, whose rows add up to zero, hardly cancels in them."""
-        return products
+        return _sum_products(self._signed_rows(pair.rows).unsqueeze(1) * columns.to(statistics_dtype(columns.dtype)))
 
     def _signed_rows(self, factor: Factor) -> Tensor:
         """sᵀGᵢ, (samples, κ)."""
@@ -299,19 +306,17 @@ class MatrixSums(TableEntries):
         column, shift = generator.randrange(PERIOD), generator.randrange(PERIOD)
         return cls(count=min(most, layer.weight.shape[1]), column=column, shift=shift, long=False)
 
-    def products(self, pair: FactorPair) -> tuple[Tensor, int]:
-        """(sᵀGᵢ)[κ] (TᵀAᵢ)[·, κ], where a column of T has the signs of the columns of one sum."""
-        assert isinstance(pair.columns, Dense)
-        columns = pair.columns.entries[:, 0].mT
-        sums = self._sum_columns(columns.to(statistics_dtype(columns.dtype))).mT
-        return self.sum_rows(pair.rows)[0] * sums, 0
+    def of_use(self, pair: FactorPair) -> UseEntries:
+        """Σᵢ Σ_κ (sᵀGᵢ)[κ] (TᵀAᵢ)[·, κ], where a column of T has the signs of the columns of one sum.
 
-    def sizes(self, pair: FactorPair, products: Tensor) -> Tensor:
-        """Root sums of squares in place of the sums, which cancel: the rows of a softmax's gradient add up to zero."""
+        Its size is that of G and A, not of their sums, which cancel: the rows of a softmax's gradient add up to zero.
+        """
         assert isinstance(pair.columns, Dense)
-        columns = pair.columns.entries[:, 0].mT
-        columns = self._add_up(columns.to(statistics_dtype(columns.dtype)).square()).sqrt().mT
-        return self.sum_rows(pair.rows)[1] * columns
+        columns = pair.columns.entries[:, 0].mT.flatten(0, 1)  # (samples·κ, n)
+        columns = columns.to(statistics_dtype(columns.dtype))
+        sums, squares = self.sum_rows(pair.rows)
+        size = (squares @ torch.linalg.vector_norm(columns, dim=1).square_()).sqrt()
+        return UseEntries(sums @ self._sum_columns(columns), 0, size)
 
     def sum_rows(self, rows: Factor) -> tuple[Tensor, Tensor]:
         """Sum the rows of a factor with their signs.
@@ -320,16 +325,19 @@ class MatrixSums(TableEntries):
             rows: of a use; asked for several times in a row, it is summed once.
 
         Returns:
-            sᵀGᵢ, and root sums of squares in place of the sums where there are some, (samples, 1, κ) both.
+            sᵀGᵢ, and the squared norms of the rows' entries, (samples·κ,) both; of indices those of the sums.
         """
         if self._latest is not None and self._latest[0]() is rows:
             return self._latest[1:]
-        sums = norms = self._signed_rows(rows).unsqueeze(1)
+        sums = self._signed_rows(rows).flatten()
         if isinstance(rows, Dense):
-            entries = rows.entries[:, 0]
-            norms = torch.linalg.vector_norm(entries.to(statistics_dtype(entries.dtype)), dim=1, keepdim=True)
-        self._latest = weakref.ref(rows), sums, norms
-        return sums, norms
+            entries = rows.entries[:, 0].mT.flatten(0, 1)
+            norms: Tensor = torch.linalg.vector_norm(entries.to(statistics_dtype(entries.dtype)), dim=1)
+            squares = norms.square_()
+        else:
+            squares = sums.square()
+        self._latest = weakref.ref(rows), sums, squares
+        return sums, squares
 
     def of_gradient(self, gradient: Tensor) -> Tensor:
         """The entries of sᵀG T."""
@@ -373,14 +381,10 @@ class BiasEntries:
     rows: MatrixEntries
     part: slice
 
-    def products(self, pair: FactorPair) -> tuple[Tensor, int]:
-        """Gᵢ[r, κ] times the constant that the use multiplies the bias by."""
+    def of_use(self, pair: FactorPair) -> UseEntries:
+        """Σᵢ Σ_κ Gᵢ[r, κ] times the constant that the use multiplies the bias by."""
         rows, place = self.rows._row_entries(pair.rows)
-        return rows * _bias_factor(pair), place
-
-    def sizes(self, pair: FactorPair, products: Tensor) -> Tensor:
-        """The products themselves."""
-        return products
+        return _sum_products(rows * _bias_factor(pair), place)
 
     def of_gradient(self, gradient: Tensor) -> Tensor:
         """The entries of the bias's gradient."""
@@ -408,13 +412,11 @@ class BiasSum:
         """One sum."""
         return 1
 
-    def products(self, pair: FactorPair) -> tuple[Tensor, int]:
-        """(sᵀGᵢ)[κ] times the constant that the use multiplies the bias by."""
-        return self.sums.sum_rows(pair.rows)[0] * _bias_factor(pair), 0
-
-    def sizes(self, pair: FactorPair, products: Tensor) -> Tensor:
-        """Root sums of squares in place of the sum, as of the matrix."""
-        return self.sums.sum_rows(pair.rows)[1] * _bias_factor(pair)
+    def of_use(self, pair: FactorPair) -> UseEntries:
+        """Σᵢ Σ_κ (sᵀGᵢ)[κ] times the constant that the use multiplies the bias by; its size is that of the rows."""
+        sums, squares = self.sums.sum_rows(pair.rows)
+        factor = _bias_factor(pair)
+        return UseEntries(sums.sum(0, keepdim=True) * factor, 0, squares.sum().sqrt() * factor)
 
     def of_gradient(self, gradient: Tensor) -> Tensor:
         """The sum over the bias's gradient."""

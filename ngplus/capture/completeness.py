@@ -23,7 +23,6 @@ from ngplus.capture.compared_entries import ComparedEntries
 from ngplus.devices import factor_dtype, reads_without_sync
 from ngplus.factors.factor import statistics_dtype
 from ngplus.factors.pair import FactorPair
-from ngplus.tuning import DEFAULT, Tuning
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 1.5e-2, torch.float16: 3e-3}
 """Difference, relative to the sums that are compared, from which on a gradient has another source.
@@ -41,23 +40,21 @@ class Comparison:
 
     Args:
         entries: which they are.
-        tuning: of how many uses the products are kept; of more of them it is their norms.
     """
 
-    __slots__ = ("_captured", "_device", "_dtypes", "_entries", "_gradient", "_products", "_tuning")
+    __slots__ = ("_captured", "_device", "_dtypes", "_entries", "_gradient", "_sizes")
 
-    def __init__(self, entries: ComparedEntries, tuning: Tuning = DEFAULT) -> None:
+    def __init__(self, entries: ComparedEntries) -> None:
         self._entries = entries
-        self._tuning = tuning
         self._captured: list[Tensor | list[float]] = []
-        self._products: list[Tensor] = []
+        self._sizes: list[Tensor] = []
         self._gradient: list[Tensor | list[float]] = []
         self._device = torch.device("cpu")
         self._dtypes: set[torch.dtype] = set()
 
     def empty(self) -> Comparison:
         """One of the same entries that knows nothing yet."""
-        return Comparison(self._entries, self._tuning)
+        return Comparison(self._entries)
 
     @property
     def is_empty(self) -> bool:
@@ -71,15 +68,11 @@ class Comparison:
             pair: all of its samples.
             dtype: that it was computed in.
         """
-        products, place = self._entries.products(pair)
-        captured = products.sum(dim=(0, 2))
+        captured, place, size = self._entries.of_use(pair)
         if (count := self._entries.count) > len(captured):
             captured = F.pad(captured, (place, count - place - len(captured)))
         self._captured.append(_read(captured))
-        uses, size = self._tuning.compared_uses, self._tuning.compared_products
-        few = len(self._products) < uses and products.numel() <= uses * size
-        sizes = self._entries.sizes(pair, products)
-        self._products.append(sizes if few else torch.linalg.vector_norm(sizes))
+        self._sizes.append(size)
         self._dtypes.add(dtype)
 
     def add_gradient(self, gradient: Tensor) -> None:
@@ -96,7 +89,7 @@ class Comparison:
     def is_complete(self, values: Sequence[Sequence[float]]) -> bool:
         """Whether the captured uses make up the gradient but for rounding; also where anything is not finite.
 
-        Where sums cancel, the products that they are of tell how large rounding is. Only there they are read, which
+        Where sums cancel, the size of what they are of tells how large rounding is. Only there it is read, which
         synchronizes with the device.
         """
         uses = len(self._captured)
@@ -107,8 +100,7 @@ class Comparison:
         allowed = tolerance * (math.hypot(*gradient) + math.hypot(*captured)) + tiny
         if not difference > allowed:
             return True
-        products = math.hypot(*(float(torch.linalg.vector_norm(each)) for each in self._products))
-        return not difference > allowed + tolerance * products
+        return not difference > allowed + tolerance * math.hypot(*map(float, self._sizes))
 
     @property
     def _tolerance(self) -> float:

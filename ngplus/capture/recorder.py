@@ -310,7 +310,7 @@ class Recorder:
             self._hooked.add((layer, id(parameter)))
             hook = partial(_compare_gradient, weakref.ref(self), layer, parameter)
             self._weight_hooks.append(WeightHook(parameter, hook))
-        return Comparison(entries, self._tuning)
+        return Comparison(entries)
 
     # Backward: gradients of outputs, and of weights ---------------------------------------------------------------
 

@@ -368,9 +368,9 @@ def test_the_compared_entries_of_uses_and_of_the_gradient_agree(name, seed, outp
     (layer,) = find_layers(module)
     part, gradient = part_of(module)
     entries = sample_entries(layer, layer.shape(None), output_size, random.Random(seed))
-    products, place = entries.products(part)
-    assert place == 0
-    torch.testing.assert_close(products.sum(dim=(0, 2)), entries.of_gradient(gradient))
+    found = entries.of_use(part)
+    assert found.place == 0
+    torch.testing.assert_close(found.values, entries.of_gradient(gradient))
     small = MatrixSums if isinstance(module, nn.Linear) and not output_size else MatrixEntries
     assert type(entries) is (TableEntries if isinstance(module, nn.Embedding) else small)
     torch.testing.assert_close(entries.of_gradient(gradient.to_sparse(1)), entries.of_gradient(gradient))
@@ -401,8 +401,8 @@ def test_slices_of_a_weight_are_compared_at_their_place(output_size):
     for first in (0, 4, 8):
         rows, columns = points(5, 1, 4, 2), points(5, 1, 4, 2) + first
         gradient[first : first + 4] = torch.einsum("bgmk,bgnk->mn", rows, columns)
-        products, place = entries.products(FactorPair(Dense(rows, first_row=first, full_size=12), Dense(columns)))
-        total[place : place + products.shape[1]] += products.sum(dim=(0, 2))
+        found = entries.of_use(FactorPair(Dense(rows, first_row=first, full_size=12), Dense(columns)))
+        total[found.place : found.place + len(found.values)] += found.values
     torch.testing.assert_close(total, entries.of_gradient(gradient))
 
 
@@ -414,12 +414,12 @@ def test_a_table_that_is_a_linear_layers_weight_too_is_compared_row_by_row(outpu
     row_sparse = OneHot(index, 9, torch.float64)
     gradient = torch.einsum("bgmk,bgnk->mn", row_sparse.dense(), columns)
     torch.testing.assert_close(
-        entries.products(FactorPair(row_sparse, Dense(columns)))[0].sum((0, 2)), entries.of_gradient(gradient)
+        entries.of_use(FactorPair(row_sparse, Dense(columns))).values, entries.of_gradient(gradient)
     )
     bags = Bags(index.flatten(), torch.arange(4).repeat_interleave(3), points(12), 4, 9)
     gradient = torch.einsum("bgmk,bgnk->mn", bags.dense(), columns[..., :1])
-    products = entries.products(FactorPair(bags, Dense(columns[..., :1])))[0]
-    torch.testing.assert_close(products.sum((0, 2)), entries.of_gradient(gradient))
+    found = entries.of_use(FactorPair(bags, Dense(columns[..., :1])))
+    torch.testing.assert_close(found.values, entries.of_gradient(gradient))
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 8, 30])
