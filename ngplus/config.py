@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ngplus.capture.loss_reduction import LossReduction, check_loss_reduction
-from ngplus.solvers.registry import SolverName
+from ngplus.solvers.by_name import SolverName
 
 Curvature = Literal["per_sample", "mini_batch"]
 Samples = Literal["batch", "rows"]

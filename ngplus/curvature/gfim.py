@@ -16,9 +16,9 @@ from ngplus.curvature.update import LayerCurvature
 from ngplus.factors.factor import statistics_dtype
 from ngplus.factors.pair import sample_indices
 from ngplus.layers import Layer, to_matrix, to_row_sparse
+from ngplus.solvers.by_name import SOLVERS, ColumnsRequest, blank_entries
 from ngplus.solvers.dense import DenseInverse
 from ngplus.solvers.preconditioner import Entries, Preconditioner
-from ngplus.solvers.registry import SOLVERS, ColumnsRequest, blank_entries
 from ngplus.tuning import DEFAULT, Tuning
 
 

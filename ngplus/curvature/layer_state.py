@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ngplus.layers import Layer, MatrixShape
-from ngplus.solvers import registry
+from ngplus.solvers import by_name
 from ngplus.solvers.preconditioner import Entries, Preconditioner
 
 
@@ -119,15 +119,15 @@ class LayerState:
         return state.to_(layer.weight.device)
 
     def _pack(self) -> Entries:
-        return registry.pack(self.preconditioner)
+        return by_name.pack(self.preconditioner)
 
     @staticmethod
     def _unpack(entries: Mapping[str, Any], shape: MatrixShape, damping: float) -> Preconditioner:
-        return registry.unpack(entries, shape, damping)
+        return by_name.unpack(entries, shape, damping)
 
     @staticmethod
     def _unpack_first_layout(tensors: Mapping[str, Tensor], shape: MatrixShape) -> Preconditioner:
-        return registry.unpack_first_layout(tensors, shape)
+        return by_name.unpack_first_layout(tensors, shape)
 
     def to_(self, device: torch.device) -> Self:
         """Move what is kept to the device of a model that was moved."""

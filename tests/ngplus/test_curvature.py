@@ -9,9 +9,9 @@ from torch import nn
 from ngplus import NGPlus
 from ngplus.baselines import SENG
 from ngplus.layers import MatrixShape
+from ngplus.solvers.by_name import unpack_first_layout
 from ngplus.solvers.dense import DenseInverse
 from ngplus.solvers.low_rank import LowRankInverse, invert_low_rank, precondition_same_batch
-from ngplus.solvers.registry import unpack_first_layout
 from ngplus.solvers.sketched import SketchedInverse
 from tests.ngplus import oracle
 from tests.ngplus.cases import mlp, points, seed_cpu
