@@ -14,6 +14,7 @@ from ngplus.capture.loss_reduction import LossReduction
 from ngplus.config import (
     Curvature,
     DampingRule,
+    Inverses,
     ModelCallSamples,
     NonFinite,
     Options,
@@ -72,6 +73,11 @@ class NGPlus(LayerwiseOptimizer):
             weight is used outside of the model's calls too, or in a penalty, or in derivatives: "base" leaves it to
             ``base`` with a warning; "accept" takes the curvature of what was captured.
         damping_rule: "paper": L + λI; "released": L + √λ I, as the authors' code has it.
+        inverses: of a model after `torch.distributed.fsdp.fully_shard`, where they are kept. "replicated": on every
+            process, so that a matrix sharded along its longer side needs no communication; "sharded": each on one
+            process, which gets the gradient and returns the direction; "auto": on every process where that saves the
+            communication and takes less memory than the shard of the weight does (from sides of 1 to 16 on also
+            where it takes more), else on one.
         max_samples: at most so many samples of a step are used for its curvature.
         nonfinite: "skip": where any preconditioned gradient holds NaN or Inf, all gradients count as zero for this
             step (decided on the device, without synchronizing); "raise": `FloatingPointError` before anything changes.
@@ -100,6 +106,7 @@ class NGPlus(LayerwiseOptimizer):
     title: ClassVar[str] = "NG+"
     key: ClassVar[str] = "ngplus"
     takes_parameters: ClassVar[bool] = True
+    takes_shards: ClassVar[bool] = True
 
     _options: Options
     _curvature: GFIM
@@ -123,6 +130,7 @@ class NGPlus(LayerwiseOptimizer):
         loss_reduction: LossReduction = "mean",
         partial_capture: PartialCapture = "base",
         damping_rule: DampingRule = "paper",
+        inverses: Inverses = "auto",
         max_samples: int | None = None,
         nonfinite: NonFinite = "skip",
         params: Params | None = None,
@@ -141,6 +149,7 @@ class NGPlus(LayerwiseOptimizer):
             loss_reduction=loss_reduction,
             partial_capture=partial_capture,
             damping_rule=damping_rule,
+            inverses=inverses,
             max_samples=max_samples,
             nonfinite=nonfinite,
         )
@@ -149,6 +158,10 @@ class NGPlus(LayerwiseOptimizer):
     @property
     def _works_on_gradients(self) -> bool:
         return self._options.curvature == "mini_batch"
+
+    @property
+    def _inverses(self) -> Inverses:
+        return self._options.inverses
 
     def _make_curvature(self) -> GFIM:
         return GFIM(self._options, self._generator, self.tuning)

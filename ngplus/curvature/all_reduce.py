@@ -6,7 +6,8 @@ Every process calls these in the same order with the same shapes, whether or not
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -114,7 +115,7 @@ def pack_triangles(matrices: Tensor) -> Tensor:
     return matrices[:, rows, columns].flatten()
 
 
-def unpack_triangles(triangles: Tensor, shape: tuple[int, int, int]) -> Tensor:
+def unpack_triangles(triangles: Tensor, shape: Sequence[int]) -> Tensor:
     """The symmetric matrices, of ``shape``, that `pack_triangles` was given."""
     blocks, size, _ = shape
     rows, columns = _triangle(size, triangles.device)
@@ -146,27 +147,72 @@ def sum_over_processes(rows: Sequence[Sequence[float]], device: torch.device) ->
     return sums
 
 
-def average_(moments: Sequence[list[Tensor]], weights: Sequence[float], sums: Sequence[float]) -> None:
-    """Average matrices over processes in place, each process's weighted by its number of samples.
+@dataclass(eq=False)
+class Share:
+    """What this process brings to the average of a layer's matrices.
+
+    Attributes:
+        moments: a tensor a stack of blocks; zeros where this process has no samples. Emptied where it is not wanted.
+        weight: samples that they were made from.
+        total: the samples of all processes together.
+        wanted: whether this process needs the average.
+    """
+
+    moments: list[Tensor]
+    weight: float
+    total: float
+    wanted: bool = True
+
+    @property
+    def triangles(self) -> int:
+        """Elements of all triangles."""
+        return sum(map(_count_triangles, self.moments))
+
+
+def average_(shares: Sequence[Share], tuning: Tuning = DEFAULT) -> list[bool]:
+    """Average matrices over processes in place, each process's weighted by its number of samples. Synchronizes.
 
     Args:
-        moments: of each layer, a tensor a stack of blocks; zeros where this process has no samples.
-        weights: samples that each was made from here.
-        sums: for each layer, the samples of all processes together.
+        shares: of each layer, the same layers on every process.
+        tuning: how many elements are averaged at a time.
+
+    Returns:
+        Whether each layer's average is finite.
     """
-    if not moments:
-        return
-    stacks = [(stack, weight) for layer, weight in zip(moments, weights, strict=True) for stack in layer]
-    flat = torch.cat([pack_triangles(stack) * weight for stack, weight in stacks])
+    flags = [flag for together in _bucket(shares, tuning.averaged_elements) for flag in _average_bucket_(together)]
+    return torch.stack(flags).tolist() if flags else []
+
+
+def _bucket(shares: Sequence[Share], most: int) -> Iterator[list[Share]]:
+    """Cut into lists of so many elements at most, or of a single layer."""
+    together: list[Share] = []
+    for share in shares:
+        if together and sum(each.triangles for each in (*together, share)) > most:
+            yield together
+            together = []
+        together.append(share)
+    if together:
+        yield together
+
+
+def _average_bucket_(shares: Sequence[Share]) -> list[Tensor]:
+    flat = torch.cat([pack_triangles(stack) * share.weight for share in shares for stack in share.moments])
     dist.all_reduce(flat)
-    start = 0
-    for layer, total in zip(moments, sums, strict=True):
-        for stack in layer:
-            blocks, size, _ = stack.shape
-            length = blocks * size * (size + 1) // 2
-            triangles = flat[start : start + length] / total
-            stack.copy_(unpack_triangles(triangles, (blocks, size, size)))
-            start += length
+    flags = []
+    for share, triangles in zip(shares, torch.split(flat, [each.triangles for each in shares]), strict=True):
+        triangles /= share.total
+        flags.append(triangles.isfinite().all())
+        if not share.wanted:
+            share.moments.clear()
+        parts = torch.split(triangles, [_count_triangles(stack) for stack in share.moments]) if share.wanted else ()
+        for stack, part in zip(share.moments, parts, strict=True):
+            stack.copy_(unpack_triangles(part, stack.shape))
+    return flags
+
+
+def _count_triangles(stack: Tensor) -> int:
+    blocks, size, _ = stack.shape
+    return blocks * size * (size + 1) // 2
 
 
 def invert_shared(requests: Sequence[InverseRequest], tuning: Tuning = DEFAULT) -> None:
@@ -214,6 +260,7 @@ def _pack_result(request: InverseRequest, mine: bool) -> Tensor:
 
 
 __all__ = [
+    "Share",
     "average_",
     "check_processes",
     "invert_shared",

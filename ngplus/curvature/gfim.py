@@ -13,6 +13,7 @@ from ngplus.curvature.all_reduce import world_size
 from ngplus.curvature.damped_cholesky import InverseRequest
 from ngplus.curvature.second_moment import multiply_columns
 from ngplus.curvature.update import LayerCurvature
+from ngplus.dtensors import whole
 from ngplus.factors.factor import statistics_dtype
 from ngplus.factors.pair import sample_indices
 from ngplus.layers import Layer, to_matrix, to_row_sparse
@@ -85,7 +86,7 @@ class GFIM(LayerCurvature):
 
     def _sum_gradient(self, layer: Layer) -> Statistic:
         assert layer.weight.grad is not None
-        gradient = to_row_sparse(layer.weight.grad)
+        gradient = to_row_sparse(whole(layer.weight.grad))
         shape, size = layer.shape(self._block_size), self._options.sketch_size
         dtype = statistics_dtype(gradient.dtype)
         if gradient.is_sparse and shape.side == "right" and layer.trained_bias is None:
@@ -95,7 +96,7 @@ class GFIM(LayerCurvature):
             G = to_matrix(layer, dense, dtype)
         bias = layer.trained_bias
         if bias is not None:
-            column = torch.zeros_like(bias) if bias.grad is None else bias.grad
+            column = gradient.new_zeros(len(bias)) if bias.grad is None else whole(bias.grad)
             G = torch.cat([G, column[layer.bias_slice].reshape(*G.shape[:2], 1).to(dtype)], dim=2)
         short_first = G if shape.side == "left" else G.mT
         if size is not None and size < short_first.shape[2]:

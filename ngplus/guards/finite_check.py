@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ngplus.devices import reads_without_sync
@@ -31,15 +32,18 @@ class FiniteCheck:
 
     Args:
         tuning: up to which length vectors are checked together.
+        collective_device: where every process has other gradients, the device of the collective by which they agree;
+            else None.
 
     Attributes:
         checked: ids of the parameters whose gradients need not be added any more.
     """
 
-    def __init__(self, tuning: Tuning = DEFAULT) -> None:
+    def __init__(self, tuning: Tuning = DEFAULT, collective_device: torch.device | None = None) -> None:
         self.checked: set[int] = set()
         self._short_vector = tuning.short_vector
         self._found = False
+        self._collective_device = collective_device
         self._short: list[Tensor] = []
         self._elsewhere: dict[torch.device, list[Tensor]] = {}
 
@@ -67,7 +71,7 @@ class FiniteCheck:
             self._found = True
 
     def find_nonfinite(self) -> Tensor | None:
-        """Whether any element is NaN or Inf.
+        """Whether any element is NaN or Inf; with sharded gradients, whether any process has one.
 
         Returns:
             A bool scalar on the device of a gradient; None where it is known that all are finite.
@@ -80,9 +84,31 @@ class FiniteCheck:
         ]
         if self._found:
             flags.append(torch.tensor(True))
+        if self._collective_device is not None:
+            flags = [_find_anywhere(flags, self._collective_device)]
+            if reads_without_sync(flags[0]) and not bool(flags[0]):
+                return None
         if len(flags) < 2:
             return flags[0] if flags else None
         return torch.stack([flag.to(flags[0].device) for flag in flags]).any()
+
+
+def _find_anywhere(flags: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Whether any flag of any process is true: one all-reduce of a scalar.
+
+    Args:
+        flags: bool scalars.
+        device: of the collective.
+
+    Returns:
+        A bool scalar.
+    """
+    found = torch.zeros((), dtype=torch.int32, device=device)
+    for flag in flags:
+        found |= flag.to(device)
+    if dist.get_world_size() > 1:
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return found.bool()
 
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -125,7 +151,7 @@ def raise_if_nonfinite(check: FiniteCheck, what: str, named: Sequence[tuple[str,
         name
         for name, parameter in named
         if parameter.grad is not None and not bool(_values(parameter.grad).isfinite().all())
-    ]
+    ] or ["another process"]
     raise FloatingPointError(f"the {what} of {', '.join(names)} holds NaN or Inf; no parameter was changed")
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ngplus.factors.pair import sample_indices
 from ngplus.layers import MatrixShape
+from ngplus.sharded.remote_inverse import RemoteInverse
 from ngplus.solvers.dense import DenseInverse
 from ngplus.solvers.low_rank import LowRankInverse, invert_low_rank
 from ngplus.solvers.preconditioner import Entries, Preconditioner
@@ -78,6 +79,8 @@ FORMS: tuple[type[Preconditioner], ...] = (DenseInverse, LowRankInverse, Sketche
 
 def pack(preconditioner: Preconditioner) -> Entries:
     """What is saved of a preconditioner, and which form it is."""
+    if isinstance(preconditioner, RemoteInverse):
+        return {}
     return {"form": FORMS.index(type(preconditioner)), **preconditioner.entries()}
 
 
