@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ngplus._torch_internals import announce, find_absent
 from ngplus.curvature.damped_cholesky import InverseRequest, invert
 from ngplus.guards.join import JOIN_BOTH
 from ngplus.tuning import DEFAULT, Tuning
@@ -38,12 +39,19 @@ def check_processes(name: str, properties: Sequence[str], weights: Mapping[str, 
     Raises:
         RuntimeError: on every process that is here.
     """
+    digest = int.from_bytes(hashlib.sha256("\n".join(properties).encode()).digest()[:7], "big")
+    announce(str(digest))
     # A process that has run out of batches under `Join` is in a sum of this shape, to which it gives a zero.
     present = torch.ones(1, device=device)
-    dist.all_reduce(present)
-    if int(present) != dist.get_world_size():
+    try:
+        dist.all_reduce(present)
+        is_complete = int(present) == dist.get_world_size()
+    except RuntimeError as error:
+        if absent := find_absent(str(digest), _ABSENT_AFTER):
+            raise RuntimeError(f"{name}: {_listed(absent)} did not come to this curvature step: {error}") from error
+        raise
+    if not is_complete:
         raise RuntimeError(JOIN_BOTH.format(name=name))
-    digest = int.from_bytes(hashlib.sha256("\n".join(properties).encode()).digest()[:7], "big")
     extremes = torch.tensor([digest, -digest], device=device)
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
     if int(extremes.sum()) != 0:
@@ -51,6 +59,14 @@ def check_processes(name: str, properties: Sequence[str], weights: Mapping[str, 
     if weights and (differing := _find_different(weights, device)):
         others = f" and of {len(differing) - 1} more" if len(differing) > 1 else ""
         raise RuntimeError(f"{name} {_ONE_MODEL}, but the values of {differing[0]}{others} differ; {_NO_SHARDS}")
+
+
+def _listed(ranks: Sequence[int]) -> str:
+    return f"process {ranks[0]}" if len(ranks) == 1 else f"processes {', '.join(map(str, ranks))}"
+
+
+_ABSENT_AFTER = 2.0
+"""Seconds that a process which has lost another gives the others to come to the same step."""
 
 
 def _describe_difference(properties: Sequence[str]) -> str:
