@@ -76,8 +76,7 @@ class NGPlus(LayerwiseOptimizer):
         inverses: of a model after `torch.distributed.fsdp.fully_shard`, where they are kept. "replicated": on every
             process, so that a matrix sharded along its longer side needs no communication; "sharded": each on one
             process, which gets the gradient and returns the direction; "auto": on every process where that saves the
-            communication and takes less memory than the shard of the weight does (from sides of 1 to 16 on also
-            where it takes more), else on one.
+            communication and takes a sixteenth of the weight at most, else on one.
         max_samples: at most so many samples of a step are used for its curvature.
         nonfinite: "skip": where any preconditioned gradient holds NaN or Inf, all gradients count as zero for this
             step (decided on the device, without synchronizing); "raise": `FloatingPointError` before anything changes.

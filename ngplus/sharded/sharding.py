@@ -131,7 +131,7 @@ class Sharding:
             return by_columns or self.multiplies_own_rows(layer, shape)
         free = self.multiplies_own_rows(layer, shape) or (by_columns and _shard_dim(layer) == 1)
         small = _kept_elements(shape) <= self._tuning.grouped_below
-        return free and (small or shape.long >= shape.short * min(self.size, self._tuning.replicated_from))
+        return free and (small or shape.long >= shape.short * self._tuning.replicated_from)
 
     # Who has what, and who multiplies what ------------------------------------------------------------------------
 

@@ -19,7 +19,14 @@ DEADLOCK_SECONDS = 120
 START_SECONDS = 240
 FRESH = mp.get_context("forkserver")
 """Makes processes that share nothing with the one that starts them but the modules that they import first."""
-FRESH.set_forkserver_preload(["pytest", "tests.ngplus.training.problems", __name__])
+_PRELOADED = ["pytest", "tests.ngplus.training.problems", __name__]
+FRESH.set_forkserver_preload(_PRELOADED)
+
+
+def preload(module: str) -> None:
+    """Have the server import a module too, before the first process is started."""
+    _PRELOADED.append(module)
+    FRESH.set_forkserver_preload(_PRELOADED)
 
 
 def in_a_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:

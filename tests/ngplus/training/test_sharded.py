@@ -2,6 +2,7 @@
 
 import functools
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from ngplus import NGPlus
 from ngplus.baselines import KFAC
 from ngplus.sharded import placement
+from ngplus.tuning import DEFAULT
+from tests.ngplus.allocations import LiveStorages
 from tests.ngplus.cases import recorded_warnings, seed_cpu
 from tests.ngplus.training.problems import SETTINGS, Problem, attentive, convolutional, perceptron
 from tests.ngplus.training.processes import Team
@@ -351,6 +354,48 @@ def test_by_columns_only_biases_move(team):
 def test_an_exchange_moves_each_element_that_another_process_multiplies_there_and_back(team, settings):
     sent = sum(each.sent for each in team.run(step_communication, [(16, 8), (8, 8)], False, settings, {}))
     assert sent == 2 * (16 * 8 + 8 * 8) / 2
+
+
+# What a process keeps ------------------------------------------------------------------------------------------------
+
+
+class Wide(nn.Module):
+    """A layer that is four times as high as wide, or the other way round, between vectors of one size."""
+
+    def __init__(self, size, right):
+        super().__init__()
+        self.layer = nn.Linear(size, 4 * size) if right else nn.Linear(4 * size, size)
+
+    def forward(self, x):
+        if self.layer.in_features > x.shape[1]:
+            return torch.tanh(self.layer(x.repeat(1, 4)))
+        return torch.tanh(self.layer(x)).unflatten(1, (4, -1)).mean(1)
+
+
+def peak_memory(right, is_sharded):
+    """Of two curvature steps and one that is none; what moves at a time is as small a part as in a large model."""
+    model = nn.Sequential(*[Wide(96, right) for _ in range(10)])
+    if is_sharded:
+        shard(model)
+    x = torch.randn(8, 96)
+    with pytest.MonkeyPatch.context() as patch:
+        sizes = ("grouped_below", "exchanged_elements", "averaged_elements", "inverted_elements")
+        patch.setattr(NGPlus, "tuning", replace(DEFAULT, **dict.fromkeys(sizes, 2**12)))
+        optimizer = NGPlus(model, lr=0.01, damping=0.3, update_every=2, solver="dense", momentum=0.9)
+    with LiveStorages() as live:
+        for parameter in model.parameters():
+            live.add(parameter)
+        for _ in range(3):
+            model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return live.peak
+
+
+@pytest.mark.parametrize("right", [True, False], ids=["right", "left"])
+def test_two_processes_take_at_most_three_fifths_of_the_memory_of_one_each(team, right):
+    alone = peak_memory(right, is_sharded=False)
+    assert max(team.run(peak_memory, right, True)) <= 0.6 * alone
 
 
 # Bad input -----------------------------------------------------------------------------------------------------------
