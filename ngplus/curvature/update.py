@@ -23,7 +23,7 @@ from ngplus.tuning import DEFAULT, Tuning
 class LayerCurvature(CurvatureStore):
     """A curvature that is made of sums over samples, on curvature steps.
 
-    A method is a subclass, which says what its matrices are and how a preconditioner is made of them.
+    A method is a subclass, which says what its matrices are and what is made of them.
 
     Args:
         block_size: p of (18), or None.
@@ -43,21 +43,18 @@ class LayerCurvature(CurvatureStore):
         """Scale a process's sums to its curvature matrices, in place."""
 
     @abstractmethod
-    def _requests(self, layer: Layer, statistic: Statistic, damping: float) -> list[InverseRequest]:
-        """The matrices to invert for a layer; none where it needs no explicit inverse."""
+    def _renew_(self, sums: Mapping[Layer, Statistic], damping: Mapping[Layer, float]) -> None:
+        """Renew what is kept of some layers.
 
-    @abstractmethod
-    def _make(self, statistic: Statistic, inverses: list[Tensor], damping: float) -> Preconditioner | None:
-        """Make a layer's preconditioner of the inverses of `_requests`; None where it cannot be made."""
+        Args:
+            sums: the curvature matrices of each, finite.
+            damping: λ of each.
+        """
 
     def _empty_moments(self, layer: Layer) -> list[Tensor]:
         """The zeros that a process without samples brings to the average."""
         dtype, shape = statistics_dtype(layer.weight.dtype), layer.shape(self._block_size)
         return [torch.zeros(size, dtype=dtype, device=layer.weight.device) for size in shape.stack_shapes]
-
-    def _shift(self, damping: float) -> float:
-        """What is added to the diagonals."""
-        return damping
 
     @property
     def _keeps_average(self) -> bool:
@@ -94,15 +91,7 @@ class LayerCurvature(CurvatureStore):
             elsewhere, nonfinite = self._average_over_processes_(layers, sums, unsupported)
         else:
             nonfinite = _find_nonfinite(sums)
-        finite = [layer for layer in sums if layer not in nonfinite]
-        requests = {
-            layer: self._requests(layer, sums[layer], damping[layer])
-            for layer in finite
-            if not self._is_elsewhere(layer)
-        }
-        used = self._invert_(finite, requests)
-        for layer in finite:
-            self._finish(layer, sums[layer], requests.get(layer, []), damping[layer], used.get(layer))
+        self._renew_({layer: each for layer, each in sums.items() if layer not in nonfinite}, damping)
         return nonfinite, elsewhere
 
     def _average_over_processes_(
@@ -154,6 +143,32 @@ class LayerCurvature(CurvatureStore):
     def _is_elsewhere(self, layer: Layer) -> bool:
         """Whether another process alone keeps what is made for a layer."""
         return self.sharding is not None and self.sharding.is_elsewhere(layer)
+
+
+class InverseCurvature(LayerCurvature):
+    """A curvature whose damped matrices are inverted; see `LayerCurvature` for its arguments."""
+
+    @abstractmethod
+    def _requests(self, layer: Layer, statistic: Statistic, damping: float) -> list[InverseRequest]:
+        """The matrices to invert for a layer; none where it needs no explicit inverse."""
+
+    @abstractmethod
+    def _make(self, statistic: Statistic, inverses: list[Tensor], damping: float) -> Preconditioner | None:
+        """Make a layer's preconditioner of the inverses of `_requests`; None where it cannot be made."""
+
+    def _shift(self, damping: float) -> float:
+        """What is added to the diagonals."""
+        return damping
+
+    def _renew_(self, sums: Mapping[Layer, Statistic], damping: Mapping[Layer, float]) -> None:
+        requests = {
+            layer: self._requests(layer, statistic, damping[layer])
+            for layer, statistic in sums.items()
+            if not self._is_elsewhere(layer)
+        }
+        needed = self._invert_(list(sums), requests)
+        for layer, statistic in sums.items():
+            self._finish(layer, statistic, requests.get(layer, []), damping[layer], needed.get(layer))
 
     def _invert_(
         self, layers: Sequence[Layer], requests: Mapping[Layer, Sequence[InverseRequest]]
@@ -247,4 +262,4 @@ def _find_nonfinite(sums: Mapping[Layer, Statistic]) -> list[Layer]:
     return [layer for layer, fine in zip(sums, finite, strict=True) if not fine]
 
 
-__all__ = ["LayerCurvature"]
+__all__ = ["InverseCurvature", "LayerCurvature"]

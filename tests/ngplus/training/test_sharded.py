@@ -423,6 +423,7 @@ def refused_by_two():
         "by hand": message_of(TypeError, lambda: NGPlus(by_hand)),
         "parameters alone": message_of(TypeError, lambda: NGPlus(sharded.parameters(), curvature="mini_batch")),
         "K-FAC": message_of(TypeError, lambda: KFAC(sharded)),
+        "eigen": message_of(TypeError, lambda: NGPlus(sharded, torch.optim.Adam, basis="eigen")),
         "third dimension": message_of(TypeError, lambda: NGPlus(unusual)),
         "placed late": message_of(ValueError, lambda: placement(sharded)),
     }
@@ -435,6 +436,7 @@ def test_parameters_that_are_distributed_otherwise_are_refused_by_name(team):
         assert "tensor parallelism is not supported" in said["by hand"]
         assert "with the model" in said["parameters alone"]
         assert "KFAC needs whole weights" in said["K-FAC"]
+        assert "basis='eigen' needs whole weights" in said["eigen"]
         assert "dimension 2" in said["third dimension"]
         assert "0.weight is sharded already" in said["placed late"]
 
