@@ -57,6 +57,11 @@ def check_sharding(model: nn.Module | None, named: Sequence[tuple[str, Tensor]],
                 f"{mesh.mesh_dim_names}, and what the others have is not known: curvature is averaged over all. "
                 f"{_SUPPORTED}"
             )
+        if mesh.device_type != parameter.device.type:
+            raise TypeError(
+                f"{name} is kept on {parameter.device.type} and used on {mesh.device_type}: a CPUOffloadPolicy is not "
+                "supported"
+            )
         if mesh != first:
             raise TypeError(f"{name} is sharded over another mesh than {sharded[0][0]}: {mesh} and {first}")
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -143,6 +144,62 @@ def test_the_other_variants_are_one_process_on_the_joint_batch_too(team, make, s
     for inverses in ("replicated", "sharded"):
         outcomes = team.run(train_sharded, functools.partial(make, samples=4), {**settings, "inverses": inverses}, {})
         assert_equals_one_process(outcomes, alone(make, **settings))
+
+
+def train_in_small_exchanges(make):
+    with pytest.MonkeyPatch.context() as patch:
+        sizes = ("exchanged_elements", "averaged_elements", "inverted_elements")
+        patch.setattr(NGPlus, "tuning", replace(DEFAULT, **dict.fromkeys(sizes, 1)))
+        return train_sharded(make, {"inverses": "sharded"}, {})
+
+
+@pytest.mark.parametrize("make", [convolutional, attentive])
+def test_layers_that_are_exchanged_averaged_and_inverted_one_by_one_are_the_same(team, make):
+    assert_equals_one_process(team.run(train_in_small_exchanges, functools.partial(make, samples=4)), alone(make))
+
+
+def train_from_meta():
+    """Parameters that get their memory, and their values, after they were sharded."""
+    problem = perceptron(samples=4)
+    values = {name: value.clone() for name, value in problem.model.state_dict().items()}
+    model = shard(problem.model.to("meta"))
+    model.to_empty(device="cpu")
+    set_model_state_dict(model, values, options=StateDictOptions(full_state_dict=True))
+    problem.train(NGPlus(model, **SETTINGS), 4, samples=own_samples(problem))
+    return {"parameters": whole_parameters(model)}
+
+
+def test_a_model_may_be_sharded_on_the_meta_device(team):
+    assert_equals_one_process(team.run(train_from_meta), alone(perceptron))
+
+
+def train_with_a_new_group():
+    """A layer that is added later, and one whose bias is frozen meanwhile."""
+    problem = perceptron(samples=4)
+    model = shard(problem.model)
+    optimizer = NGPlus(model, **SETTINGS, params=list(model[0].parameters()), inverses="sharded")
+    problem.train(optimizer, 1, samples=own_samples(problem))
+    optimizer.add_param_group({"params": list(model[2].parameters())})
+    problem.train(optimizer, 2, samples=own_samples(problem))
+    model[0].bias.requires_grad_(False)
+    problem.train(optimizer, 3, samples=own_samples(problem))
+    return {"parameters": whole_parameters(model)}
+
+
+def new_group_alone():
+    problem = perceptron(samples=4)
+    model = problem.model
+    optimizer = NGPlus(model, **SETTINGS, params=list(model[0].parameters()))
+    problem.train(optimizer, 1)
+    optimizer.add_param_group({"params": list(model[2].parameters())})
+    problem.train(optimizer, 2)
+    model[0].bias.requires_grad_(False)
+    problem.train(optimizer, 3)
+    return model
+
+
+def test_layers_that_are_added_and_biases_that_are_frozen_are_one_process_too(team):
+    assert_equals_one_process(team.run(train_with_a_new_group), new_group_alone())
 
 
 def train_rows(attention_apart):
@@ -418,7 +475,11 @@ def refused_by_two():
     sharded = shard(linear())
     unusual = nn.Conv2d(4, 4, 2)
     fully_shard(unusual, shard_placement_fn=lambda parameter: Shard(2) if parameter.dim() > 2 else None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(mesh), "device_type", "cuda")
+        offloaded = message_of(TypeError, lambda: NGPlus(sharded))
     return {
+        "offloaded": offloaded,
         "parallel": message_of(TypeError, lambda: NGPlus(parallel)),
         "by hand": message_of(TypeError, lambda: NGPlus(by_hand)),
         "parameters alone": message_of(TypeError, lambda: NGPlus(sharded.parameters(), curvature="mini_batch")),
@@ -436,6 +497,7 @@ def test_parameters_that_are_distributed_otherwise_are_refused_by_name(team):
         assert "tensor parallelism is not supported" in said["by hand"]
         assert "with the model" in said["parameters alone"]
         assert "KFAC needs whole weights" in said["K-FAC"]
+        assert "CPUOffloadPolicy is not supported" in said["offloaded"]
         assert "basis='eigen' needs whole weights" in said["eigen"]
         assert "dimension 2" in said["third dimension"]
         assert "0.weight is sharded already" in said["placed late"]
