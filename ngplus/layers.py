@@ -15,8 +15,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ngplus.dtensors import local_part
-
 Side = Literal["left", "right"]
 
 
@@ -297,8 +295,8 @@ def rekey_layers[T](values: Mapping[Layer, T], layers: Iterable[Layer]) -> dict[
 
 
 def stored_values(gradient: Tensor) -> Tensor:
-    """The stored elements of a gradient, in its own memory: of a sparse one its rows, of a sharded one this shard."""
-    return gradient._values() if gradient.is_sparse else local_part(gradient)
+    """The stored elements of a gradient, in its own memory: of a sparse one its rows."""
+    return gradient._values() if gradient.is_sparse else gradient
 
 
 def to_row_sparse(gradient: Tensor) -> Tensor:

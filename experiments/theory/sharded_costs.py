@@ -255,11 +255,20 @@ def rows(matrices: Sequence[Matrix], processes: Sequence[int] = PROCESSES) -> li
     ]
 
 
+def run(out: Path) -> None:
+    """Write the costs of a Transformer of 7 billion parameters on 8 to 512 GPUs.
+
+    Args:
+        out: folder of the table.
+    """
+    write_rows(out / "transformer-7b.csv", rows(transformer()))
+
+
 def main(
     out: Annotated[Path, typer.Option(help="folder for the table")] = Path("results/theory/sharded"),
 ) -> None:
     """The costs of a Transformer of 7 billion parameters on 8 to 512 GPUs."""
-    write_rows(out / "transformer-7b.csv", rows(transformer()))
+    run(out)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ngplus.devices import reads_without_sync
+from ngplus.dtensors import local_part
 from ngplus.layers import stored_values
 from ngplus.tuning import DEFAULT, Tuning
+
+
+def _local_values(gradient: Tensor) -> Tensor:
+    """`_values`, of a sharded gradient those of this process's shard."""
+    return _values(local_part(gradient))
 
 
 def _values(gradient: Tensor) -> Tensor:
@@ -49,7 +55,7 @@ class FiniteCheck:
 
     def add(self, gradient: Tensor) -> None:
         """Add a gradient, which must not change until `find_nonfinite`."""
-        values = _values(gradient)
+        values = _values(gradient) if self._collective_device is None else _local_values(gradient)
         if not reads_without_sync(values):
             if values.numel():
                 self._elsewhere.setdefault(values.device, []).append(values)
@@ -125,7 +131,7 @@ def zero_where_(nonfinite: Tensor, gradients: Iterable[Tensor]) -> None:
     """
     masks: dict[tuple[torch.device, torch.dtype], Tensor] = {}
     for gradient in gradients:
-        values = _values(gradient)
+        values = _local_values(gradient)
         bits = _BITS[values.element_size()]
         key = (values.device, bits)
         if key not in masks:
@@ -150,7 +156,7 @@ def raise_if_nonfinite(check: FiniteCheck, what: str, named: Sequence[tuple[str,
     names = [
         name
         for name, parameter in named
-        if parameter.grad is not None and not bool(_values(parameter.grad).isfinite().all())
+        if parameter.grad is not None and not bool(_local_values(parameter.grad).isfinite().all())
     ] or ["another process"]
     raise FloatingPointError(f"the {what} of {', '.join(names)} holds NaN or Inf; no parameter was changed")
 
