@@ -84,6 +84,9 @@ class Preconditioner(ABC):
             start: the first of them.
             stop: the one after the last.
 
+        Returns:
+            It.
+
         Raises:
             NotImplementedError: where it is of one group.
         """
