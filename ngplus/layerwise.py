@@ -318,6 +318,8 @@ class LayerwiseOptimizer(Inspection, SavedState, Optimizer, Joinable):
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:
         self._hide_entries_()
+        if self._sharding is not None and self._model is not None:
+            reshard(self._model)  # else the next forward pass would use whole weights of before this step
         if closure is None and not self._base_has_stepped and initializes_state(self.param_groups):
             self._base_has_stepped = True
             return find_inner_step(self._base)()

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from ngplus import NGPlus
+from ngplus.dtensors import reshard
 from ngplus.sharded import placement
 from tests.ngplus.training.problems import SETTINGS, Problem
 
@@ -56,6 +57,7 @@ def find_units(model: nn.Module) -> list[nn.Module]:
 
 def whole_parameters(model: nn.Module) -> Tensor:
     """All parameters of a sharded model as one vector, the same on every process."""
+    reshard(model)
     return torch.cat([parameter.full_tensor().flatten() for parameter in model.parameters()]).detach()
 
 

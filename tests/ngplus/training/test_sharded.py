@@ -14,6 +14,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from ngplus import NGPlus
@@ -22,7 +23,7 @@ from ngplus.sharded import placement
 from ngplus.tuning import DEFAULT
 from tests.ngplus.allocations import LiveStorages
 from tests.ngplus.cases import recorded_warnings, seed_cpu
-from tests.ngplus.training.problems import SETTINGS, Problem, attentive, convolutional, perceptron
+from tests.ngplus.training.problems import SETTINGS, Problem, attentive, convolutional, flat, perceptron
 from tests.ngplus.training.processes import Team
 from tests.ngplus.training.sharding import counted, distance, own_samples, shard, train_sharded, whole_parameters
 
@@ -306,7 +307,7 @@ def test_a_policy_of_bfloat16_has_curvature_in_float32_close_to_that_of_float64(
 def train_after_evaluating():
     """An evaluation leaves the root's weights whole; what reads the model's parameters then must not lose them."""
     problem = perceptron(samples=4)
-    model = shard(problem.model)
+    model = fully_shard(problem.model)  # whose weights stay whole after a forward pass
     optimizer = NGPlus(model, **SETTINGS)
     problem.train(optimizer, 2, samples=own_samples(problem))
     with torch.no_grad():
@@ -314,6 +315,40 @@ def train_after_evaluating():
     optimizer.load_state_dict(optimizer.state_dict())
     problem.train(optimizer, 2, samples=own_samples(problem))
     return {"parameters": whole_parameters(model)}
+
+
+def train_evaluating_before_the_step():
+    problem = perceptron(samples=4)
+    model = fully_shard(problem.model)  # whose weights stay whole after a forward pass
+    optimizer = NGPlus(model, **SETTINGS)
+    for _ in range(4):
+        problem.loss(model, own_samples(problem)).backward()
+        with torch.no_grad():
+            model(problem.inputs)
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"parameters": whole_parameters(model)}
+
+
+def test_an_evaluation_between_backward_and_step_changes_nothing(team):
+    assert_equals_one_process(team.run(train_evaluating_before_the_step), alone(perceptron))
+
+
+def train_in_low_precision(sharded):
+    """Weights in bfloat16, which is also what moves."""
+    exact = perceptron(samples=4)
+    problem = Problem(exact.model.bfloat16(), exact.inputs.bfloat16(), exact.targets.bfloat16())
+    model = shard(problem.model) if sharded else DistributedDataParallel(problem.model)
+    optimizer = NGPlus(problem.model, **SETTINGS)
+    problem.train(optimizer, 4, through=model, samples=own_samples(problem))
+    return whole_parameters(model) if sharded else flat(problem.model)
+
+
+def test_weights_in_bfloat16_move_as_under_ddp(team):
+    start = flat(perceptron(samples=4).model.bfloat16())
+    shards, _ = team.run(train_in_low_precision, True)
+    replicas, _ = team.run(train_in_low_precision, False)
+    assert (shards.double() - replicas).norm() < 0.02 * (replicas - start).norm()
 
 
 def test_a_state_that_is_loaded_after_an_evaluation_keeps_every_layer(team):

@@ -40,25 +40,25 @@ def teams(team):
     three.close()
 
 
-def start(case, whole=False):
+def start(case, whole=False, replicas=1):
     make, settings = CASES[case]
     problem, settings = make(samples=SAMPLES), {**SETTINGS, "update_every": 3, **settings}
     if whole:
         del settings["inverses"]
     else:
-        shard(problem.model)
+        shard(problem.model, replicas=replicas)
     return problem, NGPlus(problem.model, **settings)
 
 
-def save(case, form, folder):
-    problem, optimizer = start(case)
+def save(case, form, folder, replicas=1):
+    problem, optimizer = start(case, replicas=replicas)
     problem.train(optimizer, 5, samples=own_samples(problem))
     model, state = get_state_dict(problem.model, optimizer, options=StateDictOptions(**FORMS[form]))
     dcp.save({"model": model, "optimizer": state}, checkpoint_id=folder)
 
 
-def resume(case, form, folder, whole=False):
-    problem, optimizer = start(case, whole)
+def resume(case, form, folder, whole=False, replicas=1):
+    problem, optimizer = start(case, whole, replicas)
     options = StateDictOptions(**FORMS[form])
     model, state = get_state_dict(problem.model, optimizer, options=options)
     filled = {"model": model, "optimizer": state}
@@ -92,6 +92,14 @@ def test_a_model_that_is_not_sharded_goes_on_from_the_shards_of_others(teams, tm
     model = resume(case, "plain", str(tmp_path), whole=True)
     parameters = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
     assert distance(parameters, uninterrupted(case)) < 1e-12
+
+
+def test_replicas_of_shards_go_on_as_shards_alone_and_the_other_way_round(teams, team_of_four, tmp_path):
+    team_of_four.run(save, "momentum", "plain", str(tmp_path / "four"), 2)
+    teams[2].run(save, "momentum", "plain", str(tmp_path / "two"))
+    resumed = teams[2].run(resume, "momentum", "plain", str(tmp_path / "four"))
+    resumed += team_of_four.run(resume, "momentum", "plain", str(tmp_path / "two"), False, 2)
+    assert all(distance(parameters, uninterrupted("momentum")) < 1e-12 for parameters in resumed)
 
 
 def full_state(case, broadcast):
