@@ -136,7 +136,7 @@ def unpack_triangles(triangles: Tensor, shape: Sequence[int]) -> Tensor:
     """The symmetric matrices, of ``shape``, that `pack_triangles` was given."""
     blocks, size, _ = shape
     rows, columns = _triangle(size, triangles.device)
-    matrices = triangles.new_empty(shape)
+    matrices = triangles.new_empty(*shape)
     entries = triangles.view(blocks, -1)
     matrices[:, rows, columns] = entries
     matrices[:, columns, rows] = entries
