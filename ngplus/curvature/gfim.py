@@ -114,7 +114,7 @@ class GFIM(InverseCurvature):
             G = to_matrix(layer, dense, dtype)
         bias = layer.trained_bias
         if bias is not None:
-            column = gradient.new_zeros(len(bias)) if bias.grad is None else whole(bias.grad)
+            column = G.new_zeros(len(bias)) if bias.grad is None else whole(bias.grad)
             G = torch.cat([G, column[layer.bias_slice].reshape(*G.shape[:2], 1).to(dtype)], dim=2)
         short_first = G if shape.side == "left" else G.mT
         if size is not None and size < short_first.shape[2]:

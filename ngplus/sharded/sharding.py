@@ -68,7 +68,6 @@ class Sharding:
         group: the processes that the shards of a weight are on.
         size: how many these are.
         rank: this process's among them.
-        is_first_replica: whether this process is one of those that have the first replica of the model.
     """
 
     def __init__(self, mesh: DeviceMesh, inverses: Inverses, tuning: Tuning = DEFAULT) -> None:
@@ -76,7 +75,6 @@ class Sharding:
         self.group: ProcessGroup = mesh.get_group(mesh.ndim - 1)
         self.size: int = mesh.size(mesh.ndim - 1)
         self.rank: int = mesh.get_local_rank(mesh.ndim - 1)
-        self.is_first_replica = mesh.ndim == 1 or mesh.get_local_rank(0) == 0
         self._inverses = inverses
         self._tuning = tuning
         self._load = [0] * self.size
@@ -113,7 +111,9 @@ class Sharding:
         shapes = {layer: layer.shape(None) for layer in layers}
         shapes = {layer: shape for layer, shape in shapes.items() if not self._is_decided(layer, shape)}
         for layer, shape in sorted(shapes.items(), key=lambda pair: -_kept_elements(pair[1])):
-            keeper = None
+            before, keeper = self._keepers.get(id(layer.weight)), None
+            if before is not None and before[1] is not None:
+                self._load[before[1]] -= _kept_elements(before[0])
             if not self._is_kept_everywhere(layer, shape):
                 keeper = self._load.index(min(self._load))
                 self._load[keeper] += _kept_elements(shape)
