@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from experiments.config.recipe import OptimizerRecipe, Recipe
 from experiments.errors import UserError
+from experiments.optimizers.decay_groups import exempt_from_decay
 from experiments.optimizers.registry import find_entry
 from experiments.optimizers.schedule_settings import Scheduler
 from experiments.records.run_record import Epoch
@@ -74,6 +75,8 @@ class Training:
         _seed_everything(seed)
         self.model = task.build_model().to(device)
         self.optimizer = _build_optimizer(self.model, chosen, f"{recipe.path}: [optimizers.{name}]")
+        if self.run.decay == "matrices":
+            exempt_from_decay(self.optimizer, self.model)
         self.schedules = _build_schedules(self.optimizer, chosen, self.steps_per_epoch)
         self.replica = DistributedDataParallel(self.model) if workers.size > 1 else self.model
         _seed_everything(seed + workers.rank)
@@ -179,6 +182,8 @@ class Training:
                     loss = self.task.loss(self.replica, batch)
                 (loss / size).backward()
             self._add_loss(loss.detach())
+        if self.run.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.run.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         for schedule in self.schedules:
