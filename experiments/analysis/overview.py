@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments.analysis.comparable_runs import load_comparable
+from experiments.analysis.comparable_runs import load_comparable, name_data
 from experiments.analysis.comparison import summarise
 from experiments.analysis.profiles import entrants, ratios, score
 from experiments.analysis.verdict_table import markdown
@@ -49,7 +49,7 @@ class Column:
         comparable = load_comparable(results_dir, task, scale)
         manifest = comparable.runs[0].manifest
         return cls(
-            dataset=manifest.dataset.name.partition(";")[0],
+            dataset=name_data(task, manifest.dataset.name.partition(";")[0]),
             metric=manifest.metric.name,
             higher_is_better=manifest.metric.higher_is_better,
             rows=entrants(summarise(comparable)),

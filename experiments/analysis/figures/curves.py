@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from experiments.analysis.comparable_runs import Comparable, load_comparable
+from experiments.analysis.comparable_runs import Comparable, load_comparable, name_data
 from experiments.analysis.figures.palette import pick_colour, pick_dashes
 from experiments.analysis.outcomes import STANDARD_ERROR
 from experiments.records.run_record import Epoch, Run
@@ -134,7 +134,8 @@ def figure(comparable: Comparable) -> Figure:
     manifest, shown = comparable.runs[0].manifest, panels(comparable)
     made = Figure(figsize=(9.0, 3.1 * len(shown)), layout="constrained")
     FigureCanvasAgg(made)
-    made.suptitle(f"{manifest.task}, scale {manifest.scale}: {manifest.dataset.name}", fontsize=11)
+    data = name_data(manifest.task, manifest.dataset.name)
+    made.suptitle(f"{manifest.task}, scale {manifest.scale}: {data}", fontsize=11)
     axes = made.subplots(len(shown), 2, sharex="col", sharey="row")
     for row, panel in zip(axes, shown, strict=True):
         _draw_row(row, comparable.by_optimizer(), panel)

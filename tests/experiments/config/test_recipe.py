@@ -53,6 +53,12 @@ def test_the_settings_in_full_hold_the_defaults_too(load):
         ('value = 3, source = "made up"', 'value = 3, source = " "', "run.epochs: source = ' ': must say where"),
         ("epochs = { value = 3,", 'epochs = { value = "3",', "[run]: epochs = '3': must be an integer"),
         ("epochs = { value = 3,", "epochs = { value = 0,", "[run]: epochs = 0: must be at least 1"),
+        (
+            "[run]",
+            "[run]\nclip_norm = { value = 0, source = 'x' }",
+            "[run]: clip_norm = 0.0: must be positive, or left",
+        ),
+        ("[run]", "[run]\ndecay = { value = 'all', source = 'x' }", "[run]: decay = 'all': must be one of matrices"),
         ("tuning_seed = { value = 100", "tuning_seed = { value = 1", "tuning_seed = 1: must not be one of the seeds"),
         ("value = [0, 1]", "value = [0, -4]", "[run]: seed = -4: must be from 0 to 4294967295"),
         (
