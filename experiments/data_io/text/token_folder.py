@@ -152,7 +152,8 @@ def _check_file(file: Path, vocabulary: int, remedy: str) -> str:
         if (beyond := np.flatnonzero(chunk >= vocabulary)).size:
             place = start + int(beyond[0])
             raise DataFileError(
-                f"{file}: token {tokens[place]:,} at place {place:,} is not of a vocabulary of {vocabulary:,}: {remedy}"
+                f"{file}: token {tokens[place]:,} at place {place:,} is not of a vocabulary of {vocabulary:,}; give "
+                "the number of tokens that it was made with"
             )
         digest.update(chunk.tobytes())
     if wide and len(tokens) > 1:

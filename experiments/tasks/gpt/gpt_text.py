@@ -183,16 +183,15 @@ class GPTText:
         return inputs, targets
 
     def _check_lengths(self) -> None:
-        """Refuse a context that no text fills, and a text that fills no batch."""
-        context = self.settings.context
-        for split, tokens in self._tokens.items():
-            longest = self._folder.longest.get(split, len(tokens) - 1)
-            if context > longest:
-                what = "document" if self._folder.longest else "stretch of tokens"
-                raise SettingsError(
-                    f"{self._where}: context = {context}: the longest {what} of {self._folder.path / split}.bin has "
-                    f"{longest:,} tokens"
-                )
+        """Refuse a context that no document to train on fills, and a text that fills no batch."""
+        context, documents = self.settings.context, self._folder.longest
+        longest = documents["train"] if documents else len(self._tokens["train"]) - 1
+        if context > longest:
+            text = "longest document" if documents else "stream"
+            raise SettingsError(
+                f"{self._where}: context = {context}: the {text} to train on, in {self._folder.path}, has "
+                f"{longest:,} tokens"
+            )
         if self._pass_steps() < 1:
             raise SettingsError(
                 f"{self._where}: batch_size = {self.settings.batch_size}: a pass has only {self._windows('train'):,} "

@@ -79,7 +79,7 @@ def test_files_are_checked_once_and_again_when_they_change(tmp_path, monkeypatch
 def test_a_token_of_another_vocabulary_is_named_with_its_place(tmp_path, monkeypatch, chunk):
     monkeypatch.setattr(token_folder, "_CHUNK", chunk)
     folder = nanogpt(tmp_path / "tokens", train=[1, 2, 3, 49, 50, 7], val=[3])
-    with pytest.raises(DataFileError, match=r"train\.bin: token 50 at place 4 is not of a vocabulary of 50: make it"):
+    with pytest.raises(DataFileError, match=r"train\.bin: token 50 at place 4 is not of a vocabulary of 50; give"):
         read(folder)
     assert read(folder, 51).vocabulary == 51
 

@@ -245,14 +245,12 @@ def test_a_setting_out_of_range_is_named(make, changed, message):
         make(**changed)
 
 
-def test_a_context_longer_than_every_document_is_refused(make):
-    longest = make()._folder.longest
-    shortest = min(longest.values())
-    assert make(context=shortest, batch_size=1).steps_per_epoch() > 0
-    with pytest.raises(
-        SettingsError, match=rf"context = {shortest + 1}: the longest document of \S+\.bin has {shortest} tokens"
-    ):
-        make(context=shortest + 1, batch_size=1)
+def test_a_context_longer_than_every_document_to_train_on_is_refused(make):
+    longest = make()._folder.longest["train"]
+    assert make(context=longest, batch_size=1).steps_per_epoch() > 0
+    said = rf"context = {longest + 1}: the longest document to train on, in \S+, has {longest} tokens"
+    with pytest.raises(SettingsError, match=said):
+        make(context=longest + 1, batch_size=1)
 
 
 def test_missing_data_is_named_with_its_remedy(make, tmp_path):
@@ -329,8 +327,17 @@ def test_token_files_of_another_vocabulary_or_dtype_are_refused(make, token_fold
 
 
 def test_token_files_shorter_than_the_context_are_refused(make, token_folder):
-    with pytest.raises(SettingsError, match=r"context = 100: the longest stretch of tokens of \S+val\.bin has 99 tok"):
-        make(data="token-folder", context=100)
+    with pytest.raises(SettingsError, match=r"context = 3000: the stream to train on, in \S+tokens, has 2,999 tokens"):
+        make(data="token-folder", context=3000)
+
+
+def test_a_split_shorter_than_the_context_is_evaluated_whole(make, token_folder):
+    task = make(data="token-folder", context=150)
+    model = model_of(task).eval()
+    stream = torch.from_numpy(task._tokens["val"].astype(np.int64))
+    with torch.no_grad():
+        expected = F.cross_entropy(model(stream[None, :-1])[0], stream[1:]).item()
+        assert task.evaluate(model, "validation").metric == pytest.approx(expected, rel=1e-12)
 
 
 def test_a_checkpoint_of_another_vocabulary_is_refused_and_stays(tmp_path, make):
