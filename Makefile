@@ -99,6 +99,7 @@ bench: $(STAMP)  ## what a step costs under each optimizer, on the four models
 	$(PYTHON) -m experiments.bench.steps
 	$(PYTHON) -m experiments.bench.steps --model resnet50-32 --optimizer ngplus
 	$(PYTHON) -m experiments.bench.steps --model dlrm-sparse --optimizer adagrad ngplus-adagrad ngplus-adagrad-32-samples --rounds 60
+	OMP_NUM_THREADS=1 $(PYTHON) -m experiments.bench.steps --model gpt --rounds 9 --optimizer adamw ngplus-adamw ngplus-adamw-batch muon "kfac (ngplus.baselines)" "soap (pytorch-optimizer)" "shampoo (pytorch-optimizer)"
 	$(PYTHON) -m experiments.bench.rows
 	$(PYTHON) -m experiments.bench.convolution_memory
 	$(PYTHON) -m experiments.bench.own_work

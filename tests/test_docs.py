@@ -51,6 +51,14 @@ STEPS = {
     "SOAP": "soap (pytorch-optimizer)",
     "Shampoo (pytorch-optimizer)": "shampoo (pytorch-optimizer)",
 }
+GPT_STEPS = {
+    "NG+ on AdamW, tokens as samples": "ngplus-adamw",
+    "NG+ on AdamW, sequences as samples": "ngplus-adamw-batch",
+    "K-FAC (`ngplus.baselines`)": "kfac (ngplus.baselines)",
+    "Muon": "muon",
+    "SOAP": "soap (pytorch-optimizer)",
+    "Shampoo (pytorch-optimizer)": "shampoo (pytorch-optimizer)",
+}
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -142,6 +150,20 @@ def costs_table() -> str:
         ]
         rows.append([name, *cells])
     return markdown(["", *BENCHES], rows)
+
+
+def gpt_costs_table() -> str:
+    """A step over one of AdamW: with updates every 10 steps and every 200."""
+    bench = pd.read_csv(RESULTS / "bench" / "steps-gpt-cpu.csv").set_index("optimizer")
+    rows = [
+        [name, f"{row.every_10_over_adamw:.2f}", f"{row.usual_over_adamw:.2f}"]
+        for name, row in ((name, bench.loc[optimizer]) for name, optimizer in GPT_STEPS.items())
+    ]
+    return markdown(["", "every 10 steps", "every 200"], rows)
+
+
+def test_the_costs_on_the_decoder_are_those_of_the_bench():
+    assert gpt_costs_table() in (DOCS / "costs.md").read_text(encoding="utf-8")
 
 
 def test_the_costs_are_those_of_the_bench():
