@@ -24,7 +24,8 @@ def print_tasks(results_dir: Path) -> None:
     console = Console(highlight=False)
     warnings = []
     for task in TASKS:
-        table = Table(title=name_data(task, task), title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+        title = name_data(task, task)
+        table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
         table.add_column("scale", no_wrap=True, min_width=10)
         table.add_column("epochs", no_wrap=True, justify="right")
         table.add_column("target", no_wrap=True, min_width=14)
