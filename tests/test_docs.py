@@ -23,7 +23,9 @@ METRICS = {
     "schnet-matproj": "MAE",
     "transformer-iwslt14": "nll",
     "dlrm-criteo": "accuracy",
+    "gpt-text": "nll",
 }
+OF_THE_PAPER = [task for task in METRICS if task != "gpt-text"]
 SYMBOLS = {
     "update_every": "𝒯",
     "damping_rule": "λ",
@@ -127,10 +129,13 @@ def joined(frame: pd.DataFrame, setting: str, metric: str) -> list[str]:
 
 
 @pytest.mark.parametrize("task", METRICS)
-@pytest.mark.parametrize(
-    "table", [comparison_table, lr_damping_table, other_settings_table], ids=lambda table: table.__name__
-)
-def test_a_table_of_the_results_is_that_of_the_records(task, table):
+def test_the_comparison_of_the_results_is_that_of_the_records(task):
+    assert comparison_table(task) in (DOCS / "results.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("task", OF_THE_PAPER)
+@pytest.mark.parametrize("table", [lr_damping_table, other_settings_table], ids=lambda table: table.__name__)
+def test_a_table_of_settings_is_that_of_the_records(task, table):
     assert table(task) in (DOCS / "results.md").read_text(encoding="utf-8")
 
 
