@@ -290,12 +290,15 @@ def _identity(manifest: Manifest) -> dict[str, Any]:
 
 
 def _check_settings(before: Run, settings: Mapping[str, Any]) -> None:
-    """A setting that one of the two does not have is a difference: what it was by default may not be what it is."""
+    """A setting that one of the two does not have is a difference: what it was by default may not be what it is.
+
+    One that is None is not set: before it could be chosen, it was not either.
+    """
     there, here = select_numeric_settings(before.manifest.recipe), select_numeric_settings(settings)
     different = [
         f"{key} {_describe_setting(there, key, 'was')} and {_describe_setting(here, key, 'is')}"
         for key in sorted(there.keys() | here.keys())
-        if key not in there or key not in here or there[key] != here[key]
+        if there.get(key) != here.get(key)
     ]
     if different:
         raise UserError(

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from experiments.config.recipe import OptimizerRecipe, Recipe
 from experiments.errors import UserError
+from experiments.optimizers.decay_groups import exempt_from_decay
 from experiments.optimizers.registry import find_entry
 from experiments.optimizers.schedule_settings import Scheduler
 from experiments.records.run_record import Epoch
@@ -88,6 +89,8 @@ class Training:
         self.evaluated = copy.deepcopy(self.model) if shard and workers.is_first else self.model
         self.sharded = shard_model(self.model) if shard else None
         self.optimizer = _build_optimizer(self.model, chosen, f"{recipe.path}: [optimizers.{name}]")
+        if self.run.decay == "matrices":
+            exempt_from_decay(self.optimizer, self.model)
         self.schedules = _build_schedules(self.optimizer, chosen, self.steps_per_epoch)
         replicated = workers.size > 1 and not shard
         self.replica = DistributedDataParallel(self.model) if replicated else self.model
@@ -198,6 +201,8 @@ class Training:
                     loss = self.task.loss(self.replica, batch)
                 (loss / size).backward()
             self._add_loss(loss.detach())
+        if self.run.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.run.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         for schedule in self.schedules:
