@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -60,6 +61,16 @@ def is_transformed() -> bool:
     """Whether `torch.func` or `torch.jit.trace` runs what is called now: it makes no graph of its own."""
     tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
     return tracing or torch._C._functorch.maybe_current_level() is not None
+
+
+@contextmanager
+def quiet_vmap() -> Iterator[None]:
+    """Without vmap's warning of functions that it calls one element at a time."""
+    torch._C._functorch._set_vmap_fallback_warning_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._functorch._set_vmap_fallback_warning_enabled(True)
 
 
 def is_current_mode(mode: TorchFunctionMode) -> bool:
@@ -135,6 +146,7 @@ __all__ = [
     "is_transformed",
     "next_node_number",
     "node_number",
+    "quiet_vmap",
     "retains_graph",
     "run_outside_of_graphs",
     "shares_memory",

@@ -19,6 +19,7 @@ Curvature = Literal["per_sample", "mini_batch"]
 Samples = Literal["batch", "rows"]
 ModelCallSamples = Literal["separate", "joined"]
 PartialCapture = Literal["base", "accept"]
+FunctionFallback = Literal["vmap", "base"]
 DampingRule = Literal["paper", "released"]
 NonFinite = Literal["skip", "raise"]
 
@@ -166,6 +167,7 @@ class Options(LayerwiseOptions):
     block_size: int | None = None
     sketch_size: int | None = None
     damping_rule: DampingRule = "paper"
+    function_fallback: FunctionFallback = "vmap"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -173,6 +175,7 @@ class Options(LayerwiseOptions):
         check_choice("curvature", self.curvature, Curvature)
         check_choice("solver", self.solver, SolverName)
         check_choice("damping_rule", self.damping_rule, DampingRule)
+        check_choice("function_fallback", self.function_fallback, FunctionFallback)
         object.__setattr__(self, "ema", check_ema(self.ema))
         self._check_solver()
 
@@ -323,6 +326,7 @@ def check_group(group: Any) -> Any:
 __all__ = [
     "Curvature",
     "DampingRule",
+    "FunctionFallback",
     "LayerwiseOptions",
     "ModelCallSamples",
     "NonFinite",

@@ -14,6 +14,7 @@ from ngplus.capture.loss_reduction import LossReduction
 from ngplus.config import (
     Curvature,
     DampingRule,
+    FunctionFallback,
     ModelCallSamples,
     NonFinite,
     Options,
@@ -23,7 +24,7 @@ from ngplus.config import (
     SolverName,
 )
 from ngplus.curvature.gfim import GFIM, sampling
-from ngplus.layers import Layer
+from ngplus.layers import Layer, find_layers
 from ngplus.layerwise import LayerwiseOptimizer
 
 
@@ -71,6 +72,9 @@ class NGPlus(LayerwiseOptimizer):
         partial_capture: what becomes of a layer whose gradient is not the sum of what was captured of it, since its
             weight is used outside of the model's calls too, or in a penalty, or in derivatives: "base" leaves it to
             ``base`` with a warning; "accept" takes the curvature of what was captured.
+        function_fallback: what becomes of a weight that goes into a function whose calls no handler reads, and of
+            parameters of two or more dimensions of modules that are not supported: "vmap" differentiates the function
+            again for single samples (`torch.func.vmap` of its vector-Jacobian product); "base" leaves them to ``base``.
         damping_rule: "paper": L + λI; "released": L + √λ I, as the authors' code has it.
         max_samples: at most so many samples of a step are used for its curvature.
         nonfinite: "skip": where any preconditioned gradient holds NaN or Inf, all gradients count as zero for this
@@ -122,6 +126,7 @@ class NGPlus(LayerwiseOptimizer):
         model_calls: ModelCallSamples = "separate",
         loss_reduction: LossReduction = "mean",
         partial_capture: PartialCapture = "base",
+        function_fallback: FunctionFallback = "vmap",
         damping_rule: DampingRule = "paper",
         max_samples: int | None = None,
         nonfinite: NonFinite = "skip",
@@ -140,6 +145,7 @@ class NGPlus(LayerwiseOptimizer):
             model_calls=model_calls,
             loss_reduction=loss_reduction,
             partial_capture=partial_capture,
+            function_fallback=function_fallback,
             damping_rule=damping_rule,
             max_samples=max_samples,
             nonfinite=nonfinite,
@@ -149,6 +155,12 @@ class NGPlus(LayerwiseOptimizer):
     @property
     def _works_on_gradients(self) -> bool:
         return self._options.curvature == "mini_batch"
+
+    def _find_layers(self) -> list[Layer]:
+        if self._model is None:
+            return super()._find_layers()
+        every_matrix = self._options.function_fallback == "vmap"
+        return find_layers(self._model, self._options.batch_dim, every_matrix=every_matrix)
 
     def _make_curvature(self) -> GFIM:
         return GFIM(self._options, self._generator, self.tuning)

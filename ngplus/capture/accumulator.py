@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ngplus.capture.loss_reduction import Reduction
+from ngplus.capture.contractions import UnsupportedCall
 from ngplus.capture.op_handlers import OpCall
 from ngplus.capture.sample_index import drop_uncounted_rows, group_rows
-from ngplus.config import LayerwiseOptions, ModelCallSamples, PartialCapture, Samples
+from ngplus.config import FunctionFallback, LayerwiseOptions, ModelCallSamples, PartialCapture, Samples
 from ngplus.curvature.second_moment import add_stacks_, multiply_columns, scale_columns, second_moment
+from ngplus.factors.dense import Dense
 from ngplus.factors.pair import FactorPair, flatten_positions, sample_indices, sample_long_side
 from ngplus.layers import Layer, MatrixShape
 from ngplus.tuning import DEFAULT, Tuning
@@ -27,6 +29,7 @@ class Sampling:
         samples: "batch" or "rows", see `NGPlus`.
         model_calls: "separate" or "joined", see `NGPlus`.
         partial_capture: "base" or "accept", see `NGPlus`.
+        function_fallback: "vmap" or "base", see `NGPlus`.
         max_samples: most samples that a curvature step uses of each layer, or None.
         block_size: p of (18), or None.
         max_rank: most columns of U, as a fraction of the matrix's side, for which the sum of rank-one products is
@@ -38,6 +41,7 @@ class Sampling:
     model_calls: ModelCallSamples
     partial_capture: PartialCapture
     max_samples: int | None
+    function_fallback: FunctionFallback = "base"
     block_size: int | None = None
     max_rank: float = 0.0
     sketch_size: int | None = None
@@ -137,6 +141,11 @@ class Accumulator:
         self._generator = generator
         self._tuning = tuning
 
+    @property
+    def reads_any_function(self) -> bool:
+        """Whether calls without a handler are differentiated again."""
+        return self.sampling.function_fallback == "vmap"
+
     def check(self, call: OpCall) -> None:
         """Refuse a use that has no statistic.
 
@@ -185,7 +194,7 @@ class Accumulator:
         statistic.samples += count
         statistic.used += used
         if used:
-            self._add_used_(statistic, [FactorPair(p.rows.slice(0, used), p.columns.slice(0, used)) for p in pairs])
+            self._add_used_(statistic, _join_single_positions([_slice(pair, used) for pair in pairs]))
 
     def _count_used(self, statistic: Statistic, samples: int) -> int:
         """How many of ``samples`` more are to be used."""
@@ -193,6 +202,9 @@ class Accumulator:
         return samples if limit is None else max(0, min(samples, limit - statistic.used))
 
     def _add_used_(self, statistic: Statistic, pairs: list[FactorPair]) -> None:
+        if any(pair.group is not None for pair in pairs):
+            self._add_groups_(statistic, pairs)
+            return
         shape = statistic.shape
         rank_one = len(pairs) == 1 and pairs[0].rows.positions == 1
         if rank_one and shape.groups == 1 and not statistic.moments:
@@ -204,6 +216,57 @@ class Accumulator:
         if not rank_one and (size := self.sampling.sketch_size) is not None and size < shape.long:
             pairs = [sample_long_side(shape, p, sample_indices(shape.long, size, self._generator)) for p in pairs]
         statistic.add_(second_moment(shape, pairs, self._tuning))
+
+
+    def _add_groups_(self, statistic: Statistic, pairs: list[FactorPair]) -> None:
+        """Add what single ones of the layer's matrices were multiplied by, each to its own sum."""
+        shape = statistic.shape
+        groups: dict[int, list[FactorPair]] = {}
+        for pair in pairs:
+            if pair.group is None:
+                raise UnsupportedCall("is used as a whole and by single matrices of it, on the same samples")
+            groups.setdefault(pair.group, []).append(pair._replace(group=None))
+        if not statistic.moments:
+            device, dtype = pairs[0].rows.device, pairs[0].rows.dtype
+            statistic.moments = [torch.zeros(size, dtype=dtype, device=device) for size in shape.stack_shapes]
+        for number, together in groups.items():
+            alone = Statistic(replace(shape, groups=1))
+            self._add_used_(alone, together)
+            alone.densify_()
+            for total, part in zip(statistic.moments, alone.moments, strict=True):
+                total[number * len(part) : (number + 1) * len(part)] += part
+
+
+def _slice(pair: FactorPair, stop: int) -> FactorPair:
+    """The samples up to ``stop``."""
+    return pair._replace(rows=pair.rows.slice(0, stop), columns=pair.columns.slice(0, stop))
+
+
+def _join_single_positions(pairs: list[FactorPair]) -> list[FactorPair]:
+    """Uses of one position each, as those of a recurrent layer's steps, as one use of many: products of all at once."""
+
+    if len(pairs) < 2:
+        return pairs
+    alike: dict[Any, list[FactorPair]] = {}
+    for pair in pairs:
+        rows, columns, group = pair
+        if isinstance(rows, Dense) and isinstance(columns, Dense) and rows.positions == 1:
+            shapes = rows.entries.shape, columns.entries.shape
+            alike.setdefault((*shapes, rows.first_row, rows.full_size, columns.appended, group), []).append(pair)
+        else:
+            alike[id(pair)] = [pair]
+    return [_join(together) for together in alike.values()]
+
+
+def _join(pairs: Sequence[FactorPair]) -> FactorPair:
+    """Pairs of dense factors of equal sizes as one."""
+    if len(pairs) == 1:
+        return pairs[0]
+    rows, columns = (
+        replace(factors[0], entries=torch.cat([factor.entries for factor in factors], dim=3))
+        for factors in ([pair.rows for pair in pairs], [pair.columns for pair in pairs])
+    )
+    return pairs[0]._replace(rows=rows, columns=columns)
 
 
 def is_zero(tensor: Tensor) -> bool:

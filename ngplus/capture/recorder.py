@@ -2,7 +2,8 @@
 
 While armed, a function mode is on inside the calls of the model (or of one of its layers, where layers are called one
 by one). It gets every function call that takes a layer's weight, whoever makes it: the layer itself, a subclass that
-wraps more around it, attention, or a functional use of another module's weight. The call's output gets a tensor hook;
+wraps more around it, attention, or a functional use of another module's weight. Where a handler reads the call, the
+factors come from what goes in and out; any other function is differentiated again. The call's output gets a tensor hook;
 when its gradient comes back, the sample's factors are summed at once and nothing is kept. Tensor hooks survive in-place
 activations, and a forward pass whose backward never comes leaves nothing behind, since everything hangs on its graph.
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 import random
 import threading
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,9 +28,13 @@ from ngplus._torch_internals import accumulates, backward_pass_number, is_curren
 from ngplus.capture.accumulator import Accumulator, Sampling, Statistic, is_zero
 from ngplus.capture.compared_entries import ComparedEntries, choose_bias_entries, sample_entries
 from ngplus.capture.completeness import Comparison, read_values
+from ngplus.capture.contractions import NoSampleGradient, UnsupportedCall
+from ngplus.capture.expressions import CONSTANTS, Expressions, Source
+from ngplus.capture.function_gradients import parse_function
 from ngplus.capture.function_mode import CaptureMode, FunctionCall, owner_of
 from ngplus.capture.model_calls import ModelCalls
-from ngplus.capture.op_handlers import UnsupportedCall, find_weight, parse_call
+from ngplus.capture.op_handlers import OpCall, find_weights, parse_call
+from ngplus.capture.row_origins import RowOrigins
 from ngplus.capture.sample_index import SampleIndex
 from ngplus.capture.weight_use import CapturedPair, LayerRecord, WeightHook, WeightUse, record_versions
 from ngplus.curvature.all_reduce import world_size
@@ -109,6 +114,8 @@ class Recorder:
         self._input_shapes: dict[Layer, torch.Size] = {}
         self._outermost = _OutermostCall()
         self._model_calls = ModelCalls(sampling.model_calls == "joined")
+        self._expressions = Expressions()
+        self._origins: RowOrigins | None = None
         self._handles: list[RemovableHandle] = []
         self._weight_hooks: list[WeightHook] = []
         self._hooked: set[tuple[Layer, int]] = set()
@@ -133,6 +140,9 @@ class Recorder:
         for layer in self._layers.values():
             if layer.bias is not None:
                 self._biases.setdefault(id(layer.bias), []).append(layer)
+        self._expressions = Expressions(self._model.parameters(), self._model.buffers())
+        awaited = (self._layers[each] for each in self._awaited)
+        self._origins = RowOrigins() if any(layer.bare for layer in awaited) else None
         self._flattening = {id(modules.get(layer.module)): layer for layer in self._layers.values() if layer.flattens}
         self._forget()
         self._model_calls.follow(modules.values())
@@ -174,12 +184,19 @@ class Recorder:
         self._unsupported = {}
         self._input_shapes = {}
         self._model_calls.clear()
+        self._forget_call()
         _remove(self._weight_hooks)
         self._hooked = set()
         outermost = self._outermost
         if outermost.mode is not None and is_current_mode(outermost.mode):
             outermost.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         outermost.module = outermost.mode = None
+
+    def _forget_call(self) -> None:
+        """Forget what is known of tensors that the model's call has made."""
+        self._expressions.clear()
+        if self._origins is not None:
+            self._origins.clear()
 
     # Forward: calls of the model, and function calls in them ------------------------------------------------------
 
@@ -197,7 +214,8 @@ class Recorder:
             and torch.is_grad_enabled()
             and not is_transformed()
         ):
-            mode = CaptureMode(partial(_record_call, weakref.ref(self)))
+            alive = weakref.ref(self)
+            mode = CaptureMode(partial(_record_call, alive), partial(_awaits, alive))
             outermost.module, outermost.depth, outermost.mode = module, 1, mode
             self._model_calls.begin()
             mode.__enter__()  # type: ignore[no-untyped-call]
@@ -211,53 +229,99 @@ class Recorder:
             outermost.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             outermost.module = outermost.mode = None
             self._model_calls.end()
+            self._forget_call()
+
+    def awaits(self, arguments: Iterable[Any]) -> bool:
+        """Whether the gradient of any of a call's arguments is awaited."""
+        return torch.is_grad_enabled() and any(
+            id(each) in self._awaited and each.requires_grad for each in arguments if isinstance(each, nn.Parameter)
+        )
 
     def record_call(self, call: FunctionCall) -> None:
         """Record the uses of weights in a function call that the forward pass made."""
-        weight = find_weight(call)
+        weights = find_weights(call)
+        sources: dict[tuple[int, int], Source] = {}
+        reasons: dict[Layer, str] = {}
+        arguments, free, viewed = 0, True, False
         for argument in call.tensors():
             self._model_calls.trace(argument)
-            owner = id(owner_of(argument))
+            arguments += 1
+            tensor = owner_of(argument)
+            owner = id(tensor)
+            free = free and self._expressions.is_free(argument, tensor)
             layer, biased = self._layers.get(owner), self._biases.get(owner, ())
             if layer is not None and not (owner in self._awaited and layer.weight.requires_grad):
                 layer = None
-            if not (layer or biased) or not call.passes_gradient_to(argument):
+            if not (layer or biased):
+                if (known := self._expressions.find(argument)) is not None:
+                    sources.update(known.sources)
                 continue
+            used = call.passes_gradient_to(argument)
             if layer is None:
-                self._record_bias(biased, call, weight)
+                self._find_apart(biased, call, weights, used, sources, reasons)
                 continue
             try:
-                self._record_use(layer, call, argument, weight)
-            except UnsupportedCall as reason:
+                if used:
+                    self._record_use(layer, call, argument, weights)
+                    continue
+            except NoSampleGradient as reason:
                 self._record(layer).unsupported = str(reason)
+                continue
+            except UnsupportedCall as reason:
+                reasons[layer] = str(reason)
+            source = Source(layer, layer.weight)
+            sources[source.key] = source
+            viewed = viewed or (not used and isinstance(call.output, Tensor) and call.output._base is tensor)
+        if not self._accumulator.reads_any_function:
+            for layer, reason in reasons.items():
+                self._record(layer).unsupported = reason
+        elif viewed or (free and (arguments or call.function in CONSTANTS)):
+            self._expressions.follow(call, sources)
+        else:
+            self._expressions.drop(call)
+            if sources:
+                self._record_function(call, sources, reasons)
+        if self._origins is not None:
+            self._origins.follow(call)
 
-    def _record_bias(self, layers: Sequence[Layer], call: FunctionCall, weight: Any) -> None:
-        """Record a bias that a call takes: a column of its layer's matrix only where the weight goes in with it.
+    def _find_apart(
+        self,
+        layers: Sequence[Layer],
+        call: FunctionCall,
+        weights: Sequence[Any],
+        used: bool,
+        sources: dict[tuple[int, int], Source],
+        reasons: dict[Layer, str],
+    ) -> None:
+        """Find the layers of a bias that a call takes without their weight, with which it is a column of the matrix.
 
         What ``torch.cat`` joins may be cut apart again for calls that take both.
         """
-        taken_with = self._layers.get(id(owner_of(weight))) if isinstance(weight, Tensor) else None
-        if taken_with in layers or call.function is torch.cat:
+        together = [self._layers.get(id(owner_of(each))) for each in weights if isinstance(each, Tensor)]
+        if any(layer in together for layer in layers) or call.function is torch.cat:
             return
         for layer in layers:
-            if id(layer.weight) in self._awaited:
-                self._record(layer).unsupported = f"is used apart from its bias, which {call.name} takes"
+            if id(layer.weight) in self._awaited and layer.trained_bias is not None:
+                source = Source(layer, layer.trained_bias)
+                sources[source.key] = source
+                if used:
+                    reasons.setdefault(layer, f"is used apart from its bias, which {call.name} takes")
 
-    def _record_use(self, layer: Layer, call: FunctionCall, argument: Tensor, weight: Any) -> None:
+    def _record_use(self, layer: Layer, call: FunctionCall, argument: Tensor, weights: Sequence[Any]) -> None:
         """Await the gradient of the output of a call that uses a layer's weight.
 
         Args:
             layer: whose weight it is.
             call: the call.
             argument: the tensor among its arguments that is the weight, or a view of it.
-            weight: what the call takes as weight, see `find_weight`.
+            weights: what the call may take as weight, see `find_weights`.
 
         Raises:
             UnsupportedCall: of which the factors are not known.
         """
         if is_transformed():
             raise UnsupportedCall("is used inside a transform of torch.func")
-        if argument is not weight:
+        if not any(argument is each for each in weights):
             raise UnsupportedCall(f"is used by {call.name}")
         if any(each.is_nested and each.layout != torch.jagged for each in call.tensors()):
             raise UnsupportedCall("is used on a nested tensor whose layout is not torch.jagged")
@@ -266,17 +330,69 @@ class Recorder:
         except _UNREADABLE as error:
             raise UnsupportedCall(f"is used by {call.name} in a way that is not known ({error})") from error
         self._accumulator.check(op_call)
+        batch_dim, size = layer.batch_dim, _size(call.output, layer.batch_dim)
+        if call.time_major is not None:
+            batch_dim, size = 1, call.time_major.batch
+        self._await_use(layer, call, op_call, op_call.source, batch_dim, size, call.output.dtype)
+
+    def _record_function(
+        self, call: FunctionCall, sources: Mapping[tuple[int, int], Source], reasons: Mapping[Layer, str]
+    ) -> None:
+        """Await the gradient of the output of a call that no handler reads, for every layer that it carries one to."""
+        outputs = [call.output] if isinstance(call.output, Tensor) else []
+        if not (is_transformed() or any(each.requires_grad for each in outputs)) and not reasons:
+            return
+        for layer in {source.layer: None for source in sources.values()}:
+            own = [source for source in sources.values() if source.layer is layer]
+            try:
+                if is_transformed():
+                    raise UnsupportedCall("is used inside a transform of torch.func")
+                if any(each.is_nested for each in call.tensors()):
+                    raise UnsupportedCall(reasons.get(layer, f"is used by {call.name} on a nested tensor"))
+                again = parse_function(call, own, self._expressions)
+                batch = again.batch
+                self._await_use(layer, call, again.op_call, again.source, batch.dim, batch.size, again.dtype)
+            except UnsupportedCall as reason:
+                self._record(layer).unsupported = reasons.get(layer, str(reason))
+
+    def _await_use(
+        self,
+        layer: Layer,
+        call: FunctionCall,
+        op_call: OpCall,
+        source: Tensor,
+        batch_dim: int,
+        size: int,
+        dtype: torch.dtype,
+    ) -> None:
+        """Await the gradient of a call's output.
+
+        Args:
+            layer: whose weight it is.
+            call: the call.
+            op_call: as it was parsed.
+            source: what the samples are a dimension of.
+            batch_dim: that dimension.
+            size: of it.
+            dtype: that the call was computed in.
+        """
+        index = None if call.time_major and layer.knows_samples else self.sample_index
+        origin = None if self._origins is None or not layer.bare else self._origins.find(source)
+        named = index is not None and index.index_of(layer.module) is not None
+        if origin is not None and not named and batch_dim == 0 and self._sampling.samples == "batch":
+            rows, size = origin.find_samples(min(layer.batch_dim, len(origin.leading) - 1))
+            index = SampleIndex({"*": rows}, count=size)
         self._await_gradient(
             layer,
             call,
             WeightUse(
                 call=op_call,
                 output_shape=call.output.shape,
-                dtype=call.output.dtype,
+                dtype=dtype,
                 accumulator=torch.autograd.graph.get_gradient_edge(layer.weight).node,
-                sample_index=None if call.attention and layer.of_attention else self.sample_index,
-                batch_dim=1 if call.attention else layer.batch_dim,
-                size=_size(call.output, 1 if call.attention else layer.batch_dim),
+                sample_index=index,
+                batch_dim=batch_dim,
+                size=size,
                 model_call=self._model_calls.current,
                 versions=record_versions(call),
             ),
@@ -372,18 +488,26 @@ class Recorder:
             raise UnsupportedCall("had its input overwritten in place between forward and backward")
         with torch.no_grad(), without_autocast([gradient.device.type]):
             index, source = use.sample_index, use.call.source
-            if source.is_nested:
+            if isinstance(source, Tensor) and source.is_nested:
                 if index is None and self._sampling.samples == "batch":
                     index = SampleIndex.of_jagged(source)
-                pair = use.call.factors(source.values(), gradient.values())
+                pairs = use.call.pairs(source.values(), gradient.values())
             else:
-                pair = use.call.factors(source, gradient.reshape(use.output_shape))
-            for comparison in record.comparisons():
-                comparison.add_use(pair, use.dtype)
-            rows = None if index is None else index.index_of(record.layer.module)
-            if index is not None and rows is not None:
-                pair = self._accumulator.regroup(pair, rows, use.batch_dim, index.samples, record.layer.name)
-            record.captured.append(CapturedPair(use, pair))
+                pairs = use.call.pairs(source, gradient.reshape(use.output_shape))
+            numbers = None if index is None else index.index_of(record.layer.module)
+            for pair, rows in pairs:
+                record.compare_use(pair, use.dtype, self._tuning.curvature_chunk(gradient.device))
+                if index is not None and numbers is not None:
+                    pair = self._regroup(record.layer, use, pair, index, numbers if rows is None else numbers[rows])
+                record.captured.append(CapturedPair(use, pair, pair.group is not None and numbers is None))
+
+    def _regroup(
+        self, layer: Layer, use: WeightUse, pair: FactorPair, index: SampleIndex, numbers: Tensor
+    ) -> FactorPair:
+        """A pair with its rows assigned to the samples that an index names."""
+        if not use.call.is_read and numbers.dim() > 1:  # differentiated element by element of the batch
+            numbers = numbers.movedim(min(use.batch_dim, numbers.dim() - 1), 0).flatten(1).amax(1)
+        return self._accumulator.regroup(pair, numbers, use.batch_dim, index.samples, layer.name)
 
     def _samples_of(self, use: WeightUse) -> int:
         """A number that uses share which are by the same samples; those of other sizes may have it too."""
@@ -411,8 +535,8 @@ class Recorder:
             return
         together: dict[tuple[int, int], list[FactorPair]] = {}
         for number, each in enumerate(captured):
-            rows = self._sampling.samples == "rows"
-            key = (number, 0) if rows else (each.pair.rows.samples, self._samples_of(each.use))
+            apart = self._sampling.samples == "rows" or each.is_apart
+            key = (number, 0) if apart else (each.pair.rows.samples, self._samples_of(each.use))
             together.setdefault(key, []).append(each.pair)
         try:
             with torch.no_grad(), without_autocast([record.layer.weight.device.type]):
@@ -469,6 +593,10 @@ def _record_call(recorder: weakref.ref[Recorder], call: FunctionCall) -> None:
     if (alive := recorder()) is not None and alive.armed:
         with alive._stopwatch.measure("curvature"):
             alive.record_call(call)
+
+
+def _awaits(recorder: weakref.ref[Recorder], arguments: Iterable[Any]) -> bool:
+    return (alive := recorder()) is not None and alive.armed and alive.awaits(arguments)
 
 
 def _receive_gradient(recorder: weakref.ref[Recorder], use: WeightUse, gradient: Tensor) -> None:

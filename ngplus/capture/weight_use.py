@@ -15,6 +15,7 @@ from ngplus.capture.completeness import Comparison
 from ngplus.capture.function_mode import FunctionCall, owner_of
 from ngplus.capture.op_handlers import OpCall
 from ngplus.capture.sample_index import SampleIndex
+from ngplus.factors.formed import Formed
 from ngplus.factors.pair import FactorPair
 from ngplus.layers import Layer
 
@@ -80,10 +81,13 @@ class CapturedPair:
     Attributes:
         use: the use.
         pair: its factors.
+        is_apart: whether its rows are samples of their own, whatever others there are: those that one of several
+            matrices was multiplied by.
     """
 
     use: WeightUse
     pair: FactorPair
+    is_apart: bool = False
 
 
 @dataclass(eq=False, slots=True)
@@ -119,6 +123,31 @@ class LayerRecord:
     def comparisons(self) -> list[Comparison]:
         """Those that there are."""
         return [each for each in (self.comparison, self.bias_comparison) if each is not None]
+
+    def compare_use(self, pair: FactorPair, dtype: torch.dtype, limit: int) -> None:
+        """Add a captured use to the comparisons.
+
+        Args:
+            pair: its factors, of all of its samples.
+            dtype: that it was computed in.
+            limit: elements of gradients that are formed at a time.
+        """
+        comparisons = self.comparisons()
+        if not isinstance(pair.rows, Formed):
+            for comparison in comparisons:
+                comparison.add_use(pair, dtype)
+        elif comparisons:
+            total, squares = pair.rows.add_up(limit)
+            weight = self.layer.weight
+            columns = self.layer.matrix[2]
+            for comparison in comparisons:
+                if comparison is self.comparison:
+                    part = total[..., :columns].reshape(weight.shape)
+                else:
+                    assert self.layer.bias is not None
+                    part = total.new_zeros(self.layer.bias.shape)
+                    part[self.layer.bias_slice] = total[..., -1].flatten()
+                comparison.add_sum(part, squares, dtype)
 
     def discard(self) -> None:
         """Forget what came back, but not the uses whose gradients may still come."""

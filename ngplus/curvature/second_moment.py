@@ -13,6 +13,8 @@ scaled         Σ (‖a‖ s)(‖a‖ s)ᵀ                     2p²            
 through Gram   S (AᵀA) Sᵀ                             gram + 2κ²p + 2κp²       κ small
 direct         (S Aᵀ)(S Aᵀ)ᵀ                          2κpq + 2p²q              κ large
 =============  =====================================  =======================  ==================
+
+Gradients that come whole (`Formed`) go the direct way, and are not multiplied by the identity that is their other factor.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from torch import Tensor
 from ngplus.devices import reads_without_sync
 from ngplus.factors.dense import Dense
 from ngplus.factors.factor import Factor
+from ngplus.factors.formed import Identity
 from ngplus.factors.im2col import round_to_rows
 from ngplus.factors.pair import FactorPair, orient
 from ngplus.factors.products import concatenate, gram
@@ -48,6 +51,8 @@ def cheapest_way(shape: MatrixShape, short: Sequence[Factor], long: Sequence[Fac
     Returns:
         The way.
     """
+    if any(isinstance(factor, Identity) for factor in (*short, *long)):
+        return "direct"
     kappa, p, q = sum(f.positions for f in short), shape.short, long[0].size
     if kappa == 1:
         return "scaled"
@@ -202,12 +207,25 @@ def form_gradients(left: Sequence[Factor], right: Sequence[Factor], groups: int,
     """
     samples, rows, columns = left[0].samples, left[0].size, right[0].size
     elements = max(1, samples * groups * (rows + columns))
+    products, whole = [], []
+    for pair in zip(left, right, strict=True):
+        if any(isinstance(factor, Identity) for factor in pair):
+            whole.append(_form_whole(*pair))
+        else:
+            products.append(pair)
+    if not products:
+        return sum(whole[1:], start=whole[0])
     gradients = torch.empty(samples * groups, rows, columns, dtype=left[0].dtype, device=left[0].device)
-    chunks = _split_positions(left, right, limit // elements)
+    chunks = _split_positions(*map(list, zip(*products, strict=True)), limit // elements)
     for number, together in enumerate(chunks):
         outputs, inputs = (concatenate(factors).flatten(0, 1) for factors in zip(*together, strict=True))
         gradients.baddbmm_(outputs, inputs.mT, beta=min(number, 1))
-    return gradients.view(samples, groups, rows, columns)
+    return sum(whole, start=gradients.view(samples, groups, rows, columns))
+
+
+def _form_whole(left: Factor, right: Factor) -> Tensor:
+    """The gradients of a pair of which one factor is the identity."""
+    return left.dense() if isinstance(right, Identity) else right.dense().mT
 
 
 def _split_positions(
