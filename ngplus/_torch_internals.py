@@ -66,11 +66,11 @@ def is_transformed() -> bool:
 @contextmanager
 def quiet_vmap() -> Iterator[None]:
     """Without vmap's warning of functions that it calls one element at a time."""
-    torch._C._functorch._set_vmap_fallback_warning_enabled(False)
+    torch._C._functorch._set_vmap_fallback_warning_enabled(False)  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        torch._C._functorch._set_vmap_fallback_warning_enabled(True)
+        torch._C._functorch._set_vmap_fallback_warning_enabled(True)  # type: ignore[attr-defined]
 
 
 def is_current_mode(mode: TorchFunctionMode) -> bool:
@@ -97,6 +97,10 @@ def undispatched(function: Any) -> Callable[..., Any]:
     So the mode sees the functions that it calls, as the projections of attention.
     """
     return with_globals(function, {"has_torch_function": lambda _: False})
+
+
+grouped_mm: Any = getattr(torch, "_grouped_mm", None)
+"""What `torch.nn.functional.grouped_mm` calls, which a function mode sees in its place; None before torch 2.8."""
 
 
 def frames() -> Iterator[types.FrameType]:
@@ -140,6 +144,7 @@ __all__ = [
     "accumulates",
     "backward_pass_number",
     "frames",
+    "grouped_mm",
     "is_autocast_enabled",
     "is_current_mode",
     "is_in_fullgraph",

@@ -1,8 +1,8 @@
 """How a layer becomes a matrix: which parameters form it.
 
 A layer's matrix is m × n = out × (in / groups · kernel), one for each group of a convolution, with the bias as
-one more column. For an embedding it is table rows × dimensions, for a transposed convolution, which stores its weight the
-other way around, in / groups × (out / groups · kernel), for a bilinear layer out × (in₁ · in₂).
+one more column. For an embedding it is table rows × dimensions, for a transposed convolution, which stores its weight
+the other way around, in / groups × (out / groups · kernel), for a bilinear layer out × (in₁ · in₂).
 
 A bare parameter is a matrix too, whoever uses it. Dimensions of size one do not count. One of two others is m × n, one
 of three is a batch of matrices, as `torch.bmm` takes it, and one of more is first × rest. Where only one dimension is
@@ -111,7 +111,7 @@ class Layer:
         bias_start: where this layer's bias begins in ``bias`` (attention packs three into one).
         groups: of a convolution, else 1.
         batch_dim: the sample dimension of a linear layer's input.
-        knows_samples: whether it is a part of an `nn.MultiheadAttention` or a recurrent layer, which know their samples.
+        knows_samples: whether it is a part of an `nn.MultiheadAttention` or of a recurrent layer, which know theirs.
         row_sparse: whether a gradient may have many rows of zeros: that of an embedding, or of an unknown module.
         flattens: whether its module multiplies (rows, features), whatever the shape of its input.
         bare: whether its weight is a parameter that no supported module has as its weight.
@@ -181,9 +181,7 @@ class Layer:
         return slice(self.bias_start, self.bias_start + self.weight.shape[0])
 
 
-def find_layers(
-    model: nn.Module, batch_dim: int | Mapping[str, int] = 0, *, every_matrix: bool = False
-) -> list[Layer]:
+def find_layers(model: nn.Module, batch_dim: int | Mapping[str, int] = 0, *, every_matrix: bool = False) -> list[Layer]:
     """Find the layers of a model that NG+ can precondition, each weight once however many modules share it.
 
     A complex weight, or one without entries, is no layer. A bias that modules of different weights share is no column
@@ -274,10 +272,7 @@ def find_unsupported_modules(model: nn.Module, covered: Iterable[Layer]) -> list
         for prefix, module in model.named_modules()
         if not isinstance(module, VECTORS)
         and any(
-            not _is_vector(parameter)
-            and parameter.numel()
-            and parameter.requires_grad
-            and id(parameter) not in known
+            not _is_vector(parameter) and parameter.numel() and parameter.requires_grad and id(parameter) not in known
             for parameter in module._parameters.values()
             if parameter is not None
         )

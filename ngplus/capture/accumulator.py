@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ngplus.capture.loss_reduction import Reduction
 from ngplus.capture.contractions import UnsupportedCall
+from ngplus.capture.loss_reduction import Reduction
 from ngplus.capture.op_handlers import OpCall
 from ngplus.capture.sample_index import drop_uncounted_rows, group_rows
 from ngplus.config import FunctionFallback, LayerwiseOptions, ModelCallSamples, PartialCapture, Samples
@@ -217,7 +217,6 @@ class Accumulator:
             pairs = [sample_long_side(shape, p, sample_indices(shape.long, size, self._generator)) for p in pairs]
         statistic.add_(second_moment(shape, pairs, self._tuning))
 
-
     def _add_groups_(self, statistic: Statistic, pairs: list[FactorPair]) -> None:
         """Add what single ones of the layer's matrices were multiplied by, each to its own sum."""
         shape = statistic.shape
@@ -244,29 +243,29 @@ def _slice(pair: FactorPair, stop: int) -> FactorPair:
 
 def _join_single_positions(pairs: list[FactorPair]) -> list[FactorPair]:
     """Uses of one position each, as those of a recurrent layer's steps, as one use of many: products of all at once."""
-
     if len(pairs) < 2:
         return pairs
-    alike: dict[Any, list[FactorPair]] = {}
+    alike: dict[Any, list[tuple[Dense, Dense, FactorPair]]] = {}
+    joined = []
     for pair in pairs:
         rows, columns, group = pair
         if isinstance(rows, Dense) and isinstance(columns, Dense) and rows.positions == 1:
             shapes = rows.entries.shape, columns.entries.shape
-            alike.setdefault((*shapes, rows.first_row, rows.full_size, columns.appended, group), []).append(pair)
+            key = *shapes, rows.first_row, rows.full_size, columns.appended, group
+            alike.setdefault(key, []).append((rows, columns, pair))
         else:
-            alike[id(pair)] = [pair]
-    return [_join(together) for together in alike.values()]
+            joined.append(pair)
+    for together in alike.values():
+        every = [_join([rows for rows, _, _ in together]), _join([columns for _, columns, _ in together])]
+        joined.append(together[0][2]._replace(rows=every[0], columns=every[1]))
+    return joined
 
 
-def _join(pairs: Sequence[FactorPair]) -> FactorPair:
-    """Pairs of dense factors of equal sizes as one."""
-    if len(pairs) == 1:
-        return pairs[0]
-    rows, columns = (
-        replace(factors[0], entries=torch.cat([factor.entries for factor in factors], dim=3))
-        for factors in ([pair.rows for pair in pairs], [pair.columns for pair in pairs])
-    )
-    return pairs[0]._replace(rows=rows, columns=columns)
+def _join(factors: Sequence[Dense]) -> Dense:
+    """Factors of equal sizes as one of all their positions."""
+    if len(factors) == 1:
+        return factors[0]
+    return replace(factors[0], entries=torch.cat([factor.entries for factor in factors], dim=3))
 
 
 def is_zero(tensor: Tensor) -> bool:

@@ -1,9 +1,9 @@
 """Products of a weight with one other tensor over any of their dimensions: `einsum`, `bmm`, `matmul`.
 
-Dimensions have labels, as in `einsum`. Of a matrix W[r, c] one label is summed over and the other is left in the output:
-the factors (8) are then the other tensor and the output's gradient. A batch of matrices W[g, r, c] has the first label in
-all three. What is left over is in the other tensor and in the output: one of these dimensions holds the samples, the rest
-are positions.
+Dimensions have labels, as in `einsum`. Of a matrix W[r, c] one label is summed over and the other is left in the
+output: the factors (8) are then the other tensor and the output's gradient. A batch of matrices W[g, r, c] has its
+first label in all. What is left over is in the other tensor and in the output: one of these dimensions holds the
+samples, the rest are positions.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class ContractionFactors:
             UnsupportedCall: where the product is no matrix product for each sample.
         """
         inside, outside = contraction.inside, contraction.outside
-        groups, (rows, columns) = _matrix_labels(layer, weight, contraction.weight)
+        groups, rows, columns = _matrix_labels(layer, weight, contraction.weight)
         transposed = rows in inside
         summed, left = (rows, columns) if transposed else (columns, rows)
         others = [label for label in inside if label not in (*groups, summed)]
@@ -135,8 +135,8 @@ class ContractionFactors:
         return ordered.unsqueeze(-1) if ordered.dim() == 3 else ordered.flatten(3)
 
 
-def _matrix_labels(layer: Layer, weight: Tensor, labels: str) -> tuple[str, str]:
-    """The labels of groups, if there are any, and of rows and columns; those that a view repeats are dropped."""
+def _matrix_labels(layer: Layer, weight: Tensor, labels: str) -> tuple[str, str, str]:
+    """The labels of groups, empty where there are none, of rows and columns; those that a view repeats are dropped."""
     repeated = [dim for dim, stride in enumerate(weight.stride()) if stride == 0]
     for dim in reversed(repeated):
         weight, labels = weight.select(dim, 0), labels[:dim] + labels[dim + 1 :]
@@ -151,7 +151,7 @@ def _matrix_labels(layer: Layer, weight: Tensor, labels: str) -> tuple[str, str]
                 weight.storage_offset(),
             ):
                 in_order = "".join(labels[order.index(dim)] for dim in range(stored.dim()))
-                return in_order[:-2], in_order[-2:]
+                return in_order[:-2], in_order[-2], in_order[-1]
     raise UnsupportedCall("is used in a product through a view that is not all of its matrices")
 
 
@@ -159,8 +159,7 @@ def _sizes_agree(contraction: Contraction, weight: Tensor) -> bool:
     """Whether no dimension is repeated by broadcasting."""
     sizes = dict(zip(contraction.weight, weight.shape, strict=True))
     return all(
-        sizes.get(label, size) == size
-        for label, size in zip(contraction.inside, contraction.other.shape, strict=True)
+        sizes.get(label, size) == size for label, size in zip(contraction.inside, contraction.other.shape, strict=True)
     )
 
 

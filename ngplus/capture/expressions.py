@@ -1,4 +1,4 @@
-"""What the model computes of its weights alone, before samples come in: `weight_norm`, a transpose, a table of positions.
+"""What the model computes of its weights alone, before samples come in: `weight_norm`, a transpose, positions.
 
 A tensor is free of samples where all that it is made of is: parameters, buffers, constants. The calls that lead from
 weights to it are kept for as long as the model's call runs, so that a function of it is a function of the weights.
@@ -65,25 +65,30 @@ class Expressions:
     """The tensors free of samples that the running call of the model has made.
 
     Args:
-        parameters: of the model.
-        buffers: of the model.
+        modules: of the model.
+
+    Attributes:
+        static: ids of their parameters and buffers.
+        known: the tensors, by id.
     """
 
-    def __init__(self, parameters: Iterable[Tensor] = (), buffers: Iterable[Tensor] = ()) -> None:
-        self._static = frozenset(map(id, (*parameters, *buffers)))
-        self._known: dict[int, Expression] = {}
+    def __init__(self, modules: Iterable[nn.Module] = ()) -> None:
+        self.static: set[int] = set()
+        for module in modules:
+            self.static.update(map(id, module._parameters.values()), map(id, module._buffers.values()))
+        self.known: dict[int, Expression] = {}
 
     def clear(self) -> None:
         """Forget the tensors."""
-        self._known = {}
+        self.known = {}
 
     def find(self, tensor: Tensor) -> Expression | None:
         """What is known of a tensor that is free of samples and no parameter."""
-        return self._known.get(id(tensor)) if self._known else None
+        return self.known.get(id(tensor))
 
     def is_free(self, tensor: Tensor, owner: Tensor) -> bool:
         """Whether a tensor, or what it is a view of, is free of samples."""
-        return id(owner) in self._static or (bool(self._known) and (id(tensor) in self._known or id(owner) in self._known))
+        return id(owner) in self.static or id(tensor) in self.known or id(owner) in self.known
 
     def follow(self, call: FunctionCall, sources: Sources) -> None:
         """Note what a call returns whose arguments are all free of samples.
@@ -97,19 +102,19 @@ class Expressions:
         for place, value in enumerate(outputs_of(call)):
             if id(value) in arguments:  # changed, or as it was: ``float`` of what is float32
                 if in_place:
-                    known = self._known.get(id(value))
+                    known = self.known.get(id(value))
                     carried = {**(known.sources if known is not None else {}), **sources}
-                    self._known[id(value)] = Expression(value, None, 0, carried, changed=bool(carried))
+                    self.known[id(value)] = Expression(value, None, 0, carried, changed=bool(carried))
             elif sources and not (value.requires_grad or owner_of(value).requires_grad):
-                self._known[id(value)] = Expression(value, None, 0, {})
+                self.known[id(value)] = Expression(value, None, 0, {})
             else:
-                self._known[id(value)] = Expression(value, call if sources else None, place, sources)
+                self.known[id(value)] = Expression(value, call if sources else None, place, sources)
 
     def drop(self, call: FunctionCall) -> None:
         """Forget a tensor that a call with samples has changed in place."""
-        if self._known and changes_in_place(call):
+        if self.known and changes_in_place(call):
             for changed in (call.args[0], owner_of(call.args[0])):
-                self._known.pop(id(changed), None)
+                self.known.pop(id(changed), None)
 
 
 def changes_in_place(call: FunctionCall) -> bool:
@@ -133,14 +138,15 @@ def outputs_of(call: FunctionCall) -> Iterator[Tensor]:
 
 def _multiply_bilinear(one: Tensor, other: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x₁ᵀ W x₂ + b for each row of W."""
-    product = torch.einsum("...i,oij,...j->...o", one, weight, other)
+    product: Tensor = torch.einsum("...i,oij,...j->...o", one, weight, other)
     return product if bias is None else product + bias
 
 
 def _normalize_weight(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """g v / ‖v‖, with the norm over all dimensions but one, or over all for −1."""
+    """G v / ‖v‖, with the norm over all dimensions but one, or over all for −1."""
     dims = [each for each in range(v.dim()) if each != dim]
-    return v * (g / torch.linalg.vector_norm(v, dim=dims, keepdim=True))
+    norms: Tensor = torch.linalg.vector_norm(v, dim=dims, keepdim=True)
+    return v * (g / norms)
 
 
 _REWRITTEN: Mapping[Any, Callable[..., Any]] = {
@@ -207,7 +213,9 @@ class Program:
         self.inputs = [leaf for leaf, each in zip(leaves, self._is_input, strict=True) if each]
         self.shared = [leaf for leaf, each in zip(leaves, self._is_shared, strict=True) if each]
         every = (*outputs_of(call), *self.inputs, *self.shared, *(each.value for each in self._expressions.values()))
-        self.dtype = min((each.dtype for each in every if each.is_floating_point()), key=lambda each: -torch.finfo(each).eps)
+        self.dtype = min(
+            (each.dtype for each in every if each.is_floating_point()), key=lambda each: -torch.finfo(each).eps
+        )
         self._leaves = [
             None if is_input else leaf.detach() if isinstance(leaf, Tensor) and not shared else leaf
             for leaf, is_input, shared in zip(leaves, self._is_input, self._is_shared, strict=True)
@@ -274,7 +282,13 @@ class Program:
         """
         inputs, shared = iter(inputs), iter(shared)
         leaves = [
-            next(inputs) if is_input else next(shared) if is_shared else convert(leaf) if isinstance(leaf, Tensor) else leaf
+            next(inputs)
+            if is_input
+            else next(shared)
+            if is_shared
+            else convert(leaf)
+            if isinstance(leaf, Tensor)
+            else leaf
             for leaf, is_input, is_shared in zip(self._leaves, self._is_input, self._is_shared, strict=True)
         ]
         args, kwargs = pytree.tree_unflatten(leaves, self._structure)

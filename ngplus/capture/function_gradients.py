@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,7 +63,8 @@ class DifferentiatedCall:
     @property
     def source(self) -> Tensor:
         """The first input that has the samples."""
-        return next(each for each, it in zip(self.op_call.source, self.batch.inputs, strict=True) if it)
+        inputs: list[Tensor] = self.op_call.source
+        return next(each for each, it in zip(inputs, self.batch.inputs, strict=True) if it)
 
 
 def parse_function(call: FunctionCall, sources: Sequence[Source], expressions: Expressions) -> DifferentiatedCall:
@@ -200,16 +202,15 @@ class FunctionGradients:
 
             def run(*values: Tensor) -> Tensor:
                 by_id = {id(source.parameter): each for source, each in zip(self.sources, values, strict=True)}
+                made = self.program.evaluate_shared(by_id, self._convert)
                 shared = [
-                    self._convert(each.index_select(batch.dim, at) if it else each)
-                    for each, it in zip(
-                        self.program.evaluate_shared(by_id, self._convert), batch.shared, strict=True
-                    )
+                    self._convert(tensor.index_select(batch.dim, at) if split else tensor)
+                    for tensor, split in zip(made, batch.shared, strict=True)
                 ]
                 output: Tensor = self._convert(self.program.run(every, shared, self._convert))
                 return output
 
-            _, pull = torch.func.vjp(run, *parameters)
+            pull: Any = torch.func.vjp(run, *parameters)[1]
             gradients: tuple[Tensor, ...] = pull(gradient.movedim(0, batch.dim))
             return gradients
 

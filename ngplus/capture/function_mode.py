@@ -18,7 +18,9 @@ from ngplus.capture.recurrent import RECURRENT_CALLS, RecurrentCall
 
 @dataclass(frozen=True)
 class TimeMajor:
-    """What is known inside of ``F.multi_head_attention_forward`` and of recurrent layers: inputs are (T, B, E) or (T·B, E).
+    """What is known inside of ``F.multi_head_attention_forward`` and of recurrent layers.
+
+    Inputs are (T, B, E) or (T·B, E).
 
     Attributes:
         batch: B.
@@ -77,6 +79,10 @@ def owner_of(tensor: Tensor) -> Tensor:
     return tensor if tensor._base is None else tensor._base
 
 
+_WITHOUT_TENSORS = (int, float, torch.Size, torch.device, torch.dtype)
+"""What calls that ask something of a tensor return: most calls of a small model do."""
+
+
 class CaptureMode(TorchFunctionMode):
     """Hands every function call that is made while it is on to ``record``.
 
@@ -104,7 +110,8 @@ class CaptureMode(TorchFunctionMode):
         if (parse := RECURRENT_CALLS.get(func)) is not None and not kwargs and self._awaits(_flatten(args)):
             return self._run_unfused(parse(*args))
         output = func(*args, **kwargs)
-        self._record(FunctionCall(func, args, kwargs, output, self._time_major))
+        if not isinstance(output, _WITHOUT_TENSORS):
+            self._record(FunctionCall(func, args, kwargs, output, self._time_major))
         return output
 
     def _run_unfused(self, call: RecurrentCall) -> Any:

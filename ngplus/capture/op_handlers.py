@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ngplus._torch_internals import grouped_mm
 from ngplus.capture.contractions import (
     CONTRACTIONS,
     Contraction,
@@ -99,11 +100,9 @@ class OpHandler:
 
 def find_weights(call: FunctionCall) -> Sequence[Any]:
     """The arguments that the called function may take as weight; none for functions without a handler."""
-    if call.function in CONTRACTIONS:
-        return list(call.tensors())
     handler = OP_HANDLERS.get(call.function)
-    if handler is None:
-        return ()
+    if handler is None or call.function in CONTRACTIONS:
+        return list(call.tensors()) if call.function in CONTRACTIONS else ()
     if handler.keyword in call.kwargs:
         return (call.kwargs[handler.keyword],)
     return (call.args[handler.position],) if len(call.args) > handler.position else ()
@@ -190,9 +189,14 @@ class _Part:
     group: int | None = None
 
 
+_WHOLE = _Part()
+
+
 def _find_part(layer: Layer, weight: Tensor) -> _Part:
     """What of a layer's weight a linear function takes."""
     whole = layer.weight
+    if weight is whole and whole.dim() == 2:
+        return _WHOLE
     if whole.dim() == 2:
         if _is_transpose(weight, whole):
             return _Part(transposed=True)
@@ -324,11 +328,8 @@ def _parse_convolution(
 def _is_whole(weight: Tensor, layer: Layer) -> bool:
     """Whether a weight is a layer's, or a view of all of it in the same order."""
     whole = layer.weight
-    return weight is whole or (
-        weight.shape == whole.shape
-        and weight.stride() == whole.stride()
-        and weight.storage_offset() == whole.storage_offset()
-    )
+    layout = weight.shape, weight.stride(), weight.storage_offset()
+    return weight is whole or layout == (whole.shape, whole.stride(), whole.storage_offset())
 
 
 def _parse_transposed_convolution(
@@ -341,7 +342,7 @@ def _parse_transposed_convolution(
     groups: int = 1,
     dilation: Any = 1,
 ) -> OpCall:
-    """Parse the adjoint of a convolution: its input is what that has as output, and multiplies patches of the gradient."""
+    """Parse the adjoint of a convolution: its input multiplies patches of the output's gradient."""
     layer, weight = given.layer, given.weight
     if not _is_whole(weight, layer) or groups != layer.matrix[0]:
         raise UnsupportedCall("is used by a transposed convolution with other groups or a part of the weight")
@@ -367,7 +368,7 @@ def _parse_transposed_convolution(
     return OpCall(layer, input, factors, transposed=True)
 
 
-def _parse_grouped_mm(given: WeightArgument, input: Tensor, *, offs: Tensor | None = None, **_: Any) -> OpCall:
+def _parse_grouped_mm(given: WeightArgument, input: Tensor, offs: Tensor | None = None, *_: Any, **__: Any) -> OpCall:
     """Parse x W, where the rows of x up to the first offset meet the first matrix, those up to the second the next."""
     layer, weight = given.layer, given.weight
     if offs is None or input.dim() != 2 or weight.dim() != 3 or layer.matrix[0] != len(weight):
@@ -380,7 +381,9 @@ def _parse_grouped_mm(given: WeightArgument, input: Tensor, *, offs: Tensor | No
 
     def parts(_: Tensor) -> list[tuple[int, slice]]:
         stops = offs.tolist()
-        return [(group, slice(start, stop)) for group, (start, stop) in enumerate(zip([0, *stops], stops, strict=False))]
+        return [
+            (group, slice(start, stop)) for group, (start, stop) in enumerate(zip([0, *stops], stops, strict=False))
+        ]
 
     def factors(source: Tensor, gradient: Tensor) -> FactorPair:
         inside, outside = (Dense(each[:, None, :, None]) for each in (source, gradient))
@@ -518,7 +521,7 @@ OP_HANDLERS: Mapping[Any, OpHandler] = {
     torch.mm: OpHandler(_parse_matmul, keyword="mat2"),
     Tensor.mm: OpHandler(_parse_matmul, keyword="mat2"),
     torch.addmm: OpHandler(_parse_addmm, position=2, keyword="mat2"),
-    **({F.grouped_mm: OpHandler(_parse_grouped_mm, keyword="mat_b")} if hasattr(F, "grouped_mm") else {}),
+    grouped_mm: OpHandler(_parse_grouped_mm, keyword="mat2"),
 }
 """The functions whose calls are parsed, besides those of `CONTRACTIONS`."""
 

@@ -3,8 +3,8 @@
 While armed, a function mode is on inside the calls of the model (or of one of its layers, where layers are called one
 by one). It gets every function call that takes a layer's weight, whoever makes it: the layer itself, a subclass that
 wraps more around it, attention, or a functional use of another module's weight. Where a handler reads the call, the
-factors come from what goes in and out; any other function is differentiated again. The call's output gets a tensor hook;
-when its gradient comes back, the sample's factors are summed at once and nothing is kept. Tensor hooks survive in-place
+factors come from what goes in and out; any other function is differentiated again. The call's output gets a hook; when
+its gradient comes back, the sample's factors are summed at once and nothing is kept. Tensor hooks survive in-place
 activations, and a forward pass whose backward never comes leaves nothing behind, since everything hangs on its graph.
 
 Nothing is registered on the model itself but hooks on its weights while their gradients are awaited, so that it can be
@@ -16,7 +16,8 @@ from __future__ import annotations
 import random
 import threading
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -75,6 +76,29 @@ class _OutermostCall(threading.local):
     mode: CaptureMode | None = None
 
 
+@dataclass(eq=False, slots=True)
+class _Unread:
+    """What no handler reads of a call.
+
+    Attributes:
+        weights: what it may take as weight, see `find_weights`.
+        sources: the parameters that it carries a gradient to.
+        reasons: why not, for the layers that it takes directly.
+        is_view: whether it returns a view of a weight.
+        biases: that it takes with their weights.
+    """
+
+    weights: Sequence[Any]
+    sources: dict[tuple[int, int], Source] = field(default_factory=dict)
+    reasons: dict[Layer, str] = field(default_factory=dict)
+    is_view: bool = False
+    biases: list[Source] = field(default_factory=list)
+
+    def add(self, source: Source) -> None:
+        """Add a parameter."""
+        self.sources[source.key] = source
+
+
 class Recorder:
     """Sums the curvature statistics of a model's layers while it is armed.
 
@@ -115,7 +139,7 @@ class Recorder:
         self._outermost = _OutermostCall()
         self._model_calls = ModelCalls(sampling.model_calls == "joined")
         self._expressions = Expressions()
-        self._origins: RowOrigins | None = None
+        self._origins = RowOrigins() if any(layer.bare for layer in self._layers.values()) else None
         self._handles: list[RemovableHandle] = []
         self._weight_hooks: list[WeightHook] = []
         self._hooked: set[tuple[Layer, int]] = set()
@@ -140,9 +164,7 @@ class Recorder:
         for layer in self._layers.values():
             if layer.bias is not None:
                 self._biases.setdefault(id(layer.bias), []).append(layer)
-        self._expressions = Expressions(self._model.parameters(), self._model.buffers())
-        awaited = (self._layers[each] for each in self._awaited)
-        self._origins = RowOrigins() if any(layer.bare for layer in awaited) else None
+        self._expressions = Expressions(modules.values())
         self._flattening = {id(modules.get(layer.module)): layer for layer in self._layers.values() if layer.flattens}
         self._forget()
         self._model_calls.follow(modules.values())
@@ -239,73 +261,101 @@ class Recorder:
 
     def record_call(self, call: FunctionCall) -> None:
         """Record the uses of weights in a function call that the forward pass made."""
-        weights = find_weights(call)
-        sources: dict[tuple[int, int], Source] = {}
-        reasons: dict[Layer, str] = {}
-        arguments, free, viewed = 0, True, False
+        expressions = self._expressions
+        unread: _Unread | None = None
+        arguments, free = 0, True
         for argument in call.tensors():
             self._model_calls.trace(argument)
             arguments += 1
             tensor = owner_of(argument)
-            owner = id(tensor)
-            free = free and self._expressions.is_free(argument, tensor)
-            layer, biased = self._layers.get(owner), self._biases.get(owner, ())
-            if layer is not None and not (owner in self._awaited and layer.weight.requires_grad):
-                layer = None
-            if not (layer or biased):
-                if (known := self._expressions.find(argument)) is not None:
-                    sources.update(known.sources)
-                continue
-            used = call.passes_gradient_to(argument)
-            if layer is None:
-                self._find_apart(biased, call, weights, used, sources, reasons)
-                continue
-            try:
-                if used:
-                    self._record_use(layer, call, argument, weights)
-                    continue
-            except NoSampleGradient as reason:
-                self._record(layer).unsupported = str(reason)
-                continue
-            except UnsupportedCall as reason:
-                reasons[layer] = str(reason)
-            source = Source(layer, layer.weight)
-            sources[source.key] = source
-            viewed = viewed or (not used and isinstance(call.output, Tensor) and call.output._base is tensor)
-        if not self._accumulator.reads_any_function:
-            for layer, reason in reasons.items():
+            if id(tensor) in expressions.static:
+                unread = unread or _Unread(find_weights(call))
+                self._record_parameter(call, argument, tensor, unread)
+            elif expressions.known:
+                if (known := expressions.find(argument)) is not None:
+                    unread = unread or _Unread(find_weights(call))
+                    unread.sources.update(known.sources)
+                else:
+                    free = free and expressions.is_free(argument, tensor)
+            else:
+                free = False
+        if self._accumulator.reads_any_function:
+            self._follow(call, unread, free and (arguments > 0 or call.function in CONSTANTS))
+        elif unread is not None:
+            for layer, reason in unread.reasons.items():
                 self._record(layer).unsupported = reason
-        elif viewed or (free and (arguments or call.function in CONSTANTS)):
-            self._expressions.follow(call, sources)
+
+    def _follow(self, call: FunctionCall, unread: _Unread | None, free: bool) -> None:
+        """Note what is free of samples, and record what no handler reads.
+
+        Args:
+            call: the call.
+            unread: what no handler reads of it.
+            free: whether all of its arguments are free of samples.
+        """
+        expressions = self._expressions
+        if unread is not None and unread.reasons:
+            for bias in unread.biases:
+                if bias.layer in unread.reasons:
+                    unread.add(bias)
+        if free or (unread is not None and unread.is_view):
+            expressions.follow(call, unread.sources if unread is not None else {})
         else:
-            self._expressions.drop(call)
-            if sources:
-                self._record_function(call, sources, reasons)
+            if expressions.known:
+                expressions.drop(call)
+            if unread is not None and unread.sources:
+                self._record_function(call, unread)
         if self._origins is not None:
             self._origins.follow(call)
 
-    def _find_apart(
-        self,
-        layers: Sequence[Layer],
-        call: FunctionCall,
-        weights: Sequence[Any],
-        used: bool,
-        sources: dict[tuple[int, int], Source],
-        reasons: dict[Layer, str],
-    ) -> None:
+    def _record_parameter(self, call: FunctionCall, argument: Tensor, parameter: Tensor, unread: _Unread) -> None:
+        """Record the use of a parameter, or note that no handler reads it.
+
+        Args:
+            call: the call.
+            argument: the parameter among its arguments, or a view of it.
+            parameter: the parameter; it may be a buffer.
+            unread: what no handler reads of this call, which gets more.
+        """
+        owner = id(parameter)
+        layer, biased = self._layers.get(owner), self._biases.get(owner, ())
+        if layer is not None and not (owner in self._awaited and layer.weight.requires_grad):
+            layer = None
+        if not (layer or biased):
+            return
+        used = call.passes_gradient_to(argument)
+        if layer is None:
+            self._find_apart(biased, call, used, unread)
+            return
+        try:
+            if used:
+                self._record_use(layer, call, argument, unread.weights)
+                return
+            unread.is_view = isinstance(call.output, Tensor) and call.output._base is parameter
+        except NoSampleGradient as reason:
+            self._record(layer).unsupported = str(reason)
+            return
+        except UnsupportedCall as reason:
+            unread.reasons[layer] = str(reason)
+        unread.add(Source(layer, layer.weight))
+
+    def _find_apart(self, layers: Sequence[Layer], call: FunctionCall, used: bool, unread: _Unread) -> None:
         """Find the layers of a bias that a call takes without their weight, with which it is a column of the matrix.
 
         What ``torch.cat`` joins may be cut apart again for calls that take both.
         """
-        together = [self._layers.get(id(owner_of(each))) for each in weights if isinstance(each, Tensor)]
-        if any(layer in together for layer in layers) or call.function is torch.cat:
+        weights = [self._layers.get(id(owner_of(each))) for each in unread.weights if isinstance(each, Tensor)]
+        if call.function is torch.cat:
             return
+        together = any(layer in weights for layer in layers)
         for layer in layers:
-            if id(layer.weight) in self._awaited and layer.trained_bias is not None:
-                source = Source(layer, layer.trained_bias)
-                sources[source.key] = source
+            if together:
+                if layer in weights and layer.trained_bias is not None:
+                    unread.biases.append(Source(layer, layer.trained_bias))
+            elif id(layer.weight) in self._awaited and layer.trained_bias is not None:
+                unread.add(Source(layer, layer.trained_bias))
                 if used:
-                    reasons.setdefault(layer, f"is used apart from its bias, which {call.name} takes")
+                    unread.reasons.setdefault(layer, f"is used apart from its bias, which {call.name} takes")
 
     def _record_use(self, layer: Layer, call: FunctionCall, argument: Tensor, weights: Sequence[Any]) -> None:
         """Await the gradient of the output of a call that uses a layer's weight.
@@ -335,12 +385,11 @@ class Recorder:
             batch_dim, size = 1, call.time_major.batch
         self._await_use(layer, call, op_call, op_call.source, batch_dim, size, call.output.dtype)
 
-    def _record_function(
-        self, call: FunctionCall, sources: Mapping[tuple[int, int], Source], reasons: Mapping[Layer, str]
-    ) -> None:
+    def _record_function(self, call: FunctionCall, unread: _Unread) -> None:
         """Await the gradient of the output of a call that no handler reads, for every layer that it carries one to."""
-        outputs = [call.output] if isinstance(call.output, Tensor) else []
-        if not (is_transformed() or any(each.requires_grad for each in outputs)) and not reasons:
+        sources, reasons = unread.sources, unread.reasons
+        carries = isinstance(call.output, Tensor) and call.output.requires_grad
+        if not (carries or is_transformed() or reasons):
             return
         for layer in {source.layer: None for source in sources.values()}:
             own = [source for source in sources.values() if source.layer is layer]
@@ -379,8 +428,9 @@ class Recorder:
         index = None if call.time_major and layer.knows_samples else self.sample_index
         origin = None if self._origins is None or not layer.bare else self._origins.find(source)
         named = index is not None and index.index_of(layer.module) is not None
-        if origin is not None and not named and batch_dim == 0 and self._sampling.samples == "batch":
-            rows, size = origin.find_samples(min(layer.batch_dim, len(origin.leading) - 1))
+        follows = origin is not None and not named and self._sampling.samples == "batch"
+        if origin is not None and follows and batch_dim == 0 and layer.batch_dim < len(origin.leading):
+            rows, size = origin.find_samples(layer.batch_dim)
             index = SampleIndex({"*": rows}, count=size)
         self._await_gradient(
             layer,
@@ -499,7 +549,7 @@ class Recorder:
                 record.compare_use(pair, use.dtype, self._tuning.curvature_chunk(gradient.device))
                 if index is not None and numbers is not None:
                     pair = self._regroup(record.layer, use, pair, index, numbers if rows is None else numbers[rows])
-                record.captured.append(CapturedPair(use, pair, pair.group is not None and numbers is None))
+                record.captured.append(CapturedPair(use, pair, rows is not None and numbers is None))
 
     def _regroup(
         self, layer: Layer, use: WeightUse, pair: FactorPair, index: SampleIndex, numbers: Tensor

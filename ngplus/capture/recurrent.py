@@ -1,9 +1,8 @@
 """Recurrent layers step by step: the same function as torch's fused calls, in products that can be recorded.
 
-A fused call of `nn.LSTM` takes its weights flat and tells nothing of what happens between. On curvature steps each of its
-layers and directions runs here as one product with W_ih over all times and one product with W_hh a time, which are read
-as any other's. The results are those of the fused call but for rounding, and for what is dropped between layers, which is
-drawn anew.
+A fused call of `nn.LSTM` takes its weights flat and tells nothing of what happens between. On curvature steps each of
+its layers and directions runs here as one product with W_ih over all times and one product with W_hh a time, which are
+read as any other's. The results are those of the fused call but for rounding; dropout between layers is sampled here.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ Step = Callable[[Tensor, Tensor, State], State]
 
 
 def _step_lstm(inside: Tensor, recurrent: Tensor, state: State) -> State:
-    """c ← σ(f) c + σ(i) tanh(g), h ← σ(o) tanh(c)."""
+    """C ← σ(f) c + σ(i) tanh(g), h ← σ(o) tanh(c)."""
     i, f, g, o = (inside + recurrent).chunk(4, dim=-1)
     c = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
     return o.sigmoid() * c.tanh(), c
 
 
 def _step_gru(inside: Tensor, recurrent: Tensor, state: State) -> State:
-    """h ← (1 − z) n + z h with n = tanh(n_x + r n_h); r and z are of sums, n_h has the reset gate r before it."""
+    """H ← (1 − z) n + z h with n = tanh(n_x + r n_h); r and z are of sums, n_h has the reset gate r before it."""
     (r_x, z_x, n_x), (r_h, z_h, n_h) = inside.chunk(3, dim=-1), recurrent.chunk(3, dim=-1)
     z = (z_x + z_h).sigmoid()
     n = (n_x + (r_x + r_h).sigmoid() * n_h).tanh()
@@ -195,8 +194,8 @@ def _split_weights(flat: Sequence[Tensor], has_biases: bool, projects: bool) -> 
     directions = []
     for start in range(0, len(flat), size):
         input, recurrent, *others = flat[start : start + size]
-        biases = others[:2] if has_biases else [None, None]
-        directions.append(Direction(input, recurrent, *biases, others[-1] if projects else None))
+        input_bias, recurrent_bias = others[:2] if has_biases else (None, None)
+        directions.append(Direction(input, recurrent, input_bias, recurrent_bias, others[-1] if projects else None))
     return directions
 
 

@@ -18,7 +18,9 @@ from ngplus.capture.function_mode import FunctionCall
 
 _FLATTENING = frozenset({Tensor.reshape, torch.reshape, Tensor.view, Tensor.flatten, torch.flatten})
 _REPEATING = frozenset({torch.repeat_interleave, Tensor.repeat_interleave})
-_PICKING = frozenset({Tensor.__getitem__, torch.index_select, Tensor.index_select})
+_SPLITTING = frozenset({torch.split, Tensor.split, torch.chunk, Tensor.chunk})
+_INDEXING = frozenset({Tensor.__getitem__})
+_PICKING = _INDEXING | {torch.index_select, Tensor.index_select}
 _MOVING = frozenset(
     {
         Tensor.permute,
@@ -27,8 +29,8 @@ _MOVING = frozenset(
         torch.transpose,
         Tensor.t,
         torch.t,
-        Tensor.T.__get__,
-        Tensor.mT.__get__,
+        Tensor.T.__get__,  # type: ignore[attr-defined]
+        Tensor.mT.__get__,  # type: ignore[attr-defined]
         Tensor.movedim,
         torch.movedim,
         Tensor.flip,
@@ -103,11 +105,13 @@ class RowOrigins:
         function = call.function
         if function in _FLATTENING and call.args and isinstance(call.output, Tensor):
             self._flatten(call.args[0], call.output)
+        elif function in _PICKING:
+            self._pick(call)
         elif self._known:
-            if function in _PICKING:
-                self._pick(call)
-            elif function in _REPEATING:
+            if function in _REPEATING:
                 self._repeat(call)
+            elif function in _SPLITTING:
+                self._split(call)
             elif function not in _MOVING:
                 self._keep(call)
 
@@ -130,23 +134,32 @@ class RowOrigins:
         if origin is not None and isinstance(times, int) and len(call.output) == times * len(call.args[0]):
             self._known[id(call.output)] = origin.repeat(call.output, times)
 
+    def _split(self, call: FunctionCall) -> None:
+        """Rows one after the other, where the first dimension is split."""
+        origin = self._known.get(id(call.args[0])) if call.args else None
+        pieces = list(outputs_of(call))
+        if origin is None or sum(len(each) for each in pieces) != len(origin.value):
+            return
+        every = torch.split(origin.all_rows(), [len(each) for each in pieces])
+        for piece, rows in zip(pieces, every, strict=True):
+            self._known[id(piece)] = RowOrigin(piece, origin.leading, rows)
+
     def _pick(self, call: FunctionCall) -> None:
-        source, *index = call.args
-        origin = self._known.get(id(source))
-        if origin is None or not isinstance(call.output, Tensor):
+        """Some rows, which where nothing has flattened them are samples by themselves."""
+        source, *indices = call.args
+        if not (indices and isinstance(source, Tensor) and isinstance(call.output, Tensor) and call.output.dim()):
             return
-        rows = origin.all_rows()
-        if call.function is Tensor.__getitem__:
-            first = index[0][0] if isinstance(index[0], tuple) else index[0]
-            picks = isinstance(first, slice) or (isinstance(first, Tensor) and first.dim() == 1)
-            if not picks:
-                return
-            rows = rows[first.detach() if isinstance(first, Tensor) else first]
-        elif index and index[0] == 0:
-            rows = rows[index[1]]
+        if call.function in _INDEXING:
+            index = indices[0][0] if isinstance(indices[0], tuple) else indices[0]
         else:
+            index = indices[1] if len(indices) == 2 and indices[0] == 0 else None
+        origin = self._known.get(id(source))
+        is_tensor = isinstance(index, Tensor) and index.dim() == 1 and source.dim() > 0
+        if not is_tensor and not (isinstance(index, slice) and origin is not None):
             return
-        if call.output.dim() and len(rows) == len(call.output):
+        origin = origin or RowOrigin(source, (len(source),))
+        rows = origin.all_rows()[index.detach() if isinstance(index, Tensor) else index]
+        if len(rows) == len(call.output):
             self._known[id(call.output)] = RowOrigin(call.output, origin.leading, rows)
 
     def _keep(self, call: FunctionCall) -> None:

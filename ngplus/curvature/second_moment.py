@@ -14,7 +14,7 @@ through Gram   S (AᵀA) Sᵀ                             gram + 2κ²p + 2κp²
 direct         (S Aᵀ)(S Aᵀ)ᵀ                          2κpq + 2p²q              κ large
 =============  =====================================  =======================  ==================
 
-Gradients that come whole (`Formed`) go the direct way, and are not multiplied by the identity that is their other factor.
+Gradients that come whole (`Formed`) go the direct way, without the product with the identity, their other factor.
 """
 
 from __future__ import annotations
@@ -207,25 +207,22 @@ def form_gradients(left: Sequence[Factor], right: Sequence[Factor], groups: int,
     """
     samples, rows, columns = left[0].samples, left[0].size, right[0].size
     elements = max(1, samples * groups * (rows + columns))
-    products, whole = [], []
-    for pair in zip(left, right, strict=True):
-        if any(isinstance(factor, Identity) for factor in pair):
-            whole.append(_form_whole(*pair))
+    products: list[tuple[Factor, Factor]] = []
+    whole: list[Tensor] = []
+    for one, other in zip(left, right, strict=True):
+        if isinstance(one, Identity) or isinstance(other, Identity):
+            whole.append(one.dense() if isinstance(other, Identity) else other.dense().mT)
         else:
-            products.append(pair)
+            products.append((one, other))
     if not products:
         return sum(whole[1:], start=whole[0])
     gradients = torch.empty(samples * groups, rows, columns, dtype=left[0].dtype, device=left[0].device)
-    chunks = _split_positions(*map(list, zip(*products, strict=True)), limit // elements)
+    left, right = [one for one, _ in products], [other for _, other in products]
+    chunks = _split_positions(left, right, limit // elements)
     for number, together in enumerate(chunks):
         outputs, inputs = (concatenate(factors).flatten(0, 1) for factors in zip(*together, strict=True))
         gradients.baddbmm_(outputs, inputs.mT, beta=min(number, 1))
     return sum(whole, start=gradients.view(samples, groups, rows, columns))
-
-
-def _form_whole(left: Factor, right: Factor) -> Tensor:
-    """The gradients of a pair of which one factor is the identity."""
-    return left.dense() if isinstance(right, Identity) else right.dense().mT
 
 
 def _split_positions(

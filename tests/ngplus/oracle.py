@@ -76,7 +76,9 @@ def _add_bare(found: dict[int, Matrix], module: nn.Module, name: str, parameter:
     if len(sizes) < 2:
         return
     bias = f"{name.removesuffix('weight')}bias" if isinstance(module, nn.Bilinear) and module.bias is not None else None
-    as_weight = isinstance(module, nn.Bilinear | nn.Linear | nn.modules.conv._ConvNd | nn.utils.parametrize.ParametrizationList)
+    as_weight = isinstance(
+        module, nn.Bilinear | nn.Linear | nn.modules.conv._ConvNd | nn.utils.parametrize.ParametrizationList
+    )
     if len(sizes) == 3 and not as_weight:
         found.setdefault(id(parameter), Matrix(name, None, groups=sizes[0], rows=sizes[1]))
     else:
