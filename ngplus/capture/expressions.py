@@ -101,10 +101,10 @@ class Expressions:
         in_place = changes_in_place(call)
         for place, value in enumerate(outputs_of(call)):
             if id(value) in arguments:  # changed, or as it was: ``float`` of what is float32
-                if in_place:
-                    known = self.known.get(id(value))
+                for changed in {id(each): each for each in (value, owner_of(value))}.values() if in_place else ():
+                    known = self.known.get(id(changed))
                     carried = {**(known.sources if known is not None else {}), **sources}
-                    self.known[id(value)] = Expression(value, None, 0, carried, changed=bool(carried))
+                    self.known[id(changed)] = Expression(changed, None, 0, carried, changed=bool(carried))
             elif sources and not (value.requires_grad or owner_of(value).requires_grad):
                 self.known[id(value)] = Expression(value, None, 0, {})
             else:

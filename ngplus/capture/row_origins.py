@@ -135,10 +135,11 @@ class RowOrigins:
             self._known[id(call.output)] = origin.repeat(call.output, times)
 
     def _split(self, call: FunctionCall) -> None:
-        """Rows one after the other, where the first dimension is split."""
+        """Rows one after the other, where it is the first dimension that is split."""
         origin = self._known.get(id(call.args[0])) if call.args else None
         pieces = list(outputs_of(call))
         if origin is None or sum(len(each) for each in pieces) != len(origin.value):
+            self._keep(call)
             return
         every = torch.split(origin.all_rows(), [len(each) for each in pieces])
         for piece, rows in zip(pieces, every, strict=True):
