@@ -32,27 +32,29 @@ class MatrixShape:
         rows: m.
         columns: n, the bias's column counted.
         block_size: p of (18); None for whole matrices.
+        chosen_side: whose matrix is built, in place of the smaller one's; None for that.
     """
 
     groups: int
     rows: int
     columns: int
     block_size: int | None = None
+    chosen_side: Side | None = None
 
     @property
     def side(self) -> Side:
         """The smaller side: (4) where m ≤ n, else (5)."""
-        return "left" if self.rows <= self.columns else "right"
+        return self.chosen_side or ("left" if self.rows <= self.columns else "right")
 
     @property
     def short(self) -> int:
         """Side length p of L or R."""
-        return min(self.rows, self.columns)
+        return self.rows if self.side == "left" else self.columns
 
     @property
     def long(self) -> int:
         """The other side q."""
-        return max(self.rows, self.columns)
+        return self.columns if self.side == "left" else self.rows
 
     @property
     def blocks(self) -> tuple[int, int]:

@@ -140,7 +140,11 @@ class LayerwiseOptimizer(Inspection, SavedState, Optimizer, Joinable):
         """Find the layers whose weights may be preconditioned, whoever trains them."""
         if self._model is None:
             return find_parameter_layers(self.param_groups)
-        return find_layers(self._model, self._options.batch_dim)
+        return self._find_supported_layers(self._model)
+
+    def _find_supported_layers(self, model: nn.Module) -> list[Layer]:
+        """Find the layers of a model whose weights may be preconditioned."""
+        return find_layers(model, self._options.batch_dim)
 
     def _precondition_layer_(self, member: PreconditionedLayer, tuning: Tuning) -> NonzeroRows | None:
         """Replace the gradients of one layer by its direction, see `ngplus.apply.layer.precondition_`."""
@@ -212,7 +216,9 @@ class LayerwiseOptimizer(Inspection, SavedState, Optimizer, Joinable):
         self._recorder.joinables = self._joinables
 
     def _warn_of_unsupported_modules(self) -> None:
-        if self._model is None or not (modules := find_unsupported_modules(self._model, self._find_layers())):
+        if self._model is None or not (
+            modules := find_unsupported_modules(self._model, self._find_supported_layers(self._model))
+        ):
             return
         warnings.warn(
             f"{self.title} does not precondition {', '.join(modules)}; their parameters go to "
@@ -281,12 +287,20 @@ class LayerwiseOptimizer(Inspection, SavedState, Optimizer, Joinable):
                 loss = find_inner_step(self._base)()
             else:
                 loss = find_inner_step(self._base)(self._wrap_closure(closure))
+            self._finish_base_step_()
         finally:
-            self._temporary_layout.restore_()
+            self._restore_gradients_()
         self._base_has_stepped = True
         self._apply_plan.has_changed = False
         self._finish_step()
         return loss
+
+    def _finish_base_step_(self) -> None:
+        """Do what is left to do once `base` has made its step."""
+
+    def _restore_gradients_(self) -> None:
+        """Put back what was changed for the time of the base's step, after it or after an error."""
+        self._temporary_layout.restore_()
 
     def _finish_step(self) -> None:
         self._steps += 1
@@ -311,7 +325,7 @@ class LayerwiseOptimizer(Inspection, SavedState, Optimizer, Joinable):
 
     def _wrap_closure(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         def evaluate() -> Any:
-            self._temporary_layout.restore_()
+            self._restore_gradients_()
             with torch.enable_grad():
                 loss = closure()
             self._hide_entries_()
@@ -368,7 +382,7 @@ class LayerwiseOptimizer(Inspection, SavedState, Optimizer, Joinable):
     @property
     def _is_due(self) -> bool:
         """Whether the next step is a curvature step of all layers."""
-        return self._steps % self._options.update_every == 0
+        return self._options.is_due(self._steps)
 
     def _layers_to_capture(self) -> list[Layer]:
         """The layers that get a curvature on this step; which of them are frozen may change before the next."""

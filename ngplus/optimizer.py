@@ -9,9 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ngplus.capture.accumulator import Accumulator, Statistic
+from ngplus.apply.rotation import Rotation
+from ngplus.base_rules import find_rule
+from ngplus.capture.accumulator import Accumulator, Sampling, Statistic
 from ngplus.capture.loss_reduction import LossReduction
 from ngplus.config import (
+    Basis,
     Curvature,
     DampingRule,
     FunctionFallback,
@@ -21,9 +24,13 @@ from ngplus.config import (
     Params,
     PartialCapture,
     Samples,
+    Sides,
     SolverName,
 )
+from ngplus.curvature.eigen import EigenCurvature, ModeAccumulator
 from ngplus.curvature.gfim import GFIM, sampling
+from ngplus.curvature.store import CurvatureStore
+from ngplus.guards.finite_check import FiniteCheck
 from ngplus.layers import Layer, find_layers
 from ngplus.layerwise import LayerwiseOptimizer
 
@@ -106,7 +113,7 @@ class NGPlus(LayerwiseOptimizer):
     takes_parameters: ClassVar[bool] = True
 
     _options: Options
-    _curvature: GFIM
+    _rotation: Rotation | None
 
     def __init__(
         self,
@@ -130,6 +137,10 @@ class NGPlus(LayerwiseOptimizer):
         damping_rule: DampingRule = "paper",
         max_samples: int | None = None,
         nonfinite: NonFinite = "skip",
+        update_growth: float | None = None,
+        basis: Basis | None = None,
+        sides: Sides = "short",
+        max_side: int = 8192,
         params: Params | None = None,
         **base_options: Any,
     ) -> None:
@@ -149,28 +160,91 @@ class NGPlus(LayerwiseOptimizer):
             damping_rule=damping_rule,
             max_samples=max_samples,
             nonfinite=nonfinite,
+            update_growth=update_growth,
+            basis=basis,
+            sides=sides,
+            max_side=max_side,
         )
+        if basis is not None:
+            self._check_rule(base, curvature)
         super().__init__(model, base, options, lr=lr, damping=damping, params=params, base_options=base_options)
+
+    @staticmethod
+    def _check_rule(base: type[Optimizer], curvature: Curvature) -> None:
+        """Refuse a base that cannot step in a basis, or has no first moment where that is wanted."""
+        if find_rule(base).momentum is None and curvature == "momentum":
+            raise ValueError(f'curvature="momentum" needs a base with a first moment, got base={base.__name__}')
 
     @property
     def _works_on_gradients(self) -> bool:
-        return self._options.curvature == "mini_batch"
+        return self._options.curvature != "per_sample"
+
+    def _make_curvature(self) -> CurvatureStore:
+        self._rotation = None
+        if self._options.basis is None:
+            return GFIM(self._options, self._generator, self.tuning)
+        rule = find_rule(type(self._base))
+        momentum = rule.momentum if self._options.curvature == "momentum" else None
+        curvature = EigenCurvature(self._options, momentum, self.tuning)
+        self._rotation = Rotation(curvature, rule, self.tuning)
+        return curvature
+
+    def _find_supported_layers(self, model: nn.Module) -> list[Layer]:
+        """Every matrix, but with a basis those of supported modules alone, whose modes are known."""
+        every_matrix = self._options.function_fallback == "vmap" and self._options.basis is None
+        return find_layers(model, self._options.batch_dim, every_matrix=every_matrix)
 
     def _find_layers(self) -> list[Layer]:
-        if self._model is None:
-            return super()._find_layers()
-        every_matrix = self._options.function_fallback == "vmap"
-        return find_layers(self._model, self._options.batch_dim, every_matrix=every_matrix)
-
-    def _make_curvature(self) -> GFIM:
-        return GFIM(self._options, self._generator, self.tuning)
+        """With a basis a layer is its weight, if any mode of it has one."""
+        found = super()._find_layers()
+        if not isinstance(self._curvature, EigenCurvature):
+            return found
+        return [layer.without_bias() for layer in found if self._curvature.modes(layer).kept]
 
     def _make_accumulator(self) -> Accumulator:
-        return Accumulator(sampling(self._options, self.tuning), self._generator, self.tuning)
+        if self._rotation is None:
+            return Accumulator(sampling(self._options, self.tuning), self._generator, self.tuning)
+        sampled = Sampling.from_options(self._options, function_fallback=self._options.function_fallback)
+        return ModeAccumulator(sampled, self._generator, self.tuning, options=self._options)
 
     def _sum_gradients(self, layers: Sequence[Layer]) -> Mapping[Layer, Statistic]:
-        """The mini-batch form (12)."""
+        """The mini-batch form (12), or that of the momentum."""
+        if isinstance(self._curvature, EigenCurvature):
+            return self._curvature.sum_gradients(layers, self._base.state)
+        assert isinstance(self._curvature, GFIM)
         return self._curvature.sum_mini_batch(layers)
+
+    # The base's step in the eigenbasis ------------------------------------------------------------------------------
+
+    def _update_curvature(self, layers: list[Layer], *, with_batch: bool = True) -> None:
+        if self._rotation is None or not layers:
+            super()._update_curvature(layers, with_batch=with_batch)
+            return
+        before = self._rotation.bases()
+        super()._update_curvature(layers, with_batch=with_batch)
+        self._rotation.forget()
+        self._rotation.move_state_(before, self._base.state)
+
+    def _apply_(self) -> None:
+        if self._rotation is None:
+            super()._apply_()
+            return
+        check = FiniteCheck(self.tuning)
+        self._rotation.rotate_(self._groups, check)
+        self._keep_finite_(check)
+
+    def _finish_base_step_(self) -> None:
+        if self._rotation is None:
+            return
+        with torch.no_grad(), self._stopwatch.measure("apply"):
+            self._rotation.rotate_back_()
+        if not self._base_has_stepped:
+            self._rotation.check_state(self._base.state)
+
+    def _restore_gradients_(self) -> None:
+        super()._restore_gradients_()
+        if self._rotation is not None:
+            self._rotation.restore_()
 
 
 __all__ = ["NGPlus"]

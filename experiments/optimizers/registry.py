@@ -131,11 +131,11 @@ class SOAPSettings(_LearningRate):
 class NGPlusSettings(_LearningRate):
     """`ngplus.NGPlus` on a base optimizer; every field but `base` is its argument of that name."""
 
-    damping: float
     update_every: int
     base: SGDBase | AdamBase | AdagradBase
+    damping: float = 0.16
     damping_rule: Literal["paper", "released"] = "paper"
-    curvature: Literal["per_sample", "mini_batch"] = "per_sample"
+    curvature: Literal["per_sample", "mini_batch", "momentum"] = "per_sample"
     samples: Literal["batch", "rows"] = "batch"
     ema: float = 0.0
     solver: Literal["auto", "dense", "low_rank", "sketched"] = "auto"
@@ -144,6 +144,10 @@ class NGPlusSettings(_LearningRate):
     batch_dim: int = 0
     max_samples: int | None = None
     nonfinite: Literal["skip", "raise"] = "skip"
+    update_growth: float | None = None
+    basis: Literal["eigen"] | None = None
+    sides: Literal["short", "both"] = "short"
+    max_side: int = 8192
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ from ngplus.capture.sample_index import drop_uncounted_rows
 from ngplus.curvature.damped_cholesky import InverseRequest
 from ngplus.curvature.layer_state import LayerState
 from ngplus.curvature.second_moment import drop_tiny
-from ngplus.curvature.update import LayerCurvature
+from ngplus.curvature.update import InverseCurvature
 from ngplus.factors.embedding import Bags, OneHot
 from ngplus.factors.factor import Factor, statistics_dtype
 from ngplus.factors.pair import FactorPair
@@ -243,7 +243,7 @@ class FactorAccumulator(Accumulator):
             statistic.add_([rows, columns])
 
 
-class KroneckerCurvature(LayerCurvature):
+class KroneckerCurvature(InverseCurvature):
     """The factors of all layers, damped and inverted.
 
     Args:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ngplus.curvature.damped_cholesky import InverseRequest, invert
+from ngplus.curvature.eigenvectors import BasisRequest, find_bases
 from ngplus.guards.join import JOIN_BOTH
 from ngplus.tuning import DEFAULT, Tuning
 
@@ -192,7 +193,31 @@ def invert_shared(requests: Sequence[InverseRequest], tuning: Tuning = DEFAULT) 
         start += 1 + length
 
 
-def _assign(requests: Sequence[InverseRequest], processes: int) -> list[int]:
+def find_shared_bases(requests: Sequence[BasisRequest]) -> None:
+    """`find_bases` with the work divided among the processes as `invert_shared` does; each ends with all bases.
+
+    Args:
+        requests: the same on every process; changed in place.
+    """
+    rank = dist.get_rank()
+    owners = _assign(requests, dist.get_world_size())
+    find_bases([request for request, owner in zip(requests, owners, strict=True) if owner == rank])
+    flat = torch.cat([_pack_basis(request, owner == rank) for request, owner in zip(requests, owners, strict=True)])
+    dist.all_reduce(flat)
+    sizes = [1 + request.matrices.numel() for request in requests]
+    for request, part in zip(requests, torch.split(flat, sizes), strict=True):
+        basis = part[1:].view_as(request.matrices).to(request.matrices.dtype)
+        request.basis = basis if float(part[0]) else None
+
+
+def _pack_basis(request: BasisRequest, mine: bool) -> Tensor:
+    """Whether there is a basis, and its entries in float64; zeros where another process has it."""
+    if not mine or request.basis is None:
+        return request.matrices.new_zeros(1 + request.matrices.numel(), dtype=torch.float64)
+    return torch.cat([request.basis.new_ones(1), request.basis.flatten()]).double()
+
+
+def _assign(requests: Sequence[InverseRequest | BasisRequest], processes: int) -> list[int]:
     """A process for each request, the largest first to the process with the least work."""
     load = [0] * processes
     owners = [0] * len(requests)
@@ -216,6 +241,7 @@ def _pack_result(request: InverseRequest, mine: bool) -> Tensor:
 __all__ = [
     "average_",
     "check_processes",
+    "find_shared_bases",
     "invert_shared",
     "largest",
     "pack_triangles",

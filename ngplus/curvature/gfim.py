@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,18 +12,19 @@ from ngplus.capture.accumulator import Sampling, Statistic
 from ngplus.config import Options
 from ngplus.curvature.all_reduce import world_size
 from ngplus.curvature.damped_cholesky import InverseRequest
+from ngplus.curvature.layer_state import LayerState
 from ngplus.curvature.second_moment import multiply_columns
-from ngplus.curvature.update import LayerCurvature
+from ngplus.curvature.update import InverseCurvature
 from ngplus.factors.factor import statistics_dtype
 from ngplus.factors.pair import sample_indices
 from ngplus.layers import Layer, to_matrix, to_row_sparse
-from ngplus.solvers.by_name import SOLVERS, ColumnsRequest, blank_entries
+from ngplus.solvers.by_name import FORMS_OF_INVERSES, SOLVERS, ColumnsRequest, blank_entries, check_form
 from ngplus.solvers.dense import DenseInverse
 from ngplus.solvers.preconditioner import Entries, Preconditioner
 from ngplus.tuning import DEFAULT, Tuning
 
 
-class GFIM(LayerCurvature):
+class GFIM(InverseCurvature):
     """The generalized Fisher information matrix L or R of each layer, (4) and (5), or of the mini-batch, (12).
 
     Args:
@@ -71,6 +73,22 @@ class GFIM(LayerCurvature):
             stacks = [torch.empty(size, dtype=dtype, device="meta") for size in shape.stack_shapes]
             entries |= {f"average{i}": stack for i, stack in enumerate(stacks)}
         return entries
+
+    def unpack(self, layer: Layer, entries: Mapping[str, Any]) -> LayerState | None:
+        """Restore what `pack` gave, see `CurvatureStore.unpack`.
+
+        Args:
+            layer: the layer.
+            entries: what `pack` gave.
+
+        Returns:
+            The layer's state; None where there was no curvature yet.
+
+        Raises:
+            ValueError: an entry is missing, is of another matrix, or was saved with a basis.
+        """
+        check_form(entries, layer.name, *FORMS_OF_INVERSES)
+        return super().unpack(layer, entries)
 
     def sum_mini_batch(self, layers: Iterable[Layer]) -> dict[Layer, Statistic]:
         """The mini-batch form (12): G Gᵀ, or GᵀG, of each layer's gradient, as a statistic of one sample.

@@ -22,7 +22,7 @@ from ngplus.tuning import DEFAULT, Tuning
 class LayerCurvature(CurvatureStore):
     """A curvature that is made of sums over samples, on curvature steps.
 
-    A method is a subclass, which says what its matrices are and how a preconditioner is made of them.
+    A method is a subclass, which says what its matrices are and what is made of them.
 
     Args:
         block_size: p of (18), or None.
@@ -42,21 +42,18 @@ class LayerCurvature(CurvatureStore):
         """Scale a process's sums to its curvature matrices, in place."""
 
     @abstractmethod
-    def _requests(self, layer: Layer, statistic: Statistic, damping: float) -> list[InverseRequest]:
-        """The matrices to invert for a layer; none where it needs no explicit inverse."""
+    def _renew_(self, sums: Mapping[Layer, Statistic], damping: Mapping[Layer, float]) -> None:
+        """Renew what is kept of some layers.
 
-    @abstractmethod
-    def _make(self, statistic: Statistic, inverses: list[Tensor], damping: float) -> Preconditioner | None:
-        """Make a layer's preconditioner of the inverses of `_requests`; None where it cannot be made."""
+        Args:
+            sums: the curvature matrices of each, finite.
+            damping: λ of each.
+        """
 
     def _empty_moments(self, layer: Layer) -> list[Tensor]:
         """The zeros that a process without samples brings to the average."""
         dtype, shape = statistics_dtype(layer.weight.dtype), layer.shape(self._block_size)
         return [torch.zeros(size, dtype=dtype, device=layer.weight.device) for size in shape.stack_shapes]
-
-    def _shift(self, damping: float) -> float:
-        """What is added to the diagonals."""
-        return damping
 
     @property
     def _keeps_average(self) -> bool:
@@ -92,10 +89,7 @@ class LayerCurvature(CurvatureStore):
         if world_size() > 1:
             elsewhere = self._average_over_processes_(layers, sums, unsupported)
         finite, nonfinite = _split_finite(sums)
-        requests = {layer: self._requests(layer, sums[layer], damping[layer]) for layer in finite}
-        self._invert_([request for of_layer in requests.values() for request in of_layer])
-        for layer, of_layer in requests.items():
-            self._finish(layer, sums[layer], of_layer, damping[layer])
+        self._renew_({layer: sums[layer] for layer in finite}, damping)
         return nonfinite, elsewhere
 
     def _average_over_processes_(
@@ -143,6 +137,28 @@ class LayerCurvature(CurvatureStore):
         pairs = zip(before.average, moments, strict=True)
         return [old.to(new).mul(beta).add_(new, alpha=1 - beta) for old, new in pairs]
 
+
+class InverseCurvature(LayerCurvature):
+    """A curvature whose damped matrices are inverted; see `LayerCurvature` for its arguments."""
+
+    @abstractmethod
+    def _requests(self, layer: Layer, statistic: Statistic, damping: float) -> list[InverseRequest]:
+        """The matrices to invert for a layer; none where it needs no explicit inverse."""
+
+    @abstractmethod
+    def _make(self, statistic: Statistic, inverses: list[Tensor], damping: float) -> Preconditioner | None:
+        """Make a layer's preconditioner of the inverses of `_requests`; None where it cannot be made."""
+
+    def _shift(self, damping: float) -> float:
+        """What is added to the diagonals."""
+        return damping
+
+    def _renew_(self, sums: Mapping[Layer, Statistic], damping: Mapping[Layer, float]) -> None:
+        requests = {layer: self._requests(layer, statistic, damping[layer]) for layer, statistic in sums.items()}
+        self._invert_([request for of_layer in requests.values() for request in of_layer])
+        for layer, of_layer in requests.items():
+            self._finish(layer, sums[layer], of_layer, damping[layer])
+
     def _invert_(self, requests: Sequence[InverseRequest]) -> None:
         if world_size() > 1 and requests:
             invert_shared(requests, self._tuning)
@@ -188,4 +204,4 @@ def _split_finite(sums: Mapping[Layer, Statistic]) -> tuple[list[Layer], list[La
     return [layer for layer, fine in layers if fine], [layer for layer, fine in layers if not fine]
 
 
-__all__ = ["LayerCurvature"]
+__all__ = ["InverseCurvature", "LayerCurvature"]

@@ -39,7 +39,7 @@ REFUSED = {
     "curvature": (
         {"curvature": "kfac"},
         ValueError,
-        "curvature must be one of 'per_sample', 'mini_batch', got 'kfac'",
+        "curvature must be one of 'per_sample', 'mini_batch', 'momentum', got 'kfac'",
     ),
     "solver": (
         {"solver": "cg"},
