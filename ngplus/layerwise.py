@@ -216,9 +216,10 @@ class LayerwiseOptimizer(Inspection, SavedState, Optimizer, Joinable):
         self._recorder.joinables = self._joinables
 
     def _warn_of_unsupported_modules(self) -> None:
-        if self._model is None or not (
-            modules := find_unsupported_modules(self._model, self._find_supported_layers(self._model))
-        ):
+        if self._model is None:
+            return
+        modules = find_unsupported_modules(self._model, self._find_supported_layers(self._model))
+        if not modules:
             return
         warnings.warn(
             f"{self.title} does not precondition {', '.join(modules)}; their parameters go to "

@@ -47,8 +47,8 @@ class NGPlus(LayerwiseOptimizer):
 
         (λI + L)⁻¹ G   or   G (λI + R)⁻¹   (6)
 
-    before ``base`` makes its own step with it. Parameters outside of supported layers (norms, recurrent layers,
-    bare parameters) go to ``base`` as they are.
+    before ``base`` makes its own step with it. Norms, vectors and biases of other layers than
+    these go to ``base`` as they are.
 
     Args:
         model: whose parameters are trained. With ``curvature="mini_batch"`` also parameters or parameter groups.

@@ -202,7 +202,7 @@ class Accumulator:
         return samples if limit is None else max(0, min(samples, limit - statistic.used))
 
     def _add_used_(self, statistic: Statistic, pairs: list[FactorPair]) -> None:
-        if any(pair.group is not None for pair in pairs):
+        if pairs[0].group is not None or (len(pairs) > 1 and any(pair.group is not None for pair in pairs)):
             self._add_groups_(statistic, pairs)
             return
         shape = statistic.shape
@@ -238,7 +238,7 @@ class Accumulator:
 
 def _slice(pair: FactorPair, stop: int) -> FactorPair:
     """The samples up to ``stop``."""
-    return pair._replace(rows=pair.rows.slice(0, stop), columns=pair.columns.slice(0, stop))
+    return FactorPair(pair.rows.slice(0, stop), pair.columns.slice(0, stop), pair.group)
 
 
 def _join_single_positions(pairs: list[FactorPair]) -> list[FactorPair]:

@@ -49,7 +49,8 @@ from ngplus.tuning import DEFAULT, Tuning
 
 INCOMPLETE = (
     "has a gradient that is not the sum of its captured uses: it is used outside of the model's calls too "
-    "(in the training loop, through model.forward, in a torch.autograd.Function, as a penalty or in derivatives)"
+    "(in the training loop, through model.forward, in a torch.autograd.Function, as a penalty or in derivatives), or "
+    "goes into a function that mixes samples"
 )
 """Why a layer is left to the base whose gradient has other sources than what was captured."""
 
@@ -85,14 +86,14 @@ class _Unread:
         sources: the parameters that it carries a gradient to.
         reasons: why not, for the layers that it takes directly.
         is_view: whether it returns a view of a weight.
-        biases: that it takes with their weights.
+        together: the layers whose weight and bias it takes.
     """
 
     weights: Sequence[Any]
     sources: dict[tuple[int, int], Source] = field(default_factory=dict)
     reasons: dict[Layer, str] = field(default_factory=dict)
     is_view: bool = False
-    biases: list[Source] = field(default_factory=list)
+    together: list[Layer] = field(default_factory=list)
 
     def add(self, source: Source) -> None:
         """Add a parameter."""
@@ -295,9 +296,9 @@ class Recorder:
         """
         expressions = self._expressions
         if unread is not None and unread.reasons:
-            for bias in unread.biases:
-                if bias.layer in unread.reasons:
-                    unread.add(bias)
+            for layer in unread.together:
+                if layer in unread.reasons and layer.trained_bias is not None:
+                    unread.add(Source(layer, layer.trained_bias))
         if free or (unread is not None and unread.is_view):
             expressions.follow(call, unread.sources if unread is not None else {})
         else:
@@ -323,10 +324,10 @@ class Recorder:
             layer = None
         if not (layer or biased):
             return
-        used = call.passes_gradient_to(argument)
         if layer is None:
-            self._find_apart(biased, call, used, unread)
+            self._find_apart(biased, call, argument, unread)
             return
+        used = call.passes_gradient_to(argument)
         try:
             if used:
                 self._record_use(layer, call, argument, unread.weights)
@@ -339,20 +340,21 @@ class Recorder:
             unread.reasons[layer] = str(reason)
         unread.add(Source(layer, layer.weight))
 
-    def _find_apart(self, layers: Sequence[Layer], call: FunctionCall, used: bool, unread: _Unread) -> None:
+    def _find_apart(self, layers: Sequence[Layer], call: FunctionCall, bias: Tensor, unread: _Unread) -> None:
         """Find the layers of a bias that a call takes without their weight, with which it is a column of the matrix.
 
         What ``torch.cat`` joins may be cut apart again for calls that take both.
         """
-        weights = [self._layers.get(id(owner_of(each))) for each in unread.weights if isinstance(each, Tensor)]
         if call.function is torch.cat:
             return
-        together = any(layer in weights for layer in layers)
+        weights = [self._layers.get(id(owner_of(each))) for each in unread.weights if isinstance(each, Tensor)]
+        together = [layer for layer in layers if layer in weights]
+        if together:
+            unread.together += together
+            return
+        used = call.passes_gradient_to(bias)
         for layer in layers:
-            if together:
-                if layer in weights and layer.trained_bias is not None:
-                    unread.biases.append(Source(layer, layer.trained_bias))
-            elif id(layer.weight) in self._awaited and layer.trained_bias is not None:
+            if id(layer.weight) in self._awaited and layer.trained_bias is not None:
                 unread.add(Source(layer, layer.trained_bias))
                 if used:
                     unread.reasons.setdefault(layer, f"is used apart from its bias, which {call.name} takes")
@@ -371,7 +373,7 @@ class Recorder:
         """
         if is_transformed():
             raise UnsupportedCall("is used inside a transform of torch.func")
-        if not any(argument is each for each in weights):
+        if argument is not weights[0] if len(weights) == 1 else not any(argument is each for each in weights):
             raise UnsupportedCall(f"is used by {call.name}")
         if any(each.is_nested and each.layout != torch.jagged for each in call.tensors()):
             raise UnsupportedCall("is used on a nested tensor whose layout is not torch.jagged")
@@ -380,9 +382,10 @@ class Recorder:
         except _UNREADABLE as error:
             raise UnsupportedCall(f"is used by {call.name} in a way that is not known ({error})") from error
         self._accumulator.check(op_call)
-        batch_dim, size = layer.batch_dim, _size(call.output, layer.batch_dim)
         if call.time_major is not None:
             batch_dim, size = 1, call.time_major.batch
+        else:
+            batch_dim, size = layer.batch_dim, _size(call.output, layer.batch_dim)
         self._await_use(layer, call, op_call, op_call.source, batch_dim, size, call.output.dtype)
 
     def _record_function(self, call: FunctionCall, unread: _Unread) -> None:
@@ -546,7 +549,7 @@ class Recorder:
                 pairs = use.call.pairs(source, gradient.reshape(use.output_shape))
             numbers = None if index is None else index.index_of(record.layer.module)
             for pair, rows in pairs:
-                record.compare_use(pair, use.dtype, self._tuning.curvature_chunk(gradient.device))
+                record.compare_use(pair, use.dtype, self._tuning)
                 if index is not None and numbers is not None:
                     pair = self._regroup(record.layer, use, pair, index, numbers if rows is None else numbers[rows])
                 record.captured.append(CapturedPair(use, pair, rows is not None and numbers is None))

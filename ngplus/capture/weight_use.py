@@ -18,6 +18,7 @@ from ngplus.capture.sample_index import SampleIndex
 from ngplus.factors.formed import Formed
 from ngplus.factors.pair import FactorPair
 from ngplus.layers import Layer
+from ngplus.tuning import Tuning
 
 
 def record_versions(call: FunctionCall) -> list[tuple[Tensor, int]]:
@@ -124,20 +125,20 @@ class LayerRecord:
         """Those that there are."""
         return [each for each in (self.comparison, self.bias_comparison) if each is not None]
 
-    def compare_use(self, pair: FactorPair, dtype: torch.dtype, limit: int) -> None:
+    def compare_use(self, pair: FactorPair, dtype: torch.dtype, tuning: Tuning) -> None:
         """Add a captured use to the comparisons.
 
         Args:
             pair: its factors, of all of its samples.
             dtype: that it was computed in.
-            limit: elements of gradients that are formed at a time.
+            tuning: sizes of temporaries.
         """
         comparisons = self.comparisons()
         if not isinstance(pair.rows, Formed):
             for comparison in comparisons:
                 comparison.add_use(pair, dtype)
         elif comparisons:
-            total, squares = pair.rows.add_up(limit)
+            total, squares = pair.rows.add_up(tuning.curvature_chunk(pair.rows.device))
             weight = self.layer.weight
             columns = self.layer.matrix[2]
             for comparison in comparisons:

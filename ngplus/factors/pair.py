@@ -33,7 +33,7 @@ def orient(shape: MatrixShape, pair: FactorPair) -> tuple[Factor, Factor]:
 
 def flatten_positions(pair: FactorPair) -> FactorPair:
     """Make every position a sample of its own (κ = 1)."""
-    return pair._replace(rows=pair.rows.flat(), columns=pair.columns.flat())
+    return FactorPair(pair.rows.flat(), pair.columns.flat(), pair.group)
 
 
 def sample_long_side(shape: MatrixShape, pair: FactorPair, sampled: Tensor) -> FactorPair:
