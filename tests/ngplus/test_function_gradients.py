@@ -311,3 +311,82 @@ class Wide(nn.Module):
 
     def forward(self, x):
         return self.function(self, x.tanh()).tanh()
+
+
+# Saved states, and the eigenbasis -----------------------------------------------------------------------------------
+
+
+def test_a_state_saved_without_these_layers_loads_and_names_them():
+    """As one does that was saved before they were preconditioned."""
+    model, x = Product(lambda m, x: x + m.w, w=(2, 5)), points(3, 2, 4)
+
+    def make(**options):
+        return NGPlus(model, lr=1e-9, damping=0.3, update_every=1, **options)
+
+    with pytest.warns(UserWarning, match="does not precondition"):
+        old = make(function_fallback="base")
+    oracle.batch_loss(x)(model).backward()
+    old.step()
+    new = make()
+    with pytest.warns(UserWarning, match=r"the state says nothing of w: without curvature"):
+        new.load_state_dict(old.state_dict())
+    assert set(new.curvature) == {"inlet.weight"}
+    new.zero_grad()
+    oracle.batch_loss(x)(model).backward()
+    new.step()
+    assert set(new.curvature) == {"inlet.weight", "w"}
+
+
+def test_the_curvature_of_bare_parameters_is_saved_and_loaded_to_the_bit():
+    model, x = Product(lambda m, x: torch.bmm(x, m.w) * m.v, w=(2, 5, 6), v=(1, 3, 6)), points(2, 3, 4)
+
+    def make():
+        return NGPlus(model, lr=0.0, damping=0.3, update_every=2, batch_dim=1)
+
+    first = make()
+    oracle.batch_loss(x, batch_dim=1)(model).backward()
+    first.step()
+    second = make()
+    second.load_state_dict(first.state_dict())
+    for optimizer in (first, second):
+        model.zero_grad()
+        oracle.batch_loss(x.cos(), batch_dim=1)(model).backward()
+        optimizer.step()
+        found = [parameter.grad.clone() for parameter in model.parameters()]
+        if optimizer is first:
+            expected = found
+    assert set(second.curvature) == {"inlet.weight", "w", "v"}
+    assert all(torch.equal(*both) for both in zip(expected, found, strict=True))
+
+
+def test_in_the_eigenbasis_bare_parameters_go_to_the_base_and_standardized_layers_do_not():
+    model = nn.Sequential(Standardized(2, 3, 3, padding=1), Product(lambda m, x: x + m.w, w=(4, 5))).double()
+    with pytest.warns(UserWarning, match=r"does not precondition 1 \(Product\)"):
+        optimizer = NGPlus(model, base=torch.optim.Adam, lr=1e-3, damping=1.0, update_every=1, basis="eigen")
+    oracle.batch_loss(points(3, 2, 4, 4))(model).backward()
+    optimizer.step()
+    assert set(optimizer.curvature) == {"0.weight", "1.inlet.weight"}
+
+
+# Attention ------------------------------------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """Queries, keys and values by one layer, and attention between heads by a function of torch."""
+
+    def __init__(self, attend):
+        super().__init__()
+        seed_cpu(0)
+        self.inside, self.outside, self.attend = nn.Linear(8, 24), nn.Linear(8, 8), attend
+
+    def forward(self, x):
+        q, k, v = self.inside(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        return self.outside(self.attend(q, k, v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"attn_mask": torch.ones(5, 5).tril().bool()}])
+def test_projections_around_attention_match_the_oracle(options):
+    def attend(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, **options)
+
+    oracle.check(Attention(attend).double(), points(3, 5, 8))
