@@ -66,7 +66,7 @@ class NGPlus(LayerwiseOptimizer):
         samples: "batch": a sample is one element of a layer's input along its batch dimension, its other dimensions
             are the positions κ of (8). "rows": every position is a sample of its own.
         batch_dim: where linear layers and embeddings have their samples: 1 for (T, B, C) inputs; or a dict from
-            module names to dimensions. Convolutions and `nn.MultiheadAttention` know theirs.
+            module names to dimensions. Convolutions, recurrent layers and `nn.MultiheadAttention` know theirs.
         model_calls: which calls of the model before one ``backward`` see the same samples. "separate": a call is one
             batch, and sees the samples of another only where a gradient can flow from one into the other (an
             encoder's call and its decoder's, the time steps of a cell). "joined": row i of every call is sample i (the

@@ -91,14 +91,14 @@ class Formed:
         """Σᵢ 𝒢ᵢ, and the sum of squares of all their entries.
 
         Args:
-            limit: elements that are formed at a time.
+            limit: elements of all temporaries.
 
         Returns:
             (groups, m, n) and a scalar.
         """
         total = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
         squares = total.new_zeros(())
-        step = max(1, limit // max(1, total.numel()))
+        step = max(1, limit // max(1, 4 * total.numel()))  # what leads to a gradient is as large, and there is more
         for start in range(0, self.samples, step):
             gradients = self.slice(start, start + step).dense()
             total += gradients.sum(0)
