@@ -86,6 +86,7 @@ SUPPORTED = (
     *EMBEDDINGS,
     nn.MultiheadAttention,
     *RECURRENT,
+    nn.Bilinear,
 )
 
 # GPT-2's linear layer, x W + b with W of in × out, known by name: torch alone is needed here.
@@ -341,12 +342,11 @@ def _bare_layers(prefix: str, module: nn.Module) -> Iterator[Layer]:
     """
     if isinstance(module, VECTORS):
         return
-    of_weight = isinstance(module, (*SUPPORTED, nn.utils.parametrize.ParametrizationList, nn.Bilinear))
+    of_weight = isinstance(module, (*SUPPORTED, nn.utils.parametrize.ParametrizationList))
     for name, parameter in module._parameters.items():
         if parameter is not None and not _is_vector(parameter):
-            bias = module._parameters.get("bias") if isinstance(module, nn.Bilinear) else None
             full_name = f"{prefix}.{name}" if prefix else name
-            yield Layer(full_name, parameter, bias, bare=True, batched=not of_weight)
+            yield Layer(full_name, parameter, None, bare=True, batched=not of_weight)
 
 
 def rekey_layers[T](values: Mapping[Layer, T], layers: Iterable[Layer]) -> dict[Layer, T]:

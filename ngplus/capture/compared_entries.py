@@ -27,6 +27,7 @@ from ngplus.factors.dense import Dense
 from ngplus.factors.embedding import Bags, OneHot
 from ngplus.factors.factor import Factor, statistics_dtype
 from ngplus.factors.im2col import Patches
+from ngplus.factors.khatri_rao import KhatriRao
 from ngplus.factors.pair import FactorPair
 from ngplus.guards.amp import without_autocast
 from ngplus.layers import Layer, MatrixShape
@@ -182,6 +183,12 @@ class MatrixEntries:
     def _column_entries(self, factor: Factor) -> Tensor:
         if isinstance(factor, Patches):
             return factor.at_offset(factor.images[:, self._channels(factor.channels)], self.offset)
+        if isinstance(factor, KhatriRao):
+            assert isinstance(factor.one, Dense)
+            assert isinstance(factor.other, Dense)
+            one = factor.one.entries[:, 0, self.column : self.column + self.count]
+            dtype = statistics_dtype(one.dtype)
+            return one.to(dtype) * factor.other.entries[:, :1, self.offset[0]].to(dtype)
         assert isinstance(factor, Dense)
         area, place = math.prod(self.kernel), 0
         for size, at in zip(self.kernel, self.offset, strict=True):
@@ -451,7 +458,7 @@ class BiasSum:
 def _bias_factor(pair: FactorPair) -> float:
     """1 where a use adds the bias, else 0."""
     columns = pair.columns
-    assert isinstance(columns, Dense | Patches)
+    assert isinstance(columns, Dense | Patches | KhatriRao)
     return columns.appended or 0.0
 
 

@@ -23,6 +23,7 @@ from ngplus.factors.dense import Dense
 from ngplus.factors.embedding import Bags, OneHot
 from ngplus.factors.factor import statistics_dtype
 from ngplus.factors.im2col import patches
+from ngplus.factors.khatri_rao import KhatriRao
 from ngplus.factors.pair import FactorPair
 from ngplus.layers import Layer
 
@@ -408,6 +409,29 @@ def _pad_amounts(padding: Any, kernel: tuple[int, ...], dilation: tuple[int, ...
     return tuple((amount, amount) for amount in _per_direction(padding, kernel))
 
 
+def _parse_bilinear(
+    given: WeightArgument, input1: Tensor, input2: Tensor, bias: Tensor | None = None, **_: Any
+) -> OpCall:
+    """Parse x₁ᵀ W x₂ + b for each row of W: a linear function of x₁ ⊗ x₂."""
+    layer = given.layer
+    if not _is_whole(given.weight, layer) or layer.batched:
+        raise UnsupportedCall("is used by bilinear as a part of it")
+    if (dimensions := input1.dim() - 1) > 1:
+        _check_batch_dim(layer, input1, dimensions)
+    appended = _appended_value(layer, bias)
+
+    def positions_last(tensor: Tensor) -> Dense:
+        if tensor.dim() <= 2:
+            return Dense(tensor.reshape(-1, 1, tensor.shape[-1], 1))
+        return Dense(tensor.movedim(layer.batch_dim, 0).flatten(1, -2).mT.unsqueeze(1))
+
+    def factors(inputs: Sequence[Tensor], gradient: Tensor) -> FactorPair:
+        columns = KhatriRao(positions_last(inputs[0]), positions_last(inputs[1]), appended)
+        return FactorPair(positions_last(gradient), columns)
+
+    return OpCall(layer, [input1, input2], factors)
+
+
 def _parse_embedding(
     given: WeightArgument,
     input: Tensor,
@@ -513,6 +537,7 @@ OP_HANDLERS: Mapping[Any, OpHandler] = {
     F.conv_transpose1d: OpHandler(_parse_transposed_convolution),
     F.conv_transpose2d: OpHandler(_parse_transposed_convolution),
     F.conv_transpose3d: OpHandler(_parse_transposed_convolution),
+    F.bilinear: OpHandler(_parse_bilinear, position=2),
     F.embedding: OpHandler(_parse_embedding),
     F.embedding_bag: OpHandler(_parse_embedding_bag),
     torch.matmul: OpHandler(_parse_matmul, keyword="other"),

@@ -22,6 +22,7 @@ from ngplus.factors.factor import Factor
 from ngplus.factors.formed import Formed, Identity
 from ngplus.factors.gathered import Gathered
 from ngplus.factors.im2col import Patches
+from ngplus.factors.khatri_rao import KhatriRao
 from ngplus.factors.pair import FactorPair, flatten_positions
 
 
@@ -149,6 +150,8 @@ def _gather(factor: Factor, rows: Tensor, name: str) -> Factor:
         return factor.regroup(rows)
     if isinstance(factor, Identity):
         return replace(factor, samples=len(rows))
+    if isinstance(factor, KhatriRao):
+        return replace(factor, one=_gather(factor.one, rows, name), other=_gather(factor.other, rows, name))
     if isinstance(factor, OneHot):  # any row of the table will do for a gradient of zero
         return replace(factor, index=factor.index.flatten()[rows.clamp_min(0)])
     assert isinstance(factor, Dense | Patches)

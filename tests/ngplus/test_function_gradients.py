@@ -79,21 +79,6 @@ def test_a_standardized_convolution_matches_the_oracle_with_its_bias(options):
     assert list(optimizer.curvature) == ["weight"]
 
 
-@pytest.mark.parametrize("batch_dim", [0, 1])
-@pytest.mark.parametrize("bias", [True, False])
-def test_bilinear_matches_the_oracle(bias, batch_dim):
-    class Both(nn.Module):
-        def __init__(self):
-            super().__init__()
-            seed_cpu(0)
-            self.layer = nn.Bilinear(4, 3, 5, bias=bias)
-
-        def forward(self, x, y):
-            return self.layer(x, y)
-
-    oracle.check(Both().double(), points(3, 2, 4), points(3, 2, 3), batch_dim=batch_dim)
-
-
 @pytest.mark.parametrize("rows", [2, 7])
 def test_sketched_columns_of_formed_gradients_are_those_of_factors(rows):
     shape, outside, inside = MatrixShape(groups=1, rows=rows, columns=5), points(6, 1, rows, 3), points(6, 1, 5, 3)
