@@ -6,6 +6,7 @@ weights to it are kept for as long as the model's call runs, so that a function 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -61,8 +62,8 @@ CONSTANTS = frozenset(
 """Functions that make a tensor of none, and the same one each time."""
 
 
-class Expressions:
-    """The tensors free of samples that the running call of the model has made.
+class Expressions(threading.local):
+    """The tensors free of samples that the model's call which runs on this thread has made.
 
     Args:
         modules: of the model.
@@ -252,22 +253,26 @@ class Program:
             In the order of ``shared``.
         """
         made: dict[int, Any] = {}
+        return [self._evaluate(tensor, values, made, convert) for tensor in self.shared]
 
-        def value(tensor: Any) -> Any:
-            if not isinstance(tensor, Tensor):
-                return tensor
-            if id(tensor) in values:
-                return values[id(tensor)]
-            known = self._expressions.get(id(tensor))
-            if known is None or known.call is None:
-                return convert(tensor.detach())
-            if id(known.call) not in made:
-                args, kwargs = pytree.tree_map(value, (known.call.args, known.call.kwargs))
-                made[id(known.call)] = rewrite(known.call)(*args, **kwargs)
-            output = made[id(known.call)]
-            return output if isinstance(output, Tensor) else [e for e in output if isinstance(e, Tensor)][known.place]
-
-        return [value(tensor) for tensor in self.shared]
+    def _evaluate(
+        self, tensor: Any, values: Mapping[int, Tensor], made: dict[int, Any], convert: Callable[[Tensor], Tensor]
+    ) -> Any:
+        """An argument of a call: of a tensor what it is with other values of the parameters."""
+        if not isinstance(tensor, Tensor):
+            return tensor
+        if id(tensor) in values:
+            return values[id(tensor)]
+        known = self._expressions.get(id(tensor))
+        if known is None or known.call is None:
+            return convert(tensor.detach())
+        if id(known.call) not in made:
+            leaves, structure = pytree.tree_flatten((known.call.args, known.call.kwargs))
+            leaves = [self._evaluate(leaf, values, made, convert) for leaf in leaves]  # no closure: that were a cycle
+            args, kwargs = pytree.tree_unflatten(leaves, structure)
+            made[id(known.call)] = rewrite(known.call)(*args, **kwargs)
+        output = made[id(known.call)]
+        return output if isinstance(output, Tensor) else [e for e in output if isinstance(e, Tensor)][known.place]
 
     def run(self, inputs: Iterable[Tensor], shared: Iterable[Tensor], convert: Callable[[Tensor], Tensor]) -> Any:
         """The call's function on other inputs.

@@ -28,6 +28,10 @@ from ngplus.factors.pair import FactorPair
 from ngplus.layers import Layer
 
 
+def _released(*_: Any) -> FactorPair:
+    raise AssertionError("the call has been released")
+
+
 @dataclass(eq=False)
 class OpCall:
     """One use of a layer in a forward pass; with its output's gradient it gives the factors of 𝒢ᵢ.
@@ -47,6 +51,10 @@ class OpCall:
     transposed: bool = False
     parts: Callable[[Any], list[tuple[int, slice]]] | None = None
     is_read: bool = True
+
+    def release(self) -> None:
+        """Let go of the input, and of what the factors are made with: a loss that is kept would keep them."""
+        self.source, self.factors = None, _released
 
     def pairs(self, source: Any, gradient: Tensor) -> list[tuple[FactorPair, slice | None]]:
         """The factors, and which rows of the input they are of; None for all.

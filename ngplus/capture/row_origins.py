@@ -7,6 +7,7 @@ flattens them on, the list is followed through calls that keep its rows, and thr
 from __future__ import annotations
 
 import math
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,8 +87,8 @@ class RowOrigin:
         return RowOrigin(value, self.leading, rows)
 
 
-class RowOrigins:
-    """The origins of the tensors that the running call of the model has made."""
+class RowOrigins(threading.local):
+    """The origins of the tensors that the model's call which runs on this thread has made."""
 
     def __init__(self) -> None:
         self._known: dict[int, RowOrigin] = {}

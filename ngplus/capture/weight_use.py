@@ -72,7 +72,8 @@ class WeightUse:
 
     def release(self) -> None:
         """Let go of the arguments."""
-        self.call.source, self.versions = None, []
+        self.call.release()
+        self.versions = []
 
 
 @dataclass(eq=False, slots=True)

@@ -1,6 +1,8 @@
 """Weights in functions that no handler reads: each sample's gradient comes from differentiating the function again."""
 
 import warnings
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -114,6 +116,33 @@ def test_two_losses_through_one_graph(retain):
         losses[1].backward()
     else:
         sum(losses).backward()
+    optimizer.step()
+    assert oracle.error(model, expected) <= 1e-10
+
+
+def test_inputs_are_released_in_the_backward_pass_though_the_loss_is_kept():
+    model, inputs = Product(lambda m, x: remember(x) + m.w, w=(2, 5)), []
+
+    def remember(x):
+        inputs.append(weakref.ref(x := x * 1))
+        return x
+
+    optimizer = NGPlus(model, lr=1e-9, damping=0.3, update_every=1)
+    loss = oracle.batch_loss(points(3, 2, 4))(model)
+    assert inputs[0]() is not None
+    loss.backward()
+    assert inputs[0]() is None
+    optimizer.step()
+    assert "w" in optimizer.curvature
+
+
+def test_calls_on_several_threads_do_not_mix():
+    model, x = Product(lambda m, x: F.linear(x, m.w.exp()), w=(6, 5)), points(8, 2, 4)
+    expected = oracle.directions(oracle.energy_gradients(model, x), 0.3)
+    optimizer = NGPlus(model, lr=1e-9, damping=0.3, update_every=1)
+    with ThreadPoolExecutor(4) as pool:
+        losses = list(pool.map(lambda part: oracle.energy(model(part)) / 8, x.split(2)))
+    sum(losses).backward()
     optimizer.step()
     assert oracle.error(model, expected) <= 1e-10
 
