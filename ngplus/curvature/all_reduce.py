@@ -115,11 +115,11 @@ def pack_triangles(matrices: Tensor) -> Tensor:
     return matrices[:, rows, columns].flatten()
 
 
-def unpack_triangles(triangles: Tensor, shape: tuple[int, int, int]) -> Tensor:
+def unpack_triangles(triangles: Tensor, shape: Sequence[int]) -> Tensor:
     """The symmetric matrices, of ``shape``, that `pack_triangles` was given."""
     blocks, size, _ = shape
     rows, columns = _triangle(size, triangles.device)
-    matrices = triangles.new_empty(shape)
+    matrices = triangles.new_empty(*shape)
     entries = triangles.view(blocks, -1)
     matrices[:, rows, columns] = entries
     matrices[:, columns, rows] = entries
