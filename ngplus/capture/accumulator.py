@@ -194,7 +194,8 @@ class Accumulator:
         statistic.samples += count
         statistic.used += used
         if used:
-            self._add_used_(statistic, _join_single_positions([_slice(pair, used) for pair in pairs]))
+            pairs = [FactorPair(p.rows.slice(0, used), p.columns.slice(0, used), p.group) for p in pairs]
+            self._add_used_(statistic, pairs if len(pairs) == 1 else _join_single_positions(pairs))
 
     def _count_used(self, statistic: Statistic, samples: int) -> int:
         """How many of ``samples`` more are to be used."""
@@ -236,15 +237,8 @@ class Accumulator:
                 total[number * len(part) : (number + 1) * len(part)] += part
 
 
-def _slice(pair: FactorPair, stop: int) -> FactorPair:
-    """The samples up to ``stop``."""
-    return FactorPair(pair.rows.slice(0, stop), pair.columns.slice(0, stop), pair.group)
-
-
 def _join_single_positions(pairs: list[FactorPair]) -> list[FactorPair]:
     """Uses of one position each, as those of a recurrent layer's steps, as one use of many: products of all at once."""
-    if len(pairs) < 2:
-        return pairs
     alike: dict[Any, list[tuple[Dense, Dense, FactorPair]]] = {}
     joined = []
     for pair in pairs:

@@ -188,7 +188,7 @@ def _read_einsum(call: FunctionCall, weight: Tensor) -> Contraction:
 
 def _read_matmul(call: FunctionCall, weight: Tensor) -> Contraction:
     """``W @ x`` and ``x @ W``, with batch dimensions of either in front."""
-    one, other = list(call.tensors())
+    one, other = call.tensors
     if min(one.dim(), other.dim()) < 2:
         raise UnsupportedCall("is multiplied by a vector")
     batch = string.ascii_lowercase[: max(one.dim(), other.dim()) - 2]

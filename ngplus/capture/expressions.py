@@ -98,7 +98,7 @@ class Expressions(threading.local):
             call: the call.
             sources: the parameters that it carries a gradient to, by no handler's reading.
         """
-        arguments = {id(each) for each in call.tensors()}
+        arguments = {id(each) for each in call.tensors}
         in_place = changes_in_place(call)
         for place, value in enumerate(outputs_of(call)):
             if id(value) in arguments:  # changed, or as it was: ``float`` of what is float32

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -52,13 +52,16 @@ class FunctionCall:
         """Of the function, for messages."""
         return getattr(self.function, "__name__", str(self.function))
 
-    def tensors(self) -> Iterator[Tensor]:
+    @cached_property
+    def tensors(self) -> list[Tensor]:
         """The tensors among its arguments, those in lists and tuples too."""
-        return (each for each in _flatten((*self.args, *self.kwargs.values())) if isinstance(each, Tensor))
+        return [each for each in _flatten((*self.args, *self.kwargs.values())) if isinstance(each, Tensor)]
 
     def passes_gradient_to(self, argument: Tensor) -> bool:
         """Whether a gradient can come back through its output, which is not only a view of ``argument``."""
-        owner = owner_of(argument)
+        owner, output = owner_of(argument), self.output
+        if isinstance(output, Tensor) and output.requires_grad and output is not owner and output._base is not owner:
+            return True
         outputs = (each for each in _flatten((self.output,)) if isinstance(each, Tensor))
         if any(each.requires_grad and each is not owner and each._base is not owner for each in outputs):
             return True

@@ -111,7 +111,7 @@ def find_weights(call: FunctionCall) -> Sequence[Any]:
     """The arguments that the called function may take as weight; none for functions without a handler."""
     handler = OP_HANDLERS.get(call.function)
     if handler is None or call.function in CONTRACTIONS:
-        return list(call.tensors()) if call.function in CONTRACTIONS else ()
+        return call.tensors if call.function in CONTRACTIONS else ()
     if handler.keyword in call.kwargs:
         return (call.kwargs[handler.keyword],)
     return (call.args[handler.position],) if len(call.args) > handler.position else ()

@@ -265,7 +265,7 @@ class Recorder:
         expressions = self._expressions
         unread: _Unread | None = None
         arguments, free = 0, True
-        for argument in call.tensors():
+        for argument in call.tensors:
             self._model_calls.trace(argument)
             arguments += 1
             tensor = owner_of(argument)
@@ -375,7 +375,7 @@ class Recorder:
             raise UnsupportedCall("is used inside a transform of torch.func")
         if argument is not weights[0] if len(weights) == 1 else not any(argument is each for each in weights):
             raise UnsupportedCall(f"is used by {call.name}")
-        if any(each.is_nested and each.layout != torch.jagged for each in call.tensors()):
+        if any(each.is_nested and each.layout != torch.jagged for each in call.tensors):
             raise UnsupportedCall("is used on a nested tensor whose layout is not torch.jagged")
         try:
             op_call = parse_call(layer, call, argument, self._input_shapes.get(layer))
@@ -399,7 +399,7 @@ class Recorder:
             try:
                 if is_transformed():
                     raise UnsupportedCall("is used inside a transform of torch.func")
-                if any(each.is_nested for each in call.tensors()):
+                if any(each.is_nested for each in call.tensors):
                     raise UnsupportedCall(reasons.get(layer, f"is used by {call.name} on a nested tensor"))
                 again = parse_function(call, own, self._expressions)
                 batch = again.batch

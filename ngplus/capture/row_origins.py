@@ -166,7 +166,7 @@ class RowOrigins(threading.local):
 
     def _keep(self, call: FunctionCall) -> None:
         """Rows stay rows where there are as many as in an argument."""
-        origins = [self._known[id(each)] for each in call.tensors() if id(each) in self._known]
+        origins = [self._known[id(each)] for each in call.tensors if id(each) in self._known]
         for output in outputs_of(call) if origins else ():
             for origin in origins:
                 if output.dim() and len(output) == len(origin.value) and id(output) not in self._known:

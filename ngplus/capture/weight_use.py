@@ -23,7 +23,7 @@ from ngplus.tuning import Tuning
 
 def record_versions(call: FunctionCall) -> list[tuple[Tensor, int]]:
     """The arguments of a call that are no parameters, with their versions: in-place operations count them up."""
-    arguments = (each for each in call.tensors() if not isinstance(owner_of(each), nn.Parameter))
+    arguments = (each for each in call.tensors if not isinstance(owner_of(each), nn.Parameter))
     return [(each, each._version) for each in arguments if not each.is_inference()]
 
 
@@ -134,11 +134,12 @@ class LayerRecord:
             dtype: that it was computed in.
             tuning: sizes of temporaries.
         """
-        comparisons = self.comparisons()
         if not isinstance(pair.rows, Formed):
-            for comparison in comparisons:
-                comparison.add_use(pair, dtype)
-        elif comparisons:
+            if self.comparison is not None:
+                self.comparison.add_use(pair, dtype)
+            if self.bias_comparison is not None:
+                self.bias_comparison.add_use(pair, dtype)
+        elif comparisons := self.comparisons():
             total, squares = pair.rows.add_up(tuning.curvature_chunk(pair.rows.device))
             weight = self.layer.weight
             columns = self.layer.matrix[2]

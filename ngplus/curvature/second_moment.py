@@ -51,11 +51,11 @@ def cheapest_way(shape: MatrixShape, short: Sequence[Factor], long: Sequence[Fac
     Returns:
         The way.
     """
-    if any(isinstance(factor, Identity) for factor in (*short, *long)):
-        return "direct"
     kappa, p, q = sum(f.positions for f in short), shape.short, long[0].size
     if kappa == 1:
         return "scaled"
+    if any(isinstance(factor, Identity) for factor in (*short, *long)):
+        return "direct"
     through_gram = sum(f.gram_cost() for f in long) * len(long) + 2 * kappa**2 * p + 2 * kappa * p**2
     return "gram" if through_gram < 2 * kappa * p * q + 2 * p**2 * q else "direct"
 
