@@ -18,6 +18,7 @@ from ngplus.config import (
     Curvature,
     DampingRule,
     FunctionFallback,
+    Inverses,
     ModelCallSamples,
     NonFinite,
     Options,
@@ -30,6 +31,7 @@ from ngplus.config import (
 from ngplus.curvature.eigen import EigenCurvature, ModeAccumulator
 from ngplus.curvature.gfim import GFIM, sampling
 from ngplus.curvature.store import CurvatureStore
+from ngplus.dtensors import is_sharded
 from ngplus.guards.finite_check import FiniteCheck
 from ngplus.layers import Layer, find_layers
 from ngplus.layerwise import LayerwiseOptimizer
@@ -83,6 +85,10 @@ class NGPlus(LayerwiseOptimizer):
             parameters of two or more dimensions of modules that are not supported: "vmap" differentiates the function
             again for single samples (`torch.func.vmap` of its vector-Jacobian product); "base" leaves them to ``base``.
         damping_rule: "paper": L + λI; "released": L + √λ I, as the authors' code has it.
+        inverses: of a model after `torch.distributed.fsdp.fully_shard`, where they are kept. "replicated": on every
+            process, so that a matrix sharded along its longer side needs no communication; "sharded": each on one
+            process, which gets the gradient and returns the direction; "auto": on every process where that saves the
+            communication and takes a sixteenth of the weight at most, else on one.
         max_samples: at most so many samples of a step are used for its curvature.
         nonfinite: "skip": where any preconditioned gradient holds NaN or Inf, all gradients count as zero for this
             step (decided on the device, without synchronizing); "raise": `FloatingPointError` before anything changes.
@@ -111,6 +117,7 @@ class NGPlus(LayerwiseOptimizer):
     title: ClassVar[str] = "NG+"
     key: ClassVar[str] = "ngplus"
     takes_parameters: ClassVar[bool] = True
+    takes_shards: ClassVar[bool] = True
 
     _options: Options
     _rotation: Rotation | None
@@ -135,6 +142,7 @@ class NGPlus(LayerwiseOptimizer):
         partial_capture: PartialCapture = "base",
         function_fallback: FunctionFallback = "vmap",
         damping_rule: DampingRule = "paper",
+        inverses: Inverses = "auto",
         max_samples: int | None = None,
         nonfinite: NonFinite = "skip",
         update_growth: float | None = None,
@@ -158,6 +166,7 @@ class NGPlus(LayerwiseOptimizer):
             partial_capture=partial_capture,
             function_fallback=function_fallback,
             damping_rule=damping_rule,
+            inverses=inverses,
             max_samples=max_samples,
             nonfinite=nonfinite,
             update_growth=update_growth,
@@ -179,6 +188,20 @@ class NGPlus(LayerwiseOptimizer):
     def _works_on_gradients(self) -> bool:
         return self._options.curvature != "per_sample"
 
+    @property
+    def _inverses(self) -> Inverses:
+        return self._options.inverses
+
+    def _check_parameters(self) -> None:
+        """With a basis, refuse what is sharded: the base's step in it needs whole gradients."""
+        super()._check_parameters()
+        sharded = [name for name, parameter in self._named_parameters() if is_sharded(parameter)]
+        if self._options.basis is not None and sharded:
+            raise TypeError(
+                f"{sharded[0]} is a DTensor: basis={self._options.basis!r} needs whole weights; take basis=None, or "
+                "wrap the model in torch.nn.parallel.DistributedDataParallel"
+            )
+
     def _make_curvature(self) -> CurvatureStore:
         self._rotation = None
         if self._options.basis is None:
@@ -190,8 +213,9 @@ class NGPlus(LayerwiseOptimizer):
         return curvature
 
     def _find_supported_layers(self, model: nn.Module) -> list[Layer]:
-        """Every matrix, but with a basis those of supported modules alone, whose modes are known."""
+        """Every matrix; with a basis or sharded weights those of supported modules alone."""
         every_matrix = self._options.function_fallback == "vmap" and self._options.basis is None
+        every_matrix = every_matrix and not any(map(is_sharded, model.parameters()))
         return find_layers(model, self._options.batch_dim, every_matrix=every_matrix)
 
     def _find_layers(self) -> list[Layer]:

@@ -210,7 +210,8 @@ class Program:
             tensor = isinstance(leaf, Tensor)
             carries = tensor and self._collect(leaf, expressions)
             self._is_shared.append(carries)
-            self._is_input.append(tensor and not carries and not expressions.is_free(leaf, owner_of(leaf)))
+            free = tensor and (isinstance(owner_of(leaf), nn.Parameter) or expressions.is_free(leaf, owner_of(leaf)))
+            self._is_input.append(tensor and not carries and not free)
         self.inputs = [leaf for leaf, each in zip(leaves, self._is_input, strict=True) if each]
         self.shared = [leaf for leaf, each in zip(leaves, self._is_shared, strict=True) if each]
         every = (*outputs_of(call), *self.inputs, *self.shared, *(each.value for each in self._expressions.values()))

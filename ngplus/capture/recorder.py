@@ -38,7 +38,9 @@ from ngplus.capture.op_handlers import OpCall, find_weights, parse_call
 from ngplus.capture.row_origins import RowOrigins
 from ngplus.capture.sample_index import SampleIndex
 from ngplus.capture.weight_use import CapturedPair, LayerRecord, WeightHook, WeightUse, record_versions
+from ngplus.capture.whole_weights import WholeWeights
 from ngplus.curvature.all_reduce import world_size
+from ngplus.dtensors import is_sharded
 from ngplus.factors.pair import FactorPair
 from ngplus.guards.amp import without_autocast
 from ngplus.guards.compile_guard import hold_eager, release_eager
@@ -127,6 +129,8 @@ class Recorder:
     ) -> None:
         self._layers = {id(layer.weight): layer for layer in layers}
         self._model = model
+        sharded = any(is_sharded(layer.weight) for layer in self._layers.values())
+        self._whole = WholeWeights(model, self._layers.values()) if sharded else None
         self._sampling = sampling
         self._accumulator = accumulator
         self._stopwatch = stopwatch
@@ -257,7 +261,9 @@ class Recorder:
     def awaits(self, arguments: Iterable[Any]) -> bool:
         """Whether the gradient of any of a call's arguments is awaited."""
         return torch.is_grad_enabled() and any(
-            id(each) in self._awaited and each.requires_grad for each in arguments if isinstance(each, nn.Parameter)
+            self._identify(each) in self._awaited and each.requires_grad
+            for each in arguments
+            if isinstance(each, nn.Parameter)
         )
 
     def record_call(self, call: FunctionCall) -> None:
@@ -269,9 +275,10 @@ class Recorder:
             self._model_calls.trace(argument)
             arguments += 1
             tensor = owner_of(argument)
-            if id(tensor) in expressions.static:
+            owner = id(tensor) if self._whole is None else self._whole.find(tensor)
+            if owner in expressions.static:
                 unread = unread or _Unread(find_weights(call))
-                self._record_parameter(call, argument, tensor, unread)
+                self._record_parameter(call, argument, owner, unread)
             elif expressions.known:
                 if (known := expressions.find(argument)) is not None:
                     unread = unread or _Unread(find_weights(call))
@@ -309,16 +316,28 @@ class Recorder:
         if self._origins is not None:
             self._origins.follow(call)
 
-    def _record_parameter(self, call: FunctionCall, argument: Tensor, parameter: Tensor, unread: _Unread) -> None:
+    def _identify(self, tensor: Tensor) -> int:
+        """The id of the optimizer's parameter that a tensor is, is a view of, or is all of."""
+        owner = owner_of(tensor)
+        return id(owner) if self._whole is None else self._whole.find(owner)
+
+    def _as_used(self, layer: Layer) -> Layer:
+        """The layer with the parameters that the running call of the model has."""
+        return layer if self._whole is None else self._whole.of_layer(layer)
+
+    def _original(self, layer: Layer) -> Layer:
+        """The optimizer's layer for one that `_as_used` gave."""
+        return layer if self._whole is None else self._whole.original(layer)
+
+    def _record_parameter(self, call: FunctionCall, argument: Tensor, owner: int, unread: _Unread) -> None:
         """Record the use of a parameter, or note that no handler reads it.
 
         Args:
             call: the call.
             argument: the parameter among its arguments, or a view of it.
-            parameter: the parameter; it may be a buffer.
+            owner: id of the optimizer's parameter that it is; it may be a buffer.
             unread: what no handler reads of this call, which gets more.
         """
-        owner = id(parameter)
         layer, biased = self._layers.get(owner), self._biases.get(owner, ())
         if layer is not None and not (owner in self._awaited and layer.weight.requires_grad):
             layer = None
@@ -327,12 +346,13 @@ class Recorder:
         if layer is None:
             self._find_apart(biased, call, argument, unread)
             return
+        layer = self._as_used(layer)
         used = call.passes_gradient_to(argument)
         try:
             if used:
                 self._record_use(layer, call, argument, unread.weights)
                 return
-            unread.is_view = isinstance(call.output, Tensor) and call.output._base is parameter
+            unread.is_view = isinstance(call.output, Tensor) and call.output._base is owner_of(argument)
         except NoSampleGradient as reason:
             self._record(layer).unsupported = str(reason)
             return
@@ -347,14 +367,16 @@ class Recorder:
         """
         if call.function is torch.cat:
             return
-        weights = [self._layers.get(id(owner_of(each))) for each in unread.weights if isinstance(each, Tensor)]
+        weights = [self._layers.get(self._identify(each)) for each in unread.weights if isinstance(each, Tensor)]
         together = [layer for layer in layers if layer in weights]
         if together:
-            unread.together += together
+            unread.together += map(self._as_used, together)
             return
         used = call.passes_gradient_to(bias)
         for layer in layers:
-            if id(layer.weight) in self._awaited and layer.trained_bias is not None:
+            awaited = id(layer.weight) in self._awaited
+            layer = self._as_used(layer)
+            if awaited and layer.trained_bias is not None:
                 unread.add(Source(layer, layer.trained_bias))
                 if used:
                     unread.reasons.setdefault(layer, f"is used apart from its bias, which {call.name} takes")
@@ -570,11 +592,17 @@ class Recorder:
         """Drop the sums of a backward pass whose gradients are gone: a skipped step, then ``model.zero_grad()``.
 
         Gradients of zeros, where sums are not zero, are gone too: ``set_to_none=False``. It synchronizes with the
-        device, on the second backward pass of a curvature step and those after it.
+        device, on the second backward pass of a curvature step and those after it. Of a sharded weight, whose zeros
+        another process may not have, only a gradient that is nowhere is gone; `fully_shard` keeps one of another
+        dtype that awaits the next backward pass where nobody else finds it.
         """
         if not (record.statistic.used or record.retained):
             return
         gradient = record.layer.weight.grad
+        if (original := self._original(record.layer)) is not record.layer:
+            if gradient is None and original.weight.grad is None and original.weight.dtype == record.layer.weight.dtype:
+                record.discard()
+            return
         if gradient is None or (is_zero(gradient) and not record.statistic.is_zero()):
             record.discard()
 
@@ -614,11 +642,15 @@ class Recorder:
                 if record.unsupported is not None
             }
             self._unsupported.update(self._find_incomplete())
-        return {
+        collected = {
             layer: record.statistic
             for layer, record in records.items()
             if record.statistic.used and layer not in self._unsupported
         }
+        if self._whole is None:
+            return collected
+        self._unsupported = {self._whole.original(layer): reason for layer, reason in self._unsupported.items()}
+        return {self._whole.original(layer): statistic for layer, statistic in collected.items()}
 
     def unsupported(self) -> dict[Layer, str]:
         """The layers that the latest `collect` left out, with the reason."""
