@@ -302,6 +302,8 @@ class Recorder:
                 record.comparison = self._start_comparison(layer, layer.weight, entries)
                 if layer.bias is not None and (bias_entries := choose_bias_entries(layer, entries)) is not None:
                     record.bias_comparison = self._start_comparison(layer, layer.bias, bias_entries)
+                    if layer.bias.requires_grad:
+                        record.bias_accumulator = torch.autograd.graph.get_gradient_edge(layer.bias).node
         return record
 
     def _start_comparison(self, layer: Layer, parameter: Tensor, entries: ComparedEntries) -> Comparison:
@@ -337,13 +339,15 @@ class Recorder:
         record = self._records.get(layer)
         if record is None or record.accumulator is None or record.unsupported is not None:
             return
-        comparison = record.comparison if parameter is layer.weight else record.bias_comparison
-        if comparison is None or not accumulates(torch.autograd.graph.get_gradient_edge(parameter).node):
+        is_bias = parameter is not layer.weight
+        comparison = record.bias_comparison if is_bias else record.comparison
+        accumulator = record.bias_accumulator if is_bias else record.accumulator
+        if comparison is None or accumulator is None or not accumulates(accumulator):
             return
         if comparison.is_empty and parameter.grad is not None:
             # What is there before the first backward pass of a captured use has another source, or is zero.
             comparison.add_gradient(parameter.grad.detach())
-        comparison.add_gradient(gradient.detach())
+        comparison.add_gradient(gradient.detach() if gradient.requires_grad else gradient)
 
     def _finish(self, record: LayerRecord, use: WeightUse) -> None:
         """Capture the factors of a use whose gradient is complete, and sum those of the samples that are."""
@@ -378,8 +382,7 @@ class Recorder:
                 pair = use.call.factors(source.values(), gradient.values())
             else:
                 pair = use.call.factors(source, gradient.reshape(use.output_shape))
-            for comparison in record.comparisons():
-                comparison.add_use(pair, use.dtype)
+            record.compare_use(pair, use.dtype)
             rows = None if index is None else index.index_of(record.layer.module)
             if index is not None and rows is not None:
                 pair = self._accumulator.regroup(pair, rows, use.batch_dim, index.samples, record.layer.name)

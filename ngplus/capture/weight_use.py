@@ -102,6 +102,7 @@ class LayerRecord:
         discarded: whether gradients of an earlier backward pass were thrown away.
         unsupported: why the layer goes to the base, or None.
         accumulator: of the weight's gradient.
+        bias_accumulator: of the bias's, where that is compared.
     """
 
     layer: Layer
@@ -115,10 +116,20 @@ class LayerRecord:
     discarded: bool = False
     unsupported: str | None = None
     accumulator: Node | None = None
+    bias_accumulator: Node | None = None
 
     def comparisons(self) -> list[Comparison]:
         """Those that there are."""
         return [each for each in (self.comparison, self.bias_comparison) if each is not None]
+
+    def compare_use(self, pair: FactorPair, dtype: torch.dtype) -> None:
+        """Add a captured use to the comparisons; ``dtype`` is the one that it was computed in."""
+        if self.comparison is None:
+            return
+        rows = self.comparison.reduce_rows(pair)
+        self.comparison.add_use(rows, pair, dtype)
+        if self.bias_comparison is not None:
+            self.bias_comparison.add_use(rows, pair, dtype)
 
     def discard(self) -> None:
         """Forget what came back, but not the uses whose gradients may still come."""
