@@ -16,6 +16,7 @@ class Tuning:
     Attributes:
         curvature_chunk_cpu: most elements of the temporaries of L or R on a CPU: what stays near the cache.
         curvature_chunk_device: the same on other devices, 256 MiB in float32.
+        small_use: most elements of the factors of a use that is kept until the step, to be multiplied with others.
         apply_chunk: elements of a gradient that are multiplied at a time where it is longer than four of these.
         grouped_below: most elements of a gradient that is preconditioned together with others: copying them takes about
             as long as the calls that this saves.
@@ -38,6 +39,7 @@ class Tuning:
 
     curvature_chunk_cpu: int = 2**21
     curvature_chunk_device: int = 2**26
+    small_use: int = 2**13
     apply_chunk: int = 2**16
     grouped_below: int = 2**14
     zero_rows_from: int = 2**17

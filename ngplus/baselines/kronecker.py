@@ -185,6 +185,7 @@ class FactorAccumulator(Accumulator):
 
     statistic = FactorStatistic
     missing = "for which K-FAC has no factors"
+    adds_together = False
 
     def __init__(
         self,

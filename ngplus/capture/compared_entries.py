@@ -259,10 +259,10 @@ class TableEntries:
 
     @classmethod
     def sample(cls, layer: Layer, most: int, long_from: int, generator: random.Random) -> TableEntries:
-        """Up to ``most`` columns; of a table with ``long_from`` rows or more a sixteenth of the rows counts."""
+        """Up to ``most`` columns, of a narrow table all; of ``long_from`` rows or more a sixteenth counts."""
         height, width = layer.weight.shape
-        count = min(most, width)
-        column, shift = generator.randrange(width - count + 1), generator.randrange(PERIOD)
+        count = width if width <= 4 * most else most
+        column, shift = generator.randrange(width - count + 1), _SHIFTS[generator.randrange(len(_SHIFTS))]
         return cls(count=count, column=column, shift=shift, height=height, long=height >= long_from)
 
     def reduce_rows(self, rows: Factor) -> UseRows:
@@ -272,7 +272,7 @@ class TableEntries:
     def of_use(self, rows: UseRows, columns: Factor) -> UseEntries:
         """Σᵢ Σ_κ (sᵀGᵢ)[κ] Aᵢ[c, κ]; softmax over a long table, whose rows add up to zero, hardly cancels in them."""
         assert isinstance(columns, Dense)
-        entries = _in_rows(columns.entries[:, :, self.column : self.column + self.count])
+        entries = self._columns(_in_rows(columns.entries))
         return UseEntries(rows.values @ entries, 0, (torch.linalg.vector_norm(entries), self._share**0.5))
 
     @property
@@ -301,9 +301,13 @@ class TableEntries:
             values = gradient if gradient.layout == torch.strided else gradient.to_dense()
             rows, signs = self._counting(0, len(values), dtype, values.device)
             values = values if rows is None else values.index_select(0, rows)
-        values = values[:, self.column : self.column + self.count].to(dtype)
+        values = _for_statistics(self._columns(values))
         with without_autocast([values.device.type]):
             return signs @ values
+
+    def _columns(self, rows: Tensor) -> Tensor:
+        """Those that are compared."""
+        return rows if rows.shape[1] == self.count else rows[:, self.column : self.column + self.count]
 
     def _counting(
         self, first: int, count: int, dtype: torch.dtype, device: torch.device
@@ -319,7 +323,7 @@ class TableEntries:
 
     def _signs(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
         rows = rows if self.height <= PERIOD else rows & (PERIOD - 1)
-        return _signs(self.long, dtype, rows.device)[self.shift :].index_select(0, rows)
+        return _signs_after(self.shift, self.long, dtype, rows.device).index_select(0, rows)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -464,6 +468,12 @@ def _window(start: int, count: int, dtype: torch.dtype, device: torch.device) ->
     if start + count <= 2 * PERIOD:
         return signs[start : start + count]
     return signs[torch.arange(start, start + count, device=device) & (PERIOD - 1)]
+
+
+@functools.lru_cache(maxsize=2**10)
+def _signs_after(start: int, long: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The signs of a table's rows from ``start`` on."""
+    return _signs(long, dtype, device)[start:]
 
 
 _signs_from = functools.lru_cache(maxsize=2**13)(_window)

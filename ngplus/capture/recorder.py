@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ngplus._torch_internals import accumulates, backward_pass_number, is_current_mode, is_transformed, retains_graph
-from ngplus.capture.accumulator import Accumulator, Sampling, Statistic, is_zero
+from ngplus.capture.accumulator import Accumulator, Addition, Sampling, Statistic, is_zero
 from ngplus.capture.compared_entries import ComparedEntries, choose_bias_entries, sample_entries
 from ngplus.capture.completeness import Comparison, read_values
 from ngplus.capture.function_mode import CaptureMode, FunctionCall, owner_of
@@ -360,7 +360,8 @@ class Recorder:
             samples = self._samples_of(use)
             captured = [each for each in record.captured if self._samples_of(each.use) == samples]
             awaited = any(self._samples_of(each) == samples for each in (*record.pending, *record.retained))
-            if self._sampling.samples == "rows" or not awaited:
+            waits = len(record.captured) == 1 and self._accumulator.waits(record.captured[0].pair)
+            if (self._sampling.samples == "rows" or not awaited) and not waits:
                 self._reduce(record, captured)
         except UnsupportedCall as reason:
             record.unsupported = str(reason)
@@ -405,22 +406,39 @@ class Recorder:
             record.discard()
 
     def _reduce(self, record: LayerRecord, captured: Sequence[CapturedPair]) -> None:
-        """Sum the samples of ``captured``, which are among the record's.
-
-        Of calls that see the same samples, those with equally many are uses by the same ones.
-        """
+        """Sum the samples of ``captured``, which are among the record's."""
         record.captured = [each for each in record.captured if each not in captured]
-        if not captured or record.unsupported is not None:
-            return
+        if captured and record.unsupported is None:
+            self._add_(record, self._find_additions(record, captured))
+
+    def _reduce_all(self, records: Iterable[LayerRecord]) -> None:
+        """Sum all that is captured, small layers together."""
+        additions: dict[LayerRecord, list[Addition]] = {}
+        for record in records:
+            if record.captured and record.unsupported is None:
+                additions[record] = self._find_additions(record, record.captured)
+            record.captured = []
+        single = [each[0] for each in additions.values() if len(each) == 1]
+        with torch.no_grad(), without_autocast({each.layer.weight.device.type for each in single}):
+            left = set(map(id, self._accumulator.add_together_(single))) if single else set()
+        for record, of_record in additions.items():
+            if len(of_record) > 1 or id(of_record[0]) in left:
+                self._add_(record, of_record)
+
+    def _find_additions(self, record: LayerRecord, captured: Sequence[CapturedPair]) -> list[Addition]:
+        """The uses by the same samples: of calls that see the same, those with equally many are."""
         together: dict[tuple[int, int], list[FactorPair]] = {}
         for number, each in enumerate(captured):
             rows = self._sampling.samples == "rows"
             key = (number, 0) if rows else (each.pair.rows.samples, self._samples_of(each.use))
             together.setdefault(key, []).append(each.pair)
+        return [Addition(record.layer, record.statistic, pairs) for pairs in together.values()]
+
+    def _add_(self, record: LayerRecord, additions: Sequence[Addition]) -> None:
         try:
             with torch.no_grad(), without_autocast([record.layer.weight.device.type]):
-                for pairs in together.values():
-                    self._accumulator.add_(record.layer, record.statistic, pairs)
+                for addition in additions:
+                    self._accumulator.add_(*addition)
         except UnsupportedCall as reason:
             record.unsupported = str(reason)
 
@@ -433,7 +451,7 @@ class Recorder:
             for record in records.values():
                 for use in list(record.retained):
                     self._finish(record, use)
-                self._reduce(record, record.captured)
+            self._reduce_all(records.values())
             self._unsupported = {
                 layer: f"{record.unsupported}, {self._accumulator.missing}"
                 for layer, record in records.items()

@@ -38,8 +38,10 @@ class GFIM(LayerCurvature):
 
     def _scale_(self, layer: Layer, statistic: Statistic, loss_scale: float) -> None:
         scale = statistic.scale() / loss_scale**2
-        statistic.moments = [stack * scale for stack in statistic.moments]
-        statistic.columns = [columns * scale**0.5 for columns in statistic.columns]
+        for stack in statistic.moments:
+            stack *= scale
+        for columns in statistic.columns:
+            columns *= scale**0.5
 
     def _requests(self, layer: Layer, statistic: Statistic, damping: float) -> list[InverseRequest]:
         """The stacks of blocks; none where the sum is kept as columns."""

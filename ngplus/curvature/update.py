@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
@@ -13,6 +14,7 @@ from ngplus.capture.accumulator import Statistic
 from ngplus.curvature.all_reduce import average_, invert_shared, sum_over_processes, world_size
 from ngplus.curvature.damped_cholesky import InverseRequest, invert
 from ngplus.curvature.store import CurvatureStore
+from ngplus.devices import reads_without_sync
 from ngplus.factors.factor import statistics_dtype
 from ngplus.layers import Layer
 from ngplus.solvers.preconditioner import Preconditioner
@@ -176,16 +178,26 @@ class LayerCurvature(CurvatureStore):
 
 
 def _split_finite(sums: Mapping[Layer, Statistic]) -> tuple[list[Layer], list[Layer]]:
-    """Layers whose sums are finite, and the others. Synchronizes once: NaN must not be factorised."""
-    if not sums:
-        return [], []
-    flags = [
-        torch.stack([stack.isfinite().all() for stack in statistic.tensors()]).all().cpu()
-        for statistic in sums.values()
-    ]
-    finite: list[bool] = torch.stack(flags).tolist()
-    layers = list(zip(sums, finite, strict=True))
-    return [layer for layer, fine in layers if fine], [layer for layer, fine in layers if not fine]
+    """Layers whose sums are finite, and the others: NaN must not be factorised.
+
+    On a CPU by the sum of each one's entries, as in `FiniteCheck`; on other devices it synchronizes once.
+    """
+    finite: list[Layer] = []
+    nonfinite: list[Layer] = []
+    flags: dict[Layer, Tensor] = {}
+    for layer, statistic in sums.items():
+        tensors = statistic.tensors()
+        if all(reads_without_sync(stack) for stack in tensors):
+            fine = all(math.isfinite(stack.sum().item()) or bool(stack.isfinite().all()) for stack in tensors)
+            (finite if fine else nonfinite).append(layer)
+        else:
+            flags[layer] = torch.stack([stack.isfinite().all() for stack in tensors]).all()
+    if flags:
+        device = next(iter(flags.values())).device
+        known = torch.stack([flag.to(device) for flag in flags.values()]).tolist()
+        for layer, fine in zip(flags, known, strict=True):
+            (finite if fine else nonfinite).append(layer)
+    return finite, nonfinite
 
 
 __all__ = ["LayerCurvature"]
