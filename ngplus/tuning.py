@@ -20,6 +20,7 @@ class Tuning:
         apply_chunk: elements of a gradient that are multiplied at a time where it is longer than four of these.
         grouped_below: most elements of a gradient that is preconditioned together with others: copying them takes about
             as long as the calls that this saves.
+        kept_direction: most elements of a direction whose memory is kept from step to step, where there are several.
         zero_rows_from: elements of a table's gradient from which on it is worth finding its nonzero rows.
         sparse_step_share: a base's step takes a sparse gradient where at most this share of a table's rows is nonzero.
         dense_step_up_to: elements of a table up to which AdaGrad's dense step is cheaper than its sparse one.
@@ -42,6 +43,7 @@ class Tuning:
     small_use: int = 2**13
     apply_chunk: int = 2**16
     grouped_below: int = 2**14
+    kept_direction: int = 2**10
     zero_rows_from: int = 2**17
     sparse_step_share: float = 1 / 8
     dense_step_up_to: int = 2**13
