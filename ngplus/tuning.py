@@ -27,6 +27,8 @@ class Tuning:
         short_vector: elements of a vector that is checked for NaN together with others.
         low_rank_up_to: rank/p up to which applying (14), 4prq operations, is no more expensive than applying the p×p
             inverse, 2p²q.
+        low_rank_from: shortest side of a matrix for which (14) is cheaper than an inverse that is applied, and made, in
+            one batch with others: below, the calls take longer than what they compute.
         refine_above: ‖L‖/λ above which a low-rank direction is refined.
         cholesky_tries: how often the damping of a matrix that does not factorise is raised tenfold.
         capture_tries: steps in a row on which a layer without curvature that has a gradient is captured again.
@@ -49,6 +51,7 @@ class Tuning:
     dense_step_up_to: int = 2**13
     short_vector: int = 2**12
     low_rank_up_to: float = 1 / 2
+    low_rank_from: int = 65
     refine_above: float = 10.0
     cholesky_tries: int = 6
     capture_tries: int = 3

@@ -32,6 +32,7 @@ class Sampling:
         block_size: p of (18), or None.
         max_rank: most columns of U, as a fraction of the matrix's side, for which the sum of rank-one products is
             kept as U (14); 0 keeps none.
+        least_side: shortest side of a matrix for which it is.
         sketch_size: columns of 𝒢ᵢ to sample (17) where U is not kept, or None for all.
     """
 
@@ -41,7 +42,12 @@ class Sampling:
     max_samples: int | None
     block_size: int | None = None
     max_rank: float = 0.0
+    least_side: int = 1
     sketch_size: int | None = None
+
+    def keeps_columns(self, rank: int, side: int) -> bool:
+        """Whether U of so many columns is kept, of a matrix with the short side ``side``."""
+        return side >= self.least_side and rank <= self.max_rank * side
 
     @classmethod
     def from_options(cls, options: LayerwiseOptions, **others: Any) -> Sampling:
@@ -229,7 +235,7 @@ class Accumulator:
         """Whether all samples of one use are added as moments."""
         statistic, pairs = addition.statistic, addition.pairs
         limit, rank = self.sampling.max_samples, pairs[0].rows.samples
-        kept_as_columns = not statistic.moments and rank <= self.sampling.max_rank * statistic.shape.short
+        kept_as_columns = not statistic.moments and self.sampling.keeps_columns(rank, statistic.shape.short)
         within = limit is None or statistic.used + rank <= limit
         return len(pairs) == 1 and within and rank > 0 and not (kept_as_columns or statistic.columns)
 
@@ -255,7 +261,7 @@ class Accumulator:
         rank_one = len(pairs) == 1 and pairs[0].rows.positions == 1
         if rank_one and shape.groups == 1 and not statistic.moments:
             rank = pairs[0].rows.samples + sum(columns.shape[1] for columns in statistic.columns)
-            if rank <= self.sampling.max_rank * shape.short:
+            if self.sampling.keeps_columns(rank, shape.short):
                 statistic.columns.append(scale_columns(shape, pairs[0]))
                 return
         statistic.densify_()

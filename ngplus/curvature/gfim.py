@@ -122,6 +122,7 @@ def sampling(options: Options, tuning: Tuning = DEFAULT) -> Sampling:
         options,
         block_size=options.block_size,
         max_rank=SOLVERS[options.solver].max_rank(tuning) if keeps_columns else 0.0,
+        least_side=tuning.low_rank_from if options.solver == "auto" else 1,
         sketch_size=options.sketch_size,
     )
 

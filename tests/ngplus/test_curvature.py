@@ -160,7 +160,8 @@ def test_every_exact_solver_gives_the_same_direction(sizes):
             assert (a.grad - b.grad).norm() <= 1e-11 * b.grad.norm()
 
 
-def test_auto_takes_low_rank_where_the_batch_is_small_compared_with_the_matrix():
+def test_auto_takes_low_rank_where_the_batch_is_small_compared_with_the_matrix(set_tuning):
+    set_tuning(low_rank_from=11)
     for batch, kind in ((4, LowRankInverse), (5, LowRankInverse), (6, DenseInverse), (40, DenseInverse)):
         optimizer = stepped(mlp(19, 11), points(batch, 19))
         assert kinds(optimizer) == [kind], batch
