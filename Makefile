@@ -27,12 +27,13 @@ TUNE = $(EXPERIMENTS) tune --scale $(SCALE) $(if $(TRIALS),--trials $(TRIALS)) $
 unexport PYTHONDONTWRITEBYTECODE
 
 # Tasks and datasets by the short names of `make reproduce-qm9`, `make tune-qm9` and `make data-matproj`.
-TASKS := resnet50 qm9 matproj iwslt14 dlrm
+TASKS := resnet50 qm9 matproj iwslt14 dlrm gpt
 TASK_resnet50 := resnet50-imagenet
 TASK_qm9 := schnet-qm9
 TASK_matproj := schnet-matproj
 TASK_iwslt14 := transformer-iwslt14
 TASK_dlrm := dlrm-criteo
+TASK_gpt := gpt-text
 DATA_matproj := materials-project
 # What a task fetches first, by scale.
 FETCH_qm9_small := qm9
@@ -40,6 +41,7 @@ FETCH_qm9_paper := qm9
 FETCH_matproj_small := materials-project
 FETCH_iwslt14_small := libreoffice-help
 FETCH_dlrm_small := flights
+FETCH_gpt_small := django-docs
 # Its runs use both threads themselves.
 TRAIN_resnet50 := run
 BENCHES := curvature schnet-loading criteo estimate
@@ -69,7 +71,7 @@ lint: $(STAMP)  ## check the code: ruff, pydoclint, mypy
 
 reproduce: $(TASKS:%=reproduce-%)  ## train every task, by default at scale tiny, and print the comparisons
 
-## reproduce-TASK: resnet50, qm9, matproj, iwslt14 or dlrm: SCALE=tiny (minutes), small, paper
+## reproduce-TASK: resnet50, qm9, matproj, iwslt14, dlrm, gpt: SCALE=tiny (minutes), small, paper
 $(TASKS:%=reproduce-%): reproduce-%: $(STAMP)
 	$(if $(FETCH_$*_$(SCALE)),$(EXPERIMENTS) data $(FETCH_$*_$(SCALE)))
 	$(EXPERIMENTS) $(or $(TRAIN_$*),$(TRAIN)) $(TASK_$*) --scale $(SCALE) --results-dir $(RESULTS) $(RUN_OPTIONS)
@@ -97,6 +99,7 @@ bench: $(STAMP)  ## what a step costs under each optimizer, on the four models
 	$(PYTHON) -m experiments.bench.steps
 	$(PYTHON) -m experiments.bench.steps --model resnet50-32 --optimizer ngplus
 	$(PYTHON) -m experiments.bench.steps --model dlrm-sparse --optimizer adagrad ngplus-adagrad ngplus-adagrad-32-samples --rounds 60
+	OMP_NUM_THREADS=1 $(PYTHON) -m experiments.bench.steps --model gpt --rounds 9 --optimizer adamw ngplus-adamw ngplus-adamw-batch muon "kfac (ngplus.baselines)" "soap (pytorch-optimizer)" "shampoo (pytorch-optimizer)"
 	$(PYTHON) -m experiments.bench.rows
 	$(PYTHON) -m experiments.bench.convolution_memory
 	$(PYTHON) -m experiments.bench.own_work

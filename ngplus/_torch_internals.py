@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import sys
+import time
 import types
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._C._dynamo import eval_frame
 from torch._compile import _disable_dynamo as run_outside_of_graphs
 from torch.autograd.graph import Node
+from torch.distributed.distributed_c10d import _get_default_store
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 # A backward pass ---------------------------------------------------------------------------------------------------
@@ -62,6 +66,16 @@ def is_transformed() -> bool:
     return tracing or torch._C._functorch.maybe_current_level() is not None
 
 
+@contextmanager
+def quiet_vmap() -> Iterator[None]:
+    """Without vmap's warning of functions that it calls one element at a time."""
+    torch._C._functorch._set_vmap_fallback_warning_enabled(False)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch._C._functorch._set_vmap_fallback_warning_enabled(True)  # type: ignore[attr-defined]
+
+
 def is_current_mode(mode: TorchFunctionMode) -> bool:
     """Whether ``mode`` is the innermost function mode of this thread, so that it may be left."""
     return _get_current_function_mode() is mode  # type: ignore[no-untyped-call]
@@ -88,6 +102,10 @@ def undispatched(function: Any) -> Callable[..., Any]:
     return with_globals(function, {"has_torch_function": lambda _: False})
 
 
+grouped_mm: Any = getattr(torch, "_grouped_mm", None)
+"""What `torch.nn.functional.grouped_mm` calls, which a function mode sees in its place; None before torch 2.8."""
+
+
 def frames() -> Iterator[types.FrameType]:
     """The frames of this thread's stack, from the caller's caller outwards."""
     frame: types.FrameType | None = sys._getframe(2)
@@ -109,6 +127,30 @@ def is_autocast_enabled() -> bool:
     return torch._C._is_any_autocast_enabled()
 
 
+# Several processes -------------------------------------------------------------------------------------------------
+# A collective that fails does not tell which process was not there; what they share besides collectives does.
+
+
+def announce(what: str) -> None:
+    """Tell the other processes of the default group that this one has come to ``what``."""
+    _get_default_store().set(f"ngplus/{dist.get_rank()}", what)
+
+
+def find_absent(what: str, seconds: float) -> list[int]:
+    """The ranks of the processes that have not come to ``what`` after so many seconds; none where nobody can tell."""
+    deadline, store = time.monotonic() + seconds, _get_default_store()
+    others = [rank for rank in range(dist.get_world_size()) if rank != dist.get_rank()]
+    absent = [0]  # it holds the store where no launcher does
+    try:
+        while others and time.monotonic() < deadline:
+            others = [r for r in others if not store.check([key := f"ngplus/{r}"]) or store.get(key) != what.encode()]
+            absent = others
+            time.sleep(seconds / 20)
+    except RuntimeError:  # whoever holds the store is gone
+        pass
+    return absent
+
+
 # The compiler ------------------------------------------------------------------------------------------------------
 
 _set_frame_count = getattr(eval_frame, "set_fullgraph_compiled_frame_count", None)
@@ -127,14 +169,18 @@ def is_in_fullgraph() -> bool:
 
 __all__ = [
     "accumulates",
+    "announce",
     "backward_pass_number",
+    "find_absent",
     "frames",
+    "grouped_mm",
     "is_autocast_enabled",
     "is_current_mode",
     "is_in_fullgraph",
     "is_transformed",
     "next_node_number",
     "node_number",
+    "quiet_vmap",
     "retains_graph",
     "run_outside_of_graphs",
     "shares_memory",

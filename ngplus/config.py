@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -13,12 +15,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ngplus.capture.loss_reduction import LossReduction, check_loss_reduction
+from ngplus.sharded.sharding import Inverses
 from ngplus.solvers.by_name import SolverName
+from ngplus.solvers.eigenbasis import Sides
 
-Curvature = Literal["per_sample", "mini_batch"]
+Curvature = Literal["per_sample", "mini_batch", "momentum"]
+Basis = Literal["eigen"]
 Samples = Literal["batch", "rows"]
 ModelCallSamples = Literal["separate", "joined"]
 PartialCapture = Literal["base", "accept"]
+FunctionFallback = Literal["vmap", "base"]
 DampingRule = Literal["paper", "released"]
 NonFinite = Literal["skip", "raise"]
 
@@ -132,6 +138,10 @@ class LayerwiseOptions:
     max_samples: int | None = None
     nonfinite: NonFinite = "skip"
 
+    def is_due(self, step: int) -> bool:
+        """Whether a step is a curvature step of all layers."""
+        return step % self.update_every == 0
+
     def __post_init__(self) -> None:
         self._check_counts("update_every", optional=False)
         self._check_counts("max_samples")
@@ -166,15 +176,51 @@ class Options(LayerwiseOptions):
     block_size: int | None = None
     sketch_size: int | None = None
     damping_rule: DampingRule = "paper"
+    function_fallback: FunctionFallback = "vmap"
+    inverses: Inverses = "auto"
+    update_growth: float | None = None
+    basis: Basis | None = None
+    sides: Sides = "short"
+    max_side: int = 8192
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_counts("block_size", "sketch_size")
+        self._check_counts("max_side", optional=False)
         check_choice("curvature", self.curvature, Curvature)
         check_choice("solver", self.solver, SolverName)
         check_choice("damping_rule", self.damping_rule, DampingRule)
+        check_choice("function_fallback", self.function_fallback, FunctionFallback)
+        check_choice("inverses", self.inverses, Inverses)
+        check_choice("sides", self.sides, Sides)
+        if self.basis is not None:
+            check_choice("basis", self.basis, Basis)
         object.__setattr__(self, "ema", check_ema(self.ema))
+        if self.update_growth is not None:
+            object.__setattr__(self, "update_growth", check_positive("update_growth", self.update_growth))
         self._check_solver()
+        self._check_basis()
+
+    def is_due(self, step: int) -> bool:
+        """Whether a step is a curvature step of all layers."""
+        if self.update_growth is None:
+            return super().is_due(step)
+        early = early_updates(self.update_every, self.update_growth)
+        last = early[-1]
+        return (step - last) % self.update_every == 0 if step >= last else step in early
+
+    def _check_basis(self) -> None:
+        """Refuse what the other form alone has."""
+        if self.basis is None:
+            if self.curvature == "momentum":
+                raise ValueError('curvature="momentum" is for basis="eigen", got basis=None')
+            if self.sides != "short":
+                raise ValueError(f'sides={self.sides!r} is for basis="eigen", got basis=None')
+            return
+        defaults = {"solver": "auto", "block_size": None, "damping_rule": "paper", "inverses": "auto"}
+        for name, default in defaults.items():
+            if (value := getattr(self, name)) != default:
+                raise ValueError(f'{name}={value!r} is for basis=None: with basis="eigen" nothing is inverted')
 
     def _check_solver(self) -> None:
         if self.solver == "sketched" and self.sketch_size is None:
@@ -183,6 +229,23 @@ class Options(LayerwiseOptions):
             raise ValueError(f'sketch_size={self.sketch_size} is for solver="sketched", got solver={self.solver!r}')
         if self.solver == "low_rank" and self.block_size is not None:
             raise ValueError(f'solver="low_rank" has no blocks, got block_size={self.block_size}')
+
+
+@functools.cache
+def early_updates(update_every: int, growth: float) -> tuple[int, ...]:
+    """The curvature steps up to the one from which on they are ``update_every`` apart.
+
+    Args:
+        update_every: 𝒯.
+        growth: share by which the number of steps grows from one curvature step to the next.
+
+    Returns:
+        Numbers of steps, ascending from 0.
+    """
+    steps = [0]
+    while (ahead := max(1, math.ceil(steps[-1] * growth - 1e-9))) < update_every:
+        steps.append(steps[-1] + ahead)
+    return tuple(steps)
 
 
 Params = Iterable[Any]
@@ -237,11 +300,11 @@ def _check_ready(model: nn.Module) -> None:
         if parameter.is_meta:
             raise ValueError(f"{name} is on the meta device: give it memory (to_empty) before making the optimizer")
     if sharded := [name for name, m in model.named_modules() if type(m).__name__ == "FullyShardedDataParallel"]:
-        raise TypeError(f"{sharded[0] or 'the model'} is wrapped in FullyShardedDataParallel: {_WHOLE_WEIGHTS}")
+        raise TypeError(f"{sharded[0] or 'the model'} is wrapped in FullyShardedDataParallel: {_NO_FLAT_WEIGHTS}")
 
 
 def check_whole(named: Iterable[tuple[str, Tensor]]) -> None:
-    """Refuse weights that are sharded over processes.
+    """Refuse parameters that are parts of a flat one, which have no matrix.
 
     Args:
         named: parameters by name.
@@ -250,15 +313,13 @@ def check_whole(named: Iterable[tuple[str, Tensor]]) -> None:
         TypeError: for one that is.
     """
     for name, parameter in named:
-        if "DTensor" in (type(parameter).__name__, type(parameter.data).__name__):
-            raise TypeError(f"{name} is a DTensor: {_WHOLE_WEIGHTS}")
         if getattr(parameter, "_fsdp_flattened", False):  # by FullyShardedDataParallel(…, use_orig_params=True)
-            raise TypeError(f"{name} is a part of a FullyShardedDataParallel's flat parameter: {_WHOLE_WEIGHTS}")
+            raise TypeError(f"{name} is a part of a FullyShardedDataParallel's flat parameter: {_NO_FLAT_WEIGHTS}")
 
 
-_WHOLE_WEIGHTS = (
-    "NG+ needs whole weights and does not work under FSDP or tensor parallelism; "
-    "wrap the model in torch.nn.parallel.DistributedDataParallel instead"
+_NO_FLAT_WEIGHTS = (
+    "NG+ needs weights that have rows and columns; shard the model by torch.distributed.fsdp.fully_shard instead, or "
+    "wrap it in torch.nn.parallel.DistributedDataParallel"
 )
 
 
@@ -321,8 +382,11 @@ def check_group(group: Any) -> Any:
 
 
 __all__ = [
+    "Basis",
     "Curvature",
     "DampingRule",
+    "FunctionFallback",
+    "Inverses",
     "LayerwiseOptions",
     "ModelCallSamples",
     "NonFinite",
@@ -330,6 +394,7 @@ __all__ = [
     "Params",
     "PartialCapture",
     "Samples",
+    "Sides",
     "SolverName",
     "check_choice",
     "check_count",
@@ -337,6 +402,7 @@ __all__ = [
     "check_group",
     "check_positive",
     "check_whole",
+    "early_updates",
     "make_base",
     "model_and_params",
 ]

@@ -9,21 +9,31 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ngplus.capture.accumulator import Accumulator, Statistic
+from ngplus.apply.rotation import Rotation
+from ngplus.base_rules import find_rule
+from ngplus.capture.accumulator import Accumulator, Sampling, Statistic
 from ngplus.capture.loss_reduction import LossReduction
 from ngplus.config import (
+    Basis,
     Curvature,
     DampingRule,
+    FunctionFallback,
+    Inverses,
     ModelCallSamples,
     NonFinite,
     Options,
     Params,
     PartialCapture,
     Samples,
+    Sides,
     SolverName,
 )
+from ngplus.curvature.eigen import EigenCurvature, ModeAccumulator
 from ngplus.curvature.gfim import GFIM, sampling
-from ngplus.layers import Layer
+from ngplus.curvature.store import CurvatureStore
+from ngplus.dtensors import is_sharded
+from ngplus.guards.finite_check import FiniteCheck
+from ngplus.layers import Layer, find_layers
 from ngplus.layerwise import LayerwiseOptimizer
 
 
@@ -39,8 +49,8 @@ class NGPlus(LayerwiseOptimizer):
 
         (λI + L)⁻¹ G   or   G (λI + R)⁻¹   (6)
 
-    before ``base`` makes its own step with it. Parameters outside of supported layers (norms, recurrent layers,
-    bare parameters) go to ``base`` as they are.
+    before ``base`` makes its own step with it. Norms, vectors and biases of other layers than
+    these go to ``base`` as they are.
 
     Args:
         model: whose parameters are trained. With ``curvature="mini_batch"`` also parameters or parameter groups.
@@ -58,7 +68,7 @@ class NGPlus(LayerwiseOptimizer):
         samples: "batch": a sample is one element of a layer's input along its batch dimension, its other dimensions
             are the positions κ of (8). "rows": every position is a sample of its own.
         batch_dim: where linear layers and embeddings have their samples: 1 for (T, B, C) inputs; or a dict from
-            module names to dimensions. Convolutions and `nn.MultiheadAttention` know theirs.
+            module names to dimensions. Convolutions, recurrent layers and `nn.MultiheadAttention` know theirs.
         model_calls: which calls of the model before one ``backward`` see the same samples. "separate": a call is one
             batch, and sees the samples of another only where a gradient can flow from one into the other (an
             encoder's call and its decoder's, the time steps of a cell). "joined": row i of every call is sample i (the
@@ -71,7 +81,14 @@ class NGPlus(LayerwiseOptimizer):
         partial_capture: what becomes of a layer whose gradient is not the sum of what was captured of it, since its
             weight is used outside of the model's calls too, or in a penalty, or in derivatives: "base" leaves it to
             ``base`` with a warning; "accept" takes the curvature of what was captured.
+        function_fallback: what becomes of a weight that goes into a function whose calls no handler reads, and of
+            parameters of two or more dimensions of modules that are not supported: "vmap" differentiates the function
+            again for single samples (`torch.func.vmap` of its vector-Jacobian product); "base" leaves them to ``base``.
         damping_rule: "paper": L + λI; "released": L + √λ I, as the authors' code has it.
+        inverses: of a model after `torch.distributed.fsdp.fully_shard`, where they are kept. "replicated": on every
+            process, so that a matrix sharded along its longer side needs no communication; "sharded": each on one
+            process, which gets the gradient and returns the direction; "auto": on every process where that saves the
+            communication and takes a sixteenth of the weight at most, else on one.
         max_samples: at most so many samples of a step are used for its curvature.
         nonfinite: "skip": where any preconditioned gradient holds NaN or Inf, all gradients count as zero for this
             step (decided on the device, without synchronizing); "raise": `FloatingPointError` before anything changes.
@@ -100,9 +117,10 @@ class NGPlus(LayerwiseOptimizer):
     title: ClassVar[str] = "NG+"
     key: ClassVar[str] = "ngplus"
     takes_parameters: ClassVar[bool] = True
+    takes_shards: ClassVar[bool] = True
 
     _options: Options
-    _curvature: GFIM
+    _rotation: Rotation | None
 
     def __init__(
         self,
@@ -122,9 +140,15 @@ class NGPlus(LayerwiseOptimizer):
         model_calls: ModelCallSamples = "separate",
         loss_reduction: LossReduction = "mean",
         partial_capture: PartialCapture = "base",
+        function_fallback: FunctionFallback = "vmap",
         damping_rule: DampingRule = "paper",
+        inverses: Inverses = "auto",
         max_samples: int | None = None,
         nonfinite: NonFinite = "skip",
+        update_growth: float | None = None,
+        basis: Basis | None = None,
+        sides: Sides = "short",
+        max_side: int = 8192,
         params: Params | None = None,
         **base_options: Any,
     ) -> None:
@@ -140,25 +164,111 @@ class NGPlus(LayerwiseOptimizer):
             model_calls=model_calls,
             loss_reduction=loss_reduction,
             partial_capture=partial_capture,
+            function_fallback=function_fallback,
             damping_rule=damping_rule,
+            inverses=inverses,
             max_samples=max_samples,
             nonfinite=nonfinite,
+            update_growth=update_growth,
+            basis=basis,
+            sides=sides,
+            max_side=max_side,
         )
+        if basis is not None:
+            self._check_rule(base, curvature)
         super().__init__(model, base, options, lr=lr, damping=damping, params=params, base_options=base_options)
+
+    @staticmethod
+    def _check_rule(base: type[Optimizer], curvature: Curvature) -> None:
+        """Refuse a base that cannot step in a basis, or has no first moment where that is wanted."""
+        if find_rule(base).momentum is None and curvature == "momentum":
+            raise ValueError(f'curvature="momentum" needs a base with a first moment, got base={base.__name__}')
 
     @property
     def _works_on_gradients(self) -> bool:
-        return self._options.curvature == "mini_batch"
+        return self._options.curvature != "per_sample"
 
-    def _make_curvature(self) -> GFIM:
-        return GFIM(self._options, self._generator, self.tuning)
+    @property
+    def _inverses(self) -> Inverses:
+        return self._options.inverses
+
+    def _check_parameters(self) -> None:
+        """With a basis, refuse what is sharded: the base's step in it needs whole gradients."""
+        super()._check_parameters()
+        sharded = [name for name, parameter in self._named_parameters() if is_sharded(parameter)]
+        if self._options.basis is not None and sharded:
+            raise TypeError(
+                f"{sharded[0]} is a DTensor: basis={self._options.basis!r} needs whole weights; take basis=None, or "
+                "wrap the model in torch.nn.parallel.DistributedDataParallel"
+            )
+
+    def _make_curvature(self) -> CurvatureStore:
+        self._rotation = None
+        if self._options.basis is None:
+            return GFIM(self._options, self._generator, self.tuning)
+        rule = find_rule(type(self._base))
+        momentum = rule.momentum if self._options.curvature == "momentum" else None
+        curvature = EigenCurvature(self._options, momentum, self.tuning)
+        self._rotation = Rotation(curvature, rule, self.tuning)
+        return curvature
+
+    def _find_supported_layers(self, model: nn.Module) -> list[Layer]:
+        """Every matrix; with a basis or sharded weights those of supported modules alone."""
+        every_matrix = self._options.function_fallback == "vmap" and self._options.basis is None
+        every_matrix = every_matrix and not any(map(is_sharded, model.parameters()))
+        return find_layers(model, self._options.batch_dim, every_matrix=every_matrix)
+
+    def _find_layers(self) -> list[Layer]:
+        """With a basis a layer is its weight, if any mode of it has one."""
+        found = super()._find_layers()
+        if not isinstance(self._curvature, EigenCurvature):
+            return found
+        return [layer.without_bias() for layer in found if self._curvature.modes(layer).kept]
 
     def _make_accumulator(self) -> Accumulator:
-        return Accumulator(sampling(self._options, self.tuning), self._generator, self.tuning)
+        if self._rotation is None:
+            return Accumulator(sampling(self._options, self.tuning), self._generator, self.tuning)
+        sampled = Sampling.from_options(self._options, function_fallback=self._options.function_fallback)
+        return ModeAccumulator(sampled, self._generator, self.tuning, options=self._options)
 
     def _sum_gradients(self, layers: Sequence[Layer]) -> Mapping[Layer, Statistic]:
-        """The mini-batch form (12)."""
+        """The mini-batch form (12), or that of the momentum."""
+        if isinstance(self._curvature, EigenCurvature):
+            return self._curvature.sum_gradients(layers, self._base.state)
+        assert isinstance(self._curvature, GFIM)
         return self._curvature.sum_mini_batch(layers)
+
+    # The base's step in the eigenbasis ------------------------------------------------------------------------------
+
+    def _update_curvature(self, layers: list[Layer], *, with_batch: bool = True) -> None:
+        if self._rotation is None or not layers:
+            super()._update_curvature(layers, with_batch=with_batch)
+            return
+        before = self._rotation.bases()
+        super()._update_curvature(layers, with_batch=with_batch)
+        self._rotation.forget()
+        self._rotation.move_state_(before, self._base.state)
+
+    def _apply_(self) -> None:
+        if self._rotation is None:
+            super()._apply_()
+            return
+        check = FiniteCheck(self.tuning)
+        self._rotation.rotate_(self._groups, check)
+        self._keep_finite_(check)
+
+    def _finish_base_step_(self) -> None:
+        if self._rotation is None:
+            return
+        with torch.no_grad(), self._stopwatch.measure("apply"):
+            self._rotation.rotate_back_()
+        if not self._base_has_stepped:
+            self._rotation.check_state(self._base.state)
+
+    def _restore_gradients_(self) -> None:
+        super()._restore_gradients_()
+        if self._rotation is not None:
+            self._rotation.restore_()
 
 
 __all__ = ["NGPlus"]

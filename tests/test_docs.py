@@ -8,6 +8,7 @@ import pytest
 
 import ngplus
 import ngplus.baselines
+import ngplus.sharded
 
 REPOSITORY = Path(__file__).parents[1]
 RESULTS = REPOSITORY / "results"
@@ -23,7 +24,9 @@ METRICS = {
     "schnet-matproj": "MAE",
     "transformer-iwslt14": "nll",
     "dlrm-criteo": "accuracy",
+    "gpt-text": "nll",
 }
+OF_THE_PAPER = [task for task in METRICS if task != "gpt-text"]
 SYMBOLS = {
     "update_every": "𝒯",
     "damping_rule": "λ",
@@ -48,6 +51,14 @@ STEPS = {
     "Muon": "muon",
     "K-FAC (`ngplus.baselines`)": "kfac (ngplus.baselines)",
     "K-FAC (asdfghjkl)": "kfac (asdfghjkl)",
+    "SOAP": "soap (pytorch-optimizer)",
+    "Shampoo (pytorch-optimizer)": "shampoo (pytorch-optimizer)",
+}
+GPT_STEPS = {
+    "NG+ on AdamW, tokens as samples": "ngplus-adamw",
+    "NG+ on AdamW, sequences as samples": "ngplus-adamw-batch",
+    "K-FAC (`ngplus.baselines`)": "kfac (ngplus.baselines)",
+    "Muon": "muon",
     "SOAP": "soap (pytorch-optimizer)",
     "Shampoo (pytorch-optimizer)": "shampoo (pytorch-optimizer)",
 }
@@ -119,10 +130,13 @@ def joined(frame: pd.DataFrame, setting: str, metric: str) -> list[str]:
 
 
 @pytest.mark.parametrize("task", METRICS)
-@pytest.mark.parametrize(
-    "table", [comparison_table, lr_damping_table, other_settings_table], ids=lambda table: table.__name__
-)
-def test_a_table_of_the_results_is_that_of_the_records(task, table):
+def test_the_comparison_of_the_results_is_that_of_the_records(task):
+    assert comparison_table(task) in (DOCS / "results.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("task", OF_THE_PAPER)
+@pytest.mark.parametrize("table", [lr_damping_table, other_settings_table], ids=lambda table: table.__name__)
+def test_a_table_of_settings_is_that_of_the_records(task, table):
     assert table(task) in (DOCS / "results.md").read_text(encoding="utf-8")
 
 
@@ -144,8 +158,36 @@ def costs_table() -> str:
     return markdown(["", *BENCHES], rows)
 
 
+def gpt_costs_table() -> str:
+    """A step over one of AdamW: with updates every 10 steps and every 200."""
+    bench = pd.read_csv(RESULTS / "bench" / "steps-gpt-cpu.csv").set_index("optimizer")
+    rows = [
+        [name, f"{row.every_10_over_adamw:.2f}", f"{row.usual_over_adamw:.2f}"]
+        for name, row in ((name, bench.loc[optimizer]) for name, optimizer in GPT_STEPS.items())
+    ]
+    return markdown(["", "every 10 steps", "every 200"], rows)
+
+
+def test_the_costs_on_the_decoder_are_those_of_the_bench():
+    assert gpt_costs_table() in (DOCS / "costs.md").read_text(encoding="utf-8")
+
+
 def test_the_costs_are_those_of_the_bench():
     assert costs_table() in (DOCS / "costs.md").read_text(encoding="utf-8")
+
+
+def sharded_table(part: str) -> str:
+    """GiB a process of each optimizer, in addition to what `fully_shard` itself has."""
+    frame = pd.read_csv(RESULTS / "theory" / "sharded" / "transformer-7b.csv")
+    cells = (frame.pivot_table(part, "processes", "optimizer") / 2**30)[frame.optimizer.unique()]
+    own = frame.groupby("processes")[f"fully_shard_{part}"].first() / 2**30
+    rows = [[str(gpus), *(f"{each:.2f}" for each in [*row, own[gpus]])] for gpus, row in cells.iterrows()]
+    return markdown(["GPUs", *cells.columns, "`fully_shard` itself"], rows)
+
+
+@pytest.mark.parametrize("part", ["sent", "kept"])
+def test_the_costs_of_a_sharded_model_are_those_of_the_table(part):
+    assert sharded_table(part) in (DOCS / "sharded.md").read_text(encoding="utf-8")
 
 
 def test_the_costs_on_the_front_page_are_those_of_the_bench():
@@ -162,11 +204,12 @@ def test_the_costs_on_the_front_page_are_those_of_the_bench():
     assert sentence in " ".join((REPOSITORY / "README.md").read_text(encoding="utf-8").split())
 
 
-@pytest.mark.parametrize("module", [ngplus, ngplus.baselines], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [ngplus, ngplus.baselines, ngplus.sharded], ids=lambda module: module.__name__)
 def test_every_exported_name_is_on_the_page_of_the_api(module):
     page = (DOCS / "api.md").read_text(encoding="utf-8")
     names = [name for name in module.__all__ if not name.startswith("_")]
-    assert not [name for name in names if f".. autoclass:: {module.__name__}.{name}\n" not in page]
+    kinds = {name: "autoclass" if isinstance(getattr(module, name), type) else "autofunction" for name in names}
+    assert not [name for name, kind in kinds.items() if f".. {kind}:: {module.__name__}.{name}\n" not in page]
 
 
 def test_every_public_member_of_the_optimizer_is_on_the_page_of_the_api():
@@ -175,7 +218,7 @@ def test_every_public_member_of_the_optimizer_is_on_the_page_of_the_api():
     (listed,) = re.findall(r"autoclass:: ngplus\.NGPlus\n\s+:members:([\w\s,]+)\n\n", page)
     classes = [each for each in ngplus.NGPlus.__mro__ if each.__module__.startswith("ngplus.")]
     members = {name for each in classes for name in vars(each) if not name.startswith("_")}
-    of_subclasses = {"key", "takes_parameters", "title", "tuning"}
+    of_subclasses = {"key", "takes_parameters", "takes_shards", "title", "tuning"}
     of_join = {"join_device", "join_hook", "join_process_group"}
     assert set(re.findall(r"\w+", listed)) == members - of_subclasses - of_join
 

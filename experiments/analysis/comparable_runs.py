@@ -12,6 +12,22 @@ from typing import Any
 from experiments.errors import UserError
 from experiments.records.run_record import REFERENCE_BEST, Run, read_runs, select_numeric_settings
 
+BEYOND_PAPER = frozenset({"gpt-text"})
+"""Tasks that the paper does not have."""
+
+
+def name_data(task: str, dataset: str) -> str:
+    """What a task's data are called where results are shown: tasks that the paper does not have say so.
+
+    Args:
+        task: its name.
+        dataset: as its manifests have it.
+
+    Returns:
+        The name.
+    """
+    return f"{dataset} (beyond the paper)" if task in BEYOND_PAPER else dataset
+
 
 @dataclass(frozen=True, kw_only=True)
 class Comparable:

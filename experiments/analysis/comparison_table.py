@@ -10,6 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from experiments.analysis.comparable_runs import name_data
 from experiments.analysis.comparison import DEVICES
 from experiments.records.run_record import REFERENCE_BEST
 
@@ -53,7 +54,7 @@ def title(frame: pd.DataFrame) -> str:
     first = frame.iloc[0]
     rule = f" ({first.reference}'s best)" if first.target_rule == REFERENCE_BEST else ""
     target = "no target" if math.isnan(first.target) else f"target {first.metric} {first.target:.4g}{rule}"
-    return f"{first.task}, scale {first.scale}: {first.dataset}; {target}, {first.epochs} epochs"
+    return f"{first.task}, scale {first.scale}: {name_data(first.task, first.dataset)}; {target}, {first.epochs} epochs"
 
 
 def notes(frame: pd.DataFrame) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments.analysis.comparable_runs import load_comparable
+from experiments.analysis.comparable_runs import BEYOND_PAPER, load_comparable, name_data
 from experiments.analysis.comparison import summarise
 from experiments.analysis.profiles import entrants, ratios, score
 from experiments.analysis.verdict_table import markdown
@@ -49,7 +49,7 @@ class Column:
         comparable = load_comparable(results_dir, task, scale)
         manifest = comparable.runs[0].manifest
         return cls(
-            dataset=manifest.dataset.name.partition(";")[0],
+            dataset=name_data(task, manifest.dataset.name.partition(";")[0]),
             metric=manifest.metric.name,
             higher_is_better=manifest.metric.higher_is_better,
             rows=entrants(summarise(comparable)),
@@ -78,6 +78,8 @@ class Column:
 def overview(results_dir: Path, tasks: Sequence[str], scale: str) -> str:
     """A row an optimizer, a column a task, in Markdown, by falling score of the performance profiles (epochs).
 
+    The score is over the paper's tasks.
+
     Args:
         results_dir: where the records are.
         tasks: that have finished runs.
@@ -90,10 +92,13 @@ def overview(results_dir: Path, tasks: Sequence[str], scale: str) -> str:
         UserError: one of the tasks has none.
     """
     columns = {task: Column.from_runs(results_dir, task, scale) for task in tasks}
-    entries = {task: column.rows for task, column in columns.items()}
-    names = {name for rows in entries.values() for name in rows}
-    scores = {name: score(ratios(entries, name, "epochs")) for name in names}
-    ordered = sorted(names, key=lambda name: (-scores[name], name))
+    names = {name for column in columns.values() for name in column.rows}
+    entries = {task: column.rows for task, column in columns.items() if task not in BEYOND_PAPER}
+    scores = {
+        name: score(ratios(entries, name, "epochs")) for name in names if any(name in rows for rows in entries.values())
+    }
+    ordered = sorted(names, key=lambda name: (-scores.get(name, -1.0), name))
     head = ["optimizer", "profile", *(column.title() for column in columns.values())]
-    body = [[name, f"{scores[name]:.2f}", *(column.cell(name) for column in columns.values())] for name in ordered]
+    shown = {name: f"{scores[name]:.2f}" if name in scores else NOT_RUN for name in names}
+    body = [[name, shown[name], *(column.cell(name) for column in columns.values())] for name in ordered]
     return markdown(head, body)

@@ -19,7 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy import stats
 
-from experiments.analysis.comparable_runs import load_comparable
+from experiments.analysis.comparable_runs import BEYOND_PAPER, load_comparable
 from experiments.analysis.comparison import DEVICES, summarise, write_csv
 from experiments.analysis.figures.curves import STYLE, legend_below, save
 from experiments.analysis.figures.palette import pick_colour
@@ -53,7 +53,7 @@ def profile(results_dir: Path, tasks: Sequence[str], scale: str) -> pd.DataFrame
 
     Args:
         results_dir: where the records are.
-        tasks: that have finished runs; one without a target is left out.
+        tasks: that have finished runs; see `select_entries` for what is left out.
         scale: of the runs.
 
     Returns:
@@ -79,7 +79,9 @@ def profile(results_dir: Path, tasks: Sequence[str], scale: str) -> pd.DataFrame
 
 
 def select_entries(frames: Mapping[str, pd.DataFrame]) -> dict[str, dict[str, pd.Series]]:
-    """The rows that enter, by task and optimizer, from each task's comparison; a task without a target is left out.
+    """The rows that enter, by task and optimizer, from each task's comparison.
+
+    A task without a target is left out, and one that the paper does not have: its usual optimizers are others.
 
     Args:
         frames: comparisons by task.
@@ -87,7 +89,11 @@ def select_entries(frames: Mapping[str, pd.DataFrame]) -> dict[str, dict[str, pd
     Returns:
         Rows by task and optimizer.
     """
-    return {task: entrants(frame) for task, frame in frames.items() if not frame["target"].isna().all()}
+    return {
+        task: entrants(frame)
+        for task, frame in frames.items()
+        if task not in BEYOND_PAPER and not frame["target"].isna().all()
+    }
 
 
 def names_in(entries: Mapping[str, Mapping[str, pd.Series]]) -> list[str]:

@@ -25,7 +25,7 @@ from experiments.bench.workloads import WORKLOADS, Workload
 from experiments.records.provenance import device_name
 
 EQUAL_INTERVAL = 10
-REFERENCES = ("sgd", "adam", "adagrad")
+REFERENCES = ("sgd", "adam", "adagrad", "adamw")
 FOUR_MODELS = ["resnet50", "schnet", "transformer", "dlrm"]
 
 

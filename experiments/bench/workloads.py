@@ -150,6 +150,23 @@ def fairseq(device: str) -> Workload:
     )
 
 
+def gpt(device: str) -> Workload:
+    """The decoder of gpt-text at scale small, on one batch of random tokens."""
+    from experiments.config.recipe import load_recipe
+    from experiments.estimate.stand_ins.made_up_tokens import MadeUpTokens
+
+    task = MadeUpTokens(load_recipe("gpt-text", "small").task_settings, scale="small")
+    return Workload(
+        name=f"GPT, {task.settings.batch_size} × {task.settings.context} tokens",
+        model=_Loss(task).to(device),
+        inputs=(task.to_device(next(task.train_batches(0, 0)), device),),
+        loss=lambda loss: loss,
+        interval=200,
+        samples="rows",
+        turn=12,
+    )
+
+
 def dlrm(device: str, *, batch: int = 128, largest: int = 100_000, sparse: bool = False) -> Workload:
     """A DLRM of Criteo Kaggle's shape; ``largest`` is the number of rows of its largest table.
 
@@ -221,6 +238,7 @@ WORKLOADS: dict[str, Callable[[str], Workload]] = {
     "schnet": schnet,
     "transformer": transformer,
     "fairseq": fairseq,
+    "gpt": gpt,
     "dlrm": dlrm,
     "dlrm-sparse": lambda device: dlrm(device, sparse=True),
     **{name: partial(convolutions, **shape) for name, shape in _CONVOLUTIONS.items()},

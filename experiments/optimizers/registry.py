@@ -41,6 +41,17 @@ class AdamBase:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AdamWBase:
+    """What `torch.optim.AdamW` takes besides the learning rate; each β by itself, so that it can be searched."""
+
+    kind: ClassVar = "adamw"
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
 class AdagradBase:
     """What `torch.optim.Adagrad` takes besides the learning rate."""
 
@@ -53,6 +64,7 @@ class AdagradBase:
 _BASE_CLASSES: dict[type, type[Optimizer]] = {
     SGDBase: torch.optim.SGD,
     AdamBase: torch.optim.Adam,
+    AdamWBase: torch.optim.AdamW,
     AdagradBase: torch.optim.Adagrad,
 }
 
@@ -74,6 +86,11 @@ class SGDSettings(_LearningRate, SGDBase):
 @dataclass(frozen=True, kw_only=True)
 class AdamSettings(_LearningRate, AdamBase):
     """`torch.optim.Adam`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamWSettings(_LearningRate, AdamWBase):
+    """`torch.optim.AdamW`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,11 +148,11 @@ class SOAPSettings(_LearningRate):
 class NGPlusSettings(_LearningRate):
     """`ngplus.NGPlus` on a base optimizer; every field but `base` is its argument of that name."""
 
-    damping: float
     update_every: int
-    base: SGDBase | AdamBase | AdagradBase
+    base: SGDBase | AdamBase | AdamWBase | AdagradBase
+    damping: float = 0.16
     damping_rule: Literal["paper", "released"] = "paper"
-    curvature: Literal["per_sample", "mini_batch"] = "per_sample"
+    curvature: Literal["per_sample", "mini_batch", "momentum"] = "per_sample"
     samples: Literal["batch", "rows"] = "batch"
     ema: float = 0.0
     solver: Literal["auto", "dense", "low_rank", "sketched"] = "auto"
@@ -144,6 +161,15 @@ class NGPlusSettings(_LearningRate):
     batch_dim: int = 0
     max_samples: int | None = None
     nonfinite: Literal["skip", "raise"] = "skip"
+    update_growth: float | None = None
+    basis: Literal["eigen"] | None = None
+    sides: Literal["short", "both"] = "short"
+    max_side: int = 8192
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Settings that make no difference to this form, so that no search spends trials on them."""
+        return () if self.basis is None else ("damping", "damping_rule")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +178,7 @@ class KFACSettings(_LearningRate):
 
     damping: float
     update_every: int
-    base: SGDBase | AdamBase | AdagradBase
+    base: SGDBase | AdamBase | AdamWBase | AdagradBase
     ema: float = 0.95
     split: Literal["trace", "equal"] = "trace"
     max_side: int = 8192
@@ -165,7 +191,7 @@ class SENGSettings(_LearningRate):
 
     damping: float
     update_every: int
-    base: SGDBase | AdamBase | AdagradBase
+    base: SGDBase | AdamBase | AdamWBase | AdagradBase
     sketch_size: int | None = None
     samples: Literal["batch", "rows"] = "batch"
     max_samples: int | None = None
@@ -178,7 +204,7 @@ class ShampooSettings(_LearningRate):
 
     damping: float
     update_every: int
-    base: SGDBase | AdamBase | AdagradBase
+    base: SGDBase | AdamBase | AdamWBase | AdagradBase
     ema: float | None = None
     max_side: int = 2048
     grafting: Literal["none", "sgd"] = "none"
@@ -201,6 +227,19 @@ def _build_adam(model: nn.Module, settings: AdamSettings) -> Optimizer:
     return torch.optim.Adam(model.parameters(), **asdict(settings))
 
 
+def _build_adamw(model: nn.Module, settings: AdamWSettings) -> Optimizer:
+    refuse_sparse_gradients(model, "AdamW")
+    return torch.optim.AdamW(model.parameters(), **_join_betas(asdict(settings)))
+
+
+def _join_betas(options: dict[str, Any]) -> dict[str, Any]:
+    """The two β of AdamW as the argument they are."""
+    if "beta1" not in options:
+        return options
+    others = {name: value for name, value in options.items() if name not in ("beta1", "beta2")}
+    return others | {"betas": (options["beta1"], options["beta2"])}
+
+
 def _build_lars(model: nn.Module, settings: LARSSettings) -> Optimizer:
     from pytorch_optimizer import LARS  # takes seconds to import, so only where it is wanted
 
@@ -220,11 +259,12 @@ def _build_shampoo(model: nn.Module, settings: ShampooSettings) -> Optimizer:
 
 
 def _around_base(cls: Callable[..., Optimizer], model: nn.Module, settings: Any) -> Optimizer:
-    if isinstance(settings.base, AdamBase):
-        refuse_sparse_gradients(model, f"{cls.__name__} around Adam")
+    base = settings.base
+    if isinstance(base, AdamBase | AdamWBase):
+        refuse_sparse_gradients(model, f"{cls.__name__} around {_BASE_CLASSES[type(base)].__name__}")
     own = asdict(settings)
-    base_arguments = own.pop("base")
-    return cls(model, base=_BASE_CLASSES[type(settings.base)], **own, **base_arguments)
+    base_arguments = _join_betas(own.pop("base"))
+    return cls(model, base=_BASE_CLASSES[type(base)], **own, **base_arguments)
 
 
 def _entry_around_base(settings: type, cls: Callable[..., Optimizer]) -> Entry:
@@ -234,6 +274,7 @@ def _entry_around_base(settings: type, cls: Callable[..., Optimizer]) -> Entry:
 OPTIMIZERS: dict[str, Entry] = {
     "adagrad": _torch_entry(AdagradSettings, torch.optim.Adagrad),
     "adam": Entry(settings=AdamSettings, build=_build_adam),
+    "adamw": Entry(settings=AdamWSettings, build=_build_adamw),
     "kfac": _entry_around_base(KFACSettings, KFAC),
     "lars": Entry(settings=LARSSettings, build=_build_lars),
     "muon": Entry(settings=MuonSettings, build=lambda model, given: MuonAndAdamW(model, **asdict(given))),

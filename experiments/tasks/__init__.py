@@ -31,4 +31,6 @@ TASKS: dict[str, Callable[..., Task]] = {
     "schnet-matproj": _task("schnet.schnet_matproj", "SchNetMatProj", "quantum"),
     "schnet-qm9": _task("schnet.schnet_qm9", "SchNetQM9", "quantum"),
     "transformer-iwslt14": _task("transformer.transformer_iwslt14", "TransformerIWSLT14", "translation"),
+    # Beyond the paper.
+    "gpt-text": _task("gpt.gpt_text", "GPTText", "text"),
 }

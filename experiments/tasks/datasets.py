@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from experiments.tasks.dlrm import criteo, flights
+from experiments.tasks.gpt import django_docs
 from experiments.tasks.resnet50 import fashion_mnist
 from experiments.tasks.schnet import materials_project, qm9
 from experiments.tasks.transformer import ding, iwslt14, libreoffice_help
@@ -11,6 +12,7 @@ from experiments.tasks.transformer import ding, iwslt14, libreoffice_help
 PREPARE: dict[str, Callable[[Path], Path]] = {
     "criteo": criteo.prepare,
     "ding": ding.prepare,
+    "django-docs": django_docs.prepare,
     "fashion-mnist": fashion_mnist.prepare,
     "flights": flights.prepare,
     "iwslt14": iwslt14.prepare,

@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import Any
 
 from experiments.tasks.dlrm import flights, flights_table
+from experiments.tasks.gpt import django_docs
 from experiments.tasks.resnet50 import fashion_mnist
 from experiments.tasks.schnet import materials_project, qm9
 from experiments.tasks.transformer import libreoffice_help
@@ -14,6 +15,7 @@ from experiments.tasks.transformer import libreoffice_help
 Draw = Callable[[Path], Any]
 
 SAMPLES: dict[str, tuple[ModuleType, Draw]] = {
+    "django-docs": (django_docs, django_docs.draw_embedded),
     "fashion-mnist": (fashion_mnist, fashion_mnist.draw_embedded),
     "flights": (flights, lambda data_dir: flights.draw_embedded(flights_table.load(data_dir))),
     "libreoffice-help": (libreoffice_help, libreoffice_help.draw_embedded),

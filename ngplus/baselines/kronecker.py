@@ -19,12 +19,13 @@ from ngplus.apply.grouped import PreconditionedLayer
 from ngplus.apply.layer import precondition_
 from ngplus.apply.sparse_grad import NonzeroRows
 from ngplus.capture.accumulator import Accumulator, Sampling, Statistic, is_zero
-from ngplus.capture.op_handlers import OpCall, UnsupportedCall
+from ngplus.capture.contractions import UnsupportedCall
+from ngplus.capture.op_handlers import OpCall
 from ngplus.capture.sample_index import drop_uncounted_rows
 from ngplus.curvature.damped_cholesky import InverseRequest
 from ngplus.curvature.layer_state import LayerState
 from ngplus.curvature.second_moment import drop_tiny
-from ngplus.curvature.update import LayerCurvature
+from ngplus.curvature.update import InverseCurvature
 from ngplus.factors.embedding import Bags, OneHot
 from ngplus.factors.factor import Factor, statistics_dtype
 from ngplus.factors.pair import FactorPair
@@ -235,14 +236,15 @@ class FactorAccumulator(Accumulator):
         statistic.used += samples
         for pair in pairs:
             rows, columns = (
-                sum_outer_products(factor, self._max_side, statistic.shape.groups, self._tuning) for factor in pair
+                sum_outer_products(factor, self._max_side, statistic.shape.groups, self._tuning)
+                for factor in (pair.rows, pair.columns)
             )
             gradient = columns if table else rows
             gradient /= positions
             statistic.add_([rows, columns])
 
 
-class KroneckerCurvature(LayerCurvature):
+class KroneckerCurvature(InverseCurvature):
     """The factors of all layers, damped and inverted.
 
     Args:

@@ -20,7 +20,7 @@ from ngplus.config import LayerwiseOptions, NonFinite, Params, Samples
 from ngplus.curvature.all_reduce import world_size
 from ngplus.curvature.damped_cholesky import InverseRequest, invert_one
 from ngplus.curvature.layer_state import LayerState
-from ngplus.curvature.update import LayerCurvature
+from ngplus.curvature.update import InverseCurvature, LayerCurvature
 from ngplus.factors.pair import FactorPair, sample_indices
 from ngplus.layers import Layer, MatrixShape, Side
 from ngplus.layerwise import LayerwiseOptimizer
@@ -153,7 +153,7 @@ class SENGState(LayerState):
         )
 
 
-class SENGCurvature(LayerCurvature):
+class SENGCurvature(InverseCurvature):
     """The Gram matrices of all layers.
 
     Args:

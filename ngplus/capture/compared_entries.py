@@ -14,6 +14,7 @@ Of a small model on a CPU the calls cost more than what they compute, so that ea
 from __future__ import annotations
 
 import functools
+import math
 import operator
 import random
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from ngplus.factors.dense import Dense
 from ngplus.factors.embedding import Bags, OneHot
 from ngplus.factors.factor import Factor, statistics_dtype
 from ngplus.factors.im2col import Patches
+from ngplus.factors.khatri_rao import KhatriRao
+from ngplus.factors.pair import FactorPair
 from ngplus.guards.amp import without_autocast
 from ngplus.layers import Layer, MatrixShape
 from ngplus.tuning import DEFAULT, Tuning
@@ -73,11 +76,11 @@ class ComparedEntries(Protocol):
         """How many they are."""
         ...
 
-    def reduce_rows(self, rows: Factor) -> UseRows:
+    def reduce_rows(self, pair: FactorPair) -> UseRows:
         """What is needed of a use's rows."""
         ...
 
-    def of_use(self, rows: UseRows, columns: Factor) -> UseEntries:
+    def of_use(self, rows: UseRows, pair: FactorPair) -> UseEntries:
         """The entries of Σᵢ 𝒢ᵢ of a use."""
         ...
 
@@ -129,6 +132,7 @@ class MatrixEntries:
         row: the row within its group, where there are several groups.
         column: the first input channel or column, of the same number in each group.
         offset: into a convolution's kernel, the same for all.
+        kernel: sizes of a convolution's kernel.
         shape: of the matrix.
     """
 
@@ -137,12 +141,15 @@ class MatrixEntries:
     row: int
     column: int
     offset: tuple[int, ...]
+    kernel: tuple[int, ...]
     shape: MatrixShape
 
     @classmethod
     def sample(cls, layer: Layer, shape: MatrixShape, most: int, generator: random.Random) -> MatrixEntries:
         """Up to ``most`` entries."""
-        width, kernel = layer.weight.shape[1], layer.weight.shape[2:]
+        width, kernel = layer.weight.shape[1], tuple(layer.weight.shape[2:])
+        if layer.batched:
+            width, kernel = layer.matrix[2], ()
         grouped = shape.groups > 1
         count = min(most, shape.groups) if grouped else min(most, shape.rows, width)
         return cls(
@@ -151,11 +158,17 @@ class MatrixEntries:
             row=generator.randrange(shape.rows),
             column=generator.randrange(width if grouped else width - count + 1),
             offset=tuple(generator.randrange(size) for size in kernel),
+            kernel=kernel,
             shape=shape,
         )
 
-    def reduce_rows(self, rows: Factor) -> UseRows:
+    def reduce_rows(self, pair: FactorPair) -> UseRows:
         """Gᵢ[r, κ]."""
+        rows = pair.rows
+        if pair.group is not None:  # a use that has one of the groups alone
+            assert isinstance(rows, Dense)
+            inside, place = self.rows.inside(pair.group, 1)
+            return UseRows(_for_statistics(rows.entries[:, inside, self.row]), place)
         if isinstance(rows, OneHot):  # a table that is a linear layer's weight too
             numbers = torch.arange(rows.size, device=rows.device)[self.rows.as_slice]
             return UseRows((rows.index.unsqueeze(1) == numbers.view(1, -1, 1)).to(rows.dtype))
@@ -173,9 +186,15 @@ class MatrixEntries:
             entries = entries[:, 0, inside]
         return UseRows(entries.to(statistics_dtype(entries.dtype)), place)
 
-    def of_use(self, rows: UseRows, columns: Factor) -> UseEntries:
+    def of_use(self, rows: UseRows, pair: FactorPair) -> UseEntries:
         """Σᵢ Σ_κ Gᵢ[r, κ] Aᵢ[c, κ]."""
-        entries = self._column_entries(columns)
+        if pair.group is not None:
+            assert isinstance(pair.columns, Dense)
+            inside, _ = self.rows.inside(pair.group, 1)
+            return _sum_products(
+                rows.values * _for_statistics(pair.columns.entries[:, inside, self.column]), rows.place
+            )
+        entries = self._column_entries(pair.columns)
         if rows.values.shape[1] < self.count:
             entries = entries[:, rows.place : rows.place + rows.values.shape[1]]
         return _sum_products(rows.values * entries, rows.place)
@@ -183,11 +202,21 @@ class MatrixEntries:
     def _column_entries(self, factor: Factor) -> Tensor:
         if isinstance(factor, Patches):
             return factor.at_offset(factor.images[:, self._channels(factor.channels)], self.offset)
+        if isinstance(factor, KhatriRao):
+            assert isinstance(factor.one, Dense)
+            assert isinstance(factor.other, Dense)
+            one = factor.one.entries[:, 0, self.column : self.column + self.count]
+            dtype = statistics_dtype(one.dtype)
+            return one.to(dtype) * factor.other.entries[:, :1, self.offset[0]].to(dtype)
         assert isinstance(factor, Dense)
+        area, place = math.prod(self.kernel), 0
+        for size, at in zip(self.kernel, self.offset, strict=True):
+            place = place * size + at
+        column = self.column * area + place
         if self.shape.groups > 1:
-            entries = factor.entries[:, self.rows.as_slice, self.column]
+            entries = factor.entries[:, self.rows.as_slice, column]
         else:
-            entries = factor.entries[:, 0, self.column : self.column + self.count]
+            entries = factor.entries[:, 0, column : column + self.count * area : area]
         return entries.to(statistics_dtype(entries.dtype))
 
     def _channels(self, in_group: int) -> slice:
@@ -204,6 +233,8 @@ class MatrixEntries:
     def of_gradient(self, gradient: Tensor) -> Tensor:
         """The entries of a weight's gradient, which are evenly spaced in its memory."""
         dense = gradient if gradient.layout == torch.strided else gradient.to_dense()
+        if not self.kernel and dense.dim() != 2:  # a batch of matrices
+            dense = dense.reshape(self.shape.groups * self.shape.rows, -1)
         to_row, to_column, *to_offset = dense.stride()
         grouped = self.shape.groups > 1
         first, step = self.rows.start, self.rows.step
@@ -265,12 +296,13 @@ class TableEntries:
         column, shift = generator.randrange(width - count + 1), _SHIFTS[generator.randrange(len(_SHIFTS))]
         return cls(count=count, column=column, shift=shift, height=height, long=height >= long_from)
 
-    def reduce_rows(self, rows: Factor) -> UseRows:
+    def reduce_rows(self, pair: FactorPair) -> UseRows:
         """sᵀGᵢ."""
-        return UseRows(self._signed_rows(rows))
+        return UseRows(self._signed_rows(pair.rows))
 
-    def of_use(self, rows: UseRows, columns: Factor) -> UseEntries:
+    def of_use(self, rows: UseRows, pair: FactorPair) -> UseEntries:
         """Σᵢ Σ_κ (sᵀGᵢ)[κ] Aᵢ[c, κ]; softmax over a long table, whose rows add up to zero, hardly cancels in them."""
+        columns = pair.columns
         assert isinstance(columns, Dense)
         entries = self._columns(_in_rows(columns.entries))
         return UseEntries(rows.values @ entries, 0, (torch.linalg.vector_norm(entries), self._share**0.5))
@@ -344,17 +376,19 @@ class MatrixSums(TableEntries):
         column, shift = _SHIFTS[generator.randrange(len(_SHIFTS))], _SHIFTS[generator.randrange(len(_SHIFTS))]
         return cls(count=count, column=column, shift=shift, height=len(layer.weight), long=False)
 
-    def reduce_rows(self, rows: Factor) -> UseRows:
+    def reduce_rows(self, pair: FactorPair) -> UseRows:
         """sᵀGᵢ, and the norm of Gᵢ's entries; of indices that of their signs."""
+        rows = pair.rows
         sums = self._signed_rows(rows)
         size: Tensor = torch.linalg.vector_norm(rows.entries if isinstance(rows, Dense) else sums)
         return UseRows(sums, size=size)
 
-    def of_use(self, rows: UseRows, columns: Factor) -> UseEntries:
+    def of_use(self, rows: UseRows, pair: FactorPair) -> UseEntries:
         """(Σᵢ Σ_κ (sᵀGᵢ)[κ] Aᵢ[·, κ]) T, where a column of T has the signs of one sum.
 
         Its size is that of G and A, not of their sums, which cancel: the rows of a softmax's gradient add up to zero.
         """
+        columns = pair.columns
         assert isinstance(columns, Dense)
         entries = _in_rows(columns.entries)
         sizes = rows.size, torch.linalg.vector_norm(entries), max(1, len(entries)) ** -0.5
@@ -401,13 +435,13 @@ class BiasEntries:
     rows: MatrixEntries
     part: slice
 
-    def reduce_rows(self, rows: Factor) -> UseRows:
+    def reduce_rows(self, pair: FactorPair) -> UseRows:
         """Those of the matrix."""
-        return self.rows.reduce_rows(rows)
+        return self.rows.reduce_rows(pair)
 
-    def of_use(self, rows: UseRows, columns: Factor) -> UseEntries:
+    def of_use(self, rows: UseRows, pair: FactorPair) -> UseEntries:
         """Σᵢ Σ_κ Gᵢ[r, κ] times the constant that the use multiplies the bias by."""
-        return _sum_products(rows.values * _bias_factor(columns), rows.place)
+        return _sum_products(rows.values * _bias_factor(pair.columns), rows.place)
 
     def of_gradient(self, gradient: Tensor) -> Tensor:
         """The entries of the bias's gradient."""
@@ -435,13 +469,13 @@ class BiasSum:
         """One sum."""
         return 1
 
-    def reduce_rows(self, rows: Factor) -> UseRows:
+    def reduce_rows(self, pair: FactorPair) -> UseRows:
         """That of the matrix."""
-        return self.sums.reduce_rows(rows)
+        return self.sums.reduce_rows(pair)
 
-    def of_use(self, rows: UseRows, columns: Factor) -> UseEntries:
+    def of_use(self, rows: UseRows, pair: FactorPair) -> UseEntries:
         """Σᵢ Σ_κ (sᵀGᵢ)[κ] times the constant that the use multiplies the bias by; its size is that of the rows."""
-        factor = _bias_factor(columns)
+        factor = _bias_factor(pair.columns)
         total = rows.values.sum()
         return UseEntries(total if factor == 1.0 else total * factor, 0, (rows.size, factor))
 
@@ -454,7 +488,7 @@ class BiasSum:
 
 def _bias_factor(columns: Factor) -> float:
     """1 where a use adds the bias, else 0."""
-    assert isinstance(columns, Dense | Patches)
+    assert isinstance(columns, Dense | Patches | KhatriRao)
     return columns.appended or 0.0
 
 
@@ -503,7 +537,7 @@ def sample_entries(
     Returns:
         The entries.
     """
-    products = max(1, output_size // layer.weight.shape[0])
+    products = max(1, output_size // max(1, layer.matrix[1]))
     most = min(tuning.compared_entries, max(2, tuning.compared_products // products))
     small = output_size <= tuning.summed_outputs and layer.weight.numel() <= tuning.summed_weights
     if layer.weight.dim() == 2 and not layer.row_sparse and small and max(layer.weight.shape) <= PERIOD // 2:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ngplus.capture.compared_entries import ComparedEntries, UseRows
+from ngplus.capture.compared_entries import BiasSum, ComparedEntries, MatrixSums, UseRows
 from ngplus.devices import factor_dtype, reads_without_sync
 from ngplus.factors.factor import statistics_dtype
 from ngplus.factors.pair import FactorPair
@@ -63,7 +63,7 @@ class Comparison:
 
     def reduce_rows(self, pair: FactorPair) -> UseRows:
         """What `add_use` needs of a use's rows, the same for a weight and its bias."""
-        return self._entries.reduce_rows(pair.rows)
+        return self._entries.reduce_rows(pair)
 
     def add_use(self, rows: UseRows, pair: FactorPair, dtype: torch.dtype) -> None:
         """Add what a captured use brings.
@@ -73,11 +73,24 @@ class Comparison:
             pair: all of its samples.
             dtype: that it was computed in.
         """
-        captured, place, sizes = self._entries.of_use(rows, pair.columns)
+        captured, place, sizes = self._entries.of_use(rows, pair)
         if captured.dim() and (count := self._entries.count) > len(captured):
             captured = F.pad(captured, (place, count - place - len(captured)))
         self._captured.append(_read(captured))
         self._sizes.append(sizes)
+        self._dtypes.add(dtype)
+
+    def add_sum(self, gradient: Tensor, squares: Tensor, dtype: torch.dtype) -> None:
+        """Add what a captured use brings whose gradients are formed whole.
+
+        Args:
+            gradient: Σᵢ 𝒢ᵢ, in the parameter's shape.
+            squares: the sum of squares of all their entries, a scalar.
+            dtype: that the use was computed in.
+        """
+        share = 1.0 if isinstance(self._entries, MatrixSums | BiasSum) else self._entries.count / gradient.numel()
+        self._captured.append(_read(self._entries.of_gradient(gradient)))
+        self._sizes.append(((squares * share).sqrt(),))
         self._dtypes.add(dtype)
 
     def add_gradient(self, gradient: Tensor) -> None:

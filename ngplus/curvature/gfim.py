@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,18 +12,20 @@ from ngplus.capture.accumulator import Sampling, Statistic
 from ngplus.config import Options
 from ngplus.curvature.all_reduce import world_size
 from ngplus.curvature.damped_cholesky import InverseRequest
+from ngplus.curvature.layer_state import LayerState
 from ngplus.curvature.second_moment import multiply_columns
-from ngplus.curvature.update import LayerCurvature
+from ngplus.curvature.update import InverseCurvature
+from ngplus.dtensors import whole
 from ngplus.factors.factor import statistics_dtype
 from ngplus.factors.pair import sample_indices
 from ngplus.layers import Layer, to_matrix, to_row_sparse
-from ngplus.solvers.by_name import SOLVERS, ColumnsRequest, blank_entries
+from ngplus.solvers.by_name import FORMS_OF_INVERSES, SOLVERS, ColumnsRequest, blank_entries, check_form
 from ngplus.solvers.dense import DenseInverse
 from ngplus.solvers.preconditioner import Entries, Preconditioner
 from ngplus.tuning import DEFAULT, Tuning
 
 
-class GFIM(LayerCurvature):
+class GFIM(InverseCurvature):
     """The generalized Fisher information matrix L or R of each layer, (4) and (5), or of the mini-batch, (12).
 
     Args:
@@ -74,6 +77,22 @@ class GFIM(LayerCurvature):
             entries |= {f"average{i}": stack for i, stack in enumerate(stacks)}
         return entries
 
+    def unpack(self, layer: Layer, entries: Mapping[str, Any]) -> LayerState | None:
+        """Restore what `pack` gave, see `CurvatureStore.unpack`.
+
+        Args:
+            layer: the layer.
+            entries: what `pack` gave.
+
+        Returns:
+            The layer's state; None where there was no curvature yet.
+
+        Raises:
+            ValueError: an entry is missing, is of another matrix, or was saved with a basis.
+        """
+        check_form(entries, layer.name, *FORMS_OF_INVERSES)
+        return super().unpack(layer, entries)
+
     def sum_mini_batch(self, layers: Iterable[Layer]) -> dict[Layer, Statistic]:
         """The mini-batch form (12): G Gᵀ, or GᵀG, of each layer's gradient, as a statistic of one sample.
 
@@ -87,7 +106,7 @@ class GFIM(LayerCurvature):
 
     def _sum_gradient(self, layer: Layer) -> Statistic:
         assert layer.weight.grad is not None
-        gradient = to_row_sparse(layer.weight.grad)
+        gradient = to_row_sparse(whole(layer.weight.grad))
         shape, size = layer.shape(self._block_size), self._options.sketch_size
         dtype = statistics_dtype(gradient.dtype)
         if gradient.is_sparse and shape.side == "right" and layer.trained_bias is None:
@@ -97,7 +116,7 @@ class GFIM(LayerCurvature):
             G = to_matrix(layer, dense, dtype)
         bias = layer.trained_bias
         if bias is not None:
-            column = torch.zeros_like(bias) if bias.grad is None else bias.grad
+            column = G.new_zeros(len(bias)) if bias.grad is None else whole(bias.grad)
             G = torch.cat([G, column[layer.bias_slice].reshape(*G.shape[:2], 1).to(dtype)], dim=2)
         short_first = G if shape.side == "left" else G.mT
         if size is not None and size < short_first.shape[2]:
@@ -120,6 +139,7 @@ def sampling(options: Options, tuning: Tuning = DEFAULT) -> Sampling:
     keeps_columns = options.ema == 0 and options.block_size is None and world_size() == 1
     return Sampling.from_options(
         options,
+        function_fallback=options.function_fallback,
         block_size=options.block_size,
         max_rank=SOLVERS[options.solver].max_rank(tuning) if keeps_columns else 0.0,
         least_side=tuning.low_rank_from if options.solver == "auto" else 1,

@@ -33,12 +33,12 @@ def is_small(pair: FactorPair, tuning: Tuning = DEFAULT) -> bool:
         Whether its matrix may be made together with others.
     """
     elements = 0
-    for factor in pair:
+    for factor in (pair.rows, pair.columns):
         if isinstance(factor, Dense) and factor.full_size is None and factor.entries.shape[1] == 1:
             elements += factor.entries.numel()
         elif not isinstance(factor, OneHot):
             return False
-    return pair.rows.positions == 1 and elements <= tuning.small_use
+    return pair.group is None and pair.rows.positions == 1 and elements <= tuning.small_use
 
 
 def group_equal(uses: Sequence[tuple[MatrixShape, FactorPair]]) -> list[list[int]]:
@@ -52,7 +52,7 @@ def group_equal(uses: Sequence[tuple[MatrixShape, FactorPair]]) -> list[list[int
     """
     groups: dict[Hashable, list[int]] = {}
     for place, (shape, pair) in enumerate(uses):
-        if shape.groups == 1 and shape.blocks == (1, 0) and pair.rows.positions == 1:
+        if shape.groups == 1 and shape.blocks == (1, 0) and pair.group is None and pair.rows.positions == 1:
             forms = tuple(map(_form, orient(shape, pair)))
             if None not in forms and isinstance(orient(shape, pair)[0], Dense):
                 groups.setdefault((shape.short, shape.side, *forms), []).append(place)

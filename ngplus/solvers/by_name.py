@@ -11,7 +11,9 @@ from torch import Tensor
 
 from ngplus.factors.pair import sample_indices
 from ngplus.layers import MatrixShape
+from ngplus.sharded.remote_inverse import RemoteInverse
 from ngplus.solvers.dense import DenseInverse
+from ngplus.solvers.eigenbasis import EigenBasis
 from ngplus.solvers.low_rank import LowRankInverse, invert_low_rank
 from ngplus.solvers.preconditioner import Entries, Preconditioner
 from ngplus.solvers.sketched import SketchedInverse, invert_sketched
@@ -72,13 +74,35 @@ SOLVERS: Mapping[SolverName, Solver] = {
 """What is not kept as UUᵀ is inverted explicitly, whatever the solver."""
 
 
-FORMS: tuple[type[Preconditioner], ...] = (DenseInverse, LowRankInverse, SketchedInverse)
+FORMS_OF_INVERSES: tuple[type[Preconditioner], ...] = (DenseInverse, LowRankInverse, SketchedInverse)
+"""Those that ``basis=None`` has."""
+
+FORMS: tuple[type[Preconditioner], ...] = (*FORMS_OF_INVERSES, EigenBasis)
 """The classes that are saved, by the number that is saved with them."""
 
 
 def pack(preconditioner: Preconditioner) -> Entries:
     """What is saved of a preconditioner, and which form it is."""
+    if isinstance(preconditioner, RemoteInverse):
+        return {}
     return {"form": FORMS.index(type(preconditioner)), **preconditioner.entries()}
+
+
+def check_form(entries: Mapping[str, Any], name: str, *allowed: type[Preconditioner]) -> None:
+    """Refuse what was saved with another ``basis``.
+
+    Args:
+        entries: what `pack` gave, or those of a layer without curvature.
+        name: of the layer.
+        allowed: the forms that this optimizer has.
+
+    Raises:
+        ValueError: another form.
+    """
+    form = entries.get("form")
+    if isinstance(form, int) and entries.get("updates") and FORMS[form] not in allowed:
+        theirs, ours = ("None", '"eigen"') if EigenBasis in allowed else ('"eigen"', "None")
+        raise ValueError(f"the state of {name} was saved with basis={theirs}, this optimizer has basis={ours}")
 
 
 def unpack(entries: Mapping[str, Any], shape: MatrixShape, damping: float) -> Preconditioner:
@@ -140,11 +164,13 @@ def unpack_first_layout(tensors: Mapping[str, Tensor], shape: MatrixShape) -> Pr
 
 
 __all__ = [
+    "FORMS_OF_INVERSES",
     "SOLVERS",
     "ColumnsRequest",
     "Solver",
     "SolverName",
     "blank_entries",
+    "check_form",
     "pack",
     "unpack",
     "unpack_first_layout",

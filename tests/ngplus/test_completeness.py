@@ -361,7 +361,7 @@ def part_of(module, samples=4, positions=3):
 
 
 def use_entries(entries, part):
-    return entries.of_use(entries.reduce_rows(part.rows), part.columns)
+    return entries.of_use(entries.reduce_rows(part), part)
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -481,7 +481,7 @@ def test_a_layers_state_prints_its_form_and_counts_its_elements():
     )
     optimizer = stepped(images(), points(4, 2, 6, 6))
     assert str(optimizer.curvature["0.weight"]).startswith("LayerState(matrix 2×3×10, DenseInverse of λI + L")
-    optimizer = stepped(mlp(39, 30), points(4, 39))
+    optimizer = stepped(mlp(39, 30), points(4, 39), solver="low_rank")
     assert optimizer.curvature["0.weight"].numel() == 30 * 4 + 1 + 2 * 4  # W, λ and what refines
 
 

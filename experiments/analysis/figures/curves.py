@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import matplotlib as mpl
@@ -12,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from experiments.analysis.comparable_runs import Comparable, load_comparable
+from experiments.analysis.comparable_runs import Comparable, load_comparable, name_data
 from experiments.analysis.figures.palette import pick_colour, pick_dashes
 from experiments.analysis.outcomes import STANDARD_ERROR
 from experiments.records.run_record import Epoch, Run
@@ -37,6 +38,8 @@ FAR_APART = 4.0
 # How opaque all bands would be on top of each other, at most.
 BANDS = 0.6
 LEGEND_COLUMNS = 4
+# Of a line of the title, which is as wide as the figure.
+TITLE_CHARACTERS = 106
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +137,8 @@ def figure(comparable: Comparable) -> Figure:
     manifest, shown = comparable.runs[0].manifest, panels(comparable)
     made = Figure(figsize=(9.0, 3.1 * len(shown)), layout="constrained")
     FigureCanvasAgg(made)
-    made.suptitle(f"{manifest.task}, scale {manifest.scale}: {manifest.dataset.name}", fontsize=11)
+    title = f"{manifest.task}, scale {manifest.scale}: {name_data(manifest.task, manifest.dataset.name)}"
+    made.suptitle(fill(title, TITLE_CHARACTERS), fontsize=11)
     axes = made.subplots(len(shown), 2, sharex="col", sharey="row")
     for row, panel in zip(axes, shown, strict=True):
         _draw_row(row, comparable.by_optimizer(), panel)

@@ -5,6 +5,7 @@ COLOURS = {
     "ngplus": "#D55E00",
     "sgd": "#0072B2",
     "adam": "#009E73",
+    "adamw": "#999933",
     "adagrad": "#CC79A7",
     "lars": "#E69F00",
     "kfac": "#56B4E9",

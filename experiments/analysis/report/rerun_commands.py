@@ -6,6 +6,7 @@ TARGETS = {
     "schnet-matproj": "matproj",
     "transformer-iwslt14": "iwslt14",
     "dlrm-criteo": "dlrm",
+    "gpt-text": "gpt",
 }
 PAGE = "make report"
 VERDICTS = "python -m experiments verdicts"

@@ -1,1 +1,1 @@
-"""Sentence pairs, subwords, and folders in fairseq's format."""
+"""Sentence pairs and documents, subwords, and folders in fairseq's and nanoGPT's formats."""

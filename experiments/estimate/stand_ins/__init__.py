@@ -34,6 +34,7 @@ def _stand_in(module: str, name: str) -> Callable[..., StandIn]:
 # task -> its data setting -> the stand-in for it
 STAND_INS: dict[tuple[str, str], Callable[..., StandIn]] = {
     ("dlrm-criteo", "criteo"): _stand_in("made_up_clicks", "MadeUpClicks"),
+    ("gpt-text", "token-folder"): _stand_in("made_up_tokens", "MadeUpTokens"),
     ("resnet50-imagenet", "imagenet"): _stand_in("made_up_images", "MadeUpImages"),
     ("schnet-matproj", "database"): _stand_in("made_up_structures", "Supercells"),
     ("schnet-qm9", "package"): _stand_in("made_up_structures", "FewMolecules"),

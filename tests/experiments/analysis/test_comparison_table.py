@@ -2,7 +2,18 @@ import pytest
 
 from experiments.analysis.comparison import compare
 from experiments.analysis.comparison_table import render
-from tests.experiments.cases.handwritten_records import HIT_1, HIT_2, HIT_3, HIT_4, MISS, SCALE, TASK, add_others, write
+from tests.experiments.cases.handwritten_records import (
+    HIT_1,
+    HIT_2,
+    HIT_3,
+    HIT_4,
+    MISS,
+    SCALE,
+    TASK,
+    add_others,
+    write,
+    write_run,
+)
 
 
 @pytest.fixture
@@ -21,6 +32,13 @@ def test_the_terminal_table_fits_100_columns_and_names_the_data_first(frame):
     assert max(map(len, tabular)) <= 100
     assert "Fashion-MNIST, 3,600 embedded images" in " ".join(lines[:2])
     assert "junk.jsonl" in "".join(lines)
+
+
+def test_a_task_that_the_paper_does_not_have_says_so(tmp_path):
+    for task in (TASK, "gpt-text"):
+        write_run(tmp_path, "adamw", 1, HIT_4, task=task)
+        said = "(beyond the paper)" in " ".join(render(compare(tmp_path, task, SCALE)).split())
+        assert said == (task == "gpt-text")
 
 
 def test_no_cell_is_cut_where_names_and_numbers_are_long(tmp_path):

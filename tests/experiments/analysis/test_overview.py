@@ -59,6 +59,23 @@ def test_the_order_is_that_of_the_profiles(results):
     assert [(name, row[0]) for name, row in rows.items()] == [("adam", "0.50"), ("ngplus", "0.50"), ("sgd", "0.00")]
 
 
+def test_a_task_that_the_paper_does_not_have_says_so(results):
+    put(results, "gpt-text", "adamw", HIT_4)
+    head, _ = table(results, TASK, "gpt-text")
+    assert ["(beyond the paper)" in column for column in head[2:]] == [False, True]
+
+
+def test_the_profile_is_over_the_papers_tasks(results):
+    _, before = table(results, TASK, OTHER)
+    put(results, "gpt-text", "adamw", HIT_4)
+    put(results, "gpt-text", "ngplus-adamw", MISS)
+    _, rows = table(results, TASK, OTHER, "gpt-text")
+    scores = {name: row[0] for name, row in rows.items()}
+    assert scores == {name: row[0] for name, row in before.items()} | {"adamw": "–"}
+    assert list(scores)[-1] == "adamw"
+    assert rows["adamw"][1:3] == ["–", "–"]
+
+
 def test_one_seed_has_no_spread(tmp_path):
     put(tmp_path, TASK, "adam", HIT_4, seeds=(1,))
     _, rows = table(tmp_path, TASK)

@@ -80,6 +80,13 @@ def test_nobody_reaches_the_target(tmp_path):
     assert math.isnan(row.speed_up)
 
 
+def test_a_task_that_the_paper_does_not_have_does_not_enter(results):
+    before = profile(results, TASKS, SCALE)
+    put(results, "gpt-text", "ngplus-adamw", "adamw", HIT_1)
+    put(results, "gpt-text", "adamw", "adamw", HIT_4)
+    pd.testing.assert_frame_equal(profile(results, (*TASKS, "gpt-text"), SCALE), before)
+
+
 def test_the_files_hold_the_same_table_and_are_the_same_when_made_again(results):
     table = profile(results, TASKS, SCALE)
     paths = [results / f"profiles-{SCALE}.{suffix}" for suffix in ("csv", "svg", "png")]

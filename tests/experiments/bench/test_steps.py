@@ -43,6 +43,18 @@ def test_ratios_are_to_the_reference_of_the_same_round(monkeypatch):
     assert frame.every_10_over_sgd["ngplus"] == pytest.approx((9 * 2.0 + 8.5) / 10)
 
 
+def test_the_decoders_steps_are_compared_with_adamws(monkeypatch):
+    seconds = []
+    monkeypatch.setattr(steps, "_seconds", lambda candidate, device: candidate.step() or seconds.append(1.0) or 1.0)
+    monkeypatch.setitem(WORKLOADS, "gpt", lambda device, make=WORKLOADS["gpt"]: replace(make(device), turn=3))
+    names = ["adamw", "ngplus-adamw", "ngplus-adamw-batch"]
+    (frame,) = compare("gpt", names, rounds=1, device="cpu", memory=False)
+    assert frame.optimizer.tolist() == names
+    assert frame.every_10_over_adamw.tolist() == frame.usual_over_adamw.tolist() == [1.0, 1.0, 1.0]
+    assert len(seconds) == 3 * 2 * 3
+    assert set(frame.model) == {"GPT, 8 × 128 tokens"}
+
+
 def test_our_kfac_trains_what_that_of_asdfghjkl_cannot(monkeypatch):
     def attention(device: str) -> Workload:
         x = torch.randn(2, 3, 8, device=device)

@@ -42,6 +42,20 @@ def test_a_cut_archive_is_removed_so_that_it_is_fetched_again(tmp_path):
     assert not archive.exists()
 
 
+def test_a_source_archive_is_unpacked(tmp_path):
+    _sdist(tmp_path)
+    assert (packages.pypi_source("thing==1.0", tmp_path) / "thing" / "data.csv").read_text() == "a,b\n"
+
+
+def test_a_cut_source_archive_is_removed_so_that_it_is_fetched_again(tmp_path):
+    _sdist(tmp_path)
+    (archive,) = tmp_path.iterdir()
+    archive.write_bytes(archive.read_bytes()[:50])
+    with pytest.raises(DataFileError, match="cannot be read"):
+        packages.pypi_source("thing==1.0", tmp_path)
+    assert not archive.exists()
+
+
 def test_the_archive_is_asked_of_pip_without_installing(tmp_path, monkeypatch):
     asked = []
 

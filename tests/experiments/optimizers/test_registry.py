@@ -10,6 +10,8 @@ from experiments.optimizers.registry import (
     OPTIMIZERS,
     AdagradBase,
     AdamBase,
+    AdamWBase,
+    AdamWSettings,
     LARSSettings,
     NGPlusSettings,
     SGDBase,
@@ -41,6 +43,11 @@ def ngplus(**changes) -> NGPlusSettings:
     [
         (SGDBase(momentum=0.9, weight_decay=1e-4), torch.optim.SGD, {"momentum": 0.9, "weight_decay": 1e-4}),
         (AdamBase(betas=(0.8, 0.98), eps=1e-6), torch.optim.Adam, {"betas": (0.8, 0.98), "eps": 1e-6}),
+        (
+            AdamWBase(beta1=0.8, beta2=0.97, weight_decay=0.1),
+            torch.optim.AdamW,
+            {"betas": (0.8, 0.97), "eps": 1e-8, "weight_decay": 0.1},
+        ),
         (AdagradBase(initial_accumulator_value=0.1), torch.optim.Adagrad, {"initial_accumulator_value": 0.1}),
     ],
 )
@@ -71,6 +78,14 @@ def test_sgd_gets_every_setting(model):
     assert (group["lr"], group["momentum"], group["weight_decay"], group["nesterov"]) == (0.2, 0.8, 1e-3, True)
 
 
+def test_adamw_gets_every_setting(model):
+    settings = AdamWSettings(lr=0.2, beta1=0.8, beta2=0.97, eps=1e-6, weight_decay=1e-3)
+    optimizer = find_entry("adamw").build(model, settings)
+    (group,) = optimizer.param_groups
+    assert type(optimizer) is torch.optim.AdamW
+    assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (0.2, (0.8, 0.97), 1e-6, 1e-3)
+
+
 def test_every_entry_builds_an_optimizer_that_steps(model):
     for name, entry in OPTIMIZERS.items():
         own = copy.deepcopy(model)
@@ -95,7 +110,7 @@ def test_soap_loses_its_first_step(model):
     assert moved == [False, True, True]
 
 
-@pytest.mark.parametrize("name", ["adadelta", "", "adamw-x"])
+@pytest.mark.parametrize("name", ["adadelta", "", "nadam-x"])
 def test_a_name_that_is_not_there_lists_what_is(name):
     with pytest.raises(
         SettingsError, match=r"must be one of adagrad, adam, .*, sgd, shampoo, soap, or one of these with"

@@ -1,9 +1,11 @@
 import dataclasses
 import math
+import re
 import time
 
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from experiments.errors import UserError
 from experiments.records.provenance import device_name
@@ -173,6 +175,62 @@ def test_a_run_finished_with_other_settings_is_not_taken_for_this_one(load, opti
     with pytest.raises(UserError, match=r"finished with other settings: task\.hidden was 7 and is not set; .*--force"):
         run(load(), "sgd", 1, options)
     assert run(load("run.target=0.1", "run.seeds=[7]"), "sgd", 0, options).end
+
+
+def test_a_run_from_before_a_setting_was_there_is_one_without_it(load, options):
+    first = run(load(), "sgd", 0, options)
+    manifest, *events = first.path.read_text().splitlines(keepends=True)
+    for name in ("clip_norm", "decay"):
+        assert f'"{name}": null' in manifest
+        manifest = re.sub(rf', "{name}": null', "", manifest)
+    first.path.write_text("".join([manifest, *events]))
+    assert run(load(), "sgd", 0, options).epochs == first.epochs
+    with pytest.raises(UserError, match=r"finished with other settings: run\.clip_norm was not set and is 2\.0"):
+        run(load("run.clip_norm=2.0"), "sgd", 0, options)
+
+
+@pytest.fixture
+def steps():
+    """Of every optimizer step: the gradients it is given, as one vector, and each group's decay and size."""
+    seen = []
+
+    def record(optimizer, *_):
+        groups = optimizer.param_groups
+        gradient = torch.cat([each.grad.flatten() for group in groups for each in group["params"]])
+        seen.append((gradient, [(group["weight_decay"], len(group["params"])) for group in groups]))
+
+    hook = register_optimizer_step_pre_hook(record)
+    yield seen
+    hook.remove()
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_steps_gradient_is_scaled_down_to_the_norm_given(load, options, tmp_path, steps, accumulate):
+    changes = ("task.dropout=0.0", "run.epochs=1", f"run.accumulate={accumulate}")
+    run(load(*changes), "sgd", 0, options)
+    free = [gradient for gradient, _ in steps]
+    limit = 0.8 * min(gradient.norm().item() for gradient in free)
+    steps.clear()
+    run(
+        load(*changes, f"run.clip_norm={limit}"),
+        "sgd",
+        0,
+        dataclasses.replace(options, results_dir=tmp_path / "clipped"),
+    )
+    assert len(steps) == len(free)
+    torch.testing.assert_close(steps[0][0], free[0] * limit / free[0].norm(), rtol=1e-4, atol=1e-7)
+    assert all(gradient.norm().item() == pytest.approx(limit, rel=1e-4) for gradient, _ in steps)
+
+
+def test_a_gradient_within_the_norm_is_left_as_it_is(load, options, tmp_path):
+    free = run(load(), "ngplus", 0, options)
+    within = run(load("run.clip_norm=1e6"), "ngplus", 0, dataclasses.replace(options, results_dir=tmp_path / "within"))
+    assert toy.reproducible_values(within) == toy.reproducible_values(free)
+
+
+def test_decay_may_be_for_matrices_alone(load, options, steps):
+    run(load("run.epochs=1", "run.decay=matrices", "optimizers.sgd.weight_decay=0.1"), "sgd", 0, options)
+    assert steps[0][1] == [(0.1, 2), (0.0, 2)]  # two weights, two biases
 
 
 def test_an_interrupted_run_does_not_go_on_with_other_settings(load, options, interrupt):

@@ -21,6 +21,7 @@ TITLES = {
     "schnet-matproj": "SchNet on crystals",
     "transformer-iwslt14": "Transformer, German-English",
     "dlrm-criteo": "DLRM on click logs",
+    "gpt-text": "GPT on text (beyond the paper)",
 }
 # Those that have a place of their own on the page, and the one that `table` makes of the records.
 _OWN = ("comparison", "tuning", "sensitivity")

@@ -8,7 +8,17 @@ from experiments.analysis.comparable_runs import load_comparable
 from experiments.analysis.figures.curves import draw, figure, legend_below, panels, summarise_curve
 from experiments.analysis.figures.palette import COLOURS, pick_colour, pick_dashes
 from experiments.errors import UserError
-from tests.experiments.cases.handwritten_records import HIT_1, HIT_2, HIT_3, HIT_4, SCALE, TASK, add_others, write
+from tests.experiments.cases.handwritten_records import (
+    HIT_1,
+    HIT_2,
+    HIT_3,
+    HIT_4,
+    SCALE,
+    TASK,
+    add_others,
+    write,
+    write_run,
+)
 
 
 @pytest.fixture
@@ -138,3 +148,13 @@ def test_a_legend_of_long_names_takes_fewer_columns_and_stays_inside_the_figure(
     (legend,) = made.legends
     assert legend.get_window_extent().width <= made.bbox.width
     assert len(legend.get_texts()) == 6
+
+
+def test_a_long_title_is_broken_and_stays_inside_the_figure(tmp_path):
+    name = "Django's documentation, 273 pages, 1,680,887 tokens; an epoch is 100 batches"
+    dataset = {"name": name, "sha256": "0" * 64, "licence": "MIT", "train_size": 1, "eval_size": 1}
+    write_run(tmp_path, "adamw", 1, HIT_4, task="gpt-text", dataset=dataset)
+    made = figure(load_comparable(tmp_path, "gpt-text", SCALE))
+    title = made.get_suptitle()
+    assert " ".join(title.split()) == f"gpt-text, scale {SCALE}: {name} (beyond the paper)"
+    assert made._suptitle.get_window_extent().width <= made.bbox.width

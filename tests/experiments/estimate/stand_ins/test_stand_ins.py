@@ -11,8 +11,9 @@ from experiments.estimate.stand_ins.made_up_structures import supercells
 from experiments.tasks import TASKS
 from experiments.tasks.schnet import materials_project
 
-# Batches of an epoch of the paper's data, by its own numbers.
+# Batches of an epoch of the paper's data, by its own numbers; beyond the paper, of the recipe's.
 STEPS = {
+    "gpt-text": 40_000,  # of nanoGPT's 600,000 · 40 batches, a 600th
     "resnet50-imagenet": 1_281_167 // 256,
     "schnet-qm9": 117_031 // 100,
     "schnet-matproj": 125_397 // 32,
@@ -41,6 +42,10 @@ def test_an_epoch_has_the_steps_of_the_papers_data(stand_in, name):
 @pytest.mark.parametrize(
     ("name", "overrides"),
     [
+        (
+            "gpt-text",
+            ("task.batch_size=2", "task.context=16", "task.model.layers=1", "task.model.dim=24"),
+        ),
         ("resnet50-imagenet", ("task.batch_size=2", "task.image_size=32")),
         ("schnet-qm9", ("task.batch_size=2",)),
         ("schnet-matproj", ("task.batch_size=2",)),

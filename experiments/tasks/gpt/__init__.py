@@ -1,0 +1,1 @@
+"""A decoder language model on plain text; beyond the paper."""
