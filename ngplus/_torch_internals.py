@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import sys
+import time
 import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._C._dynamo import eval_frame
 from torch._compile import _disable_dynamo as run_outside_of_graphs
 from torch.autograd.graph import Node
+from torch.distributed.distributed_c10d import _get_default_store
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 # A backward pass ---------------------------------------------------------------------------------------------------
@@ -109,6 +112,30 @@ def is_autocast_enabled() -> bool:
     return torch._C._is_any_autocast_enabled()
 
 
+# Several processes -------------------------------------------------------------------------------------------------
+# A collective that fails does not tell which process was not there; what they share besides collectives does.
+
+
+def announce(what: str) -> None:
+    """Tell the other processes of the default group that this one has come to ``what``."""
+    _get_default_store().set(f"ngplus/{dist.get_rank()}", what)
+
+
+def find_absent(what: str, seconds: float) -> list[int]:
+    """The ranks of the processes that have not come to ``what`` after so many seconds; none where nobody can tell."""
+    deadline, store = time.monotonic() + seconds, _get_default_store()
+    others = [rank for rank in range(dist.get_world_size()) if rank != dist.get_rank()]
+    absent = [0]  # it holds the store where no launcher does
+    try:
+        while others and time.monotonic() < deadline:
+            others = [r for r in others if not store.check([key := f"ngplus/{r}"]) or store.get(key) != what.encode()]
+            absent = others
+            time.sleep(seconds / 20)
+    except RuntimeError:  # whoever holds the store is gone
+        pass
+    return absent
+
+
 # The compiler ------------------------------------------------------------------------------------------------------
 
 _set_frame_count = getattr(eval_frame, "set_fullgraph_compiled_frame_count", None)
@@ -127,7 +154,9 @@ def is_in_fullgraph() -> bool:
 
 __all__ = [
     "accumulates",
+    "announce",
     "backward_pass_number",
+    "find_absent",
     "frames",
     "is_autocast_enabled",
     "is_current_mode",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ngplus.capture.loss_reduction import LossReduction, check_loss_reduction
+from ngplus.sharded.sharding import Inverses
 from ngplus.solvers.by_name import SolverName
 from ngplus.solvers.eigenbasis import Sides
 
@@ -174,6 +175,7 @@ class Options(LayerwiseOptions):
     block_size: int | None = None
     sketch_size: int | None = None
     damping_rule: DampingRule = "paper"
+    inverses: Inverses = "auto"
     update_growth: float | None = None
     basis: Basis | None = None
     sides: Sides = "short"
@@ -186,6 +188,7 @@ class Options(LayerwiseOptions):
         check_choice("curvature", self.curvature, Curvature)
         check_choice("solver", self.solver, SolverName)
         check_choice("damping_rule", self.damping_rule, DampingRule)
+        check_choice("inverses", self.inverses, Inverses)
         check_choice("sides", self.sides, Sides)
         if self.basis is not None:
             check_choice("basis", self.basis, Basis)
@@ -211,7 +214,7 @@ class Options(LayerwiseOptions):
             if self.sides != "short":
                 raise ValueError(f'sides={self.sides!r} is for basis="eigen", got basis=None')
             return
-        defaults = {"solver": "auto", "block_size": None, "damping_rule": "paper"}
+        defaults = {"solver": "auto", "block_size": None, "damping_rule": "paper", "inverses": "auto"}
         for name, default in defaults.items():
             if (value := getattr(self, name)) != default:
                 raise ValueError(f'{name}={value!r} is for basis=None: with basis="eigen" nothing is inverted')
@@ -294,11 +297,11 @@ def _check_ready(model: nn.Module) -> None:
         if parameter.is_meta:
             raise ValueError(f"{name} is on the meta device: give it memory (to_empty) before making the optimizer")
     if sharded := [name for name, m in model.named_modules() if type(m).__name__ == "FullyShardedDataParallel"]:
-        raise TypeError(f"{sharded[0] or 'the model'} is wrapped in FullyShardedDataParallel: {_WHOLE_WEIGHTS}")
+        raise TypeError(f"{sharded[0] or 'the model'} is wrapped in FullyShardedDataParallel: {_NO_FLAT_WEIGHTS}")
 
 
 def check_whole(named: Iterable[tuple[str, Tensor]]) -> None:
-    """Refuse weights that are sharded over processes.
+    """Refuse parameters that are parts of a flat one, which have no matrix.
 
     Args:
         named: parameters by name.
@@ -307,15 +310,13 @@ def check_whole(named: Iterable[tuple[str, Tensor]]) -> None:
         TypeError: for one that is.
     """
     for name, parameter in named:
-        if "DTensor" in (type(parameter).__name__, type(parameter.data).__name__):
-            raise TypeError(f"{name} is a DTensor: {_WHOLE_WEIGHTS}")
         if getattr(parameter, "_fsdp_flattened", False):  # by FullyShardedDataParallel(…, use_orig_params=True)
-            raise TypeError(f"{name} is a part of a FullyShardedDataParallel's flat parameter: {_WHOLE_WEIGHTS}")
+            raise TypeError(f"{name} is a part of a FullyShardedDataParallel's flat parameter: {_NO_FLAT_WEIGHTS}")
 
 
-_WHOLE_WEIGHTS = (
-    "NG+ needs whole weights and does not work under FSDP or tensor parallelism; "
-    "wrap the model in torch.nn.parallel.DistributedDataParallel instead"
+_NO_FLAT_WEIGHTS = (
+    "NG+ needs weights that have rows and columns; shard the model by torch.distributed.fsdp.fully_shard instead, or "
+    "wrap it in torch.nn.parallel.DistributedDataParallel"
 )
 
 
@@ -381,6 +382,7 @@ __all__ = [
     "Basis",
     "Curvature",
     "DampingRule",
+    "Inverses",
     "LayerwiseOptions",
     "ModelCallSamples",
     "NonFinite",

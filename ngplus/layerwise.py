@@ -35,6 +35,7 @@ from ngplus.curvature.all_reduce import check_processes, largest, world_size
 from ngplus.curvature.coverage import Coverage
 from ngplus.curvature.store import CurvatureStore
 from ngplus.curvature.update import LayerCurvature
+from ngplus.dtensors import find_mesh, is_sharded, reshard
 from ngplus.guards.amp import loss_scale, without_autocast
 from ngplus.guards.compile_guard import refuse_fullgraph
 from ngplus.guards.finite_check import FiniteCheck, raise_if_nonfinite, zero_where_
@@ -51,6 +52,9 @@ from ngplus.layers import (
     rekey_layers,
 )
 from ngplus.profiling import Stopwatch
+from ngplus.sharded.directions import ShardedDirections
+from ngplus.sharded.refusals import check_sharding
+from ngplus.sharded.sharding import Inverses, Sharding
 from ngplus.state import SavedState, initializes_state
 from ngplus.tuning import DEFAULT, Tuning
 
@@ -88,6 +92,9 @@ class LayerwiseOptimizer(Inspection, SavedState, Optimizer, Joinable):
     takes_parameters: ClassVar[bool] = False
     """Whether it can do without a model."""
 
+    takes_shards: ClassVar[bool] = False
+    """Whether it takes a model that `fully_shard` has sharded."""
+
     tuning: ClassVar[Tuning] = DEFAULT
     """Sizes at which one way of computing becomes cheaper than another."""
 
@@ -103,6 +110,8 @@ class LayerwiseOptimizer(Inspection, SavedState, Optimizer, Joinable):
         base_options: dict[str, Any],
     ) -> None:
         name = type(self).__name__
+        if isinstance(model, nn.Module):
+            reshard(model)
         if not (self.takes_parameters or isinstance(model, nn.Module)):
             raise TypeError(f"{name} finds its layers in a model: it needs an nn.Module, got {type(model).__name__}")
         self._options = options
@@ -111,7 +120,7 @@ class LayerwiseOptimizer(Inspection, SavedState, Optimizer, Joinable):
         made = make_base(base, chosen, lr if isinstance(lr, Tensor) else checked_lr, base_options, name)
         super().__init__(made.param_groups, {**made.defaults, "damping": damping})
         self._base = made
-        check_whole(self._named_parameters())
+        self._check_parameters()
         self._share_groups()
         self._start()
         if not self._layers:
@@ -120,6 +129,8 @@ class LayerwiseOptimizer(Inspection, SavedState, Optimizer, Joinable):
                 f"supported are {', '.join(kind.__name__ for kind in SUPPORTED)}"
             )
         self._warn_of_unsupported_modules()
+        if self._sharding is not None and world_size() > 1:  # the forward pass would wait for weights of other shapes
+            check_processes(name, [layer.describe() for layer in self._layers], {}, self.join_device)
 
     # What a method defines ----------------------------------------------------------------------------------------
 
@@ -136,6 +147,11 @@ class LayerwiseOptimizer(Inspection, SavedState, Optimizer, Joinable):
         """Whether the curvature is made of gradients alone, and no uses are captured."""
         return False
 
+    @property
+    def _inverses(self) -> Inverses:
+        """Where the inverses of sharded layers are kept, see `NGPlus`."""
+        return "auto"
+
     def _find_layers(self) -> list[Layer]:
         """Find the layers whose weights may be preconditioned, whoever trains them."""
         if self._model is None:
@@ -151,6 +167,23 @@ class LayerwiseOptimizer(Inspection, SavedState, Optimizer, Joinable):
         raise NotImplementedError
 
     # Set-up -------------------------------------------------------------------------------------------------------
+
+    def _check_parameters(self) -> None:
+        """Refuse parameters that are distributed over processes in a way that is not supported."""
+        name, named = type(self).__name__, self._named_parameters()
+        check_whole(named)
+        sharded = [each for each, parameter in named if is_sharded(parameter)]
+        if sharded and not self.takes_shards:
+            raise TypeError(
+                f"{sharded[0]} is a DTensor: {name} needs whole weights; wrap the model in "
+                "torch.nn.parallel.DistributedDataParallel instead"
+            )
+        if not sharded and self._inverses != "auto":
+            raise ValueError(
+                f"inverses={self._inverses!r} is for a model that torch.distributed.fsdp.fully_shard has sharded, and "
+                "none of these parameters is"
+            )
+        check_sharding(self._model, named, name)
 
     def _share_groups(self) -> None:
         """Use the list of groups that is `base`'s, so that schedulers and inspection see what it uses."""
@@ -169,6 +202,8 @@ class LayerwiseOptimizer(Inspection, SavedState, Optimizer, Joinable):
         self._skipped: Tensor | None = None
         self._devices = self._parameter_devices()
         self._temporary_layout = TemporaryLayout(self._base, self.tuning)
+        self._sharding: Sharding | None = None
+        self._sharded_directions: ShardedDirections | None = None
         self._generator = torch.Generator().manual_seed(0)
         self._stopwatch = Stopwatch()
         self._sample_index: SampleIndex | None = None
@@ -182,6 +217,8 @@ class LayerwiseOptimizer(Inspection, SavedState, Optimizer, Joinable):
 
     def _update_layers(self) -> None:
         """Find the layers again, whose biases may be others now; what is kept of them stays."""
+        if self._model is not None and self._sharding is not None:
+            reshard(self._model)
         groups = {id(parameter): group for group in self.param_groups for parameter in group["params"]}
         known = {id(layer.weight): layer for layer in self._layers}
         found = [
@@ -194,9 +231,22 @@ class LayerwiseOptimizer(Inspection, SavedState, Optimizer, Joinable):
             for layer in found
         ]
         self._groups = {layer: groups[id(layer.weight)] for layer in self._layers}
+        self._shard_layers()
         self._curvature.states = rekey_layers(self._curvature.states, self._layers)
         self._coverage.rekey_(self._layers)
         self._make_recorder()
+
+    def _shard_layers(self) -> None:
+        """Decide who keeps the inverses of the layers that are sharded."""
+        sharded = [layer for layer in self._layers if is_sharded(layer.weight)]
+        self._whole_layers = [layer for layer in self._layers if not is_sharded(layer.weight)]
+        if not sharded:
+            return
+        if self._sharding is None:
+            self._sharding = Sharding(find_mesh(sharded[0].weight), self._inverses, self.tuning)
+            self._sharded_directions = ShardedDirections(self._sharding, self.tuning)
+        self._sharding.assign(sharded)
+        self._curvature.sharding = self._sharding
 
     def _make_recorder(self) -> None:
         if self._recorder is not None:
@@ -268,6 +318,8 @@ class LayerwiseOptimizer(Inspection, SavedState, Optimizer, Joinable):
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:
         self._hide_entries_()
+        if self._sharding is not None and self._model is not None:
+            reshard(self._model)  # else the next forward pass would use whole weights of before this step
         if closure is None and not self._base_has_stepped and initializes_state(self.param_groups):
             self._base_has_stepped = True
             return find_inner_step(self._base)()
@@ -333,7 +385,7 @@ class LayerwiseOptimizer(Inspection, SavedState, Optimizer, Joinable):
         """Replace the gradients by directions, outside of autocast, which would round every product."""
         with without_autocast(p.device.type for group in self.param_groups for p in group["params"]):
             if self._options.nonfinite == "raise":
-                check = FiniteCheck(self.tuning)
+                check = self._make_check()
                 check.add_unchecked(self.param_groups)
                 raise_if_nonfinite(check, "gradient", self._named_parameters())
             if self._updates_curvature:
@@ -344,12 +396,24 @@ class LayerwiseOptimizer(Inspection, SavedState, Optimizer, Joinable):
             self._follow_devices()
 
     def _apply_(self) -> None:
-        check = FiniteCheck(self.tuning)
-        nonzero_rows = self._apply_plan.apply_(self._layers, check, self._precondition_layer_)
+        check = self._make_check()
+        nonzero_rows = self._apply_plan.apply_(self._whole_layers, check, self._precondition_layer_)
+        self._apply_to_shards_()
         if self._apply_plan.has_changed and not self._is_due:
             self._check_model()
         if self._keep_finite_(check):
             self._temporary_layout.convert_(nonzero_rows, self.param_groups)
+
+    def _make_check(self) -> FiniteCheck:
+        return FiniteCheck(self.tuning, None if self._sharding is None else self.join_device)
+
+    def _apply_to_shards_(self) -> None:
+        if self._sharded_directions is None:
+            return
+        sharded = [layer for layer in self._layers if is_sharded(layer.weight)]
+        found = [(layer, state) for layer in sharded if (state := self._curvature.find_ready(layer)) is not None]
+        members = [PreconditionedLayer(layer, state.preconditioner, state.shape) for layer, state in found]
+        self._sharded_directions.precondition_(members)
 
     def _keep_finite_(self, check: FiniteCheck) -> bool:
         """Keep NaN and Inf from `base`, as ``nonfinite`` says.
@@ -459,7 +523,7 @@ class LayerwiseOptimizer(Inspection, SavedState, Optimizer, Joinable):
         """Make sure that all processes update the same layers, and with the same λ: that of those with a batch."""
         layers, compared = list(damping), self._weights_are_compared
         state = [f"made {self._steps} steps", "compared its weights" if compared else "not compared its weights"]
-        weights = {} if compared else {layer.name: layer.weight for layer in layers}
+        weights = {} if compared else {each.name: each.weight for each in layers if not is_sharded(each.weight)}
         properties = [*state, *(layer.describe() for layer in layers)]
         check_processes(type(self).__name__, properties, weights, self.join_device)
         self._weights_are_compared = True

@@ -17,6 +17,7 @@ from ngplus.config import (
     Basis,
     Curvature,
     DampingRule,
+    Inverses,
     ModelCallSamples,
     NonFinite,
     Options,
@@ -29,6 +30,7 @@ from ngplus.config import (
 from ngplus.curvature.eigen import EigenCurvature, ModeAccumulator
 from ngplus.curvature.gfim import GFIM, sampling
 from ngplus.curvature.store import CurvatureStore
+from ngplus.dtensors import is_sharded
 from ngplus.guards.finite_check import FiniteCheck
 from ngplus.layers import Layer
 from ngplus.layerwise import LayerwiseOptimizer
@@ -79,6 +81,10 @@ class NGPlus(LayerwiseOptimizer):
             weight is used outside of the model's calls too, or in a penalty, or in derivatives: "base" leaves it to
             ``base`` with a warning; "accept" takes the curvature of what was captured.
         damping_rule: "paper": L + λI; "released": L + √λ I, as the authors' code has it.
+        inverses: of a model after `torch.distributed.fsdp.fully_shard`, where they are kept. "replicated": on every
+            process, so that a matrix sharded along its longer side needs no communication; "sharded": each on one
+            process, which gets the gradient and returns the direction; "auto": on every process where that saves the
+            communication and takes a sixteenth of the weight at most, else on one.
         max_samples: at most so many samples of a step are used for its curvature.
         nonfinite: "skip": where any preconditioned gradient holds NaN or Inf, all gradients count as zero for this
             step (decided on the device, without synchronizing); "raise": `FloatingPointError` before anything changes.
@@ -107,6 +113,7 @@ class NGPlus(LayerwiseOptimizer):
     title: ClassVar[str] = "NG+"
     key: ClassVar[str] = "ngplus"
     takes_parameters: ClassVar[bool] = True
+    takes_shards: ClassVar[bool] = True
 
     _options: Options
     _rotation: Rotation | None
@@ -130,6 +137,7 @@ class NGPlus(LayerwiseOptimizer):
         loss_reduction: LossReduction = "mean",
         partial_capture: PartialCapture = "base",
         damping_rule: DampingRule = "paper",
+        inverses: Inverses = "auto",
         max_samples: int | None = None,
         nonfinite: NonFinite = "skip",
         update_growth: float | None = None,
@@ -152,6 +160,7 @@ class NGPlus(LayerwiseOptimizer):
             loss_reduction=loss_reduction,
             partial_capture=partial_capture,
             damping_rule=damping_rule,
+            inverses=inverses,
             max_samples=max_samples,
             nonfinite=nonfinite,
             update_growth=update_growth,
@@ -172,6 +181,20 @@ class NGPlus(LayerwiseOptimizer):
     @property
     def _works_on_gradients(self) -> bool:
         return self._options.curvature != "per_sample"
+
+    @property
+    def _inverses(self) -> Inverses:
+        return self._options.inverses
+
+    def _check_parameters(self) -> None:
+        """With a basis, refuse what is sharded: the base's step in it needs whole gradients."""
+        super()._check_parameters()
+        sharded = [name for name, parameter in self._named_parameters() if is_sharded(parameter)]
+        if self._options.basis is not None and sharded:
+            raise TypeError(
+                f"{sharded[0]} is a DTensor: basis={self._options.basis!r} needs whole weights; take basis=None, or "
+                "wrap the model in torch.nn.parallel.DistributedDataParallel"
+            )
 
     def _make_curvature(self) -> CurvatureStore:
         self._rotation = None

@@ -18,9 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ngplus.curvature.all_reduce import largest, world_size
 from ngplus.curvature.coverage import Coverage
 from ngplus.curvature.layer_state import LayerState
 from ngplus.curvature.store import CurvatureStore
+from ngplus.dtensors import is_sharded, local_part
 from ngplus.layers import Layer, rekey_layers
 from ngplus.solvers.preconditioner import Entries
 
@@ -143,6 +145,7 @@ class Layout:
         """
         if self.key in state_dict:
             return self._unpack_first_layout(state_dict)
+        self._check_mesh(state_dict.get("state", {}))
         groups = state_dict.get("param_groups", [])
         counters = next((group[self.key] for group in groups if self.key in group), None)
         if counters is None:
@@ -206,6 +209,17 @@ class Layout:
         if base != self.base:
             raise ValueError(f"the state is of {self.owner} around {base}, but this one is around {self.base}")
 
+    def _check_mesh(self, state: Mapping[Any, Any]) -> None:
+        """Refuse shards of other processes than those that are here."""
+        entries = (value for each in state.values() if isinstance(each, Mapping) for value in each.values())
+        here = {p.device_mesh.size() for group in self.groups for p in group["params"] if is_sharded(p)} or {1}
+        there = {entry.device_mesh.size() for entry in entries if is_sharded(entry)}
+        if there - here:
+            raise ValueError(
+                f"the state is sharded over {max(there - here)} processes, and the parameters here over {max(here)}: "
+                "save and load it through torch.distributed.checkpoint, which shards it again"
+            )
+
     def _check_groups(self, saved: Sequence[Mapping[str, Any]]) -> None:
         theirs, ours = ([len(group["params"]) for group in groups] for groups in (saved, self.groups))
         if theirs != ours:
@@ -253,9 +267,14 @@ def initializes_state(groups: Sequence[Mapping[str, Any]]) -> bool:
     """
     if any(float(group.get("lr", 0.0)) != 0 for group in groups):
         return False
-    gradients = [parameter.grad for group in groups for parameter in group["params"] if parameter.requires_grad]
-    dense = [gradient for gradient in gradients if gradient is not None and not gradient.is_sparse]
-    return len(dense) == len(gradients) and not any(bool(torch.count_nonzero(gradient)) for gradient in dense)
+    parameters = [parameter for group in groups for parameter in group["params"] if parameter.requires_grad]
+    gradients = [parameter.grad for parameter in parameters]
+    dense = [local_part(gradient) for gradient in gradients if gradient is not None and not gradient.is_sparse]
+    initializes = len(dense) == len(gradients) and not any(bool(torch.count_nonzero(gradient)) for gradient in dense)
+    sharded = [parameter for parameter in parameters if is_sharded(parameter)]
+    if not sharded or world_size() == 1:
+        return initializes
+    return largest([float(not initializes)], sharded[0].device) == [0.0]  # one's shard may be zeros, or have no rows
 
 
 class SavedState(ABC):

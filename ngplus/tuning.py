@@ -33,6 +33,10 @@ class Tuning:
         summed_outputs: elements of a linear layer's output up to which all entries of its gradient are compared.
         summed_weights: elements of its weight up to which they are.
         long_table: rows from which on one block of rows in sixteen is compared.
+        inverted_elements: of the matrices that are inverted as one batch, which takes four times as many of float64.
+        exchanged_elements: of the gradients that a process with sharded weights sends at a time.
+        averaged_elements: of the matrices that are averaged over processes at a time.
+        replicated_from: ratio of a sharded weight's sides from which on every process keeps the inverse in any case.
     """
 
     curvature_chunk_cpu: int = 2**21
@@ -52,6 +56,10 @@ class Tuning:
     summed_outputs: int = 2**14
     summed_weights: int = 2**20
     long_table: int = 2**13
+    inverted_elements: int = 2**24
+    exchanged_elements: int = 2**25
+    averaged_elements: int = 2**25
+    replicated_from: int = 16
 
     def curvature_chunk(self, device: torch.device) -> int:
         """Most elements of the temporaries of L or R on a device."""

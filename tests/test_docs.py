@@ -8,6 +8,7 @@ import pytest
 
 import ngplus
 import ngplus.baselines
+import ngplus.sharded
 
 REPOSITORY = Path(__file__).parents[1]
 RESULTS = REPOSITORY / "results"
@@ -175,6 +176,20 @@ def test_the_costs_are_those_of_the_bench():
     assert costs_table() in (DOCS / "costs.md").read_text(encoding="utf-8")
 
 
+def sharded_table(part: str) -> str:
+    """GiB a process of each optimizer, in addition to what `fully_shard` itself has."""
+    frame = pd.read_csv(RESULTS / "theory" / "sharded" / "transformer-7b.csv")
+    cells = (frame.pivot_table(part, "processes", "optimizer") / 2**30)[frame.optimizer.unique()]
+    own = frame.groupby("processes")[f"fully_shard_{part}"].first() / 2**30
+    rows = [[str(gpus), *(f"{each:.2f}" for each in [*row, own[gpus]])] for gpus, row in cells.iterrows()]
+    return markdown(["GPUs", *cells.columns, "`fully_shard` itself"], rows)
+
+
+@pytest.mark.parametrize("part", ["sent", "kept"])
+def test_the_costs_of_a_sharded_model_are_those_of_the_table(part):
+    assert sharded_table(part) in (DOCS / "sharded.md").read_text(encoding="utf-8")
+
+
 def test_the_costs_on_the_front_page_are_those_of_the_bench():
     small, large = (
         pd.read_csv(RESULTS / "bench" / f"steps-{name}-cpu.csv").set_index("optimizer").round(2)
@@ -189,11 +204,12 @@ def test_the_costs_on_the_front_page_are_those_of_the_bench():
     assert sentence in " ".join((REPOSITORY / "README.md").read_text(encoding="utf-8").split())
 
 
-@pytest.mark.parametrize("module", [ngplus, ngplus.baselines], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [ngplus, ngplus.baselines, ngplus.sharded], ids=lambda module: module.__name__)
 def test_every_exported_name_is_on_the_page_of_the_api(module):
     page = (DOCS / "api.md").read_text(encoding="utf-8")
     names = [name for name in module.__all__ if not name.startswith("_")]
-    assert not [name for name in names if f".. autoclass:: {module.__name__}.{name}\n" not in page]
+    kinds = {name: "autoclass" if isinstance(getattr(module, name), type) else "autofunction" for name in names}
+    assert not [name for name, kind in kinds.items() if f".. {kind}:: {module.__name__}.{name}\n" not in page]
 
 
 def test_every_public_member_of_the_optimizer_is_on_the_page_of_the_api():
@@ -202,7 +218,7 @@ def test_every_public_member_of_the_optimizer_is_on_the_page_of_the_api():
     (listed,) = re.findall(r"autoclass:: ngplus\.NGPlus\n\s+:members:([\w\s,]+)\n\n", page)
     classes = [each for each in ngplus.NGPlus.__mro__ if each.__module__.startswith("ngplus.")]
     members = {name for each in classes for name in vars(each) if not name.startswith("_")}
-    of_subclasses = {"key", "takes_parameters", "title", "tuning"}
+    of_subclasses = {"key", "takes_parameters", "takes_shards", "title", "tuning"}
     of_join = {"join_device", "join_hook", "join_process_group"}
     assert set(re.findall(r"\w+", listed)) == members - of_subclasses - of_join
 

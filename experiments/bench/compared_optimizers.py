@@ -53,6 +53,11 @@ def _ngplus(workload: Workload, interval: int, base: type[Optimizer], **options:
     return _train(workload, optimizer)
 
 
+def _ngplus_eigen(workload: Workload, interval: int, **options: Any) -> Candidate:
+    """In the eigenbasis of its curvature, around Adam, with the longest side that SOAP is given too."""
+    return _ngplus(workload, interval, torch.optim.Adam, basis="eigen", max_side=LARGEST_SIDE, ema=0.9, **options)
+
+
 def _muon(workload: Workload, _interval: int) -> Candidate:
     matrices = hidden_matrices(workload.model)
     if sum(p.numel() for p in matrices) < 0.2 * sum(p.numel() for p in workload.model.parameters()):
@@ -139,6 +144,9 @@ CANDIDATES: dict[str, Callable[[Workload, int], Candidate]] = {
     "ngplus-adagrad-blocks": partial(_ngplus, base=torch.optim.Adagrad, block_size=128),
     "ngplus-adagrad-32-samples": partial(_ngplus, base=torch.optim.Adagrad, max_samples=32),
     "ngplus-mini-batch": partial(_ngplus, base=torch.optim.SGD, curvature="mini_batch"),
+    "ngplus-eigen": partial(_ngplus_eigen, sides="both"),
+    "ngplus-eigen-short": partial(_ngplus_eigen, sides="short"),
+    "ngplus-eigen-momentum": partial(_ngplus_eigen, sides="both", curvature="momentum"),
     "kfac (asdfghjkl)": _kfac,
     "kfac (ngplus.baselines)": _own_kfac,
     "shampoo (pytorch-optimizer)": _shampoo,

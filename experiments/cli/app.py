@@ -58,6 +58,9 @@ def run_command(
     checkpoint_dir: CheckpointDir = None,
     checkpoint_every: CheckpointEvery = 60.0,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard files.")] = False,
+    shard: Annotated[
+        bool, typer.Option("--shard", help="Under torchrun, shard the model's parameters over the processes.")
+    ] = False,
 ) -> None:
     """Train a task, and record each run.
 
@@ -73,6 +76,7 @@ def run_command(
         checkpoint_every_s=checkpoint_every,
         force=force,
         tensorboard=tensorboard,
+        shard=shard,
     )
     run_jobs(make_jobs(task, scale, optimizer, seed, _overrides(set_, epochs), options))
 

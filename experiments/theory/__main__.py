@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.records.claim_checks import Erratum, write_rows
-from experiments.theory import convergence, regret
+from experiments.theory import convergence, regret, sharded_costs
 from experiments.theory.costs import method_costs
 from experiments.theory.errata import FORMULAS
 
@@ -37,6 +37,7 @@ def main(
     errata += convergence.run(seed, out / "convergence", 500 if quick else 5_000)
     errata += regret.run(seed, out / "regret", 300 if quick else 10_000)
     method_costs.run(out / "costs", quick=quick, seed=seed)
+    sharded_costs.run(out / "sharded")
     write_rows(out / "errata.csv", [erratum.row() for erratum in errata])
     show(errata)
     if not all(erratum.printed_is_wrong and erratum.corrected_is_right for erratum in errata):

@@ -57,6 +57,15 @@ class Checkpointed:
     optimizer: Optimizer
     schedules: list[Scheduler]
 
+    def states(self) -> dict[str, Any]:
+        """The state dicts of model and optimizer."""
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_states(self, states: Mapping[str, Any]) -> None:
+        """Restore what `states` gave."""
+        self.model.load_state_dict(states["model"])
+        self.optimizer.load_state_dict(states["optimizer"])
+
 
 def checkpoint_path(folder: Path, task: str, scale: str, optimizer: str, seed: int) -> Path:
     """Where the checkpoint of a run is.
@@ -74,7 +83,9 @@ def checkpoint_path(folder: Path, task: str, scale: str, optimizer: str, seed: i
     return folder / task / scale / f"{optimizer}-seed{seed}.pt"
 
 
-def save_checkpoint(path: Path, parts: Checkpointed, position: Position, identity: Mapping[str, Any]) -> None:
+def save_checkpoint(
+    path: Path, parts: Checkpointed, position: Position, identity: Mapping[str, Any], *, writes: bool = True
+) -> None:
     """Write a checkpoint; the one before stays until this one is whole and on the disk.
 
     Args:
@@ -82,6 +93,7 @@ def save_checkpoint(path: Path, parts: Checkpointed, position: Position, identit
         parts: what to save the state of.
         position: where the run is.
         identity: plain values that a run must share to go on from here.
+        writes: whether this process writes it; the others only bring what they have of the parts.
 
     Raises:
         CheckpointError: when the disk is full or fails.
@@ -89,10 +101,11 @@ def save_checkpoint(path: Path, parts: Checkpointed, position: Position, identit
     state = {
         "identity": dict(identity),
         "position": asdict(position),
-        "model": parts.model.state_dict(),
-        "optimizer": parts.optimizer.state_dict(),
+        **parts.states(),
         "schedules": [schedule.state_dict() for schedule in parts.schedules],
     }
+    if not writes:
+        return
     partial = path.with_suffix(".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -129,9 +142,8 @@ def load_checkpoint(path: Path, parts: Checkpointed, identity: Mapping[str, Any]
         raise CheckpointError(
             f"{path}: has {len(state['schedules'])} schedules where there are {len(parts.schedules)}{_REMEDY}"
         )
-    parts.model.load_state_dict(state["model"])
     try:
-        parts.optimizer.load_state_dict(state["optimizer"])
+        parts.load_states(state)
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"{path}: does not fit the optimizer: {error}{_REMEDY}") from error
     for schedule, saved in zip(parts.schedules, state["schedules"], strict=True):

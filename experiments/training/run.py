@@ -47,6 +47,7 @@ class RunOptions:
         force: run again what is finished, and start over what is not.
         tensorboard: also write TensorBoard files, below ``<results_dir>/tensorboard``.
         bar: show a progress bar where there is a terminal.
+        shard: shard the model's parameters over the processes that train together.
     """
 
     device: str = "auto"
@@ -57,6 +58,7 @@ class RunOptions:
     force: bool = False
     tensorboard: bool = False
     bar: bool = True
+    shard: bool = False
 
 
 def run(recipe: Recipe, optimizer: str, seed: int, options: RunOptions, callbacks: Sequence[Callback] = ()) -> Run:
@@ -81,6 +83,10 @@ def run(recipe: Recipe, optimizer: str, seed: int, options: RunOptions, callback
             disk.
     """
     workers = join_workers(choose_device(options.device).type)
+    if options.shard and workers.size == 1:
+        raise UserError(
+            "--shard: needs several processes, as in torchrun --nproc-per-node 8 -m experiments run ... --shard"
+        )
     done = workers.from_first(lambda: read_finished_run(recipe, optimizer, seed, options))
     if done:
         return done
@@ -88,7 +94,7 @@ def run(recipe: Recipe, optimizer: str, seed: int, options: RunOptions, callback
     before = None if options.force else workers.from_first(lambda: _read_previous(record))
     task = TASKS[recipe.task](recipe.task_settings, scale=recipe.scale, data_dir=options.data_dir)
     device = choose_device(options.device, workers.local_rank)
-    training = Training(recipe, optimizer, seed, task=task, device=device, workers=workers)
+    training = Training(recipe, optimizer, seed, task=task, device=device, workers=workers, shard=options.shard)
     manifest = workers.from_first(lambda: _manifest(recipe, optimizer, training))
     if before:
         manifest = replace(manifest, started_at=before.manifest.started_at)
@@ -156,7 +162,7 @@ class _Run:
         self.plan = CheckpointPlan(
             path=checkpoint_path(folder, *name),
             every_s=options.checkpoint_every_s,
-            identity=_identity(manifest),
+            identity=_identity(manifest) | ({"sharded": True} if options.shard else {}),
         )
         self.writer: RecordWriter | None = None
         self.callbacks: list[Callback] = []

@@ -1,5 +1,6 @@
 """The training loop: a task, an optimizer, its schedules, the clock; saved and restored as one."""
 
+import copy
 import math
 import random
 import time
@@ -32,6 +33,7 @@ from experiments.training.checkpoint import (
     set_rng_state,
 )
 from experiments.training.distributed import Workers
+from experiments.training.shards import ShardedParts, gather_model, shard_model
 from experiments.training.timing import Clock, OptimizerTimes, peak_memory_mb
 
 # Steps apart at which several processes agree whether a checkpoint is due: agreeing synchronizes with the device.
@@ -60,13 +62,22 @@ class Training:
         task: the recipe's task.
         device: where to train.
         workers: the processes that train together.
+        shard: whether the model's parameters are sharded over them.
 
     Raises:
         UserError: for a setting that the optimizer refuses.
     """
 
     def __init__(
-        self, recipe: Recipe, name: str, seed: int, *, task: Task, device: torch.device, workers: Workers
+        self,
+        recipe: Recipe,
+        name: str,
+        seed: int,
+        *,
+        task: Task,
+        device: torch.device,
+        workers: Workers,
+        shard: bool = False,
     ) -> None:
         self.task, self.run, self.seed, self.device, self.workers = task, recipe.run, seed, device, workers
         self.batches_per_epoch = task.steps_per_epoch()
@@ -74,11 +85,15 @@ class Training:
         chosen = recipe.optimizers[name]
         _seed_everything(seed)
         self.model = task.build_model().to(device)
+        # The first worker evaluates by itself: a whole model of its own where that of training is sharded.
+        self.evaluated = copy.deepcopy(self.model) if shard and workers.is_first else self.model
+        self.sharded = shard_model(self.model) if shard else None
         self.optimizer = _build_optimizer(self.model, chosen, f"{recipe.path}: [optimizers.{name}]")
         if self.run.decay == "matrices":
             exempt_from_decay(self.optimizer, self.model)
         self.schedules = _build_schedules(self.optimizer, chosen, self.steps_per_epoch)
-        self.replica = DistributedDataParallel(self.model) if workers.size > 1 else self.model
+        replicated = workers.size > 1 and not shard
+        self.replica = DistributedDataParallel(self.model) if replicated else self.model
         _seed_everything(seed + workers.rank)
         self.position = Position()
         self.clock = Clock(device)
@@ -119,11 +134,14 @@ class Training:
 
     def evaluate(self) -> Evaluation:
         """Loss and metric on the reported split; computed by the first worker, off the clock."""
+        state = None if self.sharded is None else gather_model(self.model)
 
         def first() -> Evaluation:
-            self.model.eval()
+            if state is not None:
+                self.evaluated.load_state_dict(state)
+            self.evaluated.eval()
             with torch.no_grad(), self._autocast():
-                return self.task.evaluate(self.model, self.run.report_split)
+                return self.task.evaluate(self.evaluated, self.run.report_split)
 
         return self.workers.from_first(first)
 
@@ -151,8 +169,9 @@ class Training:
         self._measure()
         own = {"rng": rng_state(), "loss_sum": self._loss_sum.cpu(), "loss_count": self._loss_count.cpu()}
         self.position.ranks = self.workers.gather(own)
-        if self.workers.is_first:
-            save_checkpoint(plan.path, self._parts(), self.position, plan.identity)
+        parts, first = self._parts(), self.workers.is_first
+        if first or self.sharded is not None:
+            save_checkpoint(plan.path, parts, self.position, plan.identity, writes=first)
         self._saved_at = time.monotonic()
 
     def restore(self, plan: CheckpointPlan) -> None:
@@ -239,7 +258,8 @@ class Training:
         return self.workers.from_first(lambda: time.monotonic() - self._saved_at >= plan.every_s)
 
     def _parts(self) -> Checkpointed:
-        return Checkpointed(model=self.model, optimizer=self.optimizer, schedules=self.schedules)
+        kind = Checkpointed if self.sharded is None else ShardedParts
+        return kind(model=self.model, optimizer=self.optimizer, schedules=self.schedules)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.run.precision == "bf16")
@@ -247,6 +267,9 @@ class Training:
     def _synchronised(self, wanted: bool) -> Any:
         """Average gradients over the workers in this backward, or leave that to a later one."""
         alone = self.workers.size == 1
+        if self.sharded is not None:
+            self.sharded.set_requires_gradient_sync(wanted)
+            return nullcontext()
         return nullcontext() if wanted or alone else self.replica.no_sync()
 
 

@@ -14,8 +14,9 @@ from ngplus.capture.op_handlers import OpCall
 from ngplus.capture.sample_index import drop_uncounted_rows, group_rows
 from ngplus.config import LayerwiseOptions, ModelCallSamples, PartialCapture, Samples
 from ngplus.curvature.second_moment import add_stacks_, multiply_columns, scale_columns, second_moment
+from ngplus.dtensors import local_part
 from ngplus.factors.pair import FactorPair, flatten_positions, sample_indices, sample_long_side
-from ngplus.layers import Layer, MatrixShape
+from ngplus.layers import Layer, MatrixShape, stored_values
 from ngplus.tuning import DEFAULT, Tuning
 
 
@@ -208,7 +209,7 @@ class Accumulator:
 
 def is_zero(tensor: Tensor) -> bool:
     """Whether no entry differs from zero. Synchronizes with the device."""
-    return not bool((tensor._values() if tensor.is_sparse else tensor).any())
+    return not bool(stored_values(local_part(tensor)).any())
 
 
 __all__ = ["Accumulator", "Sampling", "Statistic", "is_zero"]

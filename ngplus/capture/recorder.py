@@ -32,7 +32,9 @@ from ngplus.capture.model_calls import ModelCalls
 from ngplus.capture.op_handlers import UnsupportedCall, find_weight, parse_call
 from ngplus.capture.sample_index import SampleIndex
 from ngplus.capture.weight_use import CapturedPair, LayerRecord, WeightHook, WeightUse, record_versions
+from ngplus.capture.whole_weights import WholeWeights
 from ngplus.curvature.all_reduce import world_size
+from ngplus.dtensors import is_sharded
 from ngplus.factors.pair import FactorPair
 from ngplus.guards.amp import without_autocast
 from ngplus.guards.compile_guard import hold_eager, release_eager
@@ -97,6 +99,8 @@ class Recorder:
     ) -> None:
         self._layers = {id(layer.weight): layer for layer in layers}
         self._model = model
+        sharded = any(is_sharded(layer.weight) for layer in self._layers.values())
+        self._whole = WholeWeights(model, self._layers.values()) if sharded else None
         self._sampling = sampling
         self._accumulator = accumulator
         self._stopwatch = stopwatch
@@ -217,7 +221,7 @@ class Recorder:
         weight = find_weight(call)
         for argument in call.tensors():
             self._model_calls.trace(argument)
-            owner = id(owner_of(argument))
+            owner = self._identify(argument)
             layer, biased = self._layers.get(owner), self._biases.get(owner, ())
             if layer is not None and not (owner in self._awaited and layer.weight.requires_grad):
                 layer = None
@@ -226,22 +230,36 @@ class Recorder:
             if layer is None:
                 self._record_bias(biased, call, weight)
                 continue
+            layer = self._as_used(layer)
             try:
                 self._record_use(layer, call, argument, weight)
             except UnsupportedCall as reason:
                 self._record(layer).unsupported = str(reason)
+
+    def _identify(self, tensor: Tensor) -> int:
+        """The id of the optimizer's parameter that a tensor is, is a view of, or is all of."""
+        owner = owner_of(tensor)
+        return id(owner) if self._whole is None else self._whole.find(owner)
+
+    def _as_used(self, layer: Layer) -> Layer:
+        """The layer with the parameters that the running call of the model has."""
+        return layer if self._whole is None else self._whole.of_layer(layer)
+
+    def _original(self, layer: Layer) -> Layer:
+        """The optimizer's layer for one that `_as_used` gave."""
+        return layer if self._whole is None else self._whole.original(layer)
 
     def _record_bias(self, layers: Sequence[Layer], call: FunctionCall, weight: Any) -> None:
         """Record a bias that a call takes: a column of its layer's matrix only where the weight goes in with it.
 
         What ``torch.cat`` joins may be cut apart again for calls that take both.
         """
-        taken_with = self._layers.get(id(owner_of(weight))) if isinstance(weight, Tensor) else None
+        taken_with = self._layers.get(self._identify(weight)) if isinstance(weight, Tensor) else None
         if taken_with in layers or call.function is torch.cat:
             return
         for layer in layers:
             if id(layer.weight) in self._awaited:
-                self._record(layer).unsupported = f"is used apart from its bias, which {call.name} takes"
+                self._record(self._as_used(layer)).unsupported = f"is used apart from its bias, which {call.name} takes"
 
     def _record_use(self, layer: Layer, call: FunctionCall, argument: Tensor, weight: Any) -> None:
         """Await the gradient of the output of a call that uses a layer's weight.
@@ -393,11 +411,17 @@ class Recorder:
         """Drop the sums of a backward pass whose gradients are gone: a skipped step, then ``model.zero_grad()``.
 
         Gradients of zeros, where sums are not zero, are gone too: ``set_to_none=False``. It synchronizes with the
-        device, on the second backward pass of a curvature step and those after it.
+        device, on the second backward pass of a curvature step and those after it. Of a sharded weight, whose zeros
+        another process may not have, only a gradient that is nowhere is gone; `fully_shard` keeps one of another
+        dtype that awaits the next backward pass where nobody else finds it.
         """
         if not (record.statistic.used or record.retained):
             return
         gradient = record.layer.weight.grad
+        if (original := self._original(record.layer)) is not record.layer:
+            if gradient is None and original.weight.grad is None and original.weight.dtype == record.layer.weight.dtype:
+                record.discard()
+            return
         if gradient is None or (is_zero(gradient) and not record.statistic.is_zero()):
             record.discard()
 
@@ -437,11 +461,15 @@ class Recorder:
                 if record.unsupported is not None
             }
             self._unsupported.update(self._find_incomplete())
-        return {
+        collected = {
             layer: record.statistic
             for layer, record in records.items()
             if record.statistic.used and layer not in self._unsupported
         }
+        if self._whole is None:
+            return collected
+        self._unsupported = {self._whole.original(layer): reason for layer, reason in self._unsupported.items()}
+        return {self._whole.original(layer): statistic for layer, statistic in collected.items()}
 
     def unsupported(self) -> dict[Layer, str]:
         """The layers that the latest `collect` left out, with the reason."""

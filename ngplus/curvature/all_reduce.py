@@ -6,13 +6,15 @@ Every process calls these in the same order with the same shapes, whether or not
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ngplus._torch_internals import announce, find_absent
 from ngplus.curvature.damped_cholesky import InverseRequest, invert
 from ngplus.curvature.eigenvectors import BasisRequest, find_bases
 from ngplus.guards.join import JOIN_BOTH
@@ -38,12 +40,19 @@ def check_processes(name: str, properties: Sequence[str], weights: Mapping[str, 
     Raises:
         RuntimeError: on every process that is here.
     """
+    digest = int.from_bytes(hashlib.sha256("\n".join(properties).encode()).digest()[:7], "big")
+    announce(str(digest))
     # A process that has run out of batches under `Join` is in a sum of this shape, to which it gives a zero.
     present = torch.ones(1, device=device)
-    dist.all_reduce(present)
-    if int(present) != dist.get_world_size():
+    try:
+        dist.all_reduce(present)
+        is_complete = int(present) == dist.get_world_size()
+    except RuntimeError as error:
+        if absent := find_absent(str(digest), _ABSENT_AFTER):
+            raise RuntimeError(f"{name}: {_listed(absent)} did not come to this curvature step: {error}") from error
+        raise
+    if not is_complete:
         raise RuntimeError(JOIN_BOTH.format(name=name))
-    digest = int.from_bytes(hashlib.sha256("\n".join(properties).encode()).digest()[:7], "big")
     extremes = torch.tensor([digest, -digest], device=device)
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
     if int(extremes.sum()) != 0:
@@ -51,6 +60,14 @@ def check_processes(name: str, properties: Sequence[str], weights: Mapping[str, 
     if weights and (differing := _find_different(weights, device)):
         others = f" and of {len(differing) - 1} more" if len(differing) > 1 else ""
         raise RuntimeError(f"{name} {_ONE_MODEL}, but the values of {differing[0]}{others} differ; {_NO_SHARDS}")
+
+
+def _listed(ranks: Sequence[int]) -> str:
+    return f"process {ranks[0]}" if len(ranks) == 1 else f"processes {', '.join(map(str, ranks))}"
+
+
+_ABSENT_AFTER = 2.0
+"""Seconds that a process which has lost another gives the others to come to the same step."""
 
 
 def _describe_difference(properties: Sequence[str]) -> str:
@@ -115,11 +132,11 @@ def pack_triangles(matrices: Tensor) -> Tensor:
     return matrices[:, rows, columns].flatten()
 
 
-def unpack_triangles(triangles: Tensor, shape: tuple[int, int, int]) -> Tensor:
+def unpack_triangles(triangles: Tensor, shape: Sequence[int]) -> Tensor:
     """The symmetric matrices, of ``shape``, that `pack_triangles` was given."""
     blocks, size, _ = shape
     rows, columns = _triangle(size, triangles.device)
-    matrices = triangles.new_empty(shape)
+    matrices = triangles.new_empty(*shape)
     entries = triangles.view(blocks, -1)
     matrices[:, rows, columns] = entries
     matrices[:, columns, rows] = entries
@@ -147,27 +164,72 @@ def sum_over_processes(rows: Sequence[Sequence[float]], device: torch.device) ->
     return sums
 
 
-def average_(moments: Sequence[list[Tensor]], weights: Sequence[float], sums: Sequence[float]) -> None:
-    """Average matrices over processes in place, each process's weighted by its number of samples.
+@dataclass(eq=False)
+class Share:
+    """What this process brings to the average of a layer's matrices.
+
+    Attributes:
+        moments: a tensor a stack of blocks; zeros where this process has no samples. Emptied where it is not wanted.
+        weight: samples that they were made from.
+        total: the samples of all processes together.
+        wanted: whether this process needs the average.
+    """
+
+    moments: list[Tensor]
+    weight: float
+    total: float
+    wanted: bool = True
+
+    @property
+    def triangles(self) -> int:
+        """Elements of all triangles."""
+        return sum(map(_count_triangles, self.moments))
+
+
+def average_(shares: Sequence[Share], tuning: Tuning = DEFAULT) -> list[bool]:
+    """Average matrices over processes in place, each process's weighted by its number of samples. Synchronizes.
 
     Args:
-        moments: of each layer, a tensor a stack of blocks; zeros where this process has no samples.
-        weights: samples that each was made from here.
-        sums: for each layer, the samples of all processes together.
+        shares: of each layer, the same layers on every process.
+        tuning: how many elements are averaged at a time.
+
+    Returns:
+        Whether each layer's average is finite.
     """
-    if not moments:
-        return
-    stacks = [(stack, weight) for layer, weight in zip(moments, weights, strict=True) for stack in layer]
-    flat = torch.cat([pack_triangles(stack) * weight for stack, weight in stacks])
+    flags = [flag for together in _bucket(shares, tuning.averaged_elements) for flag in _average_bucket_(together)]
+    return torch.stack(flags).tolist() if flags else []
+
+
+def _bucket(shares: Sequence[Share], most: int) -> Iterator[list[Share]]:
+    """Cut into lists of so many elements at most, or of a single layer."""
+    together: list[Share] = []
+    for share in shares:
+        if together and sum(each.triangles for each in (*together, share)) > most:
+            yield together
+            together = []
+        together.append(share)
+    if together:
+        yield together
+
+
+def _average_bucket_(shares: Sequence[Share]) -> list[Tensor]:
+    flat = torch.cat([pack_triangles(stack) * share.weight for share in shares for stack in share.moments])
     dist.all_reduce(flat)
-    start = 0
-    for layer, total in zip(moments, sums, strict=True):
-        for stack in layer:
-            blocks, size, _ = stack.shape
-            length = blocks * size * (size + 1) // 2
-            triangles = flat[start : start + length] / total
-            stack.copy_(unpack_triangles(triangles, (blocks, size, size)))
-            start += length
+    flags = []
+    for share, triangles in zip(shares, torch.split(flat, [each.triangles for each in shares]), strict=True):
+        triangles /= share.total
+        flags.append(triangles.isfinite().all())
+        if not share.wanted:
+            share.moments.clear()
+        parts = torch.split(triangles, [_count_triangles(stack) for stack in share.moments]) if share.wanted else ()
+        for stack, part in zip(share.moments, parts, strict=True):
+            stack.copy_(unpack_triangles(part, stack.shape))
+    return flags
+
+
+def _count_triangles(stack: Tensor) -> int:
+    blocks, size, _ = stack.shape
+    return blocks * size * (size + 1) // 2
 
 
 def invert_shared(requests: Sequence[InverseRequest], tuning: Tuning = DEFAULT) -> None:
@@ -239,6 +301,7 @@ def _pack_result(request: InverseRequest, mine: bool) -> Tensor:
 
 
 __all__ = [
+    "Share",
     "average_",
     "check_processes",
     "find_shared_bases",

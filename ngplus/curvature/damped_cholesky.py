@@ -7,7 +7,7 @@ explicit inverse is kept, since a product with it is the cheapest thing to do ev
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,19 +35,31 @@ class InverseRequest:
 
 
 def invert(requests: Sequence[InverseRequest], tuning: Tuning = DEFAULT) -> None:
-    """Fill in the inverses, matrices of equal size as one batch.
+    """Fill in the inverses, matrices of equal size as one batch, or as several where they are many.
 
-    Synchronizes with the device once a size: whether a factorisation succeeded decides what is done next.
+    Synchronizes with the device once a batch: whether a factorisation succeeded decides what is done next.
 
     Args:
         requests: changed in place.
-        tuning: how often a damping is raised.
+        tuning: how often a damping is raised, and how large a batch is.
     """
     sizes: dict[tuple[int, torch.device], list[InverseRequest]] = {}
     for request in requests:
         sizes.setdefault((request.matrices.shape[-1], request.matrices.device), []).append(request)
-    for together in sizes.values():
-        _invert_batch(together, tuning.cholesky_tries)
+    for (side, _), together in sizes.items():
+        for batch in _cut(together, max(1, tuning.inverted_elements // side**2)):
+            _invert_batch(batch, tuning.cholesky_tries)
+
+
+def _cut(requests: Sequence[InverseRequest], matrices: int) -> Iterator[list[InverseRequest]]:
+    """Lists of so many matrices at most, or of one request."""
+    batch: list[InverseRequest] = []
+    for request in requests:
+        if batch and sum(len(each.matrices) for each in (*batch, request)) > matrices:
+            yield batch
+            batch = []
+        batch.append(request)
+    yield batch
 
 
 def invert_one(matrix: Tensor, damping: float) -> Tensor | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ngplus.capture.accumulator import Accumulator, Sampling, Statistic
 from ngplus.config import Options
-from ngplus.curvature.all_reduce import find_shared_bases, world_size
+from ngplus.curvature.all_reduce import find_shared_bases, pack_triangles, unpack_triangles, world_size
 from ngplus.curvature.eigenvectors import BasisRequest, find_bases
 from ngplus.curvature.layer_state import LayerState
 from ngplus.curvature.second_moment import form_gradients, second_moment
@@ -221,7 +221,7 @@ class EigenCurvature(LayerCurvature):
             )
             return
         before = self.states.get(layer)
-        average = [request.matrices for request in requests] if self._ema else None
+        average = [_pack_average(request.matrices) for request in requests] if self._ema else None
         updates = 1 + (before.updates if before else 0)
         self.states[layer] = EigenState(statistic.shape, EigenBasis(modes, bases), average, damping, updates)
 
@@ -262,8 +262,11 @@ class EigenCurvature(LayerCurvature):
         if not beta or before is None or before.average is None:
             return statistic.moments
         weight = (1 - beta) / (1 - beta ** (before.updates + 1))
-        pairs = zip(before.average, statistic.moments, strict=True)
-        return [old.to(new).lerp(new, weight) for old, new in pairs]
+        averages = [
+            unpack_triangles(old.to(new).flatten(), new.shape)
+            for old, new in zip(before.average, statistic.moments, strict=True)
+        ]
+        return [old.lerp_(new, weight) for old, new in zip(averages, statistic.moments, strict=True)]
 
     def _sum_products(self, layer: Layer, used: Tensor, *, in_basis: bool) -> Statistic:
         modes, shape = self.modes(layer), layer.shape(None)
@@ -283,7 +286,10 @@ class EigenCurvature(LayerCurvature):
         blanks: Entries = {
             mode: torch.empty(modes.matrix_shape(mode), dtype=dtype, device="meta") for mode in modes.kept
         }
-        averages = {f"average{i}": blank for i, blank in enumerate(blanks.values())} if self._keeps_average else {}
+        averages: Entries = {}
+        if self._keeps_average:
+            shapes = [modes.matrix_shape(mode) for mode in modes.kept]
+            averages = {f"average{i}": _blank_average(shape, dtype) for i, shape in enumerate(shapes)}
         return {"form": 0, "rank": 0, "inputs": modes.inputs, **blanks, **averages}
 
     def unpack(self, layer: Layer, entries: Mapping[str, Any]) -> EigenState | None:
@@ -311,6 +317,24 @@ class EigenCurvature(LayerCurvature):
                 f"{', '.join(ours.kept)}: it was saved with other sides or max_side"
             )
         return state
+
+
+def average_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which the average of curvature matrices is kept: bfloat16 for those in float32.
+
+    It rounds an entry by 2⁻⁹ of itself, which is less than what a mean over fewer than 2¹⁸ samples is off by.
+    """
+    return torch.bfloat16 if dtype == torch.float32 else dtype
+
+
+def _pack_average(matrices: Tensor) -> Tensor:
+    """The lower triangles, (groups, p (p + 1) / 2)."""
+    return pack_triangles(matrices).view(len(matrices), -1).to(average_dtype(matrices.dtype))
+
+
+def _blank_average(shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
+    groups, size, _ = shape
+    return torch.empty(groups, size * (size + 1) // 2, dtype=average_dtype(dtype), device="meta")
 
 
 def _rows_alone(gradient: Tensor, modes: Modes) -> tuple[Tensor, Modes]:

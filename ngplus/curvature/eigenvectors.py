@@ -89,12 +89,43 @@ def _decompose(S: Tensor) -> Tensor | None:
 
 
 def _iterate(S: Tensor, Q: Tensor, *, in_basis: bool) -> Tensor:
-    Y = torch.bmm(Q, S) if in_basis else torch.bmm(S, Q)
-    quotients = S.diagonal(dim1=1, dim2=2) if in_basis else (Q * Y).sum(1)
-    Y = Y.add_(Q, alpha=SHIFT)
-    order = quotients.argsort(dim=1, descending=True, stable=True).unsqueeze(1).expand_as(Y)
-    found: Tensor = torch.linalg.qr(Y.gather(2, order)).Q
-    return torch.empty_like(found).scatter_(2, order, found)
+    """One step of orthogonal iteration, on transposes: their rows, which are sorted, are contiguous."""
+    groups, p, _ = S.shape
+    Yt = torch.bmm(S, Q.mT) if in_basis else torch.bmm(Q.mT, S)
+    quotients = S.diagonal(dim1=1, dim2=2) if in_basis else (Q.mT * Yt).sum(2)
+    Yt = Yt.add_(Q.mT, alpha=SHIFT)
+    order = quotients.argsort(dim=1, descending=True, stable=True)
+    order = (order + p * torch.arange(groups, device=S.device).unsqueeze(1)).flatten()
+    rows = orthonormalise(Yt.view(groups * p, p)[order].view(groups, p, p)).reshape(groups * p, p)
+    return torch.empty_like(rows).index_copy_(0, order, rows).view(groups, p, p).mT.contiguous()
 
 
-__all__ = ["BasisRequest", "find_bases"]
+WELL_CONDITIONED = 0.3
+"""Least diagonal entry of the Cholesky factor of a Gram matrix with ones on its diagonal, for which it is used."""
+
+
+def orthonormalise(rows: Tensor) -> Tensor:
+    """Gram-Schmidt of rows in their order, by the Cholesky factor of their Gram matrix where it is well conditioned.
+
+    That is a few products, where Householder's reflections are many narrow ones. Rows that are nearly orthogonal, as
+    those of a basis that moves slowly are, have a Gram matrix near the identity once they are of equal length.
+
+    Args:
+        rows: (groups, p, p).
+
+    Returns:
+        Orthonormal rows, (groups, p, p); not finite where ``rows`` are not.
+    """
+    rows = rows / torch.linalg.vector_norm(rows, dim=2, keepdim=True)
+    factors, info = torch.linalg.cholesky_ex(torch.bmm(rows, rows.mT))
+    fine = (info == 0) & (factors.diagonal(dim1=1, dim2=2).amin(1) > WELL_CONDITIONED)
+    found = []
+    for each, factor, is_fine in zip(rows, factors, fine.tolist(), strict=True):
+        if is_fine:
+            found.append(torch.linalg.solve_triangular(factor, each, upper=False))
+        else:
+            found.append(torch.linalg.qr(each.mT).Q.mT)
+    return torch.stack(found)
+
+
+__all__ = ["SHIFT", "BasisRequest", "find_bases", "orthonormalise"]

@@ -15,6 +15,7 @@ from ngplus.curvature.damped_cholesky import InverseRequest
 from ngplus.curvature.layer_state import LayerState
 from ngplus.curvature.second_moment import multiply_columns
 from ngplus.curvature.update import InverseCurvature
+from ngplus.dtensors import whole
 from ngplus.factors.factor import statistics_dtype
 from ngplus.factors.pair import sample_indices
 from ngplus.layers import Layer, to_matrix, to_row_sparse
@@ -103,7 +104,7 @@ class GFIM(InverseCurvature):
 
     def _sum_gradient(self, layer: Layer) -> Statistic:
         assert layer.weight.grad is not None
-        gradient = to_row_sparse(layer.weight.grad)
+        gradient = to_row_sparse(whole(layer.weight.grad))
         shape, size = layer.shape(self._block_size), self._options.sketch_size
         dtype = statistics_dtype(gradient.dtype)
         if gradient.is_sparse and shape.side == "right" and layer.trained_bias is None:
@@ -113,7 +114,7 @@ class GFIM(InverseCurvature):
             G = to_matrix(layer, dense, dtype)
         bias = layer.trained_bias
         if bias is not None:
-            column = torch.zeros_like(bias) if bias.grad is None else bias.grad
+            column = G.new_zeros(len(bias)) if bias.grad is None else whole(bias.grad)
             G = torch.cat([G, column[layer.bias_slice].reshape(*G.shape[:2], 1).to(dtype)], dim=2)
         short_first = G if shape.side == "left" else G.mT
         if size is not None and size < short_first.shape[2]:

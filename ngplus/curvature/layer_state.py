@@ -22,7 +22,7 @@ class LayerState:
     Attributes:
         shape: of the layer's matrix.
         preconditioner: (λI + L)⁻¹.
-        average: L̄ of (11), kept only with ``ema > 0``.
+        average: L̄ of (11), kept only with ``ema > 0``; without a tensor where another process keeps it.
         damping: λ that was added, which is more than the group's where a matrix would not factorise.
         updates: curvature steps so far.
     """
@@ -72,7 +72,7 @@ class LayerState:
             "matrix": _pack_shape(self.shape),
             "updates": self.updates,
             "damping": self.damping,
-            "averaged": int(bool(averages)),
+            "averaged": int(self.average is not None),
             **{f"average{i}": stack for i, stack in enumerate(averages)},
             **self._pack(),
         }

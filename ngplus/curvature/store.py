@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from ngplus.curvature.layer_state import LayerState, empty_entries, pad
+from ngplus.dtensors import whole
 from ngplus.layers import Layer
+from ngplus.sharded.remote_inverse import RemoteInverse
+from ngplus.sharded.saved_stacks import scatter_stack, zero_stack
+from ngplus.solvers.dense import DenseInverse
 from ngplus.solvers.preconditioner import Entries
+
+if TYPE_CHECKING:
+    from ngplus.sharded.sharding import Sharding
 
 
 class CurvatureStore(ABC):
@@ -21,6 +29,7 @@ class CurvatureStore(ABC):
 
     Attributes:
         states: by layer, of those that have a curvature.
+        sharding: who keeps what of sharded layers; None where there are none.
     """
 
     state_class: ClassVar[type[LayerState]] = LayerState
@@ -28,6 +37,7 @@ class CurvatureStore(ABC):
     def __init__(self, block_size: int | None = None) -> None:
         self._block_size = block_size
         self.states: dict[Layer, LayerState] = {}
+        self.sharding: Sharding | None = None
 
     @abstractmethod
     def _blank_entries(self, layer: Layer) -> Entries:
@@ -76,9 +86,28 @@ class CurvatureStore(ABC):
         else:
             entries = state.entries()
         blank = self._blank_entries(layer)
+        if self.sharding is not None and self.sharding.keeper(layer) is not None:
+            return self._pack_shards(self.sharding, layer, entries, blank)
         filled = {name: pad(entries.get(name), like, device) for name, like in blank.items()}
         others = {name: each.to(device) if isinstance(each, Tensor) else each for name, each in entries.items()}
         return {**others, **filled}
+
+    def _pack_shards(self, sharding: Sharding, layer: Layer, entries: Entries, blank: Entries) -> Entries:
+        """Pack a layer of which one process keeps the stacks: each saves some rows of them."""
+        keeper, device = sharding.keeper(layer), layer.weight.device
+        assert keeper is not None
+        stacks = {name: like for name, like in blank.items() if isinstance(like, Tensor) and like.dim() == 3}
+        packed = {name: pad(entries.get(name), like, device) for name, like in blank.items() if name not in stacks}
+        for name, like in stacks.items():
+            stack = entries.get(name)
+            if entries["updates"]:
+                packed[name] = scatter_stack(
+                    sharding, keeper, stack if isinstance(stack, Tensor) else None, like, device
+                )
+            else:
+                packed[name] = zero_stack(sharding, like, device)
+        same = ("matrix", "updates", "damping", "averaged")  # on every process
+        return {**{name: entries[name] for name in same}, **packed}
 
     def unpack(self, layer: Layer, entries: Mapping[str, Any]) -> LayerState | None:
         """Restore what `pack` gave.
@@ -94,7 +123,7 @@ class CurvatureStore(ABC):
             ValueError: an entry is missing, or is of another matrix.
         """
         # torch's unflattening gives an empty dictionary for an entry that it does not find.
-        found = {name: each for name, each in entries.items() if not isinstance(each, dict)}
+        found = {name: whole(each) for name, each in entries.items() if not isinstance(each, dict)}
         try:
             if not found["updates"]:
                 return None
@@ -105,7 +134,19 @@ class CurvatureStore(ABC):
             raise ValueError(
                 f"the state of {layer.name} has no {error.args[0]}: it was cut short, or saved with other options"
             ) from None
+        if self.sharding is not None and self.sharding.keeper(layer) is not None:
+            self._keep_alone_(self.sharding, layer, state)
         return state
+
+    def _keep_alone_(self, sharding: Sharding, layer: Layer, state: LayerState) -> None:
+        """Keep a restored state on one process, in the form in which several processes save it."""
+        if sharding.is_elsewhere(layer):
+            state.preconditioner = RemoteInverse.like(layer.weight)
+            state.average = None if state.average is None else []
+        elif not isinstance(state.preconditioner, DenseInverse):
+            identity = torch.eye(state.shape.short).to(state.preconditioner.main).unsqueeze(0)
+            inverse, _ = state.preconditioner.apply(identity, None, state.shape.side)
+            state.preconditioner = DenseInverse([inverse.contiguous()], state.shape)
 
 
 __all__ = ["CurvatureStore"]

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from ngplus.capture.accumulator import Statistic
-from ngplus.curvature.all_reduce import average_, invert_shared, sum_over_processes, world_size
+from ngplus.curvature.all_reduce import Share, average_, invert_shared, largest, sum_over_processes, world_size
 from ngplus.curvature.damped_cholesky import InverseRequest, invert
 from ngplus.curvature.store import CurvatureStore
 from ngplus.factors.factor import statistics_dtype
 from ngplus.layers import Layer
+from ngplus.sharded.remote_inverse import RemoteInverse
 from ngplus.solvers.preconditioner import Preconditioner
 from ngplus.tuning import DEFAULT, Tuning
 
@@ -87,14 +88,15 @@ class LayerCurvature(CurvatureStore):
             self._scale_(layer, statistic, loss_scale)
         elsewhere: list[Layer] = []
         if world_size() > 1:
-            elsewhere = self._average_over_processes_(layers, sums, unsupported)
-        finite, nonfinite = _split_finite(sums)
-        self._renew_({layer: sums[layer] for layer in finite}, damping)
+            elsewhere, nonfinite = self._average_over_processes_(layers, sums, unsupported)
+        else:
+            nonfinite = _find_nonfinite(sums)
+        self._renew_({layer: each for layer, each in sums.items() if layer not in nonfinite}, damping)
         return nonfinite, elsewhere
 
     def _average_over_processes_(
         self, layers: Sequence[Layer], sums: dict[Layer, Statistic], unsupported: Collection[Layer]
-    ) -> list[Layer]:
+    ) -> tuple[list[Layer], list[Layer]]:
         """Average over processes.
 
         Args:
@@ -103,7 +105,7 @@ class LayerCurvature(CurvatureStore):
             unsupported: as for `update`.
 
         Returns:
-            Layers that another process does not support.
+            Layers that another process does not support, and those whose sums were not finite.
         """
         weights = [sums[layer].weight if layer in sums else 0.0 for layer in layers]
         device = layers[0].weight.device
@@ -113,16 +115,17 @@ class LayerCurvature(CurvatureStore):
         for statistic in ours:
             statistic.densify_()
         weight, total = (dict(zip(layers, each, strict=True)) for each in (weights, totals))
-        average_(
-            [statistic.moments for statistic in ours],
-            [weight[layer] for layer in used],
-            [total[layer] for layer in used],
-        )
+        shares = [
+            Share(statistic.moments, weight[layer], total[layer], wanted=not self._is_elsewhere(layer))
+            for layer, statistic in zip(used, ours, strict=True)
+        ]
+        finite = average_(shares, self._tuning)
         sums.clear()
         for layer, statistic in zip(used, ours, strict=True):
             statistic.used = int(total[layer])
             sums[layer] = statistic
-        return [layer for layer, flag in zip(layers, flags, strict=True) if flag and layer not in unsupported]
+        elsewhere = [layer for layer, flag in zip(layers, flags, strict=True) if flag and layer not in unsupported]
+        return elsewhere, [layer for layer, fine in zip(used, finite, strict=True) if not fine]
 
     def _empty_statistic(self, layer: Layer) -> Statistic:
         return Statistic(layer.shape(self._block_size), moments=self._empty_moments(layer))
@@ -136,6 +139,10 @@ class LayerCurvature(CurvatureStore):
             return moments
         pairs = zip(before.average, moments, strict=True)
         return [old.to(new).mul(beta).add_(new, alpha=1 - beta) for old, new in pairs]
+
+    def _is_elsewhere(self, layer: Layer) -> bool:
+        """Whether another process alone keeps what is made for a layer."""
+        return self.sharding is not None and self.sharding.is_elsewhere(layer)
 
 
 class InverseCurvature(LayerCurvature):
@@ -154,22 +161,66 @@ class InverseCurvature(LayerCurvature):
         return damping
 
     def _renew_(self, sums: Mapping[Layer, Statistic], damping: Mapping[Layer, float]) -> None:
-        requests = {layer: self._requests(layer, statistic, damping[layer]) for layer, statistic in sums.items()}
-        self._invert_([request for of_layer in requests.values() for request in of_layer])
-        for layer, of_layer in requests.items():
-            self._finish(layer, sums[layer], of_layer, damping[layer])
+        requests = {
+            layer: self._requests(layer, statistic, damping[layer])
+            for layer, statistic in sums.items()
+            if not self._is_elsewhere(layer)
+        }
+        needed = self._invert_(list(sums), requests)
+        for layer, statistic in sums.items():
+            self._finish(layer, statistic, requests.get(layer, []), damping[layer], needed.get(layer))
 
-    def _invert_(self, requests: Sequence[InverseRequest]) -> None:
-        if world_size() > 1 and requests:
-            invert_shared(requests, self._tuning)
+    def _invert_(
+        self, layers: Sequence[Layer], requests: Mapping[Layer, Sequence[InverseRequest]]
+    ) -> dict[Layer, float]:
+        """Fill in the inverses of ``requests``.
+
+        Args:
+            layers: the same on every process.
+            requests: of those whose inverses this process keeps.
+
+        Returns:
+            λ that was needed, 0 for a failure, of the layers whose inverses a single process keeps.
+        """
+        kept = [] if self.sharding is None else [layer for layer in layers if self.sharding.keeper(layer) is not None]
+        alone = set(kept)
+        mine = [request for layer in requests if layer in alone for request in requests[layer]]
+        invert(mine, self._tuning)
+        for request in mine:  # in rows, as the others' are, and as they are loaded
+            request.inverse = None if request.inverse is None else request.inverse.contiguous()
+        together = [request for layer in requests if layer not in alone for request in requests[layer]]
+        if world_size() > 1 and together:
+            invert_shared(together, self._tuning)
         else:
-            invert(requests, self._tuning)
+            invert(together, self._tuning)
+        if not kept:
+            return {}
+        ours = [_needed_damping(requests.get(layer, ())) for layer in kept]
+        return dict(zip(kept, largest(ours, kept[0].weight.device), strict=True))
 
-    def _finish(self, layer: Layer, statistic: Statistic, requests: Sequence[InverseRequest], damping: float) -> None:
-        """Keep a layer's new preconditioner, or what it had where there is none."""
+    def _finish(
+        self,
+        layer: Layer,
+        statistic: Statistic,
+        requests: Sequence[InverseRequest],
+        damping: float,
+        needed: float | None,
+    ) -> None:
+        """Keep a layer's new preconditioner, or what it had where there is none.
+
+        Args:
+            layer: the layer.
+            statistic: its sums.
+            requests: its inverses; none where another process keeps them.
+            damping: λ.
+            needed: λ that the only process which keeps the inverses needed, 0 for a failure; None where all keep them.
+        """
         inverses = [request.inverse for request in requests if request.inverse is not None]
-        complete = len(inverses) == len(requests)
-        preconditioner = self._make(statistic, inverses, damping) if complete else None
+        preconditioner: Preconditioner | None = None
+        if self._is_elsewhere(layer):
+            preconditioner = RemoteInverse.like(layer.weight) if needed else None
+        elif len(inverses) == len(requests):
+            preconditioner = self._make(statistic, inverses, damping)
         if preconditioner is None:
             warnings.warn(
                 f"the curvature matrix of {layer.name} would not factorise, even with its damping raised from "
@@ -177,31 +228,38 @@ class InverseCurvature(LayerCurvature):
                 stacklevel=4,
             )
             return
-        for request in requests:
-            if request.used_damping > request.damping:
+        wanted = self._shift(damping)
+        dampings = [(request.damping, request.used_damping) for request in requests]
+        for given, raised in [(wanted, needed)] if needed else dampings:
+            if raised > given:
                 warnings.warn(
-                    f"the damping of {layer.name} was raised from {request.damping:g} to {request.used_damping:g} for "
-                    "this curvature step: the matrix would not factorise with less",
+                    f"the damping of {layer.name} was raised from {given:g} to {raised:g} for this curvature step: the "
+                    "matrix would not factorise with less",
                     stacklevel=4,
                 )
-        used = max((request.used_damping for request in requests), default=self._shift(damping))
+        used = needed or max((raised for _, raised in dampings), default=wanted)
         before = self.states.get(layer)
         average = [request.matrices for request in requests] if self._ema else None
         updates = 1 + (before.updates if before else 0)
         self.states[layer] = self.state_class(statistic.shape, preconditioner, average, used, updates)
 
 
-def _split_finite(sums: Mapping[Layer, Statistic]) -> tuple[list[Layer], list[Layer]]:
-    """Layers whose sums are finite, and the others. Synchronizes once: NaN must not be factorised."""
+def _needed_damping(requests: Sequence[InverseRequest]) -> float:
+    """The largest λ that was needed for a layer's inverses; 0 where there are none, or one could not be made."""
+    needed = [request.used_damping if request.inverse is not None else 0.0 for request in requests]
+    return max(needed) if needed and min(needed) > 0 else 0.0
+
+
+def _find_nonfinite(sums: Mapping[Layer, Statistic]) -> list[Layer]:
+    """Layers whose sums are not finite. Synchronizes once: NaN must not be factorised."""
     if not sums:
-        return [], []
+        return []
     flags = [
         torch.stack([stack.isfinite().all() for stack in statistic.tensors()]).all().cpu()
         for statistic in sums.values()
     ]
     finite: list[bool] = torch.stack(flags).tolist()
-    layers = list(zip(sums, finite, strict=True))
-    return [layer for layer, fine in layers if fine], [layer for layer, fine in layers if not fine]
+    return [layer for layer, fine in zip(sums, finite, strict=True) if not fine]
 
 
 __all__ = ["InverseCurvature", "LayerCurvature"]

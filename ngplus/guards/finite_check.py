@@ -7,11 +7,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ngplus.devices import reads_without_sync
+from ngplus.dtensors import local_part
 from ngplus.layers import stored_values
 from ngplus.tuning import DEFAULT, Tuning
+
+
+def _local_values(gradient: Tensor) -> Tensor:
+    """`_values`, of a sharded gradient those of this process's shard."""
+    return _values(local_part(gradient))
 
 
 def _values(gradient: Tensor) -> Tensor:
@@ -31,21 +38,24 @@ class FiniteCheck:
 
     Args:
         tuning: up to which length vectors are checked together.
+        collective_device: where every process has other gradients, the device of the collective by which they agree;
+            else None.
 
     Attributes:
         checked: ids of the parameters whose gradients need not be added any more.
     """
 
-    def __init__(self, tuning: Tuning = DEFAULT) -> None:
+    def __init__(self, tuning: Tuning = DEFAULT, collective_device: torch.device | None = None) -> None:
         self.checked: set[int] = set()
         self._short_vector = tuning.short_vector
         self._found = False
+        self._collective_device = collective_device
         self._short: list[Tensor] = []
         self._elsewhere: dict[torch.device, list[Tensor]] = {}
 
     def add(self, gradient: Tensor) -> None:
         """Add a gradient, which must not change until `find_nonfinite`."""
-        values = _values(gradient)
+        values = _values(gradient) if self._collective_device is None else _local_values(gradient)
         if not reads_without_sync(values):
             if values.numel():
                 self._elsewhere.setdefault(values.device, []).append(values)
@@ -67,7 +77,7 @@ class FiniteCheck:
             self._found = True
 
     def find_nonfinite(self) -> Tensor | None:
-        """Whether any element is NaN or Inf.
+        """Whether any element is NaN or Inf; with sharded gradients, whether any process has one.
 
         Returns:
             A bool scalar on the device of a gradient; None where it is known that all are finite.
@@ -80,9 +90,31 @@ class FiniteCheck:
         ]
         if self._found:
             flags.append(torch.tensor(True))
+        if self._collective_device is not None:
+            flags = [_find_anywhere(flags, self._collective_device)]
+            if reads_without_sync(flags[0]) and not bool(flags[0]):
+                return None
         if len(flags) < 2:
             return flags[0] if flags else None
         return torch.stack([flag.to(flags[0].device) for flag in flags]).any()
+
+
+def _find_anywhere(flags: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Whether any flag of any process is true: one all-reduce of a scalar.
+
+    Args:
+        flags: bool scalars.
+        device: of the collective.
+
+    Returns:
+        A bool scalar.
+    """
+    found = torch.zeros((), dtype=torch.int32, device=device)
+    for flag in flags:
+        found |= flag.to(device)
+    if dist.get_world_size() > 1:
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return found.bool()
 
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -99,7 +131,7 @@ def zero_where_(nonfinite: Tensor, gradients: Iterable[Tensor]) -> None:
     """
     masks: dict[tuple[torch.device, torch.dtype], Tensor] = {}
     for gradient in gradients:
-        values = _values(gradient)
+        values = _local_values(gradient)
         bits = _BITS[values.element_size()]
         key = (values.device, bits)
         if key not in masks:
@@ -124,8 +156,8 @@ def raise_if_nonfinite(check: FiniteCheck, what: str, named: Sequence[tuple[str,
     names = [
         name
         for name, parameter in named
-        if parameter.grad is not None and not bool(_values(parameter.grad).isfinite().all())
-    ]
+        if parameter.grad is not None and not bool(_local_values(parameter.grad).isfinite().all())
+    ] or ["another process"]
     raise FloatingPointError(f"the {what} of {', '.join(names)} holds NaN or Inf; no parameter was changed")
 
 

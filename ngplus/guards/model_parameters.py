@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ngplus.config import check_whole
+from ngplus.dtensors import is_sharded
 
 _NAMES_SHOWN = 4
 
@@ -53,7 +54,7 @@ class ModelParameters:
             A warning, once, where some were replaced and the new ones are not among the optimizer's.
 
         Raises:
-            TypeError: where a parameter has become a ``DTensor``.
+            TypeError: where a parameter has been sharded.
             RuntimeError: where none of the optimizer's parameters is the model's any more. Both are raised by every
                 call from then on.
         """
@@ -65,6 +66,11 @@ class ModelParameters:
         gone = [name for name, p in self._named.items() if id(p) in trained and id(p) not in present]
         new = {name: p for name, p in now.items() if id(p) not in known and id(p) not in trained and p.requires_grad}
         check_whole(new.items())
+        if sharded := [name for name, parameter in new.items() if gone and is_sharded(parameter)]:
+            raise TypeError(
+                f"{_listed(sharded)} became a DTensor after the optimizer was made, which trains what it was before: "
+                "make the optimizer after fully_shard"
+            )
         if gone and present.isdisjoint(trained):
             raise RuntimeError(
                 f"none of the optimizer's parameters is the model's any more: {_listed(gone)} were replaced after the "

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ngplus.factors.pair import sample_indices
 from ngplus.layers import MatrixShape
+from ngplus.sharded.remote_inverse import RemoteInverse
 from ngplus.solvers.dense import DenseInverse
 from ngplus.solvers.eigenbasis import EigenBasis
 from ngplus.solvers.low_rank import LowRankInverse, invert_low_rank
@@ -82,6 +83,8 @@ FORMS: tuple[type[Preconditioner], ...] = (*FORMS_OF_INVERSES, EigenBasis)
 
 def pack(preconditioner: Preconditioner) -> Entries:
     """What is saved of a preconditioner, and which form it is."""
+    if isinstance(preconditioner, RemoteInverse):
+        return {}
     return {"form": FORMS.index(type(preconditioner)), **preconditioner.entries()}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -98,6 +98,12 @@ class DenseInverse(Preconditioner):
     def _lengths(self) -> list[int]:
         """How much of the short side each stack covers."""
         return [len(inverse) // self.shape.groups * inverse.shape[1] for inverse in self.inverses]
+
+    def select_groups(self, start: int, stop: int) -> DenseInverse:
+        """Those blocks of each stack that are of these groups."""
+        counts = [len(inverse) // self.shape.groups for inverse in self.inverses]
+        parts = [inverse[start * n : stop * n] for inverse, n in zip(self.inverses, counts, strict=True)]
+        return DenseInverse(parts, replace(self.shape, groups=stop - start))
 
     def share(self, damping: float) -> float | None:
         """From the inverse's smallest eigenvalue, 1/(λ + s)."""

@@ -77,6 +77,21 @@ class Preconditioner(ABC):
         """
         raise NotImplementedError
 
+    def select_groups(self, start: int, stop: int) -> Preconditioner:
+        """The preconditioner of some groups of a convolution, in the same memory.
+
+        Args:
+            start: the first of them.
+            stop: the one after the last.
+
+        Returns:
+            It.
+
+        Raises:
+            NotImplementedError: where it is of one group.
+        """
+        raise NotImplementedError
+
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
         """Everything that is kept, by name."""

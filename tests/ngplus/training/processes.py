@@ -19,7 +19,14 @@ DEADLOCK_SECONDS = 120
 START_SECONDS = 240
 FRESH = mp.get_context("forkserver")
 """Makes processes that share nothing with the one that starts them but the modules that they import first."""
-FRESH.set_forkserver_preload(["pytest", "tests.ngplus.training.problems", __name__])
+_PRELOADED = ["pytest", "tests.ngplus.training.problems", __name__]
+FRESH.set_forkserver_preload(_PRELOADED)
+
+
+def preload(module: str) -> None:
+    """Have the server import a module too, before the first process is started."""
+    _PRELOADED.append(module)
+    FRESH.set_forkserver_preload(_PRELOADED)
 
 
 def in_a_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -56,12 +63,10 @@ def _answer_and_wait(pipe: Any, function: Callable[..., Any], arguments: tuple) 
     pipe.recv()
 
 
-def _work(rank: int, world: int, port: int, pipe: Any) -> None:
+def _work(rank: int, world: int, port: int, seconds: float, pipe: Any) -> None:
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group(
-        "gloo", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=DEADLOCK_SECONDS / 2)
-    )
+    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=seconds))
     pipe.send((True, None))
     while (task := pipe.recv()) is not None:
         function, arguments, is_last = task
@@ -72,15 +77,20 @@ def _work(rank: int, world: int, port: int, pipe: Any) -> None:
 
 
 class Team:
-    """Runs a function in every process at once."""
+    """Runs a function in every process at once.
 
-    def __init__(self, world: int = 2) -> None:
+    Args:
+        world: how many processes there are.
+        seconds: that they wait for one another.
+    """
+
+    def __init__(self, world: int = 2, seconds: float = DEADLOCK_SECONDS / 2) -> None:
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         port, self._pipes, self._processes = store.port, [], []
         del store
         for rank in range(world):
             ours, theirs = FRESH.Pipe()
-            process = FRESH.Process(target=_work, args=(rank, world, port, theirs), daemon=True)
+            process = FRESH.Process(target=_work, args=(rank, world, port, seconds, theirs), daemon=True)
             process.start()
             self._pipes.append(ours)
             self._processes.append(process)

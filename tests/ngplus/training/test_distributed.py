@@ -349,31 +349,23 @@ def test_all_processes_raise_the_damping_alike(team):
     assert first["warned"]
 
 
-def fully_sharded():
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+def flat_parameters():
+    from torch.distributed.fsdp import FullyShardedDataParallel
 
-    model = perceptron().model
-    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-    errors = []
-    for make in (lambda: NGPlus(model), lambda: NGPlus(model.parameters(), curvature="mini_batch")):
-        with pytest.raises(TypeError) as caught:
-            make()
-        errors.append(str(caught.value))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         old = FullyShardedDataParallel(perceptron().model, use_orig_params=True, device_id=torch.device("cpu"))
-    with pytest.raises(TypeError) as caught:
-        NGPlus(old)
-    errors.append(str(caught.value))
-    with pytest.raises(TypeError) as caught:
-        NGPlus(old.module)
-    return [*errors, str(caught.value)]
+    errors = []
+    for model in (old, old.module):
+        with pytest.raises(TypeError) as caught:
+            NGPlus(model)
+        errors.append(str(caught.value))
+    return errors
 
 
-def test_fully_sharded_weights_are_refused_with_the_wrapping_that_works(team):
-    for errors in team.run(fully_sharded):
-        assert all("DistributedDataParallel" in error and "FSDP" in error for error in errors), errors
+def test_the_flat_parameters_of_the_first_fsdp_are_refused_with_the_wrappings_that_work(team):
+    for errors in team.run(flat_parameters):
+        assert all("FullyShardedDataParallel" in error and "fully_shard" in error for error in errors), errors
 
 
 def sharded_later(steps):
@@ -408,8 +400,9 @@ def sharded_later(steps):
 @pytest.mark.parametrize("steps", [0, 2])
 def test_a_model_that_is_sharded_after_its_optimizer_was_made_is_refused_on_the_next_step(team, steps):
     for first, whole, old in team.run(sharded_later, steps):
-        assert first.startswith("0.weight is a DTensor: NG+ needs whole weights")
-        assert whole.startswith("0.weight is a DTensor: NG+ needs whole weights")
+        assert first.startswith("0.weight, 0.bias became a DTensor after the optimizer was made")
+        assert whole.startswith("0.weight, 0.bias, 2.weight, 2.bias became a DTensor after the optimizer was made")
+        assert all("make the optimizer after fully_shard" in error for error in (first, whole))
         assert old.startswith(
-            "0.weight is a part of a FullyShardedDataParallel's flat parameter: NG+ needs whole weights"
+            "0.weight is a part of a FullyShardedDataParallel's flat parameter: NG+ needs weights that have rows"
         )

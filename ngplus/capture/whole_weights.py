@@ -1,0 +1,80 @@
+"""The layers of a sharded model as its forward pass has them: their weights whole.
+
+Outside of the model's calls a module's parameters are those of the optimizer, of which each process has a shard. Inside
+they are whole, plain ones, the same objects on every step. So a weight is looked up when a function is called with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from ngplus.dtensors import is_sharded
+from ngplus.layers import Layer
+
+_Place = tuple[nn.Module, str]
+
+
+class WholeWeights:
+    """Finds the sharded parameter that a whole one stands for, and the layer with whole parameters.
+
+    Args:
+        model: while its parameters are sharded.
+        layers: of it.
+    """
+
+    def __init__(self, model: nn.Module, layers: Iterable[Layer]) -> None:
+        both = [parameter for layer in layers for parameter in (layer.weight, layer.bias)]
+        wanted = {id(parameter) for parameter in both if parameter is not None and is_sharded(parameter)}
+        self._places: dict[int, _Place] = {
+            id(parameter): (module, name)
+            for module in model.modules()
+            for name, parameter in module._parameters.items()
+            if parameter is not None and id(parameter) in wanted
+        }
+        self._sharded: dict[int, tuple[Tensor, int]] = {}
+        self._layers: dict[Layer, Layer] = {}
+        self._originals: dict[Layer, Layer] = {}
+
+    def find(self, parameter: Tensor) -> int:
+        """The id of the sharded parameter that a whole one stands for, or of the parameter itself.
+
+        Args:
+            parameter: what a function was called with.
+
+        Returns:
+            The id.
+        """
+        known = self._sharded.get(id(parameter))
+        if known is not None and known[0] is parameter:
+            return known[1]
+        if isinstance(parameter, nn.Parameter):
+            for sharded, (module, name) in self._places.items():
+                if module._parameters[name] is parameter:
+                    self._sharded[id(parameter)] = parameter, sharded
+                    return sharded
+        return id(parameter)
+
+    def of_layer(self, layer: Layer) -> Layer:
+        """The layer with the parameters that its module has now, while the module is called."""
+        weight, bias = self._now(layer.weight), self._now(layer.bias)
+        known = self._layers.get(layer)
+        if known is not None and known.weight is weight and known.bias is bias:
+            return known
+        assert weight is not None
+        self._layers[layer] = used = replace(layer, weight=weight, bias=bias)
+        self._originals[used] = layer
+        return used
+
+    def original(self, used: Layer) -> Layer:
+        """The layer that `of_layer` was given."""
+        return self._originals.get(used, used)
+
+    def _now(self, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        place = self._places.get(id(parameter))
+        return parameter if place is None else place[0]._parameters[place[1]]
+
+
+__all__ = ["WholeWeights"]
