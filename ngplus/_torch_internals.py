@@ -6,6 +6,7 @@ import sys
 import time
 import types
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -65,6 +66,16 @@ def is_transformed() -> bool:
     return tracing or torch._C._functorch.maybe_current_level() is not None
 
 
+@contextmanager
+def quiet_vmap() -> Iterator[None]:
+    """Without vmap's warning of functions that it calls one element at a time."""
+    torch._C._functorch._set_vmap_fallback_warning_enabled(False)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch._C._functorch._set_vmap_fallback_warning_enabled(True)  # type: ignore[attr-defined]
+
+
 def is_current_mode(mode: TorchFunctionMode) -> bool:
     """Whether ``mode`` is the innermost function mode of this thread, so that it may be left."""
     return _get_current_function_mode() is mode  # type: ignore[no-untyped-call]
@@ -89,6 +100,10 @@ def undispatched(function: Any) -> Callable[..., Any]:
     So the mode sees the functions that it calls, as the projections of attention.
     """
     return with_globals(function, {"has_torch_function": lambda _: False})
+
+
+grouped_mm: Any = getattr(torch, "_grouped_mm", None)
+"""What `torch.nn.functional.grouped_mm` calls, which a function mode sees in its place; None before torch 2.8."""
 
 
 def frames() -> Iterator[types.FrameType]:
@@ -158,12 +173,14 @@ __all__ = [
     "backward_pass_number",
     "find_absent",
     "frames",
+    "grouped_mm",
     "is_autocast_enabled",
     "is_current_mode",
     "is_in_fullgraph",
     "is_transformed",
     "next_node_number",
     "node_number",
+    "quiet_vmap",
     "retains_graph",
     "run_outside_of_graphs",
     "shares_memory",

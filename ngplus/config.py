@@ -24,6 +24,7 @@ Basis = Literal["eigen"]
 Samples = Literal["batch", "rows"]
 ModelCallSamples = Literal["separate", "joined"]
 PartialCapture = Literal["base", "accept"]
+FunctionFallback = Literal["vmap", "base"]
 DampingRule = Literal["paper", "released"]
 NonFinite = Literal["skip", "raise"]
 
@@ -175,6 +176,7 @@ class Options(LayerwiseOptions):
     block_size: int | None = None
     sketch_size: int | None = None
     damping_rule: DampingRule = "paper"
+    function_fallback: FunctionFallback = "vmap"
     inverses: Inverses = "auto"
     update_growth: float | None = None
     basis: Basis | None = None
@@ -188,6 +190,7 @@ class Options(LayerwiseOptions):
         check_choice("curvature", self.curvature, Curvature)
         check_choice("solver", self.solver, SolverName)
         check_choice("damping_rule", self.damping_rule, DampingRule)
+        check_choice("function_fallback", self.function_fallback, FunctionFallback)
         check_choice("inverses", self.inverses, Inverses)
         check_choice("sides", self.sides, Sides)
         if self.basis is not None:
@@ -382,6 +385,7 @@ __all__ = [
     "Basis",
     "Curvature",
     "DampingRule",
+    "FunctionFallback",
     "Inverses",
     "LayerwiseOptions",
     "ModelCallSamples",

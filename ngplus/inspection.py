@@ -58,7 +58,7 @@ class Inspection(ABC):
         of the input's shape without its features. With ``samples="batch"``, rows of the same number are the positions
         of one sample, as the atoms of a molecule are; with ``samples="rows"`` each row stays a sample. Rows with a
         negative number count as none, as padding should. It holds until it is set again; None goes back to
-        ``batch_dim``. `nn.MultiheadAttention` knows its samples; linear layers whose weights are handed to
+        ``batch_dim``. `nn.MultiheadAttention` and recurrent layers know theirs; linear layers whose weights go to
         `F.multi_head_attention_forward`, as fairseq's attention does, take an index of shape (T, B). Where another
         object wraps the optimizer (accelerate's, Lightning's, fairseq's), it is set on ``wrapper.optimizer``.
 

@@ -1,7 +1,12 @@
 """How a layer becomes a matrix: which parameters form it.
 
 A layer's matrix is m × n = out × (in / groups · kernel), one for each group of a convolution, with the bias as
-one more column. For an embedding it is table rows × dimensions.
+one more column. For an embedding it is table rows × dimensions, for a transposed convolution, which stores its weight
+the other way around, in / groups × (out / groups · kernel), for a bilinear layer out × (in₁ · in₂).
+
+A bare parameter is a matrix too, whoever uses it. Dimensions of size one do not count. One of two others is m × n, one
+of three is a batch of matrices, as `torch.bmm` takes it, and one of more is first × rest. Where only one dimension is
+left, the parameter is a vector (a class token, a scale for each channel) and no layer.
 """
 
 from __future__ import annotations
@@ -72,7 +77,17 @@ class MatrixShape:
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
-SUPPORTED = (nn.Linear, *CONVOLUTIONS, *EMBEDDINGS, nn.MultiheadAttention)
+TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+SUPPORTED = (
+    nn.Linear,
+    *CONVOLUTIONS,
+    *TRANSPOSED_CONVOLUTIONS,
+    *EMBEDDINGS,
+    nn.MultiheadAttention,
+    *RECURRENT,
+    nn.Bilinear,
+)
 
 # GPT-2's linear layer, x W + b with W of in × out, known by name: torch alone is needed here.
 TRANSPOSED_LINEAR = "transformers.pytorch_utils.Conv1D"
@@ -99,9 +114,11 @@ class Layer:
         bias_start: where this layer's bias begins in ``bias`` (attention packs three into one).
         groups: of a convolution, else 1.
         batch_dim: the sample dimension of a linear layer's input.
-        of_attention: whether it is a part of an `nn.MultiheadAttention`, which knows its samples.
+        knows_samples: whether it is a part of an `nn.MultiheadAttention` or of a recurrent layer, which know theirs.
         row_sparse: whether a gradient may have many rows of zeros: that of an embedding, or of an unknown module.
         flattens: whether its module multiplies (rows, features), whatever the shape of its input.
+        bare: whether its weight is a parameter that no supported module has as its weight.
+        batched: whether the weight's dimensions that are not of size one are those of a batch of matrices.
     """
 
     name: str
@@ -110,9 +127,11 @@ class Layer:
     bias_start: int = 0
     groups: int = 1
     batch_dim: int = 0
-    of_attention: bool = False
+    knows_samples: bool = False
     row_sparse: bool = False
     flattens: bool = False
+    bare: bool = False
+    batched: bool = False
 
     def without_bias(self) -> Layer:
         """The layer of the weight alone."""
@@ -129,7 +148,7 @@ class Layer:
 
     @property
     def _settings(self) -> tuple[Any, ...]:
-        flags = self.of_attention, self.row_sparse, self.flattens
+        flags = self.knows_samples, self.row_sparse, self.flattens, self.bare, self.batched
         return self.name, self.bias_start, self.groups, self.batch_dim, *flags
 
     @property
@@ -139,13 +158,19 @@ class Layer:
 
     def shape(self, block_size: int | None) -> MatrixShape:
         """Shape of the layer's matrix now, the bias counted if it is trained."""
-        rows = self.weight.shape[0] // self.groups
-        return MatrixShape(groups=self.groups, rows=rows, columns=self.columns, block_size=block_size)
+        groups, rows, columns = self.matrix
+        columns += self.trained_bias is not None
+        return MatrixShape(groups=groups, rows=rows, columns=columns, block_size=block_size)
 
     @property
-    def columns(self) -> int:
-        """Columns n of the matrix, the bias counted if it is trained."""
-        return math.prod(self.weight.shape[1:]) + (self.trained_bias is not None)
+    def matrix(self) -> tuple[int, int, int]:
+        """Groups, rows and columns of the weight, which is stored in this order."""
+        shape = self.weight.shape
+        if not self.batched:
+            return self.groups, shape[0] // self.groups, math.prod(shape[1:])
+        sizes = [size for size in shape if size != 1]
+        groups, rows = (sizes[0], sizes[1]) if len(sizes) == 3 else (1, sizes[0])
+        return groups, rows, self.weight.numel() // (groups * rows)
 
     @property
     def trained_bias(self) -> nn.Parameter | None:
@@ -159,7 +184,7 @@ class Layer:
         return slice(self.bias_start, self.bias_start + self.weight.shape[0])
 
 
-def find_layers(model: nn.Module, batch_dim: int | Mapping[str, int] = 0) -> list[Layer]:
+def find_layers(model: nn.Module, batch_dim: int | Mapping[str, int] = 0, *, every_matrix: bool = False) -> list[Layer]:
     """Find the layers of a model that NG+ can precondition, each weight once however many modules share it.
 
     A complex weight, or one without entries, is no layer. A bias that modules of different weights share is no column
@@ -168,11 +193,14 @@ def find_layers(model: nn.Module, batch_dim: int | Mapping[str, int] = 0) -> lis
     Args:
         model: the model.
         batch_dim: see `NGPlus`.
+        every_matrix: whether parameters of other modules are taken too, behind those of supported ones.
 
     Returns:
         The layers, in the order of the model's modules.
     """
-    every = (layer for prefix, module in model.named_modules() for layer in _module_layers(prefix, module))
+    every = [layer for prefix, module in model.named_modules() for layer in _module_layers(prefix, module)]
+    if every_matrix:
+        every += [layer for prefix, module in model.named_modules() for layer in _bare_layers(prefix, module)]
     found = [layer for layer in every if _is_matrix(layer.weight)]
     shared = _find_shared_biases(found)
     layers: dict[int, Layer] = {}
@@ -226,22 +254,28 @@ def _is_matrix(weight: Tensor) -> bool:
     return weight.numel() > 0 and not weight.is_complex()
 
 
-def find_unsupported_modules(model: nn.Module) -> list[str]:
-    """Find the modules that own parameters which no supported layer covers.
+def _is_vector(parameter: Tensor) -> bool:
+    """Whether at most one dimension is of another size than one."""
+    return sum(size != 1 for size in parameter.shape) < 2
+
+
+def find_unsupported_modules(model: nn.Module, covered: Iterable[Layer]) -> list[str]:
+    """Find the modules that own matrices which no layer covers.
 
     Args:
         model: the model.
+        covered: the layers that are found in it.
 
     Returns:
         Each as ``name (Kind)``.
     """
-    covered = {id(layer.weight) for layer in find_layers(model)}
+    known = {id(layer.weight) for layer in covered}
     return [
         f"{prefix or 'the model itself'} ({type(module).__name__})"
         for prefix, module in model.named_modules()
         if not isinstance(module, VECTORS)
         and any(
-            parameter.dim() > 1 and parameter.numel() and parameter.requires_grad and id(parameter) not in covered
+            not _is_vector(parameter) and parameter.numel() and parameter.requires_grad and id(parameter) not in known
             for parameter in module._parameters.values()
             if parameter is not None
         )
@@ -264,11 +298,15 @@ def _module_layers(prefix: str, module: nn.Module) -> Iterator[Layer]:
     bias = own.get("bias")
     if isinstance(module, nn.MultiheadAttention):
         yield from _attention_layers(named, module)
+    elif isinstance(module, RECURRENT):
+        yield from _recurrent_layers(named, module)
     elif isinstance(module, SUPPORTED) and (weight := own.get("weight")) is not None:
-        groups = module.groups if isinstance(module, CONVOLUTIONS) else 1
+        groups = getattr(module, "groups", 1)
         of_attention = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)  # what it calls out_proj
         row_sparse = isinstance(module, EMBEDDINGS)
-        yield Layer(named("weight"), weight, bias, groups=groups, of_attention=of_attention, row_sparse=row_sparse)
+        if isinstance(module, TRANSPOSED_CONVOLUTIONS):  # its bias would be one more row
+            bias = None
+        yield Layer(named("weight"), weight, bias, groups=groups, knows_samples=of_attention, row_sparse=row_sparse)
     elif _is_transposed_linear(module) and (weight := own.get("weight")) is not None:
         yield Layer(named("weight"), weight, None, flattens=True)  # its bias would be one more row, which no layer has
 
@@ -284,8 +322,31 @@ def _attention_layers(named: Callable[[str], str], module: nn.MultiheadAttention
     start = 0
     for name, weight in projections:
         if weight is not None:
-            yield Layer(named(name), weight, bias, bias_start=start, of_attention=True)
+            yield Layer(named(name), weight, bias, bias_start=start, knows_samples=True)
             start += weight.shape[0]
+
+
+def _recurrent_layers(named: Callable[[str], str], module: nn.Module) -> Iterator[Layer]:
+    """W_ih, W_hh and W_hr of every layer and direction, the first two with the bias of the same name."""
+    own = module._parameters
+    for name, weight in own.items():
+        if name.startswith("weight_") and weight is not None:
+            bias = own.get(name.replace("weight", "bias"))
+            yield Layer(named(name), weight, bias, knows_samples=True)
+
+
+def _bare_layers(prefix: str, module: nn.Module) -> Iterator[Layer]:
+    """The module's own matrices, whether supported layers have them or not.
+
+    What weight_norm and the like make a supported module's weight of is out × rest, as the weight is.
+    """
+    if isinstance(module, VECTORS):
+        return
+    of_weight = isinstance(module, (*SUPPORTED, nn.utils.parametrize.ParametrizationList))
+    for name, parameter in module._parameters.items():
+        if parameter is not None and not _is_vector(parameter):
+            full_name = f"{prefix}.{name}" if prefix else name
+            yield Layer(full_name, parameter, None, bare=True, batched=not of_weight)
 
 
 def rekey_layers[T](values: Mapping[Layer, T], layers: Iterable[Layer]) -> dict[Layer, T]:
@@ -318,7 +379,7 @@ def to_matrix(layer: Layer, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         (groups, m, n without the bias's column).
     """
     G = tensor if tensor.dtype == dtype else tensor.to(dtype)
-    return G.reshape(layer.groups, tensor.shape[0] // layer.groups, -1)
+    return G.reshape(layer.matrix)
 
 
 __all__ = [

@@ -156,7 +156,11 @@ class LayerwiseOptimizer(Inspection, SavedState, Optimizer, Joinable):
         """Find the layers whose weights may be preconditioned, whoever trains them."""
         if self._model is None:
             return find_parameter_layers(self.param_groups)
-        return find_layers(self._model, self._options.batch_dim)
+        return self._find_supported_layers(self._model)
+
+    def _find_supported_layers(self, model: nn.Module) -> list[Layer]:
+        """Find the layers of a model whose weights may be preconditioned."""
+        return find_layers(model, self._options.batch_dim)
 
     def _precondition_layer_(self, member: PreconditionedLayer, tuning: Tuning) -> NonzeroRows | None:
         """Replace the gradients of one layer by its direction, see `ngplus.apply.layer.precondition_`."""
@@ -262,7 +266,10 @@ class LayerwiseOptimizer(Inspection, SavedState, Optimizer, Joinable):
         self._recorder.joinables = self._joinables
 
     def _warn_of_unsupported_modules(self) -> None:
-        if self._model is None or not (modules := find_unsupported_modules(self._model)):
+        if self._model is None:
+            return
+        modules = find_unsupported_modules(self._model, self._find_supported_layers(self._model))
+        if not modules:
             return
         warnings.warn(
             f"{self.title} does not precondition {', '.join(modules)}; their parameters go to "

@@ -17,6 +17,7 @@ from ngplus.config import (
     Basis,
     Curvature,
     DampingRule,
+    FunctionFallback,
     Inverses,
     ModelCallSamples,
     NonFinite,
@@ -32,7 +33,7 @@ from ngplus.curvature.gfim import GFIM, sampling
 from ngplus.curvature.store import CurvatureStore
 from ngplus.dtensors import is_sharded
 from ngplus.guards.finite_check import FiniteCheck
-from ngplus.layers import Layer
+from ngplus.layers import Layer, find_layers
 from ngplus.layerwise import LayerwiseOptimizer
 
 
@@ -48,8 +49,8 @@ class NGPlus(LayerwiseOptimizer):
 
         (λI + L)⁻¹ G   or   G (λI + R)⁻¹   (6)
 
-    before ``base`` makes its own step with it. Parameters outside of supported layers (norms, recurrent layers,
-    bare parameters) go to ``base`` as they are.
+    before ``base`` makes its own step with it. Norms, vectors and biases of other layers than
+    these go to ``base`` as they are.
 
     Args:
         model: whose parameters are trained. With ``curvature="mini_batch"`` also parameters or parameter groups.
@@ -67,7 +68,7 @@ class NGPlus(LayerwiseOptimizer):
         samples: "batch": a sample is one element of a layer's input along its batch dimension, its other dimensions
             are the positions κ of (8). "rows": every position is a sample of its own.
         batch_dim: where linear layers and embeddings have their samples: 1 for (T, B, C) inputs; or a dict from
-            module names to dimensions. Convolutions and `nn.MultiheadAttention` know theirs.
+            module names to dimensions. Convolutions, recurrent layers and `nn.MultiheadAttention` know theirs.
         model_calls: which calls of the model before one ``backward`` see the same samples. "separate": a call is one
             batch, and sees the samples of another only where a gradient can flow from one into the other (an
             encoder's call and its decoder's, the time steps of a cell). "joined": row i of every call is sample i (the
@@ -80,6 +81,9 @@ class NGPlus(LayerwiseOptimizer):
         partial_capture: what becomes of a layer whose gradient is not the sum of what was captured of it, since its
             weight is used outside of the model's calls too, or in a penalty, or in derivatives: "base" leaves it to
             ``base`` with a warning; "accept" takes the curvature of what was captured.
+        function_fallback: what becomes of a weight that goes into a function whose calls no handler reads, and of
+            parameters of two or more dimensions of modules that are not supported: "vmap" differentiates the function
+            again for single samples (`torch.func.vmap` of its vector-Jacobian product); "base" leaves them to ``base``.
         damping_rule: "paper": L + λI; "released": L + √λ I, as the authors' code has it.
         inverses: of a model after `torch.distributed.fsdp.fully_shard`, where they are kept. "replicated": on every
             process, so that a matrix sharded along its longer side needs no communication; "sharded": each on one
@@ -136,6 +140,7 @@ class NGPlus(LayerwiseOptimizer):
         model_calls: ModelCallSamples = "separate",
         loss_reduction: LossReduction = "mean",
         partial_capture: PartialCapture = "base",
+        function_fallback: FunctionFallback = "vmap",
         damping_rule: DampingRule = "paper",
         inverses: Inverses = "auto",
         max_samples: int | None = None,
@@ -159,6 +164,7 @@ class NGPlus(LayerwiseOptimizer):
             model_calls=model_calls,
             loss_reduction=loss_reduction,
             partial_capture=partial_capture,
+            function_fallback=function_fallback,
             damping_rule=damping_rule,
             inverses=inverses,
             max_samples=max_samples,
@@ -206,6 +212,12 @@ class NGPlus(LayerwiseOptimizer):
         self._rotation = Rotation(curvature, rule, self.tuning)
         return curvature
 
+    def _find_supported_layers(self, model: nn.Module) -> list[Layer]:
+        """Every matrix; with a basis or sharded weights those of supported modules alone."""
+        every_matrix = self._options.function_fallback == "vmap" and self._options.basis is None
+        every_matrix = every_matrix and not any(map(is_sharded, model.parameters()))
+        return find_layers(model, self._options.batch_dim, every_matrix=every_matrix)
+
     def _find_layers(self) -> list[Layer]:
         """With a basis a layer is its weight, if any mode of it has one."""
         found = super()._find_layers()
@@ -216,7 +228,7 @@ class NGPlus(LayerwiseOptimizer):
     def _make_accumulator(self) -> Accumulator:
         if self._rotation is None:
             return Accumulator(sampling(self._options, self.tuning), self._generator, self.tuning)
-        sampled = Sampling.from_options(self._options)
+        sampled = Sampling.from_options(self._options, function_fallback=self._options.function_fallback)
         return ModeAccumulator(sampled, self._generator, self.tuning, options=self._options)
 
     def _sum_gradients(self, layers: Sequence[Layer]) -> Mapping[Layer, Statistic]:

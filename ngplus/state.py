@@ -161,6 +161,8 @@ class Layout:
         base_state = {**state_dict, "state": state, "param_groups": base_groups}
         keys = {id(parameter): key for parameter, key in self._match_keys(groups)}
         of_layers = {layer: entries.pop(keys[id(layer.weight)], {}) for layer in self.layers}
+        # What was no layer when it was saved has its number of updates alone, which is zero.
+        of_layers = {layer: {} if each.keys() == {"updates"} else each for layer, each in of_layers.items()}
         self._check_no_curvature(entries)
         if lost := [layer.name for layer, each in of_layers.items() if not each]:
             warnings.warn(

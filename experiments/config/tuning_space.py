@@ -9,8 +9,8 @@
     [tuning.spaces.ngplus]
     lr = { value = { low = 0.02, high = 0.6, log = true }, source = "this repository: around the paper's" }
 
-The space ``shared`` holds for every optimizer that has such a setting; an optimizer's own space comes on top of
-it. A setting that NG+ hands to its base is found there.
+The space ``shared`` holds for every optimizer that has such a setting and uses it; an optimizer's own space comes on
+top of it. A setting that NG+ hands to its base is found there.
 """
 
 from collections.abc import Mapping
@@ -94,7 +94,9 @@ def read_tuning(table: Mapping[str, Any], settings: Mapping[str, Any], epochs: i
         for key in own:
             if locate(given, key) is None:
                 raise SettingsError(f"{where}: spaces.{name}: {key} is no setting of {name}")
-        found = {locate(given, key): each for key, each in sorted((shared | own).items(), key=_learning_rate_first)}
+        unused = getattr(given, "unused", ())
+        taken = {key: each for key, each in shared.items() if key not in unused} | own
+        found = {locate(given, key): each for key, each in sorted(taken.items(), key=_learning_rate_first)}
         spaces[name] = {key: each for key, each in found.items() if key is not None}
     return Tuning(trials=read.trials, epochs=read.epochs, spaces=spaces)
 

@@ -166,6 +166,11 @@ class NGPlusSettings(_LearningRate):
     sides: Literal["short", "both"] = "short"
     max_side: int = 8192
 
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Settings that make no difference to this form, so that no search spends trials on them."""
+        return () if self.basis is None else ("damping", "damping_rule")
+
 
 @dataclass(frozen=True, kw_only=True)
 class KFACSettings(_LearningRate):

@@ -91,7 +91,10 @@ class GroupedProduct:
             The gradients, of the weight and, if there is one, of the bias.
         """
         gradients = _gradients(self.layer)
-        G = gradients[0] if gradients[0].dim() == 2 else gradients[0].flatten(1)
+        G = gradients[0]
+        if G.dim() != 2:
+            side = len(self.inverse)
+            G = G.view(side, -1) if self.left else G.view(-1, side - (len(gradients) - 1))
         if self.left:
             torch.mm(self.inverse, G, out=self.product)
             if self.column is not None:

@@ -45,14 +45,14 @@ def precondition_(member: PreconditionedLayer, tuning: Tuning = DEFAULT) -> Nonz
             return rows
     bias_gradient = _bias_gradient(layer)
     if preconditioner.works_in_place and _is_plain(gradient, bias_gradient, bias is not None, dtype):
-        G = gradient if gradient.dim() == 2 else gradient.view(len(gradient), -1)
+        G = gradient if gradient.dim() == 2 else gradient.view(shape.groups * shape.rows, -1)
         preconditioner.apply_(G, bias_gradient, shape.side)
         return None
     column = None
     if bias is not None and not (
         bias_gradient is None and shape.side == "left" and preconditioner.rows_are_independent
     ):
-        values = gradient.new_zeros(len(gradient)) if bias_gradient is None else bias_gradient
+        values = gradient.new_zeros(shape.groups * shape.rows) if bias_gradient is None else bias_gradient
         column = values.to(dtype).reshape(shape.groups, shape.rows, 1)
     D, d = preconditioner.apply(to_matrix(layer, gradient, dtype), column, shape.side, tuning)
     layer.weight.grad = _replace(gradient, D)

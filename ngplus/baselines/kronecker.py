@@ -19,7 +19,8 @@ from ngplus.apply.grouped import PreconditionedLayer
 from ngplus.apply.layer import precondition_
 from ngplus.apply.sparse_grad import NonzeroRows
 from ngplus.capture.accumulator import Accumulator, Sampling, Statistic, is_zero
-from ngplus.capture.op_handlers import OpCall, UnsupportedCall
+from ngplus.capture.contractions import UnsupportedCall
+from ngplus.capture.op_handlers import OpCall
 from ngplus.capture.sample_index import drop_uncounted_rows
 from ngplus.curvature.damped_cholesky import InverseRequest
 from ngplus.curvature.layer_state import LayerState
@@ -234,7 +235,8 @@ class FactorAccumulator(Accumulator):
         statistic.used += samples
         for pair in pairs:
             rows, columns = (
-                sum_outer_products(factor, self._max_side, statistic.shape.groups, self._tuning) for factor in pair
+                sum_outer_products(factor, self._max_side, statistic.shape.groups, self._tuning)
+                for factor in (pair.rows, pair.columns)
             )
             gradient = columns if table else rows
             gradient /= positions

@@ -264,7 +264,8 @@ def gather(pairs: Sequence[FactorPair], groups: int, tuning: Tuning = DEFAULT) -
     pieces = []
     for start in range(0, rows[0].samples, step):
         stop = min(start + step, rows[0].samples)
-        left, right = ([factor.slice(start, stop) for factor in side] for side in zip(*pairs, strict=True))
+        left = [pair.rows.slice(start, stop) for pair in pairs]
+        right = [pair.columns.slice(start, stop) for pair in pairs]
         pieces.append(form_gradients(left, right, groups, limit).flatten(1))
     return Written(torch.cat(pieces))
 

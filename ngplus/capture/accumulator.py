@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from ngplus.capture.contractions import UnsupportedCall
 from ngplus.capture.loss_reduction import Reduction
 from ngplus.capture.op_handlers import OpCall
 from ngplus.capture.sample_index import drop_uncounted_rows, group_rows
-from ngplus.config import LayerwiseOptions, ModelCallSamples, PartialCapture, Samples
+from ngplus.config import FunctionFallback, LayerwiseOptions, ModelCallSamples, PartialCapture, Samples
 from ngplus.curvature.second_moment import add_stacks_, multiply_columns, scale_columns, second_moment
 from ngplus.dtensors import local_part
+from ngplus.factors.dense import Dense
 from ngplus.factors.pair import FactorPair, flatten_positions, sample_indices, sample_long_side
 from ngplus.layers import Layer, MatrixShape, stored_values
 from ngplus.tuning import DEFAULT, Tuning
@@ -28,6 +30,7 @@ class Sampling:
         samples: "batch" or "rows", see `NGPlus`.
         model_calls: "separate" or "joined", see `NGPlus`.
         partial_capture: "base" or "accept", see `NGPlus`.
+        function_fallback: "vmap" or "base", see `NGPlus`.
         max_samples: most samples that a curvature step uses of each layer, or None.
         block_size: p of (18), or None.
         max_rank: most columns of U, as a fraction of the matrix's side, for which the sum of rank-one products is
@@ -39,6 +42,7 @@ class Sampling:
     model_calls: ModelCallSamples
     partial_capture: PartialCapture
     max_samples: int | None
+    function_fallback: FunctionFallback = "base"
     block_size: int | None = None
     max_rank: float = 0.0
     sketch_size: int | None = None
@@ -138,6 +142,11 @@ class Accumulator:
         self._generator = generator
         self._tuning = tuning
 
+    @property
+    def reads_any_function(self) -> bool:
+        """Whether calls without a handler are differentiated again."""
+        return self.sampling.function_fallback == "vmap"
+
     def check(self, call: OpCall) -> None:
         """Refuse a use that has no statistic.
 
@@ -186,7 +195,8 @@ class Accumulator:
         statistic.samples += count
         statistic.used += used
         if used:
-            self._add_used_(statistic, [FactorPair(p.rows.slice(0, used), p.columns.slice(0, used)) for p in pairs])
+            pairs = [FactorPair(p.rows.slice(0, used), p.columns.slice(0, used), p.group) for p in pairs]
+            self._add_used_(statistic, pairs if len(pairs) == 1 else _join_single_positions(pairs))
 
     def _count_used(self, statistic: Statistic, samples: int) -> int:
         """How many of ``samples`` more are to be used."""
@@ -194,6 +204,9 @@ class Accumulator:
         return samples if limit is None else max(0, min(samples, limit - statistic.used))
 
     def _add_used_(self, statistic: Statistic, pairs: list[FactorPair]) -> None:
+        if pairs[0].group is not None or (len(pairs) > 1 and any(pair.group is not None for pair in pairs)):
+            self._add_groups_(statistic, pairs)
+            return
         shape = statistic.shape
         rank_one = len(pairs) == 1 and pairs[0].rows.positions == 1
         if rank_one and shape.groups == 1 and not statistic.moments:
@@ -205,6 +218,49 @@ class Accumulator:
         if not rank_one and (size := self.sampling.sketch_size) is not None and size < shape.long:
             pairs = [sample_long_side(shape, p, sample_indices(shape.long, size, self._generator)) for p in pairs]
         statistic.add_(second_moment(shape, pairs, self._tuning))
+
+    def _add_groups_(self, statistic: Statistic, pairs: list[FactorPair]) -> None:
+        """Add what single ones of the layer's matrices were multiplied by, each to its own sum."""
+        shape = statistic.shape
+        groups: dict[int, list[FactorPair]] = {}
+        for pair in pairs:
+            if pair.group is None:
+                raise UnsupportedCall("is used as a whole and by single matrices of it, on the same samples")
+            groups.setdefault(pair.group, []).append(pair._replace(group=None))
+        if not statistic.moments:
+            device, dtype = pairs[0].rows.device, pairs[0].rows.dtype
+            statistic.moments = [torch.zeros(size, dtype=dtype, device=device) for size in shape.stack_shapes]
+        for number, together in groups.items():
+            alone = Statistic(replace(shape, groups=1))
+            self._add_used_(alone, together)
+            alone.densify_()
+            for total, part in zip(statistic.moments, alone.moments, strict=True):
+                total[number * len(part) : (number + 1) * len(part)] += part
+
+
+def _join_single_positions(pairs: list[FactorPair]) -> list[FactorPair]:
+    """Uses of one position each, as those of a recurrent layer's steps, as one use of many: products of all at once."""
+    alike: dict[Any, list[tuple[Dense, Dense, FactorPair]]] = {}
+    joined = []
+    for pair in pairs:
+        rows, columns, group = pair
+        if isinstance(rows, Dense) and isinstance(columns, Dense) and rows.positions == 1:
+            shapes = rows.entries.shape, columns.entries.shape
+            key = *shapes, rows.first_row, rows.full_size, columns.appended, group
+            alike.setdefault(key, []).append((rows, columns, pair))
+        else:
+            joined.append(pair)
+    for together in alike.values():
+        every = [_join([rows for rows, _, _ in together]), _join([columns for _, columns, _ in together])]
+        joined.append(together[0][2]._replace(rows=every[0], columns=every[1]))
+    return joined
+
+
+def _join(factors: Sequence[Dense]) -> Dense:
+    """Factors of equal sizes as one of all their positions."""
+    if len(factors) == 1:
+        return factors[0]
+    return replace(factors[0], entries=torch.cat([factor.entries for factor in factors], dim=3))
 
 
 def is_zero(tensor: Tensor) -> bool:

@@ -12,6 +12,7 @@ A bias, which is one more column of its layer's matrix, is compared by itself in
 from __future__ import annotations
 
 import functools
+import math
 import operator
 import random
 import weakref
@@ -26,6 +27,7 @@ from ngplus.factors.dense import Dense
 from ngplus.factors.embedding import Bags, OneHot
 from ngplus.factors.factor import Factor, statistics_dtype
 from ngplus.factors.im2col import Patches
+from ngplus.factors.khatri_rao import KhatriRao
 from ngplus.factors.pair import FactorPair
 from ngplus.guards.amp import without_autocast
 from ngplus.layers import Layer, MatrixShape
@@ -111,6 +113,7 @@ class MatrixEntries:
         row: the row within its group, where there are several groups.
         column: the first input channel or column, of the same number in each group.
         offset: into a convolution's kernel, the same for all.
+        kernel: sizes of a convolution's kernel.
         shape: of the matrix.
     """
 
@@ -119,12 +122,15 @@ class MatrixEntries:
     row: int
     column: int
     offset: tuple[int, ...]
+    kernel: tuple[int, ...]
     shape: MatrixShape
 
     @classmethod
     def sample(cls, layer: Layer, shape: MatrixShape, most: int, generator: random.Random) -> MatrixEntries:
         """Up to ``most`` entries."""
-        width, kernel = layer.weight.shape[1], layer.weight.shape[2:]
+        width, kernel = layer.weight.shape[1], tuple(layer.weight.shape[2:])
+        if layer.batched:
+            width, kernel = layer.matrix[2], ()
         grouped = shape.groups > 1
         count = min(most, shape.groups) if grouped else min(most, shape.rows, width)
         return cls(
@@ -133,16 +139,28 @@ class MatrixEntries:
             row=generator.randrange(shape.rows),
             column=generator.randrange(width if grouped else width - count + 1),
             offset=tuple(generator.randrange(size) for size in kernel),
+            kernel=kernel,
             shape=shape,
         )
 
     def of_use(self, pair: FactorPair) -> UseEntries:
         """Σᵢ Σ_κ Gᵢ[r, κ] Aᵢ[c, κ]."""
+        if pair.group is not None:
+            return self._of_group(pair, pair.group)
         rows, place = self._row_entries(pair.rows)
         columns = self._column_entries(pair.columns)
         if rows.shape[1] < self.count:
             columns = columns[:, place : place + rows.shape[1]]
         return _sum_products(rows * columns, place)
+
+    def _of_group(self, pair: FactorPair, group: int) -> UseEntries:
+        """The entries of a use that has one of the groups alone."""
+        assert isinstance(pair.rows, Dense)
+        assert isinstance(pair.columns, Dense)
+        inside, place = self.rows.inside(group, 1)
+        rows, columns = pair.rows.entries[:, inside, self.row], pair.columns.entries[:, inside, self.column]
+        dtype = statistics_dtype(rows.dtype)
+        return _sum_products(rows.to(dtype) * columns.to(dtype), place)
 
     def _row_entries(self, factor: Factor) -> tuple[Tensor, int]:
         if isinstance(factor, OneHot):  # a table that is a linear layer's weight too
@@ -165,11 +183,21 @@ class MatrixEntries:
     def _column_entries(self, factor: Factor) -> Tensor:
         if isinstance(factor, Patches):
             return factor.at_offset(factor.images[:, self._channels(factor.channels)], self.offset)
+        if isinstance(factor, KhatriRao):
+            assert isinstance(factor.one, Dense)
+            assert isinstance(factor.other, Dense)
+            one = factor.one.entries[:, 0, self.column : self.column + self.count]
+            dtype = statistics_dtype(one.dtype)
+            return one.to(dtype) * factor.other.entries[:, :1, self.offset[0]].to(dtype)
         assert isinstance(factor, Dense)
+        area, place = math.prod(self.kernel), 0
+        for size, at in zip(self.kernel, self.offset, strict=True):
+            place = place * size + at
+        column = self.column * area + place
         if self.shape.groups > 1:
-            entries = factor.entries[:, self.rows.as_slice, self.column]
+            entries = factor.entries[:, self.rows.as_slice, column]
         else:
-            entries = factor.entries[:, 0, self.column : self.column + self.count]
+            entries = factor.entries[:, 0, column : column + self.count * area : area]
         return entries.to(statistics_dtype(entries.dtype))
 
     def _channels(self, in_group: int) -> slice:
@@ -186,6 +214,8 @@ class MatrixEntries:
     def of_gradient(self, gradient: Tensor) -> Tensor:
         """The entries of a weight's gradient, which are evenly spaced in its memory."""
         dense = gradient if gradient.layout == torch.strided else gradient.to_dense()
+        if not self.kernel and dense.dim() != 2:  # a batch of matrices
+            dense = dense.reshape(self.shape.groups * self.shape.rows, -1)
         to_row, to_column, *to_offset = dense.stride()
         grouped = self.shape.groups > 1
         first, step = self.rows.start, self.rows.step
@@ -428,7 +458,7 @@ class BiasSum:
 def _bias_factor(pair: FactorPair) -> float:
     """1 where a use adds the bias, else 0."""
     columns = pair.columns
-    assert isinstance(columns, Dense | Patches)
+    assert isinstance(columns, Dense | Patches | KhatriRao)
     return columns.appended or 0.0
 
 
@@ -455,7 +485,7 @@ def sample_entries(
     Returns:
         The entries.
     """
-    products = max(1, output_size // layer.weight.shape[0])
+    products = max(1, output_size // max(1, layer.matrix[1]))
     most = min(tuning.compared_entries, max(2, tuning.compared_products // products))
     small = output_size <= tuning.summed_outputs and layer.weight.numel() <= tuning.summed_weights
     if layer.weight.dim() == 2 and not layer.row_sparse and small:

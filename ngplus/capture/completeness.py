@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ngplus.capture.compared_entries import ComparedEntries
+from ngplus.capture.compared_entries import BiasSum, ComparedEntries, MatrixSums
 from ngplus.devices import factor_dtype, reads_without_sync
 from ngplus.factors.factor import statistics_dtype
 from ngplus.factors.pair import FactorPair
@@ -73,6 +73,19 @@ class Comparison:
             captured = F.pad(captured, (place, count - place - len(captured)))
         self._captured.append(_read(captured))
         self._sizes.append(size)
+        self._dtypes.add(dtype)
+
+    def add_sum(self, gradient: Tensor, squares: Tensor, dtype: torch.dtype) -> None:
+        """Add what a captured use brings whose gradients are formed whole.
+
+        Args:
+            gradient: Σᵢ 𝒢ᵢ, in the parameter's shape.
+            squares: the sum of squares of all their entries, a scalar.
+            dtype: that the use was computed in.
+        """
+        share = 1.0 if isinstance(self._entries, MatrixSums | BiasSum) else self._entries.count / gradient.numel()
+        self._captured.append(_read(self._entries.of_gradient(gradient)))
+        self._sizes.append((squares * share).sqrt())
         self._dtypes.add(dtype)
 
     def add_gradient(self, gradient: Tensor) -> None:

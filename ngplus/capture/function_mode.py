@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -12,11 +13,14 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ngplus._torch_internals import is_transformed, undispatched
+from ngplus.capture.recurrent import RECURRENT_CALLS, RecurrentCall
 
 
 @dataclass(frozen=True)
-class Attention:
-    """What is known inside of ``F.multi_head_attention_forward``: inputs are (T, B, E) or (T·B, E).
+class TimeMajor:
+    """What is known inside of ``F.multi_head_attention_forward`` and of recurrent layers.
+
+    Inputs are (T, B, E) or (T·B, E).
 
     Attributes:
         batch: B.
@@ -34,27 +38,30 @@ class FunctionCall:
         args: its arguments.
         kwargs: its arguments by name.
         output: what it returned.
-        attention: the attention that it is a part of, or None.
+        time_major: the attention or the recurrent layer that it is a part of, or None.
     """
 
     function: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output: Any
-    attention: Attention | None
+    time_major: TimeMajor | None
 
     @property
     def name(self) -> str:
         """Of the function, for messages."""
         return getattr(self.function, "__name__", str(self.function))
 
-    def tensors(self) -> Iterator[Tensor]:
+    @cached_property
+    def tensors(self) -> list[Tensor]:
         """The tensors among its arguments, those in lists and tuples too."""
-        return (each for each in _flatten((*self.args, *self.kwargs.values())) if isinstance(each, Tensor))
+        return [each for each in _flatten((*self.args, *self.kwargs.values())) if isinstance(each, Tensor)]
 
     def passes_gradient_to(self, argument: Tensor) -> bool:
         """Whether a gradient can come back through its output, which is not only a view of ``argument``."""
-        owner = owner_of(argument)
+        owner, output = owner_of(argument), self.output
+        if isinstance(output, Tensor) and output.requires_grad and output is not owner and output._base is not owner:
+            return True
         outputs = (each for each in _flatten((self.output,)) if isinstance(each, Tensor))
         if any(each.requires_grad and each is not owner and each._base is not owner for each in outputs):
             return True
@@ -75,37 +82,58 @@ def owner_of(tensor: Tensor) -> Tensor:
     return tensor if tensor._base is None else tensor._base
 
 
+_WITHOUT_TENSORS = (int, float, torch.Size, torch.device, torch.dtype)
+"""What calls that ask something of a tensor return: most calls of a small model do."""
+
+
 class CaptureMode(TorchFunctionMode):
     """Hands every function call that is made while it is on to ``record``.
 
     Args:
         record: takes the calls.
+        awaits: whether the gradient of any of some arguments is awaited.
     """
 
-    def __init__(self, record: Callable[[FunctionCall], None]) -> None:
+    def __init__(
+        self, record: Callable[[FunctionCall], None], awaits: Callable[[Iterable[Any]], bool] = lambda _: False
+    ) -> None:
         super().__init__()
         self._record = record
-        self._attention: Attention | None = None
+        self._awaits = awaits
+        self._time_major: TimeMajor | None = None
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if func is F.multi_head_attention_forward:
-            return self._run_attention(args, kwargs)
+            query = args[0] if args else kwargs["query"]
+            batch = query.shape[1] if query.dim() == 3 else 1
+            return self._run_inside(partial(undispatched(func), *args, **kwargs), batch)
+        if (parse := RECURRENT_CALLS.get(func)) is not None and not kwargs and self._awaits(_flatten(args)):
+            return self._run_unfused(parse(*args))
         output = func(*args, **kwargs)
-        self._record(FunctionCall(func, args, kwargs, output, self._attention))
+        if not isinstance(output, _WITHOUT_TENSORS):
+            self._record(FunctionCall(func, args, kwargs, output, self._time_major))
         return output
 
-    def _run_attention(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run attention with this mode on inside of it too, so that its projections are recorded."""
-        query = args[0] if args else kwargs["query"]
-        outer, self._attention = self._attention, Attention(query.shape[1] if query.dim() == 3 else 1)
+    def _run_unfused(self, call: RecurrentCall) -> Any:
+        """Run a recurrent layer step by step, so that its products are recorded."""
+
+        def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            product: Tensor = self._run_inside(partial(F.linear, input, weight, bias), call.batch)
+            return product
+
+        return call.run(linear)
+
+    def _run_inside(self, run: Callable[[], Any], batch: int) -> Any:
+        """Call with this mode on inside of it too, and its inputs known to be time-major."""
+        outer, self._time_major = self._time_major, TimeMajor(batch)
         try:
             with self:
-                return undispatched(F.multi_head_attention_forward)(*args, **kwargs)
+                return run()
         finally:
-            self._attention = outer
+            self._time_major = outer
 
 
-__all__ = ["Attention", "CaptureMode", "FunctionCall", "owner_of"]
+__all__ = ["CaptureMode", "FunctionCall", "TimeMajor", "owner_of"]

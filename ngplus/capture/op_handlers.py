@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,17 +10,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ngplus.capture.function_mode import Attention, FunctionCall, owner_of
+from ngplus._torch_internals import grouped_mm
+from ngplus.capture.contractions import (
+    CONTRACTIONS,
+    Contraction,
+    ContractionFactors,
+    NoSampleGradient,
+    UnsupportedCall,
+)
+from ngplus.capture.function_mode import FunctionCall, TimeMajor, owner_of
 from ngplus.factors.dense import Dense
 from ngplus.factors.embedding import Bags, OneHot
 from ngplus.factors.factor import statistics_dtype
 from ngplus.factors.im2col import patches
+from ngplus.factors.khatri_rao import KhatriRao
 from ngplus.factors.pair import FactorPair
 from ngplus.layers import Layer
 
 
-class UnsupportedCall(Exception):  # noqa: N818 (control flow, never seen by users)
-    """A use of a layer's weight whose per-sample gradient is not known in the form (8)."""
+def _released(*_: Any) -> FactorPair:
+    raise AssertionError("the call has been released")
 
 
 @dataclass(eq=False)
@@ -32,12 +41,38 @@ class OpCall:
         source: what multiplied the weight: input, or indices.
         factors: takes ``source`` and the gradient of the call's output to `FactorPair`.
         transposed: whether the input belongs to the matrix's rows and the output to its columns, as in x W.
+        parts: takes ``source`` to the slices of its rows that have factors of their own; None for one pair of all.
+        is_read: whether the factors are read off the call; they are not where its function is differentiated again.
     """
 
     layer: Layer
     source: Any
-    factors: Callable[[Any, Tensor], FactorPair]
+    factors: Callable[..., FactorPair]
     transposed: bool = False
+    parts: Callable[[Any], list[tuple[int, slice]]] | None = None
+    is_read: bool = True
+
+    def release(self) -> None:
+        """Let go of the input, and of what the factors are made with: a loss that is kept would keep them."""
+        self.source, self.factors = None, _released
+
+    def pairs(self, source: Any, gradient: Tensor) -> list[tuple[FactorPair, slice | None]]:
+        """The factors, and which rows of the input they are of; None for all.
+
+        Args:
+            source: what multiplied the weight.
+            gradient: of the call's output.
+
+        Returns:
+            One pair or several.
+        """
+        if self.parts is None:
+            return [(self.factors(source, gradient), None)]
+        return [
+            (self.factors(source[rows], gradient[rows])._replace(group=group), rows)
+            for group, rows in self.parts(source)
+            if rows.stop > rows.start
+        ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,13 +82,13 @@ class WeightArgument:
     Attributes:
         layer: whose weight it is.
         weight: the layer's weight, or a view of it.
-        attention: the attention that the call is a part of, or None.
+        time_major: the attention or the recurrent layer that the call is a part of, or None.
         input_shape: of the module's input, where the module flattens it before the call; else None.
     """
 
     layer: Layer
     weight: Tensor
-    attention: Attention | None
+    time_major: TimeMajor | None
     input_shape: torch.Size | None
 
 
@@ -72,14 +107,14 @@ class OpHandler:
     keyword: str = "weight"
 
 
-def find_weight(call: FunctionCall) -> Any:
-    """The argument that the called function takes as weight; None for functions without a handler."""
+def find_weights(call: FunctionCall) -> Sequence[Any]:
+    """The arguments that the called function may take as weight; none for functions without a handler."""
     handler = OP_HANDLERS.get(call.function)
-    if handler is None:
-        return None
+    if handler is None or call.function in CONTRACTIONS:
+        return call.tensors if call.function in CONTRACTIONS else ()
     if handler.keyword in call.kwargs:
-        return call.kwargs[handler.keyword]
-    return call.args[handler.position] if len(call.args) > handler.position else None
+        return (call.kwargs[handler.keyword],)
+    return (call.args[handler.position],) if len(call.args) > handler.position else ()
 
 
 def parse_call(layer: Layer, call: FunctionCall, weight: Tensor, input_shape: torch.Size | None) -> OpCall:
@@ -88,7 +123,7 @@ def parse_call(layer: Layer, call: FunctionCall, weight: Tensor, input_shape: to
     Args:
         layer: whose weight it is.
         call: of a function that has a handler.
-        weight: what `find_weight` found: the layer's weight, or a view of it.
+        weight: one of those that `find_weights` found: the layer's weight, or a view of it.
         input_shape: see `WeightArgument`.
 
     Returns:
@@ -98,10 +133,28 @@ def parse_call(layer: Layer, call: FunctionCall, weight: Tensor, input_shape: to
         UnsupportedCall: where the gradient of one sample cannot be told from what goes in and out.
         ValueError: a ``batch_dim`` that is no dimension of the input.
     """
-    handler, args = OP_HANDLERS[call.function], call.args
-    given = WeightArgument(layer, weight, call.attention, input_shape)
+    given = WeightArgument(layer, weight, call.time_major, input_shape)
+    handler, args = OP_HANDLERS.get(call.function), call.args
+    if handler is None or not _is_at(handler, call, weight):
+        return _parse_contraction(given, CONTRACTIONS[call.function](call, weight))
     others = {name: value for name, value in call.kwargs.items() if name != handler.keyword}
     return handler.parse(given, *args[: handler.position], *args[handler.position + 1 :], **others)
+
+
+def _is_at(handler: OpHandler, call: FunctionCall, weight: Tensor) -> bool:
+    """Whether the handler takes this argument, and has no more than a matrix to read it as."""
+    at = call.kwargs.get(handler.keyword, None)
+    if at is None:
+        at = call.args[handler.position]
+    return at is weight and not (call.function in CONTRACTIONS and weight.dim() != 2)
+
+
+def _parse_contraction(given: WeightArgument, contraction: Contraction) -> OpCall:
+    """Parse a product of the weight with one other tensor, see `Contraction`."""
+    if isinstance(owner_of(contraction.other), nn.Parameter):
+        raise UnsupportedCall("is multiplied by another parameter, which has no samples")
+    factors = ContractionFactors.of(given.layer, given.weight, contraction, _appended_value(given.layer, None))
+    return OpCall(given.layer, contraction.other, factors.pair, factors.transposed)
 
 
 def _appended_value(layer: Layer, bias: Tensor | None) -> float | None:
@@ -128,6 +181,45 @@ def _is_piece(bias: Tensor, of: Tensor | None) -> bool:
     return equal and pieces[place] is of
 
 
+@dataclass(frozen=True)
+class _Part:
+    """What of a layer's matrices a two-dimensional argument is.
+
+    Attributes:
+        transposed: whether it is the transpose.
+        first_row: where its rows begin.
+        full_size: rows of the whole matrix where these are some of them, else None.
+        group: the matrix's number where there are several.
+    """
+
+    transposed: bool = False
+    first_row: int = 0
+    full_size: int | None = None
+    group: int | None = None
+
+
+_WHOLE = _Part()
+
+
+def _find_part(layer: Layer, weight: Tensor) -> _Part:
+    """What of a layer's weight a linear function takes."""
+    whole = layer.weight
+    if weight is whole and whole.dim() == 2:
+        return _WHOLE
+    if whole.dim() == 2:
+        if _is_transpose(weight, whole):
+            return _Part(transposed=True)
+        first_row, full_size = _row_slice(layer, weight)
+        return _Part(first_row=first_row, full_size=full_size)
+    groups, m, n = layer.matrix
+    group, left = divmod(int(weight.storage_offset() - whole.storage_offset()), m * n)
+    if left == 0 and whole.is_contiguous():
+        for transposed, shape, stride in ((False, (m, n), (n, 1)), (True, (n, m), (1, n))):
+            if weight.shape == shape and weight.stride() == stride:
+                return _Part(transposed=transposed, group=group if groups > 1 else None)
+    raise UnsupportedCall("is used through a view that is not one of its matrices")
+
+
 def _row_slice(layer: Layer, weight: Tensor) -> tuple[int, int | None]:
     """First row and full size of a weight that is a slice of rows; (0, None) for the whole."""
     whole = layer.weight
@@ -149,36 +241,35 @@ def _is_transpose(weight: Tensor, whole: Tensor) -> bool:
 
 def _parse_linear(given: WeightArgument, input: Tensor, bias: Tensor | None = None, **_: Any) -> OpCall:
     """Parse x Wᵀ + b, where the weight is the layer's, a slice of its rows, or its transpose."""
-    layer, attention = given.layer, given.attention
-    transposed = _is_transpose(given.weight, layer.weight)
-    first_row, full_size = (0, None) if transposed else _row_slice(layer, given.weight)
-    if transposed and bias is not None and bias is layer.trained_bias:
+    layer, time_major = given.layer, given.time_major
+    part = _find_part(layer, given.weight)
+    if part.transposed and bias is not None and bias is layer.trained_bias:
         raise UnsupportedCall("is used transposed, with a bias that is a column of it")
     appended = _appended_value(layer, bias)
     leading = _leading_shape(given, input)
-    if attention is None and (dimensions := len(leading or input.shape[:-1])) > 1:
+    if time_major is None and (dimensions := len(leading or input.shape[:-1])) > 1:
         _check_batch_dim(layer, input, dimensions)
 
     def positions_last(tensor: Tensor) -> Tensor:
         """(b, 1, features, κ), whatever the layout of a linear layer's input or output."""
         features = tensor.shape[-1]
-        if attention is not None and tensor.dim() == 2:
-            tensor = tensor.view(-1, attention.batch, features)  # (T·B, E) -> (T, B, E)
+        if time_major is not None and tensor.dim() == 2:
+            tensor = tensor.view(-1, time_major.batch, features)  # (T·B, E) -> (T, B, E)
         if leading is not None:
             tensor = tensor.reshape(*leading, features)
-        batch_dim = 1 if attention is not None else layer.batch_dim
+        batch_dim = 1 if time_major is not None else layer.batch_dim
         if tensor.dim() <= 2:
             return tensor.reshape(-1, 1, features, 1)
         return tensor.movedim(batch_dim, 0).flatten(1, -2).mT.unsqueeze(1)
 
     def factors(source: Tensor, gradient: Tensor) -> FactorPair:
         inside, outside = positions_last(source), positions_last(gradient)
-        if transposed:
-            return FactorPair(rows=Dense(inside), columns=Dense(outside, appended=appended))
-        rows = Dense(outside, first_row=first_row, full_size=full_size)
-        return FactorPair(rows=rows, columns=Dense(inside, appended=appended))
+        if part.transposed:
+            return FactorPair(Dense(inside), Dense(outside, appended=appended), part.group)
+        rows = Dense(outside, first_row=part.first_row, full_size=part.full_size)
+        return FactorPair(rows, Dense(inside, appended=appended), part.group)
 
-    return OpCall(layer, input, factors, transposed)
+    return OpCall(layer, input, factors, part.transposed)
 
 
 def _leading_shape(given: WeightArgument, input: Tensor) -> torch.Size | None:
@@ -187,7 +278,7 @@ def _leading_shape(given: WeightArgument, input: Tensor) -> torch.Size | None:
         return None
     shape = given.input_shape
     if shape is None or shape[-1] != input.shape[-1] or shape.numel() != input.numel():
-        raise UnsupportedCall("is used on flattened rows whose samples nothing tells")
+        raise NoSampleGradient("is used on flattened rows whose samples nothing tells")
     return shape[:-1]
 
 
@@ -224,7 +315,7 @@ def _parse_convolution(
     groups: int = 1,
 ) -> OpCall:
     layer, weight = given.layer, given.weight
-    if weight is not layer.weight or groups != layer.groups:
+    if not _is_whole(weight, layer) or groups != layer.matrix[0]:
         raise UnsupportedCall("is used by a convolution with other groups or a part of the weight")
     kernel = tuple(weight.shape[2:])
     stride, dilation = _per_direction(stride, kernel), _per_direction(dilation, kernel)
@@ -243,6 +334,73 @@ def _parse_convolution(
     return OpCall(layer, input, factors)
 
 
+def _is_whole(weight: Tensor, layer: Layer) -> bool:
+    """Whether a weight is a layer's, or a view of all of it in the same order."""
+    whole = layer.weight
+    layout = weight.shape, weight.stride(), weight.storage_offset()
+    return weight is whole or layout == (whole.shape, whole.stride(), whole.storage_offset())
+
+
+def _parse_transposed_convolution(
+    given: WeightArgument,
+    input: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> OpCall:
+    """Parse the adjoint of a convolution: its input multiplies patches of the output's gradient."""
+    layer, weight = given.layer, given.weight
+    if not _is_whole(weight, layer) or groups != layer.matrix[0]:
+        raise UnsupportedCall("is used by a transposed convolution with other groups or a part of the weight")
+    kernel = tuple(weight.shape[2:])
+    stride, dilation = _per_direction(stride, kernel), _per_direction(dilation, kernel)
+    before = _per_direction(padding, kernel)
+
+    def batched(tensor: Tensor) -> Tensor:
+        return tensor if tensor.dim() == len(kernel) + 2 else tensor.unsqueeze(0)
+
+    def factors(source: Tensor, gradient: Tensor) -> FactorPair:
+        inputs, outputs, zeros = batched(source), batched(gradient), []
+        for direction, length in enumerate(inputs.shape[2:]):  # as much of the output as a patch reaches
+            reach = (length - 1) * stride[direction] + dilation[direction] * (kernel[direction] - 1) + 1
+            needed = max(0, reach - before[direction])
+            kept = min(needed, outputs.shape[2 + direction])
+            outputs = outputs.narrow(2 + direction, 0, kept)
+            zeros.append((before[direction], reach - before[direction] - kept))
+        values = inputs.flatten(2)  # (b, in, κ)
+        rows = Dense(values.reshape(values.shape[0], groups, -1, values.shape[2]))
+        return FactorPair(rows, patches(outputs, kernel, stride, dilation, tuple(zeros), groups, None))
+
+    return OpCall(layer, input, factors, transposed=True)
+
+
+def _parse_grouped_mm(given: WeightArgument, input: Tensor, offs: Tensor | None = None, *_: Any, **__: Any) -> OpCall:
+    """Parse x W, where the rows of x up to the first offset meet the first matrix, those up to the second the next."""
+    layer, weight = given.layer, given.weight
+    if offs is None or input.dim() != 2 or weight.dim() != 3 or layer.matrix[0] != len(weight):
+        raise UnsupportedCall("is used by grouped_mm in another form than rows by groups of rows")
+    stored = layer.weight.view(layer.matrix)
+    same = [(each.shape, each.stride()) == (weight.shape, weight.stride()) for each in (stored, stored.mT)]
+    if not any(same) or weight.storage_offset() != stored.storage_offset():
+        raise UnsupportedCall("is used by grouped_mm through a view that is not all of its matrices")
+    transposed = same[0]
+
+    def parts(_: Tensor) -> list[tuple[int, slice]]:
+        stops = offs.tolist()
+        return [
+            (group, slice(start, stop)) for group, (start, stop) in enumerate(zip([0, *stops], stops, strict=False))
+        ]
+
+    def factors(source: Tensor, gradient: Tensor) -> FactorPair:
+        inside, outside = (Dense(each[:, None, :, None]) for each in (source, gradient))
+        return FactorPair(inside, outside) if transposed else FactorPair(outside, inside)
+
+    return OpCall(layer, input, factors, transposed, parts)
+
+
 def _per_direction(value: Any, kernel: tuple[int, ...]) -> tuple[int, ...]:
     """An int or a sequence of one or more, for every spatial direction."""
     values = (value,) if isinstance(value, int) else tuple(value)
@@ -259,6 +417,29 @@ def _pad_amounts(padding: Any, kernel: tuple[int, ...], dilation: tuple[int, ...
     return tuple((amount, amount) for amount in _per_direction(padding, kernel))
 
 
+def _parse_bilinear(
+    given: WeightArgument, input1: Tensor, input2: Tensor, bias: Tensor | None = None, **_: Any
+) -> OpCall:
+    """Parse x₁ᵀ W x₂ + b for each row of W: a linear function of x₁ ⊗ x₂."""
+    layer = given.layer
+    if not _is_whole(given.weight, layer) or layer.batched:
+        raise UnsupportedCall("is used by bilinear as a part of it")
+    if (dimensions := input1.dim() - 1) > 1:
+        _check_batch_dim(layer, input1, dimensions)
+    appended = _appended_value(layer, bias)
+
+    def positions_last(tensor: Tensor) -> Dense:
+        if tensor.dim() <= 2:
+            return Dense(tensor.reshape(-1, 1, tensor.shape[-1], 1))
+        return Dense(tensor.movedim(layer.batch_dim, 0).flatten(1, -2).mT.unsqueeze(1))
+
+    def factors(inputs: Sequence[Tensor], gradient: Tensor) -> FactorPair:
+        columns = KhatriRao(positions_last(inputs[0]), positions_last(inputs[1]), appended)
+        return FactorPair(positions_last(gradient), columns)
+
+    return OpCall(layer, [input1, input2], factors)
+
+
 def _parse_embedding(
     given: WeightArgument,
     input: Tensor,
@@ -270,7 +451,7 @@ def _parse_embedding(
 ) -> OpCall:
     layer, weight = given.layer, given.weight
     if scale_grad_by_freq:
-        raise UnsupportedCall("is an embedding with scale_grad_by_freq, which no sample's gradient has")
+        raise NoSampleGradient("is an embedding with scale_grad_by_freq, which no sample's gradient has")
     if weight is not layer.weight:
         raise UnsupportedCall("is an embedding of a part of the table")
     if input.dim() > 1:
@@ -313,8 +494,10 @@ def _parse_embedding_bag(
     padding_idx: int | None = None,
 ) -> OpCall:
     layer, weight = given.layer, given.weight
-    if scale_grad_by_freq or mode == "max":
-        raise UnsupportedCall(f"is an embedding bag with {mode=}, {scale_grad_by_freq=}")
+    if scale_grad_by_freq:
+        raise NoSampleGradient("is an embedding bag with scale_grad_by_freq, which no sample's gradient has")
+    if mode == "max":
+        raise UnsupportedCall(f"is an embedding bag with {mode=}")
     if weight is not layer.weight:
         raise UnsupportedCall("is an embedding bag over a part of the table")
     appended = _appended_value(layer, None)
@@ -359,6 +542,10 @@ OP_HANDLERS: Mapping[Any, OpHandler] = {
     F.conv1d: OpHandler(_parse_convolution),
     F.conv2d: OpHandler(_parse_convolution),
     F.conv3d: OpHandler(_parse_convolution),
+    F.conv_transpose1d: OpHandler(_parse_transposed_convolution),
+    F.conv_transpose2d: OpHandler(_parse_transposed_convolution),
+    F.conv_transpose3d: OpHandler(_parse_transposed_convolution),
+    F.bilinear: OpHandler(_parse_bilinear, position=2),
     F.embedding: OpHandler(_parse_embedding),
     F.embedding_bag: OpHandler(_parse_embedding_bag),
     torch.matmul: OpHandler(_parse_matmul, keyword="other"),
@@ -367,7 +554,8 @@ OP_HANDLERS: Mapping[Any, OpHandler] = {
     torch.mm: OpHandler(_parse_matmul, keyword="mat2"),
     Tensor.mm: OpHandler(_parse_matmul, keyword="mat2"),
     torch.addmm: OpHandler(_parse_addmm, position=2, keyword="mat2"),
+    grouped_mm: OpHandler(_parse_grouped_mm, keyword="mat2"),
 }
-"""The functions whose calls are parsed; a use by any other makes a layer unsupported."""
+"""The functions whose calls are parsed, besides those of `CONTRACTIONS`."""
 
-__all__ = ["OpCall", "UnsupportedCall", "find_weight", "parse_call"]
+__all__ = ["OpCall", "find_weights", "parse_call"]

@@ -2,8 +2,9 @@
 
 While armed, a function mode is on inside the calls of the model (or of one of its layers, where layers are called one
 by one). It gets every function call that takes a layer's weight, whoever makes it: the layer itself, a subclass that
-wraps more around it, attention, or a functional use of another module's weight. The call's output gets a tensor hook;
-when its gradient comes back, the sample's factors are summed at once and nothing is kept. Tensor hooks survive in-place
+wraps more around it, attention, or a functional use of another module's weight. Where a handler reads the call, the
+factors come from what goes in and out; any other function is differentiated again. The call's output gets a hook; when
+its gradient comes back, the sample's factors are summed at once and nothing is kept. Tensor hooks survive in-place
 activations, and a forward pass whose backward never comes leaves nothing behind, since everything hangs on its graph.
 
 Nothing is registered on the model itself but hooks on its weights while their gradients are awaited, so that it can be
@@ -16,6 +17,7 @@ import random
 import threading
 import weakref
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -27,9 +29,13 @@ from ngplus._torch_internals import accumulates, backward_pass_number, is_curren
 from ngplus.capture.accumulator import Accumulator, Sampling, Statistic, is_zero
 from ngplus.capture.compared_entries import ComparedEntries, choose_bias_entries, sample_entries
 from ngplus.capture.completeness import Comparison, read_values
+from ngplus.capture.contractions import NoSampleGradient, UnsupportedCall
+from ngplus.capture.expressions import CONSTANTS, Expressions, Source
+from ngplus.capture.function_gradients import parse_function
 from ngplus.capture.function_mode import CaptureMode, FunctionCall, owner_of
 from ngplus.capture.model_calls import ModelCalls
-from ngplus.capture.op_handlers import UnsupportedCall, find_weight, parse_call
+from ngplus.capture.op_handlers import OpCall, find_weights, parse_call
+from ngplus.capture.row_origins import RowOrigins
 from ngplus.capture.sample_index import SampleIndex
 from ngplus.capture.weight_use import CapturedPair, LayerRecord, WeightHook, WeightUse, record_versions
 from ngplus.capture.whole_weights import WholeWeights
@@ -45,7 +51,8 @@ from ngplus.tuning import DEFAULT, Tuning
 
 INCOMPLETE = (
     "has a gradient that is not the sum of its captured uses: it is used outside of the model's calls too "
-    "(in the training loop, through model.forward, in a torch.autograd.Function, as a penalty or in derivatives)"
+    "(in the training loop, through model.forward, in a torch.autograd.Function, as a penalty or in derivatives), or "
+    "goes into a function that mixes samples"
 )
 """Why a layer is left to the base whose gradient has other sources than what was captured."""
 
@@ -70,6 +77,29 @@ class _OutermostCall(threading.local):
     module: nn.Module | None = None
     depth: int = 0
     mode: CaptureMode | None = None
+
+
+@dataclass(eq=False, slots=True)
+class _Unread:
+    """What no handler reads of a call.
+
+    Attributes:
+        weights: what it may take as weight, see `find_weights`.
+        sources: the parameters that it carries a gradient to.
+        reasons: why not, for the layers that it takes directly.
+        is_view: whether it returns a view of a weight.
+        together: the layers whose weight and bias it takes.
+    """
+
+    weights: Sequence[Any]
+    sources: dict[tuple[int, int], Source] = field(default_factory=dict)
+    reasons: dict[Layer, str] = field(default_factory=dict)
+    is_view: bool = False
+    together: list[Layer] = field(default_factory=list)
+
+    def add(self, source: Source) -> None:
+        """Add a parameter."""
+        self.sources[source.key] = source
 
 
 class Recorder:
@@ -113,6 +143,8 @@ class Recorder:
         self._input_shapes: dict[Layer, torch.Size] = {}
         self._outermost = _OutermostCall()
         self._model_calls = ModelCalls(sampling.model_calls == "joined")
+        self._expressions = Expressions()
+        self._origins = RowOrigins() if any(layer.bare for layer in self._layers.values()) else None
         self._handles: list[RemovableHandle] = []
         self._weight_hooks: list[WeightHook] = []
         self._hooked: set[tuple[Layer, int]] = set()
@@ -137,6 +169,7 @@ class Recorder:
         for layer in self._layers.values():
             if layer.bias is not None:
                 self._biases.setdefault(id(layer.bias), []).append(layer)
+        self._expressions = Expressions(modules.values())
         self._flattening = {id(modules.get(layer.module)): layer for layer in self._layers.values() if layer.flattens}
         self._forget()
         self._model_calls.follow(modules.values())
@@ -178,12 +211,19 @@ class Recorder:
         self._unsupported = {}
         self._input_shapes = {}
         self._model_calls.clear()
+        self._forget_call()
         _remove(self._weight_hooks)
         self._hooked = set()
         outermost = self._outermost
         if outermost.mode is not None and is_current_mode(outermost.mode):
             outermost.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         outermost.module = outermost.mode = None
+
+    def _forget_call(self) -> None:
+        """Forget what is known of tensors that the model's call has made."""
+        self._expressions.clear()
+        if self._origins is not None:
+            self._origins.clear()
 
     # Forward: calls of the model, and function calls in them ------------------------------------------------------
 
@@ -201,7 +241,8 @@ class Recorder:
             and torch.is_grad_enabled()
             and not is_transformed()
         ):
-            mode = CaptureMode(partial(_record_call, weakref.ref(self)))
+            alive = weakref.ref(self)
+            mode = CaptureMode(partial(_record_call, alive), partial(_awaits, alive))
             outermost.module, outermost.depth, outermost.mode = module, 1, mode
             self._model_calls.begin()
             mode.__enter__()  # type: ignore[no-untyped-call]
@@ -215,26 +256,65 @@ class Recorder:
             outermost.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             outermost.module = outermost.mode = None
             self._model_calls.end()
+            self._forget_call()
+
+    def awaits(self, arguments: Iterable[Any]) -> bool:
+        """Whether the gradient of any of a call's arguments is awaited."""
+        return torch.is_grad_enabled() and any(
+            self._identify(each) in self._awaited and each.requires_grad
+            for each in arguments
+            if isinstance(each, nn.Parameter)
+        )
 
     def record_call(self, call: FunctionCall) -> None:
         """Record the uses of weights in a function call that the forward pass made."""
-        weight = find_weight(call)
-        for argument in call.tensors():
+        expressions = self._expressions
+        unread: _Unread | None = None
+        arguments, free = 0, True
+        for argument in call.tensors:
             self._model_calls.trace(argument)
-            owner = self._identify(argument)
-            layer, biased = self._layers.get(owner), self._biases.get(owner, ())
-            if layer is not None and not (owner in self._awaited and layer.weight.requires_grad):
-                layer = None
-            if not (layer or biased) or not call.passes_gradient_to(argument):
-                continue
-            if layer is None:
-                self._record_bias(biased, call, weight)
-                continue
-            layer = self._as_used(layer)
-            try:
-                self._record_use(layer, call, argument, weight)
-            except UnsupportedCall as reason:
-                self._record(layer).unsupported = str(reason)
+            arguments += 1
+            tensor = owner_of(argument)
+            owner = id(tensor) if self._whole is None else self._whole.find(tensor)
+            if owner in expressions.static:
+                unread = unread or _Unread(find_weights(call))
+                self._record_parameter(call, argument, owner, unread)
+            elif expressions.known:
+                if (known := expressions.find(argument)) is not None:
+                    unread = unread or _Unread(find_weights(call))
+                    unread.sources.update(known.sources)
+                else:
+                    free = free and expressions.is_free(argument, tensor)
+            else:
+                free = False
+        if self._accumulator.reads_any_function:
+            self._follow(call, unread, free and (arguments > 0 or call.function in CONSTANTS))
+        elif unread is not None:
+            for layer, reason in unread.reasons.items():
+                self._record(layer).unsupported = reason
+
+    def _follow(self, call: FunctionCall, unread: _Unread | None, free: bool) -> None:
+        """Note what is free of samples, and record what no handler reads.
+
+        Args:
+            call: the call.
+            unread: what no handler reads of it.
+            free: whether all of its arguments are free of samples.
+        """
+        expressions = self._expressions
+        if unread is not None and unread.reasons:
+            for layer in unread.together:
+                if layer in unread.reasons and layer.trained_bias is not None:
+                    unread.add(Source(layer, layer.trained_bias))
+        if free or (unread is not None and unread.is_view):
+            expressions.follow(call, unread.sources if unread is not None else {})
+        else:
+            if expressions.known:
+                expressions.drop(call)
+            if unread is not None and unread.sources:
+                self._record_function(call, unread)
+        if self._origins is not None:
+            self._origins.follow(call)
 
     def _identify(self, tensor: Tensor) -> int:
         """The id of the optimizer's parameter that a tensor is, is a view of, or is all of."""
@@ -249,52 +329,145 @@ class Recorder:
         """The optimizer's layer for one that `_as_used` gave."""
         return layer if self._whole is None else self._whole.original(layer)
 
-    def _record_bias(self, layers: Sequence[Layer], call: FunctionCall, weight: Any) -> None:
-        """Record a bias that a call takes: a column of its layer's matrix only where the weight goes in with it.
+    def _record_parameter(self, call: FunctionCall, argument: Tensor, owner: int, unread: _Unread) -> None:
+        """Record the use of a parameter, or note that no handler reads it.
+
+        Args:
+            call: the call.
+            argument: the parameter among its arguments, or a view of it.
+            owner: id of the optimizer's parameter that it is; it may be a buffer.
+            unread: what no handler reads of this call, which gets more.
+        """
+        layer, biased = self._layers.get(owner), self._biases.get(owner, ())
+        if layer is not None and not (owner in self._awaited and layer.weight.requires_grad):
+            layer = None
+        if not (layer or biased):
+            return
+        if layer is None:
+            self._find_apart(biased, call, argument, unread)
+            return
+        layer = self._as_used(layer)
+        used = call.passes_gradient_to(argument)
+        try:
+            if used:
+                self._record_use(layer, call, argument, unread.weights)
+                return
+            unread.is_view = isinstance(call.output, Tensor) and call.output._base is owner_of(argument)
+        except NoSampleGradient as reason:
+            self._record(layer).unsupported = str(reason)
+            return
+        except UnsupportedCall as reason:
+            unread.reasons[layer] = str(reason)
+        unread.add(Source(layer, layer.weight))
+
+    def _find_apart(self, layers: Sequence[Layer], call: FunctionCall, bias: Tensor, unread: _Unread) -> None:
+        """Find the layers of a bias that a call takes without their weight, with which it is a column of the matrix.
 
         What ``torch.cat`` joins may be cut apart again for calls that take both.
         """
-        taken_with = self._layers.get(self._identify(weight)) if isinstance(weight, Tensor) else None
-        if taken_with in layers or call.function is torch.cat:
+        if call.function is torch.cat:
             return
+        weights = [self._layers.get(self._identify(each)) for each in unread.weights if isinstance(each, Tensor)]
+        together = [layer for layer in layers if layer in weights]
+        if together:
+            unread.together += map(self._as_used, together)
+            return
+        used = call.passes_gradient_to(bias)
         for layer in layers:
-            if id(layer.weight) in self._awaited:
-                self._record(self._as_used(layer)).unsupported = f"is used apart from its bias, which {call.name} takes"
+            awaited = id(layer.weight) in self._awaited
+            layer = self._as_used(layer)
+            if awaited and layer.trained_bias is not None:
+                unread.add(Source(layer, layer.trained_bias))
+                if used:
+                    unread.reasons.setdefault(layer, f"is used apart from its bias, which {call.name} takes")
 
-    def _record_use(self, layer: Layer, call: FunctionCall, argument: Tensor, weight: Any) -> None:
+    def _record_use(self, layer: Layer, call: FunctionCall, argument: Tensor, weights: Sequence[Any]) -> None:
         """Await the gradient of the output of a call that uses a layer's weight.
 
         Args:
             layer: whose weight it is.
             call: the call.
             argument: the tensor among its arguments that is the weight, or a view of it.
-            weight: what the call takes as weight, see `find_weight`.
+            weights: what the call may take as weight, see `find_weights`.
 
         Raises:
             UnsupportedCall: of which the factors are not known.
         """
         if is_transformed():
             raise UnsupportedCall("is used inside a transform of torch.func")
-        if argument is not weight:
+        if argument is not weights[0] if len(weights) == 1 else not any(argument is each for each in weights):
             raise UnsupportedCall(f"is used by {call.name}")
-        if any(each.is_nested and each.layout != torch.jagged for each in call.tensors()):
+        if any(each.is_nested and each.layout != torch.jagged for each in call.tensors):
             raise UnsupportedCall("is used on a nested tensor whose layout is not torch.jagged")
         try:
             op_call = parse_call(layer, call, argument, self._input_shapes.get(layer))
         except _UNREADABLE as error:
             raise UnsupportedCall(f"is used by {call.name} in a way that is not known ({error})") from error
         self._accumulator.check(op_call)
+        if call.time_major is not None:
+            batch_dim, size = 1, call.time_major.batch
+        else:
+            batch_dim, size = layer.batch_dim, _size(call.output, layer.batch_dim)
+        self._await_use(layer, call, op_call, op_call.source, batch_dim, size, call.output.dtype)
+
+    def _record_function(self, call: FunctionCall, unread: _Unread) -> None:
+        """Await the gradient of the output of a call that no handler reads, for every layer that it carries one to."""
+        sources, reasons = unread.sources, unread.reasons
+        carries = isinstance(call.output, Tensor) and call.output.requires_grad
+        if not (carries or is_transformed() or reasons):
+            return
+        for layer in {source.layer: None for source in sources.values()}:
+            own = [source for source in sources.values() if source.layer is layer]
+            try:
+                if is_transformed():
+                    raise UnsupportedCall("is used inside a transform of torch.func")
+                if any(each.is_nested for each in call.tensors):
+                    raise UnsupportedCall(reasons.get(layer, f"is used by {call.name} on a nested tensor"))
+                again = parse_function(call, own, self._expressions)
+                batch = again.batch
+                self._await_use(layer, call, again.op_call, again.source, batch.dim, batch.size, again.dtype)
+            except UnsupportedCall as reason:
+                self._record(layer).unsupported = reasons.get(layer, str(reason))
+
+    def _await_use(
+        self,
+        layer: Layer,
+        call: FunctionCall,
+        op_call: OpCall,
+        source: Tensor,
+        batch_dim: int,
+        size: int,
+        dtype: torch.dtype,
+    ) -> None:
+        """Await the gradient of a call's output.
+
+        Args:
+            layer: whose weight it is.
+            call: the call.
+            op_call: as it was parsed.
+            source: what the samples are a dimension of.
+            batch_dim: that dimension.
+            size: of it.
+            dtype: that the call was computed in.
+        """
+        index = None if call.time_major and layer.knows_samples else self.sample_index
+        origin = None if self._origins is None or not layer.bare else self._origins.find(source)
+        named = index is not None and index.index_of(layer.module) is not None
+        follows = origin is not None and not named and self._sampling.samples == "batch"
+        if origin is not None and follows and batch_dim == 0 and layer.batch_dim < len(origin.leading):
+            rows, size = origin.find_samples(layer.batch_dim)
+            index = SampleIndex({"*": rows}, count=size)
         self._await_gradient(
             layer,
             call,
             WeightUse(
                 call=op_call,
                 output_shape=call.output.shape,
-                dtype=call.output.dtype,
+                dtype=dtype,
                 accumulator=torch.autograd.graph.get_gradient_edge(layer.weight).node,
-                sample_index=None if call.attention and layer.of_attention else self.sample_index,
-                batch_dim=1 if call.attention else layer.batch_dim,
-                size=_size(call.output, 1 if call.attention else layer.batch_dim),
+                sample_index=index,
+                batch_dim=batch_dim,
+                size=size,
                 model_call=self._model_calls.current,
                 versions=record_versions(call),
             ),
@@ -390,18 +563,26 @@ class Recorder:
             raise UnsupportedCall("had its input overwritten in place between forward and backward")
         with torch.no_grad(), without_autocast([gradient.device.type]):
             index, source = use.sample_index, use.call.source
-            if source.is_nested:
+            if isinstance(source, Tensor) and source.is_nested:
                 if index is None and self._sampling.samples == "batch":
                     index = SampleIndex.of_jagged(source)
-                pair = use.call.factors(source.values(), gradient.values())
+                pairs = use.call.pairs(source.values(), gradient.values())
             else:
-                pair = use.call.factors(source, gradient.reshape(use.output_shape))
-            for comparison in record.comparisons():
-                comparison.add_use(pair, use.dtype)
-            rows = None if index is None else index.index_of(record.layer.module)
-            if index is not None and rows is not None:
-                pair = self._accumulator.regroup(pair, rows, use.batch_dim, index.samples, record.layer.name)
-            record.captured.append(CapturedPair(use, pair))
+                pairs = use.call.pairs(source, gradient.reshape(use.output_shape))
+            numbers = None if index is None else index.index_of(record.layer.module)
+            for pair, rows in pairs:
+                record.compare_use(pair, use.dtype, self._tuning)
+                if index is not None and numbers is not None:
+                    pair = self._regroup(record.layer, use, pair, index, numbers if rows is None else numbers[rows])
+                record.captured.append(CapturedPair(use, pair, rows is not None and numbers is None))
+
+    def _regroup(
+        self, layer: Layer, use: WeightUse, pair: FactorPair, index: SampleIndex, numbers: Tensor
+    ) -> FactorPair:
+        """A pair with its rows assigned to the samples that an index names."""
+        if not use.call.is_read and numbers.dim() > 1:  # differentiated element by element of the batch
+            numbers = numbers.movedim(min(use.batch_dim, numbers.dim() - 1), 0).flatten(1).amax(1)
+        return self._accumulator.regroup(pair, numbers, use.batch_dim, index.samples, layer.name)
 
     def _samples_of(self, use: WeightUse) -> int:
         """A number that uses share which are by the same samples; those of other sizes may have it too."""
@@ -435,8 +616,8 @@ class Recorder:
             return
         together: dict[tuple[int, int], list[FactorPair]] = {}
         for number, each in enumerate(captured):
-            rows = self._sampling.samples == "rows"
-            key = (number, 0) if rows else (each.pair.rows.samples, self._samples_of(each.use))
+            apart = self._sampling.samples == "rows" or each.is_apart
+            key = (number, 0) if apart else (each.pair.rows.samples, self._samples_of(each.use))
             together.setdefault(key, []).append(each.pair)
         try:
             with torch.no_grad(), without_autocast([record.layer.weight.device.type]):
@@ -497,6 +678,10 @@ def _record_call(recorder: weakref.ref[Recorder], call: FunctionCall) -> None:
     if (alive := recorder()) is not None and alive.armed:
         with alive._stopwatch.measure("curvature"):
             alive.record_call(call)
+
+
+def _awaits(recorder: weakref.ref[Recorder], arguments: Iterable[Any]) -> bool:
+    return (alive := recorder()) is not None and alive.armed and alive.awaits(arguments)
 
 
 def _receive_gradient(recorder: weakref.ref[Recorder], use: WeightUse, gradient: Tensor) -> None:

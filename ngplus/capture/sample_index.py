@@ -19,8 +19,10 @@ from torch import Tensor
 from ngplus.factors.dense import Dense
 from ngplus.factors.embedding import Bags, OneHot
 from ngplus.factors.factor import Factor
+from ngplus.factors.formed import Formed, Identity
 from ngplus.factors.gathered import Gathered
 from ngplus.factors.im2col import Patches
+from ngplus.factors.khatri_rao import KhatriRao
 from ngplus.factors.pair import FactorPair, flatten_positions
 
 
@@ -31,9 +33,11 @@ class SampleIndex:
     Attributes:
         indices: by pattern of module names (as in `fnmatch`), the first that fits counts: integers of shape (b,), or
             of the input's shape without its features. A negative number leaves the row out.
+        count: number of samples, where it is known.
     """
 
     indices: Mapping[str, Tensor]
+    count: int | None = None
 
     def __post_init__(self) -> None:
         for pattern, index in self.indices.items():
@@ -63,7 +67,9 @@ class SampleIndex:
 
     @cached_property
     def samples(self) -> int:
-        """Number of samples: the largest number given, and one. Synchronizes with the device."""
+        """Number of samples, or the largest number given and one, for which it synchronizes with the device."""
+        if self.count is not None:
+            return self.count
         largest = [index.max() for index in self.indices.values() if index.numel()]
         return 1 + int(torch.stack([each.cpu() for each in largest]).max()) if largest else 0
 
@@ -94,7 +100,7 @@ def group_rows(pair: FactorPair, index: Tensor, batch_dim: int, samples: int, na
     place = torch.arange(index.numel(), device=index.device) - (counts.cumsum(0) - counts)[index[order]]
     places = order.new_full((samples, int(counts.max()) if index.numel() else 1), -1)
     places[index[order], place] = order if rows is None else rows[order]
-    return FactorPair(_gather(pair.rows, places, name), _gather(pair.columns, places, name))
+    return pair._replace(rows=_gather(pair.rows, places, name), columns=_gather(pair.columns, places, name))
 
 
 def drop_uncounted_rows(pair: FactorPair, index: Tensor, batch_dim: int, name: str) -> FactorPair:
@@ -115,12 +121,13 @@ def drop_uncounted_rows(pair: FactorPair, index: Tensor, batch_dim: int, name: s
     _, rows = _find_counted_rows(pair, index, batch_dim, name)
     if rows is None:
         return flatten_positions(pair)
-    return FactorPair(*(_gather(factor, rows.unsqueeze(1), name) for factor in pair))
+    at = rows.unsqueeze(1)
+    return pair._replace(rows=_gather(pair.rows, at, name), columns=_gather(pair.columns, at, name))
 
 
 def _find_counted_rows(pair: FactorPair, index: Tensor, batch_dim: int, name: str) -> tuple[Tensor, Tensor | None]:
     """The sample of every row that belongs to one, and the indices of these rows; None for all rows."""
-    batch, positions = pair.rows.samples, pair.rows.positions
+    batch, positions = pair.rows.samples, 1 if isinstance(pair.rows, Formed) else pair.rows.positions
     if index.dim() > 1 and index.numel() == batch * positions:
         index = index.movedim(min(batch_dim, index.dim() - 1), 0).flatten()
     elif index.shape == (batch,):
@@ -139,6 +146,12 @@ def _gather(factor: Factor, rows: Tensor, name: str) -> Factor:
     """The factor's rows at these indices (samples, κ), −1 for rows whose gradient is zero."""
     if isinstance(factor, Bags):
         raise ValueError(f"{name} is an embedding bag, whose bags are samples already: leave it out of sample_index")
+    if isinstance(factor, Formed):
+        return factor.regroup(rows)
+    if isinstance(factor, Identity):
+        return replace(factor, samples=len(rows))
+    if isinstance(factor, KhatriRao):
+        return replace(factor, one=_gather(factor.one, rows, name), other=_gather(factor.other, rows, name))
     if isinstance(factor, OneHot):  # any row of the table will do for a gradient of zero
         return replace(factor, index=factor.index.flatten()[rows.clamp_min(0)])
     assert isinstance(factor, Dense | Patches)

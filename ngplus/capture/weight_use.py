@@ -15,13 +15,15 @@ from ngplus.capture.completeness import Comparison
 from ngplus.capture.function_mode import FunctionCall, owner_of
 from ngplus.capture.op_handlers import OpCall
 from ngplus.capture.sample_index import SampleIndex
+from ngplus.factors.formed import Formed
 from ngplus.factors.pair import FactorPair
 from ngplus.layers import Layer
+from ngplus.tuning import Tuning
 
 
 def record_versions(call: FunctionCall) -> list[tuple[Tensor, int]]:
     """The arguments of a call that are no parameters, with their versions: in-place operations count them up."""
-    arguments = (each for each in call.tensors() if not isinstance(owner_of(each), nn.Parameter))
+    arguments = (each for each in call.tensors if not isinstance(owner_of(each), nn.Parameter))
     return [(each, each._version) for each in arguments if not each.is_inference()]
 
 
@@ -70,7 +72,8 @@ class WeightUse:
 
     def release(self) -> None:
         """Let go of the arguments."""
-        self.call.source, self.versions = None, []
+        self.call.release()
+        self.versions = []
 
 
 @dataclass(eq=False, slots=True)
@@ -80,10 +83,13 @@ class CapturedPair:
     Attributes:
         use: the use.
         pair: its factors.
+        is_apart: whether its rows are samples of their own, whatever others there are: those that one of several
+            matrices was multiplied by.
     """
 
     use: WeightUse
     pair: FactorPair
+    is_apart: bool = False
 
 
 @dataclass(eq=False, slots=True)
@@ -119,6 +125,32 @@ class LayerRecord:
     def comparisons(self) -> list[Comparison]:
         """Those that there are."""
         return [each for each in (self.comparison, self.bias_comparison) if each is not None]
+
+    def compare_use(self, pair: FactorPair, dtype: torch.dtype, tuning: Tuning) -> None:
+        """Add a captured use to the comparisons.
+
+        Args:
+            pair: its factors, of all of its samples.
+            dtype: that it was computed in.
+            tuning: sizes of temporaries.
+        """
+        if not isinstance(pair.rows, Formed):
+            if self.comparison is not None:
+                self.comparison.add_use(pair, dtype)
+            if self.bias_comparison is not None:
+                self.bias_comparison.add_use(pair, dtype)
+        elif comparisons := self.comparisons():
+            total, squares = pair.rows.add_up(tuning.curvature_chunk(pair.rows.device))
+            weight = self.layer.weight
+            columns = self.layer.matrix[2]
+            for comparison in comparisons:
+                if comparison is self.comparison:
+                    part = total[..., :columns].reshape(weight.shape)
+                else:
+                    assert self.layer.bias is not None
+                    part = total.new_zeros(self.layer.bias.shape)
+                    part[self.layer.bias_slice] = total[..., -1].flatten()
+                comparison.add_sum(part, squares, dtype)
 
     def discard(self) -> None:
         """Forget what came back, but not the uses whose gradients may still come."""

@@ -137,6 +137,7 @@ def sampling(options: Options, tuning: Tuning = DEFAULT) -> Sampling:
     keeps_columns = options.ema == 0 and options.block_size is None and world_size() == 1
     return Sampling.from_options(
         options,
+        function_fallback=options.function_fallback,
         block_size=options.block_size,
         max_rank=SOLVERS[options.solver].max_rank(tuning) if keeps_columns else 0.0,
         sketch_size=options.sketch_size,

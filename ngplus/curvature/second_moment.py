@@ -13,6 +13,8 @@ scaled         Σ (‖a‖ s)(‖a‖ s)ᵀ                     2p²            
 through Gram   S (AᵀA) Sᵀ                             gram + 2κ²p + 2κp²       κ small
 direct         (S Aᵀ)(S Aᵀ)ᵀ                          2κpq + 2p²q              κ large
 =============  =====================================  =======================  ==================
+
+Gradients that come whole (`Formed`) go the direct way, without the product with the identity, their other factor.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from torch import Tensor
 from ngplus.devices import reads_without_sync
 from ngplus.factors.dense import Dense
 from ngplus.factors.factor import Factor
+from ngplus.factors.formed import Identity
 from ngplus.factors.im2col import round_to_rows
 from ngplus.factors.pair import FactorPair, orient
 from ngplus.factors.products import concatenate, gram
@@ -51,6 +54,8 @@ def cheapest_way(shape: MatrixShape, short: Sequence[Factor], long: Sequence[Fac
     kappa, p, q = sum(f.positions for f in short), shape.short, long[0].size
     if kappa == 1:
         return "scaled"
+    if any(isinstance(factor, Identity) for factor in (*short, *long)):
+        return "direct"
     through_gram = sum(f.gram_cost() for f in long) * len(long) + 2 * kappa**2 * p + 2 * kappa * p**2
     return "gram" if through_gram < 2 * kappa * p * q + 2 * p**2 * q else "direct"
 
@@ -202,12 +207,22 @@ def form_gradients(left: Sequence[Factor], right: Sequence[Factor], groups: int,
     """
     samples, rows, columns = left[0].samples, left[0].size, right[0].size
     elements = max(1, samples * groups * (rows + columns))
+    products: list[tuple[Factor, Factor]] = []
+    whole: list[Tensor] = []
+    for one, other in zip(left, right, strict=True):
+        if isinstance(one, Identity) or isinstance(other, Identity):
+            whole.append(one.dense() if isinstance(other, Identity) else other.dense().mT)
+        else:
+            products.append((one, other))
+    if not products:
+        return sum(whole[1:], start=whole[0])
     gradients = torch.empty(samples * groups, rows, columns, dtype=left[0].dtype, device=left[0].device)
+    left, right = [one for one, _ in products], [other for _, other in products]
     chunks = _split_positions(left, right, limit // elements)
     for number, together in enumerate(chunks):
         outputs, inputs = (concatenate(factors).flatten(0, 1) for factors in zip(*together, strict=True))
         gradients.baddbmm_(outputs, inputs.mT, beta=min(number, 1))
-    return gradients.view(samples, groups, rows, columns)
+    return sum(whole, start=gradients.view(samples, groups, rows, columns))
 
 
 def _split_positions(

@@ -13,10 +13,17 @@ from ngplus.layers import MatrixShape
 
 
 class FactorPair(NamedTuple):
-    """One use of a layer: 𝒢ᵢ = rows · columnsᵀ summed over positions, rows of size m and columns of size n."""
+    """One use of a layer: 𝒢ᵢ = rows · columnsᵀ summed over positions, rows of size m and columns of size n.
+
+    Attributes:
+        rows: (b, groups, m, κ).
+        columns: (b, groups, n, κ).
+        group: where the use multiplies by one of several matrices alone, its number; both factors have one group then.
+    """
 
     rows: Factor
     columns: Factor
+    group: int | None = None
 
 
 def orient(shape: MatrixShape, pair: FactorPair) -> tuple[Factor, Factor]:
@@ -26,7 +33,7 @@ def orient(shape: MatrixShape, pair: FactorPair) -> tuple[Factor, Factor]:
 
 def flatten_positions(pair: FactorPair) -> FactorPair:
     """Make every position a sample of its own (κ = 1)."""
-    return FactorPair(pair.rows.flat(), pair.columns.flat())
+    return FactorPair(pair.rows.flat(), pair.columns.flat(), pair.group)
 
 
 def sample_long_side(shape: MatrixShape, pair: FactorPair, sampled: Tensor) -> FactorPair:

@@ -186,7 +186,7 @@ class Sharding:
             For each rank the block of the weight, and that of its trained bias.
         """
         weight, bias = layer.weight, layer.trained_bias
-        height, width = len(weight), layer.columns - (bias is not None)
+        height, width = len(weight), layer.shape(None).columns - (bias is not None)
         if _shard_dim(layer) == 0:
             blocks = [[Block(rows, (0, width))] for rows in chunk(height, self.size)]
         else:

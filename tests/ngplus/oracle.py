@@ -19,12 +19,13 @@ Loss = Callable[[nn.Module], Tensor]
 
 @dataclass(frozen=True)
 class Matrix:
-    """Parameters that form one matrix m × n, or ``groups`` of them."""
+    """Parameters that form one matrix m × n, or ``groups`` of them, of ``rows`` rows, if not as many as fit."""
 
     weight: str
     bias: str | None = None
     groups: int = 1
     bias_start: int = 0
+    rows: int | None = None
 
 
 def matrices(model: nn.Module) -> list[Matrix]:
@@ -50,9 +51,38 @@ def matrices(model: nn.Module) -> list[Matrix]:
             add(f"{prefix}weight", f"{prefix}bias")
         elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             add(f"{prefix}weight", f"{prefix}bias", module.groups)
+        elif isinstance(module, nn.modules.conv._ConvTransposeNd):
+            add(f"{prefix}weight", "", module.groups)
+        elif isinstance(module, nn.RNNBase | nn.RNNCellBase):
+            for own in [own for own in module._parameters if own.startswith("weight")]:
+                add(f"{prefix}{own}", f"{prefix}{own.replace('weight', 'bias')}")
         elif type(module).__name__ == "Conv1D":  # of transformers: in × out, its bias apart
             add(f"{prefix}weight", "")
+    for name, module in model.named_modules():
+        if isinstance(module, NORMS):
+            continue
+        for own, parameter in module._parameters.items():
+            if parameter is not None and parameter.requires_grad and not parameter.is_complex():
+                _add_bare(found, module, f"{name}.{own}" if name else own, parameter)
     return list(found.values())
+
+
+NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.PReLU)
+
+
+def _add_bare(found: dict[int, Matrix], module: nn.Module, name: str, parameter: Tensor) -> None:
+    """A parameter that is no module's weight: m × n, a batch of them, or first × rest; ones do not count."""
+    sizes = [size for size in parameter.shape if size != 1]
+    if len(sizes) < 2:
+        return
+    bias = f"{name.removesuffix('weight')}bias" if isinstance(module, nn.Bilinear) and module.bias is not None else None
+    as_weight = isinstance(
+        module, nn.Bilinear | nn.Linear | nn.modules.conv._ConvNd | nn.utils.parametrize.ParametrizationList
+    )
+    if len(sizes) == 3 and not as_weight:
+        found.setdefault(id(parameter), Matrix(name, None, groups=sizes[0], rows=sizes[1]))
+    else:
+        found.setdefault(id(parameter), Matrix(name, bias, rows=sizes[0]))
 
 
 def gradient_matrix(model: nn.Module, matrix: Matrix) -> Tensor:
@@ -63,7 +93,7 @@ def gradient_matrix(model: nn.Module, matrix: Matrix) -> Tensor:
 def _gradient_matrix(parameters: dict[str, nn.Parameter], matrix: Matrix) -> Tensor:
     weight = parameters[matrix.weight]
     grad = torch.zeros_like(weight) if weight.grad is None else weight.grad.to_dense()
-    G = grad.double().reshape(matrix.groups, weight.shape[0] // matrix.groups, -1)
+    G = grad.double().reshape(matrix.groups, matrix.rows or weight.shape[0] // matrix.groups, -1)
     if matrix.bias is None:
         return G
     bias = parameters[matrix.bias]

@@ -43,6 +43,12 @@ class FusedHead(torch.autograd.Function):
         return gradient @ weight, gradient.flatten(0, -2).T @ hidden.to(weight.dtype).flatten(0, -2)
 
 
+READ = ["linear", "relu", "twice", "branches", "slices", "einsum", "left"]
+DIFFERENTIATED = ["sines", "distances", "norm"]
+BLOCKS = [*READ, *DIFFERENTIATED]
+"""How a layer is used: by calls that are read, or by functions that are differentiated again."""
+
+
 @dataclass
 class Habits:
     """What a loop does."""
@@ -50,6 +56,7 @@ class Habits:
     dtype: str
     inputs: str
     blocks: list[str]
+    positions: bool
     head: str
     call: str
     penalty: str | None
@@ -72,7 +79,7 @@ class Habits:
         def rarely(*choices: str) -> str | None:
             return dice.choice(choices) if dice.random() < 0.15 else None
 
-        inputs = dice.choice(["vectors", "sequences", "tokens", "images"])
+        inputs = dice.choice(["vectors", "sequences", "tokens", "images", "recurrent"])
         call = dice.choice(["model", "model", "model", "forward", "parts"])
         # Calls on what no earlier call has made are calls by other samples; a frozen inlet makes nothing that tells.
         freezable = [0, 1, 2, 3] if call != "parts" else [1, 2, 3]
@@ -80,7 +87,8 @@ class Habits:
         return cls(
             dtype=dice.choice(["float64", "float64", "float32", "autocast"]),
             inputs=inputs,
-            blocks=[dice.choice(["linear", "relu", "twice", "branches", "slices"]) for _ in range(dice.randint(0, 2))],
+            blocks=[dice.choice(BLOCKS) for _ in range(dice.randint(0, 2))],
+            positions=inputs in ("sequences", "tokens", "recurrent") and dice.random() < 0.3,
             head=dice.choice(heads),
             call=call,
             penalty=rarely("first", "last"),
@@ -114,16 +122,26 @@ class Net(nn.Module):
     def __init__(self, habits: Habits) -> None:
         super().__init__()
         self.habits = habits
-        inlets = {"vectors": nn.Linear(4, 5), "sequences": nn.Linear(4, 5), "tokens": nn.Embedding(9, 5)}
+        inlets = {
+            "vectors": nn.Linear(4, 5),
+            "sequences": nn.Linear(4, 5),
+            "tokens": nn.Embedding(9, 5),
+            "recurrent": nn.GRU(4, 5, batch_first=True),
+        }
         self.inlet = nn.Conv2d(2, 5, 2) if habits.inputs == "images" else inlets[habits.inputs]
         self.blocks = nn.ModuleList(nn.Linear(5, 10 if kind == "slices" else 5) for kind in habits.blocks)
         self.head = nn.Linear(5, 3) if habits.head == "linear" else None
+        self.positions = nn.Parameter(torch.randn(3, 5)) if habits.positions else None
 
     def encode(self, x: Tensor) -> Tensor:
         """All but the head, features last."""
         x = self.inlet(x)
         if self.habits.inputs == "images":
             x = x.flatten(2).mT
+        if self.habits.inputs == "recurrent":
+            x = x[0]
+        if self.positions is not None:
+            x = x + self.positions
         x = x.tanh()
         for kind, layer in zip(self.habits.blocks, self.blocks, strict=True):
             x = self.block(kind, layer, x)
@@ -139,6 +157,16 @@ class Net(nn.Module):
         if kind == "slices":
             one, other = layer.weight.chunk(2)
             return F.linear(x, one, layer.bias[:5]).tanh() + F.linear(x, other, layer.bias[5:])
+        if kind == "einsum":
+            return (torch.einsum("...i,oi->...o", x, layer.weight) + layer.bias).tanh()
+        if kind == "left":
+            return (layer.weight @ x.mT).mT.tanh() * layer.bias
+        if kind == "sines":
+            return F.linear(x, layer.weight.sin(), layer.bias).tanh()
+        if kind == "distances":
+            return torch.cdist(x, layer.weight) * layer.bias.cos()
+        if kind == "norm":
+            return (layer(x) / layer.weight.norm()).tanh()
         return F.relu(layer(x), inplace=True) if kind == "relu" else layer(x).tanh()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -169,7 +197,7 @@ class Loop:
         dtype = torch.float64 if habits.dtype == "float64" else torch.float32
         model = Net(habits).to(dtype)
         count = sum(map(sum, habits.micro_batches))
-        shapes = {"vectors": (4,), "sequences": (3, 4), "images": (2, 3, 3)}
+        shapes = {"vectors": (4,), "sequences": (3, 4), "recurrent": (3, 4), "images": (2, 3, 3)}
         if habits.inputs == "tokens":
             return cls(habits, model, torch.randint(9, (count, 3)))
         return cls(habits, model, torch.randn(count, *shapes[habits.inputs], dtype=dtype))

@@ -157,9 +157,11 @@ def test_an_encoder_layer_in_evaluation_mode_is_captured():
     oracle.check(model, torch.randn(3, 5, 4, dtype=torch.float64))
 
 
-def test_extra_biases_of_keys_and_values_go_to_the_base_with_a_warning():
-    with pytest.warns(UserWarning, match=r"does not precondition attention \(MultiheadAttention\)"):
-        oracle.check(Attention("self", batch_first=True, add_bias_kv=True), torch.randn(3, 5, 4, dtype=torch.float64))
+def test_extra_biases_of_keys_and_values_are_vectors_and_go_to_the_base():
+    optimizer = oracle.check(
+        Attention("self", batch_first=True, add_bias_kv=True), torch.randn(3, 5, 4, dtype=torch.float64)
+    )
+    assert not any("bias" in name for name in optimizer.curvature)
 
 
 class JoinedBiases(nn.Module):

@@ -242,7 +242,7 @@ def test_parameters_without_a_model_need_the_mini_batch_form():
         NGPlus(model.parameters(), curvature="mini_batch", params=[model.weight])
 
 
-@pytest.mark.parametrize("model", [nn.LayerNorm(3), nn.LSTM(3, 2), nn.Sequential(nn.ConvTranspose1d(2, 3, 1))])
+@pytest.mark.parametrize("model", [nn.LayerNorm(3), nn.Sequential(nn.BatchNorm1d(2), nn.PReLU(2))])
 def test_a_model_without_a_supported_layer_is_refused(model):
     with pytest.raises(
         ValueError, match=r"no layer that NG\+ preconditions .* supported are Linear, Conv1d, .*Attention"
@@ -262,11 +262,14 @@ def test_lazy_layers_need_a_shape_first():
 
 
 def test_layers_of_unsupported_kinds_are_named_once_with_where_they_go():
-    model = nn.ModuleDict({"rnn": nn.LSTM(3, 2), "up": nn.ConvTranspose2d(2, 3, 1), "out": nn.Linear(2, 1)})
+    mixed = nn.utils.parametrizations.weight_norm(nn.Linear(2, 3))
+    model = nn.ModuleDict({"mix": mixed, "out": nn.Linear(2, 1)})
+    model.table = nn.Parameter(torch.zeros(3, 2))
     with pytest.warns(UserWarning, match="does not precondition") as caught:
-        NGPlus(model, base=torch.optim.Adam, lr=0.1)
+        NGPlus(model, base=torch.optim.Adam, lr=0.1, function_fallback="base")
     assert [str(warning.message) for warning in caught] == [
-        "NG+ does not precondition rnn (LSTM), up (ConvTranspose2d); their parameters go to Adam untouched"
+        "NG+ does not precondition the model itself (ModuleDict), mix.parametrizations.weight (ParametrizationList); "
+        "their parameters go to Adam untouched"
     ]
 
 

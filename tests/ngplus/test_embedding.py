@@ -191,10 +191,16 @@ def test_bags_of_one_and_of_several_members_from_one_table(widths, mode, options
     oracle.check(SharedBags(widths, mode=mode, **options), torch.randint(4, (5, sum(widths))))
 
 
-def test_bag_of_maxima_goes_to_the_base():
+def test_bag_of_maxima_is_differentiated_again():
+    oracle.check(table(nn.EmbeddingBag, mode="max"), torch.randint(9, (4, 3)))
+
+
+def test_bag_of_maxima_goes_to_the_base_with_the_option_for_it():
     model = table(nn.EmbeddingBag, mode="max")
     with pytest.warns(UserWarning, match=r"weight is an embedding bag with mode='max'.* goes to SGD untouched"):
-        optimizer = oracle.descend(model, lambda m: oracle.energy(m(torch.randint(9, (4, 3)))))
+        optimizer = oracle.descend(
+            model, lambda m: oracle.energy(m(torch.randint(9, (4, 3)))), function_fallback="base"
+        )
     assert not optimizer.curvature
 
 

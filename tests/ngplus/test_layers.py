@@ -252,10 +252,10 @@ def test_a_bias_that_layers_of_different_weights_share_goes_to_the_base(inside, 
     torch.testing.assert_close(model.one.bias.grad, bias, rtol=1e-11, atol=1e-12)
 
 
-def test_weight_norm_goes_to_the_base():
+def test_weight_norm_goes_to_the_base_with_the_option_for_it():
     layer = nn.utils.parametrizations.weight_norm(nn.Linear(3, 4))
     model = stack(layer, nn.Tanh(), nn.Linear(4, 2))
     x = torch.randn(5, 3, dtype=torch.float64)
     with pytest.warns(UserWarning, match=r"does not precondition 0.parametrizations.weight \(ParametrizationList\)"):
-        optimizer = oracle.descend(model, lambda m: oracle.energy(m(x)) / 5)
+        optimizer = oracle.descend(model, lambda m: oracle.energy(m(x)) / 5, function_fallback="base")
     assert list(optimizer.curvature) == ["2.weight"]

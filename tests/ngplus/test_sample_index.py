@@ -133,7 +133,7 @@ def test_convolutions_are_grouped_without_storing_their_patches(rows, per, limit
     part = FactorPair(Dense(torch.randn(5, 2, rows // 2, kappa, dtype=torch.float64)), patches)
     index = torch.tensor([2, 0, -1, 2, 1]) if per == "element" else torch.randint(-1, 3, (5, kappa))
     numbers = index.repeat_interleave(kappa) if per == "element" else index.flatten()
-    left, right = (factor.dense().permute(0, 3, 1, 2).flatten(0, 1) for factor in part)  # (b·κ, groups, ·)
+    left, right = (f.dense().permute(0, 3, 1, 2).flatten(0, 1) for f in part[:2])  # (b·κ, groups, ·)
     each = torch.einsum("igm,ign->igmn", left, right)
     short_first = each if shape.side == "left" else each.mT
     grouped = torch.stack([short_first[numbers == sample].sum(dim=0) for sample in range(3)])

@@ -246,10 +246,10 @@ def test_functional_use_of_a_weight_is_the_same_as_calling_the_layer():
     assert_follows_the_oracle(with_model(Functional(readable=True)))
 
 
-def test_a_weight_in_a_contraction_of_the_models_own_goes_to_the_base_with_one_warning():
+def test_a_weight_that_no_handler_reads_goes_to_the_base_with_one_warning_and_the_option_for_it():
     problem = with_model(Functional(readable=False))
     start = copy.deepcopy(problem.model)
-    optimizer = NGPlus(problem.model, **SETTINGS)
+    optimizer = NGPlus(problem.model, **SETTINGS, function_fallback="base")
     with pytest.warns(UserWarning, match=r"inlet\.weight is used .*untouched") as caught:
         problem.train(optimizer, 1)
     assert set(optimizer.curvature) == {"outlet.weight"}

@@ -106,72 +106,7 @@ def test_sparse_adam_steps_on_directions_that_stay_sparse():
     assert set(optimizer.curvature) == {"weight"}
 
 
-# Parametrized and recurrent layers -----------------------------------------------------------------------------------
-
-
-def old_weight_norm(layer: nn.Module) -> nn.Module:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch's own: it is deprecated
-        return nn.utils.weight_norm(layer)
-
-
-def old_spectral_norm(layer: nn.Module) -> nn.Module:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        return nn.utils.spectral_norm(layer)
-
-
-@pytest.mark.parametrize(
-    ("normed", "named"),
-    [
-        (nn.utils.parametrizations.weight_norm, r"0\.parametrizations\.weight \(ParametrizationList\)"),
-        (nn.utils.parametrizations.spectral_norm, r"0\.parametrizations\.weight \(ParametrizationList\)"),
-        (old_weight_norm, r"0 \(Linear\)"),
-        (old_spectral_norm, r"0 \(Linear\)"),
-    ],
-)
-def test_a_parametrized_weight_goes_to_the_base_with_one_warning(normed, named):
-    problem = perceptron()
-    problem.model[0] = normed(problem.model[0])
-    with pytest.warns(UserWarning, match=f"does not precondition {named}; their parameters go to SGD") as caught:
-        optimizer = NGPlus(problem.model, **SETTINGS)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        problem.loss(problem.model).backward()
-        raw = {name: p.grad.clone() for name, p in problem.model.named_parameters() if name.startswith("0.")}
-        optimizer.step()
-    assert len(caught) == 1
-    assert set(optimizer.curvature) == {"2.weight"}
-    assert len(raw) >= 2
-    assert all(torch.equal(problem.model.get_parameter(name).grad, gradient) for name, gradient in raw.items())
-
-
-class Recurrent(nn.Module):
-    """A recurrent layer and a linear one on its last output."""
-
-    def __init__(self, kind: type[nn.RNNBase]) -> None:
-        super().__init__()
-        seed_cpu(0)
-        self.recurrent, self.head = kind(5, 6, batch_first=True), nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.recurrent(x.unsqueeze(1).expand(-1, 3, -1))[0][:, -1])
-
-
-@pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU])
-def test_recurrent_layers_go_to_the_base_with_one_warning(kind):
-    problem = perceptron()
-    problem.model = Recurrent(kind).double()
-    named = rf"does not precondition recurrent \({kind.__name__}\); their parameters go to SGD untouched"
-    with pytest.warns(UserWarning, match=named):
-        optimizer = NGPlus(problem.model, **SETTINGS)
-    problem.loss(problem.model).backward()
-    raw = [p.grad.clone() for p in problem.model.recurrent.parameters()]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        optimizer.step()
-    assert set(optimizer.curvature) == {"head.weight"}
-    assert all(torch.equal(p.grad, old) for p, old in zip(problem.model.recurrent.parameters(), raw, strict=True))
+# Norms ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("norm", [nn.LayerNorm, nn.BatchNorm1d, nn.RMSNorm, lambda size: nn.GroupNorm(1, size)])

@@ -4,13 +4,13 @@ import warnings
 from collections.abc import Callable
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
 from ngplus import NGPlus
-from ngplus.layers import SUPPORTED
 from tests.ngplus.cases import seed_cpu
 
 
@@ -47,31 +47,24 @@ def swin_t() -> nn.Module:
 
 
 IMAGE_MODELS = [resnet18, regnet_x_400mf, mobilenet_v3_small, convnext_tiny, small_vit, small_swin, swin_t]
-# Parameters that belong to no supported layer; NG+ names their owners when it is made.
-BARE = {
-    "convnext_tiny": r"features\.1\.0 \(CNBlock\)",  # layer scales
-    "small_vit": r"the model itself \(VisionTransformer\), encoder \(Encoder\)",  # class token, positions
-    "small_swin": r"features\.1\.0\.attn \(ShiftedWindowAttention\)",  # tables of relative positions
-    "swin_t": r"features\.1\.0\.attn \(ShiftedWindowAttention\)",
-}
 
 
-def make_optimizer(model: nn.Module, bare: str | None, **settings) -> NGPlus:
-    """NG+ with the warning that is documented for this model, or none."""
-    settings = {"lr": 1e-3, "damping": 1.0, "update_every": 2, **settings}
-    if bare is None:
-        return NGPlus(model, **settings)
-    with pytest.warns(UserWarning, match=f"NG\\+ does not precondition {bare}.*go to SGD untouched") as caught:
-        optimizer = NGPlus(model, **settings)
-    assert len(caught) == 1
-    return optimizer
+def make_optimizer(model: nn.Module, **settings) -> NGPlus:
+    """NG+, which has nothing to warn of."""
+    return NGPlus(model, **{"lr": 1e-3, "damping": 1.0, "update_every": 2, **settings})
 
 
-def weights_of_supported_layers(model: nn.Module) -> set[str]:
-    """Every weight that a supported layer of the model owns, by its first name."""
-    names = {name: parameter.dim() for name, parameter in model.named_parameters()}
-    owners = {name for name, module in model.named_modules() if isinstance(module, SUPPORTED)}
-    return {name for name, dims in names.items() if dims > 1 and name.rpartition(".")[0] in owners}
+def matrices(model: nn.Module) -> set[str]:
+    """Every parameter with two dimensions or more, by its first name; but those of norms, and vectors of no layer."""
+    norms = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
+    owners = {name: module for name, module in model.named_modules() if not isinstance(module, norms)}
+    return {
+        name
+        for name, parameter in model.named_parameters()
+        if (owner := owners.get(name.rpartition(".")[0])) is not None
+        and parameter.dim() > 1
+        and (sum(size > 1 for size in parameter.shape) > 1 or isinstance(owner, nn.Linear))
+    }
 
 
 def assert_trains(model: nn.Module, optimizer: NGPlus, loss: Callable[[], Tensor], steps: int) -> None:
@@ -98,13 +91,13 @@ def undocumented_warnings_are_errors():
 
 
 @pytest.mark.parametrize("make", IMAGE_MODELS)
-def test_image_models_train_and_every_supported_layer_has_curvature(make):
+def test_image_models_train_and_every_matrix_has_curvature(make):
     model = make()
-    optimizer = make_optimizer(model, BARE.get(make.__name__))
+    optimizer = make_optimizer(model)
     size = 32 if make in (small_vit, small_swin, swin_t, convnext_tiny) else 64
     images, labels = torch.randn(4, 3, size, size), torch.tensor([1, 3, 0, 1])
     assert_trains(model, optimizer, lambda: F.cross_entropy(model(images), labels), steps=3)
-    assert set(optimizer.curvature) == weights_of_supported_layers(model)
+    assert set(optimizer.curvature) == matrices(model)
     assert all(state.updates == 2 for state in optimizer.curvature.values())
 
 
@@ -121,12 +114,77 @@ class LanguageModel(nn.Module):
         return self.head(self.recurrent(self.table(tokens))[0])
 
 
-def test_a_language_model_with_an_lstm_preconditions_its_table_and_head():
+def test_a_language_model_with_an_lstm_has_curvature_in_every_matrix():
     model = LanguageModel()
-    optimizer = make_optimizer(model, r"recurrent \(LSTM\)")
+    optimizer = make_optimizer(model)
     tokens = torch.randint(20, (4, 7))
     assert_trains(model, optimizer, lambda: F.cross_entropy(model(tokens[:, :-1]).mT, tokens[:, 1:]), steps=5)
-    assert set(optimizer.curvature) == {"table.weight", "head.weight"}
+    assert set(optimizer.curvature) == matrices(model)
+
+
+def test_a_bias_that_the_model_changes_in_place_leaves_its_layer_to_the_base_with_one_warning():
+    """Swin v2 zeroes a third of a copy of its attention's bias."""
+    model = torchvision.models.SwinTransformer(
+        patch_size=[2, 2],
+        embed_dim=16,
+        depths=[1, 1],
+        num_heads=[2, 4],
+        window_size=[4, 4],
+        num_classes=5,
+        block=torchvision.models.swin_transformer.SwinTransformerBlockV2,
+        downsample_layer=torchvision.models.swin_transformer.PatchMergingV2,
+    )
+    optimizer = make_optimizer(model)
+    model(torch.randn(2, 3, 32, 32)).square().mean().backward()
+    with pytest.warns(
+        UserWarning, match=r"attn\.qkv\.weight: each is used after an expression of it was changed.*untouched"
+    ) as caught:
+        optimizer.step()
+    assert len(caught) == 1
+    assert matrices(model) - set(optimizer.curvature) == {f"features.{i}.0.attn.qkv.weight" for i in (1, 3)}
+
+
+def small_vit_of_timm() -> nn.Module:
+    return timm.create_model("vit_tiny_patch16_224", **TIMM, num_heads=2, embed_dim=24, depth=1, patch_size=8)
+
+
+def beit() -> nn.Module:
+    return timm.create_model("beit_base_patch16_224", **TIMM, num_heads=2, embed_dim=24, depth=1, patch_size=8)
+
+
+def cait() -> nn.Module:
+    return timm.create_model("cait_xxs24_224", **TIMM, num_heads=2, embed_dim=24, depth=1, patch_size=8)
+
+
+def xcit() -> nn.Module:
+    return timm.create_model("xcit_nano_12_p16_224", **TIMM, depth=1)
+
+
+def swin_v2_of_timm() -> nn.Module:
+    sizes = {"window_size": 4, "depths": (1, 1), "num_heads": (2, 2), "embed_dim": 16}
+    return timm.create_model("swinv2_tiny_window8_256", **TIMM, **sizes)
+
+
+def levit() -> nn.Module:
+    return timm.create_model("levit_128s", num_classes=5)
+
+
+def edgenext() -> nn.Module:
+    return timm.create_model("edgenext_xx_small", num_classes=5)
+
+
+TIMM = {"img_size": 32, "num_classes": 5}
+FAMILIES = [small_vit_of_timm, beit, cait, xcit, swin_v2_of_timm, levit, edgenext]
+
+
+@pytest.mark.parametrize("make", FAMILIES)
+def test_models_of_timm_have_curvature_in_every_matrix(make):
+    model = make()
+    optimizer = make_optimizer(model)
+    size = {levit: 224, edgenext: 64}.get(make, 32)
+    images, labels = torch.randn(2, 3, size, size), torch.tensor([1, 3])
+    assert_trains(model, optimizer, lambda: F.cross_entropy(model(images), labels), steps=2)
+    assert set(optimizer.curvature) == matrices(model)
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
@@ -135,20 +193,20 @@ def test_the_transformer_of_torch_has_curvature_in_every_supported_layer(batch_f
         d_model=16, nhead=2, num_encoder_layers=2, num_decoder_layers=2, dim_feedforward=24, batch_first=batch_first
     )
     batch_dim = 0 if batch_first else 1
-    optimizer = make_optimizer(model, None, batch_dim=batch_dim)
+    optimizer = make_optimizer(model, batch_dim=batch_dim)
     source, target = torch.randn(3, 5, 16), torch.randn(3, 4, 16)
     if not batch_first:
         source, target = source.transpose(0, 1), target.transpose(0, 1)
     mask = nn.Transformer.generate_square_subsequent_mask(4)
     assert_trains(model, optimizer, lambda: F.mse_loss(model(source, target, tgt_mask=mask), target), steps=5)
-    assert set(optimizer.curvature) == weights_of_supported_layers(model)
+    assert set(optimizer.curvature) == matrices(model)
 
 
 def test_the_transformer_of_torch_has_one_curvature_whichever_dimension_the_batch_is():
     def curvature(batch_first: bool) -> dict[str, Tensor]:
         seed_cpu(0)
         model = nn.Transformer(16, 2, 1, 1, 24, dropout=0.0, batch_first=batch_first).double()
-        optimizer = make_optimizer(model, None, batch_dim=0 if batch_first else 1)
+        optimizer = make_optimizer(model, batch_dim=0 if batch_first else 1)
         source, target = torch.randn(3, 5, 16).double(), torch.randn(3, 4, 16).double()
         if batch_first:
             out = model(source, target)

@@ -1,0 +1,304 @@
+"""What the model computes of its weights alone, before samples come in: `weight_norm`, a transpose, positions.
+
+A tensor is free of samples where all that it is made of is: parameters, buffers, constants. The calls that lead from
+weights to it are kept for as long as the model's call runs, so that a function of it is a function of the weights.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ngplus.capture.contractions import UnsupportedCall
+from ngplus.capture.function_mode import FunctionCall, owner_of
+from ngplus.layers import Layer
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A parameter of a layer: its weight, or its bias."""
+
+    layer: Layer
+    parameter: nn.Parameter
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """Equal for the same parameter of the same layer."""
+        return id(self.layer), id(self.parameter)
+
+
+Sources = Mapping[tuple[int, int], Source]
+
+
+@dataclass(frozen=True, eq=False)
+class Expression:
+    """A tensor that is free of samples.
+
+    Attributes:
+        value: the tensor, which is kept so that no other gets its id.
+        call: what made it; None for a constant.
+        place: of it among the call's outputs.
+        sources: parameters that it carries a gradient to, by no handler's reading.
+        changed: whether it was changed in place since.
+    """
+
+    value: Tensor
+    call: FunctionCall | None
+    place: int
+    sources: Sources
+    changed: bool = False
+
+
+CONSTANTS = frozenset(
+    {torch.arange, torch.zeros, torch.ones, torch.full, torch.eye, torch.linspace, torch.tensor, torch.as_tensor}
+)
+"""Functions that make a tensor of none, and the same one each time."""
+
+
+class Expressions(threading.local):
+    """The tensors free of samples that the model's call which runs on this thread has made.
+
+    Args:
+        modules: of the model.
+
+    Attributes:
+        static: ids of their parameters and buffers.
+        known: the tensors, by id.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module] = ()) -> None:
+        self.static: set[int] = set()
+        for module in modules:
+            self.static.update(map(id, module._parameters.values()), map(id, module._buffers.values()))
+        self.known: dict[int, Expression] = {}
+
+    def clear(self) -> None:
+        """Forget the tensors."""
+        self.known = {}
+
+    def find(self, tensor: Tensor) -> Expression | None:
+        """What is known of a tensor that is free of samples and no parameter."""
+        return self.known.get(id(tensor))
+
+    def is_free(self, tensor: Tensor, owner: Tensor) -> bool:
+        """Whether a tensor, or what it is a view of, is free of samples."""
+        return id(owner) in self.static or id(tensor) in self.known or id(owner) in self.known
+
+    def follow(self, call: FunctionCall, sources: Sources) -> None:
+        """Note what a call returns whose arguments are all free of samples.
+
+        Args:
+            call: the call.
+            sources: the parameters that it carries a gradient to, by no handler's reading.
+        """
+        arguments = {id(each) for each in call.tensors}
+        in_place = changes_in_place(call)
+        for place, value in enumerate(outputs_of(call)):
+            if id(value) in arguments:  # changed, or as it was: ``float`` of what is float32
+                for changed in {id(each): each for each in (value, owner_of(value))}.values() if in_place else ():
+                    known = self.known.get(id(changed))
+                    carried = {**(known.sources if known is not None else {}), **sources}
+                    self.known[id(changed)] = Expression(changed, None, 0, carried, changed=bool(carried))
+            elif sources and not (value.requires_grad or owner_of(value).requires_grad):
+                self.known[id(value)] = Expression(value, None, 0, {})
+            else:
+                self.known[id(value)] = Expression(value, call if sources else None, place, sources)
+
+    def drop(self, call: FunctionCall) -> None:
+        """Forget a tensor that a call with samples has changed in place."""
+        if self.known and changes_in_place(call):
+            for changed in (call.args[0], owner_of(call.args[0])):
+                self.known.pop(id(changed), None)
+
+
+def changes_in_place(call: FunctionCall) -> bool:
+    """Whether a call changes its first argument."""
+    name = call.name
+    if not call.args or not isinstance(call.args[0], Tensor):
+        return False
+    if name.startswith("__"):
+        return name == "__setitem__" or (name.startswith("__i") and call.output is call.args[0])
+    return name.endswith("_")
+
+
+def outputs_of(call: FunctionCall) -> Iterator[Tensor]:
+    """The tensors that a call returned."""
+    output = call.output
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, (tuple, list)):
+        yield from (each for each in output if isinstance(each, Tensor))
+
+
+def _multiply_bilinear(one: Tensor, other: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x₁ᵀ W x₂ + b for each row of W."""
+    product: Tensor = torch.einsum("...i,oij,...j->...o", one, weight, other)
+    return product if bias is None else product + bias
+
+
+def _normalize_weight(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """G v / ‖v‖, with the norm over all dimensions but one, or over all for −1."""
+    dims = [each for each in range(v.dim()) if each != dim]
+    norms: Tensor = torch.linalg.vector_norm(v, dim=dims, keepdim=True)
+    return v * (g / norms)
+
+
+_REWRITTEN: Mapping[Any, Callable[..., Any]] = {
+    # The gradient of what is added to an argument does not depend on what that was before it was changed in place.
+    Tensor.add_: torch.add,
+    Tensor.__iadd__: torch.add,
+    Tensor.sub_: torch.sub,
+    Tensor.__isub__: torch.sub,
+    # vmap has no rule for these.
+    F.bilinear: _multiply_bilinear,
+    torch._weight_norm: _normalize_weight,
+}
+"""Functions that have the same gradients as others."""
+
+
+def rewrite(call: FunctionCall) -> Callable[..., Any]:
+    """The function that is differentiated for a call.
+
+    Args:
+        call: the call.
+
+    Returns:
+        A function of the same arguments.
+
+    Raises:
+        UnsupportedCall: of one that changes an argument in place, so that it is not known any more.
+    """
+    if (function := _REWRITTEN.get(call.function)) is not None:
+        return function
+    if changes_in_place(call):
+        raise UnsupportedCall(f"is used by {call.name}, which changes its argument in place")
+    return call.function
+
+
+class Program:
+    """A call as a function of some parameters and of the tensors with samples among its arguments.
+
+    Args:
+        call: the call.
+        parameters: those that it is a function of.
+        expressions: of its arguments.
+
+    Attributes:
+        inputs: the tensors with samples.
+        shared: the other tensors that carry a gradient to the parameters, as they were.
+        dtype: the one with the fewest bits that it is computed in.
+
+    Raises:
+        UnsupportedCall: where it cannot be called again.
+    """
+
+    def __init__(self, call: FunctionCall, parameters: Iterable[nn.Parameter], expressions: Expressions) -> None:
+        self._parameters = {id(each) for each in parameters}
+        self._expressions: dict[int, Expression] = {}
+        leaves, self._structure = pytree.tree_flatten((call.args, call.kwargs))
+        self._function = rewrite(call)
+        self._is_input: list[bool] = []
+        self._is_shared: list[bool] = []
+        for leaf in leaves:
+            tensor = isinstance(leaf, Tensor)
+            carries = tensor and self._collect(leaf, expressions)
+            self._is_shared.append(carries)
+            free = tensor and (isinstance(owner_of(leaf), nn.Parameter) or expressions.is_free(leaf, owner_of(leaf)))
+            self._is_input.append(tensor and not carries and not free)
+        self.inputs = [leaf for leaf, each in zip(leaves, self._is_input, strict=True) if each]
+        self.shared = [leaf for leaf, each in zip(leaves, self._is_shared, strict=True) if each]
+        every = (*outputs_of(call), *self.inputs, *self.shared, *(each.value for each in self._expressions.values()))
+        self.dtype = min(
+            (each.dtype for each in every if each.is_floating_point()), key=lambda each: -torch.finfo(each).eps
+        )
+        self._leaves = [
+            None if is_input else leaf.detach() if isinstance(leaf, Tensor) and not shared else leaf
+            for leaf, is_input, shared in zip(leaves, self._is_input, self._is_shared, strict=True)
+        ]
+
+    def _collect(self, tensor: Tensor, expressions: Expressions) -> bool:
+        """Whether a tensor is made of the parameters; keeps what is needed to make it again."""
+        if id(tensor) in self._parameters:
+            return True
+        known = expressions.find(tensor)
+        if known is None:
+            if id(owner_of(tensor)) in self._parameters:
+                raise UnsupportedCall("is used through a view that was made outside of the model's call")
+            return False
+        if not any(id(source.parameter) in self._parameters for source in known.sources.values()):
+            return False
+        if known.changed or known.call is None:
+            raise UnsupportedCall("is used after an expression of it was changed in place")
+        if id(tensor) not in self._expressions:
+            self._expressions[id(tensor)] = known
+            for argument in pytree.tree_leaves((known.call.args, known.call.kwargs)):
+                if isinstance(argument, Tensor):
+                    self._collect(argument, expressions)
+        return True
+
+    def evaluate_shared(self, values: Mapping[int, Tensor], convert: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """The tensors that are made of the parameters.
+
+        Args:
+            values: of the parameters, by their ids.
+            convert: applied to the tensors that are constants in this.
+
+        Returns:
+            In the order of ``shared``.
+        """
+        made: dict[int, Any] = {}
+        return [self._evaluate(tensor, values, made, convert) for tensor in self.shared]
+
+    def _evaluate(
+        self, tensor: Any, values: Mapping[int, Tensor], made: dict[int, Any], convert: Callable[[Tensor], Tensor]
+    ) -> Any:
+        """An argument of a call: of a tensor what it is with other values of the parameters."""
+        if not isinstance(tensor, Tensor):
+            return tensor
+        if id(tensor) in values:
+            return values[id(tensor)]
+        known = self._expressions.get(id(tensor))
+        if known is None or known.call is None:
+            return convert(tensor.detach())
+        if id(known.call) not in made:
+            leaves, structure = pytree.tree_flatten((known.call.args, known.call.kwargs))
+            leaves = [self._evaluate(leaf, values, made, convert) for leaf in leaves]  # no closure: that were a cycle
+            args, kwargs = pytree.tree_unflatten(leaves, structure)
+            made[id(known.call)] = rewrite(known.call)(*args, **kwargs)
+        output = made[id(known.call)]
+        return output if isinstance(output, Tensor) else [e for e in output if isinstance(e, Tensor)][known.place]
+
+    def run(self, inputs: Iterable[Tensor], shared: Iterable[Tensor], convert: Callable[[Tensor], Tensor]) -> Any:
+        """The call's function on other inputs.
+
+        Args:
+            inputs: in place of ``inputs``.
+            shared: in place of ``shared``.
+            convert: applied to all other tensors.
+
+        Returns:
+            What it returns.
+        """
+        inputs, shared = iter(inputs), iter(shared)
+        leaves = [
+            next(inputs)
+            if is_input
+            else next(shared)
+            if is_shared
+            else convert(leaf)
+            if isinstance(leaf, Tensor)
+            else leaf
+            for leaf, is_input, is_shared in zip(self._leaves, self._is_input, self._is_shared, strict=True)
+        ]
+        args, kwargs = pytree.tree_unflatten(leaves, self._structure)
+        return self._function(*args, **kwargs)
+
+
+__all__ = ["CONSTANTS", "Expressions", "Program", "Source", "Sources", "changes_in_place", "outputs_of"]

@@ -1,0 +1,184 @@
+"""Recurrent layers, which run step by step on curvature steps: W_ih and W_hh of each layer and direction."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from ngplus import NGPlus
+from ngplus.baselines import KFAC, SENG
+from ngplus.capture.function_mode import CaptureMode
+from tests.ngplus import oracle
+from tests.ngplus.allocations import peak_elements
+from tests.ngplus.cases import points, seed_cpu
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer, from a state of its own or from zeros, and perhaps on a packed sequence."""
+
+    def __init__(self, kind, lengths=None, with_state=False, **options):
+        super().__init__()
+        seed_cpu(0)
+        self.layer, self.lengths, self.with_state = kind(4, 5, **options), lengths, with_state
+        self.double()
+
+    def forward(self, x, lengths=None):
+        state = None
+        if self.with_state:
+            count = len([name for name in self.layer._parameters if name.startswith("weight_hh")])
+            sample = x[:, 0] if self.layer.batch_first else x[0]
+            h = sample.mean(1, keepdim=True).sin().expand(count, -1, 5).contiguous()
+            state = (h, h.cos()) if isinstance(self.layer, nn.LSTM) else h
+        if lengths is not None:
+            x = pack_padded_sequence(x, lengths, batch_first=self.layer.batch_first, enforce_sorted=False)
+        out, last = self.layer(x, state)
+        if isinstance(out, PackedSequence):
+            out = pad_packed_sequence(out, batch_first=self.layer.batch_first)[0]
+        last = last if isinstance(last, tuple) else (last,)
+        # The last states have their batch second, the outputs may have it first.
+        return (out, *(each.transpose(0, 1) if self.layer.batch_first else each for each in last))
+
+
+KINDS = {"RNN": nn.RNN, "LSTM": nn.LSTM, "GRU": nn.GRU}
+OPTIONS = {
+    "plain": {},
+    "batch_first": {"batch_first": True},
+    "two layers, both directions": {"num_layers": 2, "bidirectional": True, "batch_first": True},
+    "without biases": {"bias": False},
+    "from a state": {"with_state": True, "num_layers": 2},
+}
+
+
+def relu(*sizes, **options):
+    return nn.RNN(*sizes, nonlinearity="relu", **options)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_recurrent_layers_match_the_oracle(kind, options):
+    model = Recurrent(KINDS[kind], **OPTIONS[options])
+    optimizer = oracle.check(model, points(3, 3, 4), batch_dim=0 if model.layer.batch_first else 1)
+    assert set(optimizer.curvature) == {n for n, p in model.named_parameters() if p.dim() > 1}
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: Recurrent(relu), lambda: Recurrent(nn.LSTM, proj_size=2, num_layers=2, bidirectional=True)]
+)
+def test_other_kinds_match_the_oracle(make):
+    oracle.check(make(), points(2, 3, 4), batch_dim=1)
+
+
+@pytest.mark.parametrize("samples", ["batch", "rows"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_sequences_match_the_oracle(kind, samples):
+    model, x, lengths = Recurrent(KINDS[kind], num_layers=2, bidirectional=True), points(5, 4, 4), [3, 5, 1, 3]
+    if samples == "rows":  # which has no oracle of single steps: the layer is right where each is of one step
+        x, lengths = x[:1], [1, 1, 1, 1]
+    parts = [(x[: lengths[i], i : i + 1], torch.tensor([lengths[i]])) for i in range(4)]
+    gradients = oracle.sample_gradients(model, [lambda m, p=p: oracle.energy(m(*p)) for p in parts])
+    optimizer = oracle.descend(
+        model, lambda m: oracle.energy(m(x, torch.tensor(lengths))) / 4, damping=0.3, samples=samples
+    )
+    assert len(optimizer.curvature) == 8
+    assert oracle.error(model, oracle.directions(gradients, 0.3)) <= 1e-10
+
+
+@pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+def test_cells_that_a_loop_calls_match_the_oracle(kind):
+    class Loop(nn.Module):
+        def __init__(self):
+            super().__init__()
+            seed_cpu(0)
+            self.cell = kind(4, 5)
+            self.double()
+
+        def forward(self, x):
+            state, outputs = None, []
+            for inside in x.unbind(1):
+                state = self.cell(inside, state)
+                outputs.append(state[0] if isinstance(state, tuple) else state)
+            return torch.stack(outputs, 1)
+
+    assert len(oracle.check(Loop(), points(3, 4, 4)).curvature) == 2
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_run_step_by_step_returns_what_the_fused_call_does(kind, options, packed):
+    model, x = Recurrent(KINDS[kind], **OPTIONS[options]), points(4, 4, 4)
+    lengths = torch.tensor([4, 2, 3, 1]) if packed else None
+    with CaptureMode(lambda call: None, lambda arguments: True):
+        stepwise = model(x, lengths)
+    for found, expected in zip(stepwise, model(x, lengths), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_dropout_between_layers_drops_its_share_on_curvature_steps():
+    seed_cpu(0)
+    layer = nn.LSTM(4, 200, num_layers=2, dropout=0.4).double()
+    shares = []
+
+    def look(call):
+        if call.name == "linear" and call.args[0].dim() == 3 and call.args[0].shape[2] == 200:
+            shares.append(float((call.args[0] == 0).double().mean()))
+
+    with CaptureMode(look, lambda arguments: True):
+        layer(points(9, 20, 4))
+        layer.eval()(points(9, 20, 4))
+    assert shares == pytest.approx([0.4, 0.0], abs=0.02)
+
+
+def test_a_recurrent_layer_trains_like_the_plain_loop_over_several_steps():
+    model, x = Recurrent(nn.GRU, batch_first=True), points(3, 4, 4)
+    loop = oracle.PlainLoop(copy.deepcopy(model), lr=0.05, damping=1.0, update_every=2)
+    optimizer = NGPlus(model, lr=0.05, damping=1.0, update_every=2)
+    for _ in range(4):
+        optimizer.zero_grad()
+        oracle.batch_loss(x)(model).backward()
+        optimizer.step()
+        loop.step(oracle.sample_losses(x))
+    for found, expected in zip(model.parameters(), loop.model.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", [KFAC, SENG])
+def test_baselines_have_the_factors_of_recurrent_layers(kind):
+    model = Recurrent(nn.LSTM, batch_first=True)
+    optimizer = kind(model, lr=1e-9, damping=0.3, update_every=1)
+    oracle.batch_loss(points(3, 4, 4))(model).backward()
+    optimizer.step()
+    assert set(optimizer.curvature) == {"layer.weight_ih_l0", "layer.weight_hh_l0"}
+
+
+def test_a_frozen_layer_stays_fused():
+    model = nn.Sequential(nn.Linear(4, 4), Recurrent(nn.LSTM).requires_grad_(False)).double()
+    calls = []
+    with CaptureMode(lambda call: calls.append(call.name), lambda arguments: False):
+        model(points(3, 2, 4))
+    assert "lstm" in calls
+    optimizer = NGPlus(model, lr=1e-9, damping=0.3, update_every=1, batch_dim=1)
+    oracle.batch_loss(points(3, 2, 4), batch_dim=1)(model).backward()
+    optimizer.step()
+    assert set(optimizer.curvature) == {"0.weight"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_curvature_step_takes_at_most_half_as_much_memory_again_as_sgds(kind):
+    seed_cpu(0)
+    model, x = KINDS[kind](64, 128), torch.randn(20, 64, 64)
+
+    def run(optimizer):
+        def step():
+            model(x)[0].square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        step()
+        return peak_elements(step)
+
+    plain = run(torch.optim.SGD(model.parameters(), lr=1e-9))
+    ours = run(NGPlus(model, lr=1e-9, damping=1.0, update_every=1, batch_dim=1))
+    assert ours <= 1.5 * plain
