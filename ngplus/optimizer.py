@@ -60,7 +60,8 @@ class NGPlus(LayerwiseOptimizer):
             it; a change takes effect at the next curvature step, since the inverse is kept until then (as the paper
             keeps it).
         update_every: 𝒯, steps between curvature steps, ≥ 1.
-        curvature: "per_sample" for (4)(5), or "mini_batch" for (12): products of the mini-batch gradient itself.
+        curvature: "per_sample" for (4)(5), or "mini_batch" for (12): products of the mini-batch gradient itself. With a
+            basis also "momentum": products of the base's first moment.
         ema: β of (11) (and of (12), where γ = 1 − β), in [0, 1).
         solver: "dense" (6), "low_rank" (14), "sketched" (16)(17), or "auto": the cheapest exact one for each layer.
         block_size: p of (18): only diagonal blocks of this size are kept. None keeps the whole matrix.
@@ -92,6 +93,13 @@ class NGPlus(LayerwiseOptimizer):
         max_samples: at most so many samples of a step are used for its curvature.
         nonfinite: "skip": where any preconditioned gradient holds NaN or Inf, all gradients count as zero for this
             step (decided on the device, without synchronizing); "raise": `FloatingPointError` before anything changes.
+        update_growth: curvature steps also come whenever the number of steps has grown by this share, until they are
+            ``update_every`` apart; None for every ``update_every``-th step alone.
+        basis: None for (6). "eigen", beyond the paper: ``base`` makes its step in the eigenbasis of the curvature, where
+            the gradient is QᵀG or G Q, or both, and its change is rotated back; its state moves with the basis. λ is
+            not used, and biases go to ``base`` as they are. See docs/eigenbasis.md.
+        sides: with a basis, "short" for the smaller side's, or "both", with a convolution's kernel as a third mode.
+        max_side: with a basis, the longest side that has one.
         params: parameter groups of ``model``, each with its own lr, damping, weight decay and so on; default: all of
             its parameters in one group.
         **base_options: everything else goes to ``base``.
