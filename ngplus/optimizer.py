@@ -95,8 +95,8 @@ class NGPlus(LayerwiseOptimizer):
             step (decided on the device, without synchronizing); "raise": `FloatingPointError` before anything changes.
         update_growth: curvature steps also come whenever the number of steps has grown by this share, until they are
             ``update_every`` apart; None for every ``update_every``-th step alone.
-        basis: None for (6). "eigen", beyond the paper: ``base`` makes its step in the eigenbasis of the curvature, where
-            the gradient is QᵀG or G Q, or both, and its change is rotated back; its state moves with the basis. λ is
+        basis: None for (6). "eigen", beyond the paper: ``base`` makes its step in the eigenbasis of the curvature,
+            where the gradient is QᵀG or G Q, or both. Its change is rotated back; its state moves with the basis. λ is
             not used, and biases go to ``base`` as they are. See docs/eigenbasis.md.
         sides: with a basis, "short" for the smaller side's, or "both", with a convolution's kernel as a third mode.
         max_side: with a basis, the longest side that has one.
