@@ -79,9 +79,10 @@ class RotatedWeights:
             coordinates.copy_(self._basis.rotate(self._join([weight.data for weight in weights])))
             self._before = coordinates.clone()
         self._coordinates = coordinates
+        rotated = rotated.to(gradients[0].dtype)  # in which an entry may overflow
         check.add(rotated)
         check.checked.update(map(id, weights))
-        parts = zip(weights, self._split(rotated.to(gradients[0].dtype)), self._split(coordinates), strict=True)
+        parts = zip(weights, self._split(rotated), self._split(coordinates), strict=True)
         for weight, gradient, value in parts:
             weight.data = value
             weight.grad = gradient
