@@ -117,12 +117,12 @@ class RotatedWeights:
         self._coordinates = self._before = None
 
     def _decay_factor(self) -> float | Tensor:
-        """1 − lr · decay where that is decoupled."""
+        """1 − lr · decay where that is decoupled; a scalar tensor where lr is a tensor, of any shape."""
         decay = self._settings.get("weight_decay", 0)
         if not decay or self._rule.reads_parameters or self._rule.decay_kind(self._settings) != "decoupled":
             return 1.0
         factor: float | Tensor = 1 - self._settings["lr"] * decay
-        return factor
+        return factor.reshape(()) if isinstance(factor, Tensor) else factor
 
     def _join(self, tensors: Sequence[Tensor]) -> Tensor:
         """Weight-shaped tensors as one of the basis's modes, in its dtype."""
