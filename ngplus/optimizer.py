@@ -254,7 +254,7 @@ class NGPlus(LayerwiseOptimizer):
             super()._apply_()
             return
         check = FiniteCheck(self.tuning)
-        self._rotation.rotate_(self._groups, check)
+        self._rotation.rotate_(self._groups, check, self._base.state)
         self._keep_finite_(check)
 
     def _finish_base_step_(self) -> None:

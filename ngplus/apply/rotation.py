@@ -214,16 +214,27 @@ class Rotation:
         """Forget the plan, which holds bases that are to be replaced."""
         self._plan = None
 
-    def rotate_(self, groups: Mapping[Layer, Settings], check: FiniteCheck) -> None:
+    def rotate_(
+        self,
+        groups: Mapping[Layer, Settings],
+        check: FiniteCheck,
+        base_state: Mapping[Tensor, MutableMapping[str, Any]],
+    ) -> None:
         """Give the base the gradients of all layers that have a basis in it.
 
         Args:
             groups: the layers of the optimizer, and the parameter group of each.
             check: the coordinates are added to it.
+            base_state: of the base; what is stored otherwise than the coordinates is replaced by a copy that is not.
         """
-        for group in self._update_plan(groups).groups:
+        before = self._plan
+        plan = self._update_plan(groups)
+        for group in plan.groups:
             self._rotated.append(group)
             group.rotate_(check)
+        if plan is not before:
+            for layer in groups:
+                match_strides_(base_state.get(layer.weight, {}), layer.weight)
 
     def rotate_back_(self) -> None:
         """Add the changes that the base has made to the parameters."""
@@ -344,9 +355,21 @@ def move_state_(state: MutableMapping[str, Any], weight: Tensor, rule: BaseRule,
             value.copy_(_as_weight(X.flatten(0, 1), value.shape))
 
 
+def match_strides_(state: MutableMapping[str, Any], weight: Tensor) -> None:
+    """Store what a base keeps of a weight in the order of the weight's elements, as a fused step assumes it is.
+
+    Args:
+        state: of the weight, changed in place.
+        weight: with the value that the base is to see.
+    """
+    for name, value in state.items():
+        if _moves(value, weight) and value.stride() != weight.stride():
+            state[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
+
+
 def _as_weight(part: Tensor, shape: torch.Size) -> Tensor:
     """(rows, i, k) as a weight of ``shape``, a view where k = 1 or ``shape`` has that many positions."""
     return part.view(*part.shape[:2], *shape[2:]) if part.shape[2] > 1 else part.reshape(shape)
 
 
-__all__ = ["RotatedRows", "RotatedWeights", "Rotation", "move_state_"]
+__all__ = ["RotatedRows", "RotatedWeights", "Rotation", "match_strides_", "move_state_"]
