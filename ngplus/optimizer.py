@@ -244,6 +244,7 @@ class NGPlus(LayerwiseOptimizer):
         if self._rotation is None or not layers:
             super()._update_curvature(layers, with_batch=with_batch)
             return
+        self._rotation.check_state(layers, self._base.state)
         before = self._rotation.bases()
         super()._update_curvature(layers, with_batch=with_batch)
         self._rotation.forget()
@@ -263,7 +264,7 @@ class NGPlus(LayerwiseOptimizer):
         with torch.no_grad(), self._stopwatch.measure("apply"):
             self._rotation.rotate_back_()
         if not self._base_has_stepped:
-            self._rotation.check_state(self._base.state)
+            self._rotation.check_state(self._layers, self._base.state)
 
     def _restore_gradients_(self) -> None:
         super()._restore_gradients_()

@@ -8,7 +8,7 @@ sees a parameter of zero: it needs no product with the basis.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, MutableMapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -299,16 +299,17 @@ class Rotation:
             if old is not new and (state := base_state.get(layer.weight)):
                 move_state_(state, layer.weight, self._rule, _change(old, new))
 
-    def check_state(self, base_state: Mapping[Tensor, Mapping[str, Any]]) -> None:
+    def check_state(self, layers: Iterable[Layer], base_state: Mapping[Tensor, Mapping[str, Any]]) -> None:
         """Refuse a base with a state that its rule does not know.
 
         Args:
+            layers: whose state is looked at.
             base_state: of the base.
 
         Raises:
             TypeError: an entry of a weight's shape that is not declared.
         """
-        for layer in self._curvature.states:
+        for layer in layers:
             for name, value in base_state.get(layer.weight, {}).items():
                 if _moves(value, layer.weight) and name not in self._rule.declared:
                     raise TypeError(
