@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -223,6 +224,8 @@ class NGPlus(LayerwiseOptimizer):
         found = super()._find_layers()
         if not isinstance(self._curvature, EigenCurvature):
             return found
+        if self._model is None and not isinstance(self._base, torch.optim.SparseAdam):
+            found = [replace(layer, row_sparse=False) for layer in found]
         return [layer.without_bias() for layer in found if self._curvature.modes(layer).kept]
 
     def _make_accumulator(self) -> Accumulator:
