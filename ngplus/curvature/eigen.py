@@ -193,7 +193,7 @@ class EigenCurvature(LayerCurvature):
     def _requests(self, layer: Layer, statistic: Statistic) -> list[BasisRequest]:
         moments, modes = self._update_average(layer, statistic), self.modes(layer)
         before = self._current_basis(layer)
-        in_basis = isinstance(statistic, ModeStatistic) and statistic.in_basis and before is not None
+        in_basis = isinstance(statistic, ModeStatistic) and statistic.in_basis
         return [
             BasisRequest(moment, None if before is None else before.bases[mode].to(moment), in_basis)
             for mode, moment in zip(modes.kept, moments, strict=True)
@@ -249,7 +249,7 @@ class EigenCurvature(LayerCurvature):
                 whole = basis.rotate_back(momentum.to(basis.main.dtype).reshape(basis.modes.shape))
                 sums[layer] = self._sum_products(layer, whole, in_basis=False)
             else:
-                sums[layer] = self._sum_products(layer, momentum, in_basis=layer in self.states)
+                sums[layer] = self._sum_products(layer, momentum, in_basis=True)
         return sums
 
     def _update_average(self, layer: Layer, statistic: Statistic) -> list[Tensor]:
