@@ -61,7 +61,8 @@ class NGPlus(LayerwiseOptimizer):
             it; a change takes effect at the next curvature step, since the inverse is kept until then (as the paper
             keeps it).
         update_every: 𝒯, steps between curvature steps, ≥ 1.
-        curvature: "per_sample" for (4)(5), or "mini_batch" for (12): products of the mini-batch gradient itself.
+        curvature: "per_sample" for (4)(5), or "mini_batch" for (12): products of the mini-batch gradient itself. With a
+            basis also "momentum": products of the base's first moment.
         ema: β of (11) (and of (12), where γ = 1 − β), in [0, 1).
         solver: "dense" (6), "low_rank" (14), "sketched" (16)(17), or "auto": the cheapest exact one for each layer.
         block_size: p of (18): only diagonal blocks of this size are kept. None keeps the whole matrix.
@@ -93,15 +94,12 @@ class NGPlus(LayerwiseOptimizer):
         max_samples: at most so many samples of a step are used for its curvature.
         nonfinite: "skip": where any preconditioned gradient holds NaN or Inf, all gradients count as zero for this
             step (decided on the device, without synchronizing); "raise": `FloatingPointError` before anything changes.
-        update_growth: share by which the number of steps grows from one curvature step to the next, > 0, until they are
-            ``update_every`` apart; None for every ``update_every`` steps from the start.
-        basis: None for (6). "eigen" (not in the paper): ``base`` makes its step on the gradient's coordinates in the
-            eigenvectors of the curvature, Q_LᵀG Q_R, and its change Δʹ is brought back, Q_L Δʹ Q_Rᵀ. Nothing is
-            inverted, and ``damping`` is not used. ``base`` must scale entries one by one, as Adam does; those of other
-            packages than torch are declared by `register_base`. Then ``curvature`` may be "momentum" too: the product
-            of the base's first moment, and the parameters of modules that are not supported go to ``base``.
-        sides: with a basis, "short": of the shorter side of each matrix alone; "both": of both, and of a convolution's
-            kernel positions apart from its input channels. The rows of an embedding have none.
+        update_growth: curvature steps also come whenever the number of steps has grown by this share, until they are
+            ``update_every`` apart; None for every ``update_every``-th step alone.
+        basis: None for (6). "eigen", beyond the paper: ``base`` makes its step in the eigenbasis of the curvature,
+            where the gradient is QᵀG or G Q, or both. Its change is rotated back; its state moves with the basis. λ is
+            not used, and biases go to ``base`` as they are. See docs/eigenbasis.md.
+        sides: with a basis, "short" for the smaller side's, or "both", with a convolution's kernel as a third mode.
         max_side: with a basis, the longest side that has one.
         params: parameter groups of ``model``, each with its own lr, damping, weight decay and so on; default: all of
             its parameters in one group.

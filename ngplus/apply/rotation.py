@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ngplus.apply.grouped import gradient_form
+from ngplus.apply.grouped import gradient_forms
 from ngplus.base_rules import BaseRule
 from ngplus.curvature.eigen import EigenCurvature
 from ngplus.guards.finite_check import FiniteCheck
@@ -248,12 +248,9 @@ class Rotation:
             self._rotated.pop().restore_()
 
     def _update_plan(self, groups: Mapping[Layer, Settings]) -> _Plan:
-        forms: list[Hashable] = [
-            (state.preconditioner, gradient_form(layer), id(settings))
-            if (state := self._curvature.states.get(layer)) is not None
-            else None
-            for layer, settings in groups.items()
-        ]
+        known = {layer: state for layer in groups if (state := self._curvature.states.get(layer)) is not None}
+        forms: list[Hashable] = [(state.preconditioner, id(groups[layer])) for layer, state in known.items()]
+        forms += gradient_forms([p for layer in known for p in (layer.weight, layer.bias) if p is not None])
         if self._plan is None or self._plan.forms != forms:
             self._plan = _Plan(forms, self._group(groups))
         return self._plan

@@ -50,6 +50,7 @@ class ModeAccumulator(Accumulator):
     """
 
     statistic = ModeStatistic
+    adds_together = False
 
     def __init__(self, sampling: Sampling, generator: torch.Generator, tuning: Tuning, *, options: Options) -> None:
         super().__init__(sampling, generator, tuning)
