@@ -94,12 +94,16 @@ class NGPlus(LayerwiseOptimizer):
         max_samples: at most so many samples of a step are used for its curvature.
         nonfinite: "skip": where any preconditioned gradient holds NaN or Inf, all gradients count as zero for this
             step (decided on the device, without synchronizing); "raise": `FloatingPointError` before anything changes.
-        update_growth: curvature steps also come whenever the number of steps has grown by this share, until they are
-            ``update_every`` apart; None for every ``update_every``-th step alone.
-        basis: None for (6). "eigen", beyond the paper: ``base`` makes its step in the eigenbasis of the curvature,
-            where the gradient is QᵀG or G Q, or both. Its change is rotated back; its state moves with the basis. λ is
-            not used, and biases go to ``base`` as they are. See docs/eigenbasis.md.
-        sides: with a basis, "short" for the smaller side's, or "both", with a convolution's kernel as a third mode.
+        update_growth: share by which the number of steps grows from one curvature step to the next, > 0, until they are
+            ``update_every`` apart; None for every ``update_every`` steps from the start.
+        basis: None for (6). "eigen" (not in the paper): ``base`` makes its step on the gradient's coordinates in the
+            eigenvectors of the curvature, Q_LᵀG Q_R, and its change Δʹ is brought back, Q_L Δʹ Q_Rᵀ. Nothing is
+            inverted, and ``damping`` is not used. ``base`` must scale entries one by one, as Adam does; those of other
+            packages than torch are declared by `register_base`. Then ``curvature`` may be "momentum" too: the product
+            of the base's first moment, and the parameters of modules that are not supported go to ``base``, as biases
+            do. See docs/eigenbasis.md.
+        sides: with a basis, "short": of the shorter side of each matrix alone; "both": of both, and of a convolution's
+            kernel positions apart from its input channels. The rows of an embedding have none.
         max_side: with a basis, the longest side that has one.
         params: parameter groups of ``model``, each with its own lr, damping, weight decay and so on; default: all of
             its parameters in one group.

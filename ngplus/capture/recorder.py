@@ -493,7 +493,7 @@ class Recorder:
                 record.comparison = self._start_comparison(layer, layer.weight, entries)
                 if layer.bias is not None and (bias_entries := choose_bias_entries(layer, entries)) is not None:
                     record.bias_comparison = self._start_comparison(layer, layer.bias, bias_entries)
-                    if layer.bias.requires_grad:
+                    if layer.bias.requires_grad and not is_transformed():
                         record.bias_accumulator = torch.autograd.graph.get_gradient_edge(layer.bias).node
         return record
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ngplus.capture.accumulator import Accumulator, Sampling, Statistic
+from ngplus.capture.contractions import UnsupportedCall
 from ngplus.config import Options
 from ngplus.curvature.all_reduce import find_shared_bases, pack_triangles, unpack_triangles, world_size
 from ngplus.curvature.eigenvectors import BasisRequest, find_bases
@@ -19,6 +20,7 @@ from ngplus.curvature.second_moment import form_gradients, second_moment
 from ngplus.curvature.update import LayerCurvature
 from ngplus.factors.factor import statistics_dtype
 from ngplus.factors.pair import FactorPair
+from ngplus.factors.products import multiply_by_transpose
 from ngplus.layers import Layer, MatrixShape, Side, to_row_sparse
 from ngplus.solvers.by_name import check_form
 from ngplus.solvers.eigenbasis import EigenBasis, Mode, Modes, find_modes
@@ -63,8 +65,13 @@ class ModeAccumulator(Accumulator):
             layer: the layer.
             statistic: its sums so far.
             pairs: factors of uses by the same samples.
+
+        Raises:
+            UnsupportedCall: of a use that multiplies by one of several matrices.
         """
         assert isinstance(statistic, ModeStatistic)
+        if any(pair.group is not None for pair in pairs):
+            raise UnsupportedCall("is one of several matrices of a weight")
         statistic.modes = find_modes(layer, self._options.sides, self._options.max_side)
         super().add_(layer, statistic, pairs)
 
@@ -123,10 +130,10 @@ def multiply_modes(modes: Modes, tensor: Tensor) -> list[Tensor]:
     for mode in modes.kept:
         if mode == "output":
             first = tensor.reshape(groups, rows // m, m, i * k).transpose(1, 2).reshape(groups, m, -1)
-            products.append(torch.bmm(first, first.mT))
+            products.append(multiply_by_transpose(first))
         else:
             last = tensor.reshape(groups, rows * i, k) if mode == "kernel" else tensor.mT.reshape(groups, rows * k, i)
-            products.append(torch.bmm(last.mT, last))
+            products.append(multiply_by_transpose(last.mT))
     return products
 
 

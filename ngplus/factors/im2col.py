@@ -256,7 +256,7 @@ class Patches:
             weight = _WEIGHT_GRADIENTS[len(self.kernel)](
                 images, weight_size, gradient, self.stride, padding, self.dilation, self.groups
             )
-            products[sample, :, :, : self._area] = weight.view(self.groups, rows, -1)
+            products[sample, :, :, : self._area] = weight.reshape(self.groups, rows, -1)
         if self.appended is not None:
             products[..., -1] = self.appended * outputs.sum(dim=3, dtype=dtype)
         return products
