@@ -1,7 +1,7 @@
 """Two optimizers of one task side by side: their runs at one scale, and what the difference says about a sentence."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -35,6 +35,10 @@ class Pair:
     def seeds(self) -> list[int]:
         """The seeds that both have."""
         return sorted({run.manifest.seed for run in self.ours} & {run.manifest.seed for run in self.theirs})
+
+    def select_runs(self, seeds: Collection[int]) -> list[Run]:
+        """Ours of these seeds, then theirs."""
+        return [run for run in (*self.ours, *self.theirs) if run.manifest.seed in seeds]
 
     def values(self, measure: str) -> tuple[dict[int, float], dict[int, float], float]:
         """Each one's measure by seed, and how long both were followed for if it is a time to the target.

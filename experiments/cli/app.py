@@ -313,6 +313,26 @@ def verdicts_command(
     typer.echo(verdict_table.render(frame, format_, short=short))
 
 
+@app.command("verify-claim")
+def verify_claim_command(
+    claim: Annotated[str, typer.Argument(metavar="ID", help="The claim's id in verdicts.csv, e.g. epochs-sgd.")],
+    results_dir: ResultsDir = Path("results"),
+) -> None:
+    """Judge one claim of the paper again from the records, and print each step.
+
+    Names the files that are read, with the processor and threads they were made on. The exit status is 1 where
+    verdicts.csv says otherwise. Never starts a run.
+    """
+    from experiments.analysis import claim_steps  # pandas, needed only here
+
+    lines, differences = claim_steps.follow(results_dir, claim)
+    typer.echo("\n".join(lines))
+    if differences:
+        typer.echo("\n".join(["verdicts.csv says otherwise; `verdicts` writes it again:", *differences]), err=True)
+        raise typer.Exit(1)
+    typer.echo(f"{results_dir / 'verdicts.csv'} says the same")
+
+
 @app.command("report")
 def report_command(results_dir: ResultsDir = Path("results")) -> None:
     """Build report/index.html in the results: verdicts, tables and curves as one page that needs no network.

@@ -207,7 +207,14 @@ class _Run:
         self._call_on_start()
         device = device_name(str(self.training.device))
         self._write(
-            Resumed(epoch=position.epoch, step=position.step, seconds=position.seconds, at=_now(), device=device)
+            Resumed(
+                epoch=position.epoch,
+                step=position.step,
+                seconds=position.seconds,
+                at=_now(),
+                device=device,
+                threads=torch.get_num_threads(),
+            )
         )
 
     def _begin(self) -> None:

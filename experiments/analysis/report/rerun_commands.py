@@ -10,6 +10,7 @@ TARGETS = {
 }
 PAGE = "make report"
 VERDICTS = "python -m experiments verdicts"
+VERIFY = "python -m experiments verify-claim"
 THEORY = "make reproduce-theory"
 _ESTIMATE = (
     "python -m experiments estimate resnet50-imagenet --optimizer sgd --optimizer ngplus --batch 8 --steps 4 --cpu-time"
