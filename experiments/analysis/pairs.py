@@ -127,7 +127,15 @@ def compare_medians(
 
 
 def estimate_median(values: Sequence[float], until: float) -> float:
-    """The median over seeds, of times to a target as in ``comparison.csv``; NaN where one value is."""
+    """The median over seeds, of times to a target as in ``comparison.csv``.
+
+    Args:
+        values: one a seed, infinite for a miss.
+        until: how long runs were followed for, infinite for what is no time.
+
+    Returns:
+        The median; NaN where one value is.
+    """
     if math.isinf(until) or np.isnan(values).any():
         return float(np.median(values))
     return TimesToTarget(values=values, follow_up=[until] * len(values)).median()

@@ -51,7 +51,7 @@ def table(task: str, scale: str) -> str:
     Returns:
         A command line.
     """
-    return f"python -m experiments table {task} --scale {scale}"
+    return f"python -m experiments table {task} --scale {scale} --results-dir results"
 
 
 def tune(task: str, scale: str) -> str:

@@ -20,9 +20,12 @@ from tests.experiments.cases.handwritten_records import (
 OTHER_TASK = "dlrm-criteo"
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> ${7*7} {{ 7*7 }} & 'quoted' \"too\""
 
-VERDICTS = """id,place,claim,paper,ours,scale,dataset,seeds,verdict,why,optimizers,records
-one,Table 1,NG+ needs 40 epochs,40,"3 against 5 (0.600×)",tiny,Fashion-MNIST,3,reproduced,"paired t-test, p = 0.04","ngplus, sgd",resnet50-imagenet/tiny/runs/ngplus-seed1.jsonl resnet50-imagenet/tiny/runs/sgd-seed1.jsonl
-two,"section 2.4, (13)",K-FAC's direction,(13),0.6 as printed,theory,synthetic,1,not reproduced,wrong as printed,,theory/errata.csv
+VERDICTS = f"""id,place,claim,paper,ours,scale,dataset,seeds,verdict,why,optimizers,records
+one,Table 1,NG+ needs 40 epochs,40,"3 against 5 (0.600×)",tiny,Fashion-MNIST,3,reproduced,\
+"paired t-test, p = 0.04","ngplus, sgd",\
+{TASK}/tiny/runs/ngplus-seed1.jsonl {TASK}/tiny/runs/sgd-seed1.jsonl
+two,"section 2.4, (13)",K-FAC's direction,(13),0.6 as printed,theory,synthetic,1,not reproduced,\
+wrong as printed,,theory/errata.csv
 three,Figure 5,The training loss is lower,curves,below in 8 of 12,small,flights,2,inconclusive,2 seeds in common,,
 four,Table 2,The batch of 4096 takes 12.8k iterations,12.8k,,,,,not run,needs the paper's hardware,,
 """

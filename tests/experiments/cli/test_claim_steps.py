@@ -1,8 +1,8 @@
 import pytest
 
-from experiments.analysis.claim_steps import follow
 from experiments.analysis.claims import load_claims
 from experiments.analysis.verdicts import judge
+from experiments.cli.claim_steps import follow
 from experiments.errors import UserError
 from experiments.records.provenance import REPOSITORY
 from tests.experiments.cases.handwritten_records import HIT_1, HIT_2, HIT_4, MISS, write
