@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -60,6 +61,9 @@ from ngplus.tuning import DEFAULT, Tuning
 
 UNCAPTURED = "has a gradient on a curvature step, but no backward pass through the model was captured to bring it"
 """Why a layer that has a curvature is left to the base where none of its uses was captured."""
+
+
+_DEVICE = operator.attrgetter("device")
 
 
 class LayerwiseOptimizer(Inspection, SavedState, Optimizer, Joinable):
@@ -572,7 +576,7 @@ class LayerwiseOptimizer(Inspection, SavedState, Optimizer, Joinable):
         return [(names.get(id(p), f"parameter {i}"), p) for i, p in enumerate(parameters)]
 
     def _parameter_devices(self) -> set[torch.device]:
-        return {p.device for group in self.param_groups for p in group["params"]}
+        return set().union(*(map(_DEVICE, group["params"]) for group in self.param_groups))
 
     def _follow_devices(self) -> None:
         """Move `base`'s state after parameters that were moved since the last step."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -60,7 +61,8 @@ class NGPlus(LayerwiseOptimizer):
             it; a change takes effect at the next curvature step, since the inverse is kept until then (as the paper
             keeps it).
         update_every: 𝒯, steps between curvature steps, ≥ 1.
-        curvature: "per_sample" for (4)(5), or "mini_batch" for (12): products of the mini-batch gradient itself.
+        curvature: "per_sample" for (4)(5), or "mini_batch" for (12): products of the mini-batch gradient itself. With a
+            basis also "momentum": products of the base's first moment.
         ema: β of (11) (and of (12), where γ = 1 − β), in [0, 1).
         solver: "dense" (6), "low_rank" (14), "sketched" (16)(17), or "auto": the cheapest exact one for each layer.
         block_size: p of (18): only diagonal blocks of this size are kept. None keeps the whole matrix.
@@ -92,6 +94,17 @@ class NGPlus(LayerwiseOptimizer):
         max_samples: at most so many samples of a step are used for its curvature.
         nonfinite: "skip": where any preconditioned gradient holds NaN or Inf, all gradients count as zero for this
             step (decided on the device, without synchronizing); "raise": `FloatingPointError` before anything changes.
+        update_growth: share by which the number of steps grows from one curvature step to the next, > 0, until they are
+            ``update_every`` apart; None for every ``update_every`` steps from the start.
+        basis: None for (6). "eigen" (not in the paper): ``base`` makes its step on the gradient's coordinates in the
+            eigenvectors of the curvature, Q_LᵀG Q_R, and its change Δʹ is brought back, Q_L Δʹ Q_Rᵀ. Nothing is
+            inverted, and ``damping`` is not used. ``base`` must scale entries one by one, as Adam does; those of other
+            packages than torch are declared by `register_base`. Then ``curvature`` may be "momentum" too: the product
+            of the base's first moment, and the parameters of modules that are not supported go to ``base``, as biases
+            do. See docs/eigenbasis.md.
+        sides: with a basis, "short": of the shorter side of each matrix alone; "both": of both, and of a convolution's
+            kernel positions apart from its input channels. The rows of an embedding have none.
+        max_side: with a basis, the longest side that has one.
         params: parameter groups of ``model``, each with its own lr, damping, weight decay and so on; default: all of
             its parameters in one group.
         **base_options: everything else goes to ``base``.
@@ -219,10 +232,15 @@ class NGPlus(LayerwiseOptimizer):
         return find_layers(model, self._options.batch_dim, every_matrix=every_matrix)
 
     def _find_layers(self) -> list[Layer]:
-        """With a basis a layer is its weight, if any mode of it has one."""
+        """With a basis a layer is its weight, if any mode of it has one.
+
+        Without a model a matrix may be a table of rows. It is taken for none, but where the base takes tables alone.
+        """
         found = super()._find_layers()
         if not isinstance(self._curvature, EigenCurvature):
             return found
+        if self._model is None and not isinstance(self._base, torch.optim.SparseAdam):
+            found = [replace(layer, row_sparse=False) for layer in found]
         return [layer.without_bias() for layer in found if self._curvature.modes(layer).kept]
 
     def _make_accumulator(self) -> Accumulator:
@@ -244,6 +262,7 @@ class NGPlus(LayerwiseOptimizer):
         if self._rotation is None or not layers:
             super()._update_curvature(layers, with_batch=with_batch)
             return
+        self._rotation.check_state(layers, self._base.state)
         before = self._rotation.bases()
         super()._update_curvature(layers, with_batch=with_batch)
         self._rotation.forget()
@@ -254,7 +273,7 @@ class NGPlus(LayerwiseOptimizer):
             super()._apply_()
             return
         check = FiniteCheck(self.tuning)
-        self._rotation.rotate_(self._groups, check)
+        self._rotation.rotate_(self._groups, check, self._base.state)
         self._keep_finite_(check)
 
     def _finish_base_step_(self) -> None:
@@ -263,7 +282,7 @@ class NGPlus(LayerwiseOptimizer):
         with torch.no_grad(), self._stopwatch.measure("apply"):
             self._rotation.rotate_back_()
         if not self._base_has_stepped:
-            self._rotation.check_state(self._base.state)
+            self._rotation.check_state(self._layers, self._base.state)
 
     def _restore_gradients_(self) -> None:
         super()._restore_gradients_()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,15 +35,19 @@ class Stopwatch:
         self.times = StepTimes()
         self.on = False
 
-    @contextmanager
-    def measure(self, stage: Stage) -> Iterator[None]:
+    def measure(self, stage: Stage) -> AbstractContextManager[None]:
         """Count the seconds of the block to ``stage``, the device's queue drained before and after."""
-        if not self.on:
-            yield
-            return
+        return self._measure(stage) if self.on else _NOTHING
+
+    @contextmanager
+    def _measure(self, stage: Stage) -> Iterator[None]:
         start = _now()
         yield
         setattr(self.times, stage, getattr(self.times, stage) + _now() - start)
+
+
+_NOTHING = nullcontext()
+"""For a stopwatch that is off: a hook of a small layer would take a tenth longer with a generator of its own."""
 
 
 def _now() -> float:

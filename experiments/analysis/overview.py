@@ -9,7 +9,7 @@ import pandas as pd
 
 from experiments.analysis.comparable_runs import BEYOND_PAPER, load_comparable, name_data
 from experiments.analysis.comparison import summarise
-from experiments.analysis.profiles import entrants, ratios, score
+from experiments.analysis.profiles import entrants, ratios, score, without_forms
 from experiments.analysis.verdict_table import markdown
 
 NOT_RUN = "–"
@@ -23,7 +23,8 @@ class Column:
         dataset: that was really used.
         metric: its name.
         higher_is_better: or lower.
-        rows: of its comparison, by optimizer without the suffix of its base; see `profiles.entrants`.
+        rows: of its comparison, by optimizer without the suffix of its base, and the forms that are methods of their
+            own; see `profiles.entrants`.
     """
 
     dataset: str
@@ -52,7 +53,7 @@ class Column:
             dataset=name_data(task, manifest.dataset.name.partition(";")[0]),
             metric=manifest.metric.name,
             higher_is_better=manifest.metric.higher_is_better,
-            rows=entrants(summarise(comparable)),
+            rows=entrants(summarise(comparable), forms=True),
         )
 
     def title(self) -> str:
@@ -78,7 +79,7 @@ class Column:
 def overview(results_dir: Path, tasks: Sequence[str], scale: str) -> str:
     """A row an optimizer, a column a task, in Markdown, by falling score of the performance profiles (epochs).
 
-    The score is over the paper's tasks.
+    The score is over the paper's tasks, of the paper's NG+ and its peers; forms beyond the paper have none.
 
     Args:
         results_dir: where the records are.
@@ -93,7 +94,7 @@ def overview(results_dir: Path, tasks: Sequence[str], scale: str) -> str:
     """
     columns = {task: Column.from_runs(results_dir, task, scale) for task in tasks}
     names = {name for column in columns.values() for name in column.rows}
-    entries = {task: column.rows for task, column in columns.items() if task not in BEYOND_PAPER}
+    entries = {task: without_forms(column.rows) for task, column in columns.items() if task not in BEYOND_PAPER}
     scores = {
         name: score(ratios(entries, name, "epochs")) for name in names if any(name in rows for rows in entries.values())
     }

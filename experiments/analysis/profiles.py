@@ -124,11 +124,16 @@ def tabulate(entries: Mapping[str, Mapping[str, pd.Series]], scale: str) -> pd.D
     return table
 
 
-def entrants(frame: pd.DataFrame) -> dict[str, pd.Series]:
+FORMS = ("ngplus-eigen", "ngplus-eigen-short")
+"""Those of NG+ that are methods of their own, and not NG+ around another base or with another setting."""
+
+
+def entrants(frame: pd.DataFrame, *, forms: bool = False) -> dict[str, pd.Series]:
     """The rows of a task's comparison that enter, by the optimizer's name without a suffix.
 
     Args:
         frame: a comparison, a row an optimizer.
+        forms: whether `FORMS` enter too, under their whole names.
 
     Returns:
         Rows by optimizer.
@@ -141,7 +146,12 @@ def entrants(frame: pd.DataFrame) -> dict[str, pd.Series]:
             if name in rows:
                 found[family] = rows[name]
                 break
-    return found
+    return found | ({name: rows[name] for name in FORMS if name in rows} if forms else {})
+
+
+def without_forms(rows: Mapping[str, pd.Series]) -> dict[str, pd.Series]:
+    """What `entrants` gives without `FORMS`."""
+    return {name: row for name, row in rows.items() if name not in FORMS}
 
 
 def ran_on_same_device(row: pd.Series, reference: pd.Series) -> bool:

@@ -163,8 +163,8 @@ class NGPlusSettings(_LearningRate):
     nonfinite: Literal["skip", "raise"] = "skip"
     update_growth: float | None = None
     basis: Literal["eigen"] | None = None
-    sides: Literal["short", "both"] = "short"
-    max_side: int = 8192
+    sides: Literal["short", "both"] | None = None
+    max_side: int | None = None
 
     @property
     def unused(self) -> tuple[str, ...]:
@@ -262,7 +262,7 @@ def _around_base(cls: Callable[..., Optimizer], model: nn.Module, settings: Any)
     base = settings.base
     if isinstance(base, AdamBase | AdamWBase):
         refuse_sparse_gradients(model, f"{cls.__name__} around {_BASE_CLASSES[type(base)].__name__}")
-    own = asdict(settings)
+    own = {name: value for name, value in asdict(settings).items() if value is not None}  # None keeps its own default
     base_arguments = _join_betas(own.pop("base"))
     return cls(model, base=_BASE_CLASSES[type(base)], **own, **base_arguments)
 

@@ -7,6 +7,7 @@ others each is one of its own, but they are written back, and checked for NaN, t
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
@@ -34,36 +35,109 @@ class PreconditionedLayer:
     shape: MatrixShape
 
 
-@dataclass(frozen=True, eq=False)
 class EqualShapes:
     """Members of equal shape, whose directions are one product.
 
-    Attributes:
+    Args:
         members: two at least.
         inverses: of all of them, (layers · blocks, p, p); each member's own is a view of it: none is stored twice.
+        tuning: of which directions the memory is kept.
     """
 
-    members: Sequence[PreconditionedLayer]
-    inverses: Tensor
+    def __init__(self, members: Sequence[PreconditionedLayer], inverses: Tensor, tuning: Tuning = DEFAULT) -> None:
+        self.members = members
+        weights = [member.layer.weight for member in members]
+        biases = [bias for member in members if (bias := member.layer.trained_bias) is not None]
+        left = members[0].shape.side == "left"
+        self._products = [
+            _StackedProduct(each, inverses, left, tuning.kept_direction) for each in (weights, biases) if each
+        ]
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Those whose gradients are replaced."""
+        return [parameter for product in self._products for parameter in product.parameters]
+
+    @property
+    def is_tiny(self) -> bool:
+        """Whether the gradients have so few elements that a look at each would take longer than to stack them."""
+        return all(product.is_tiny for product in self._products)
+
+    def stack(self) -> bool:
+        """Stack gradients that are tiny, for `precondition_`.
+
+        Returns:
+            Whether they are still what this was made for; else nothing has changed.
+        """
+        return all(product.stack() for product in self._products)
 
     def precondition_(self, check: FiniteCheck) -> None:
         """Replace the gradients by their directions in place, and add these to ``check``."""
-        self._replace_([member.layer.weight for member in self.members], check)
-        biases = [bias for member in self.members if (bias := member.layer.trained_bias) is not None]
-        if biases:
-            self._replace_(biases, check)
+        for product in self._products:
+            product.replace_(check)
 
-    def _replace_(self, parameters: Sequence[nn.Parameter], check: FiniteCheck) -> None:
-        inverses = self.inverses
-        gradients = [stored_values(parameter.grad) for parameter in parameters if parameter.grad is not None]
-        G = torch.stack(gradients)
-        if self.members[0].shape.side == "left":
-            D = torch.bmm(inverses, G.view(*inverses.shape[:2], -1))  # (layers · blocks, p, q)
+
+class _StackedProduct:
+    """Gradients of equal shape, which are multiplied as one stack.
+
+    Of the tiniest the memory of the directions is kept, and all views of it: making those takes longer than the
+    product. So does a look at each gradient, which the stack of them makes needless: its form tells what they are.
+
+    Args:
+        parameters: whose gradients they are.
+        inverses: (layers · blocks, p, p).
+        left: whether they are multiplied from the left.
+        kept_up_to: elements of a direction up to which its memory is kept.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], inverses: Tensor, left: bool, kept_up_to: int) -> None:
+        self.parameters = parameters
+        self._ids = frozenset(map(id, parameters))
+        self._inverses = inverses
+        self._left = left
+        gradients = [gradient for parameter in parameters if (gradient := parameter.grad) is not None]
+        self._is_sparse = any(gradient.is_sparse for gradient in gradients)
+        self._form = (len(parameters), *gradients[0].shape), inverses.dtype, torch.strided
+        self.is_tiny = gradients[0].numel() <= kept_up_to and not self._is_sparse
+        self._directions: tuple[Tensor, tuple[Tensor, ...]] | None = None
+        self._stacked: tuple[list[Tensor], Tensor] | None = None
+
+    def stack(self) -> bool:
+        """See `EqualShapes.stack`."""
+        gradients = [parameter.grad for parameter in self.parameters]
+        try:
+            G = torch.stack(gradients)  # type: ignore[arg-type]
+        except (TypeError, RuntimeError):  # one is missing, or is of another shape, layout or device
+            return False
+        self._stacked = gradients, G  # type: ignore[assignment]
+        return (G.shape, G.dtype, G.layout) == self._form and G.device == self._inverses.device
+
+    def replace_(self, check: FiniteCheck) -> None:
+        """See `EqualShapes.precondition_`."""
+        inverses = self._inverses
+        gradients, G = self._stacked or self._collect()
+        self._stacked = None
+        if self._left:
+            factors = inverses, G.view(*inverses.shape[:2], -1)  # times (layers · blocks, p, q)
         else:
-            D = torch.bmm(G.view(len(inverses), -1, inverses.shape[1]), inverses)  # (layers, q, p)
-        torch._foreach_copy_(gradients, D.view(G.shape).unbind())
+            factors = G.view(len(inverses), -1, inverses.shape[1]), inverses  # (layers, q, p) times
+        if self._directions is None:
+            D = torch.bmm(*factors)
+            directions = D.view(G.shape).unbind()
+            self._directions = (D, directions) if self.is_tiny else None
+        else:
+            D, directions = self._directions
+            torch.bmm(*factors, out=D)
+        torch._foreach_copy_(gradients, directions)
         check.add(D)
-        check.checked.update(map(id, parameters))
+        check.checked |= self._ids
+
+    def _collect(self) -> tuple[list[Tensor], Tensor]:
+        """The gradients, of sparse ones the rows, and the stack of them."""
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        if self._is_sparse:
+            gradients = [stored_values(gradient) for gradient in gradients]
+        return gradients, torch.stack(gradients)
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,7 +249,8 @@ def group_small(
     small = [member for member in members if _is_small(member, tuning)]
     equal = [together for together in _group_by(small, _equal_shapes_key) if len(together) > 1]
     mixed = _group_by(_without(small, equal), _mixed_shapes_key)
-    return [*map(_stack_inverses_, equal), *map(MixedShapes, mixed)], _without(members, [*equal, *mixed])
+    stacked = [_stack_inverses_(together, tuning) for together in equal]
+    return [*stacked, *map(MixedShapes, mixed)], _without(members, [*equal, *mixed])
 
 
 def _without(
@@ -196,25 +271,39 @@ def _group_by(
     return list(together.values())
 
 
-def gradient_form(layer: Layer) -> Hashable:
-    """What decides how a gradient is preconditioned: while it stays the same for all layers, so do their groups."""
-    gradient, bias = layer.weight.grad, layer.trained_bias
-    if gradient is None:
-        return None
-    size: Hashable
-    if gradient.is_sparse:
-        size = gradient.shape, gradient._nnz(), gradient.dense_dim()
+_SHAPE, _IS_SPARSE = operator.attrgetter("shape"), operator.attrgetter("is_sparse")
+_KINDS = operator.attrgetter("dtype"), operator.attrgetter("device"), operator.attrgetter("layout")
+
+
+def gradient_forms(parameters: Sequence[nn.Parameter]) -> list[Hashable]:
+    """What decides how gradients are preconditioned: while it stays the same for all layers, so do their groups.
+
+    Args:
+        parameters: weights and biases of layers.
+
+    Returns:
+        A list that is equal to another one where nothing has changed between.
+    """
+    # Nothing here but the first line is Python code that runs once a parameter, since there may be thousands.
+    gradients = [parameter.grad for parameter in parameters]
+    found = [gradient for gradient in gradients if gradient is not None]
+    forms: list[Hashable] = [frozenset(map(kind, found)) for kind in _KINDS]
+    forms += map(_SHAPE, found)
+    if any(map(_IS_SPARSE, found)):
+        forms += [gradient._nnz() if gradient.is_sparse else gradient.is_contiguous() for gradient in found]
     else:
-        size = gradient.shape, gradient.is_contiguous()  # which a weight that changes its memory format changes
-    return size, gradient.dtype, gradient.device, bias is not None and (id(bias), bias.grad is not None)
+        forms += map(Tensor.is_contiguous, found)  # which a weight that changes its memory format changes
+    if len(found) < len(parameters):
+        forms += [p.requires_grad if g is None else None for p, g in zip(parameters, gradients, strict=True)]
+    return forms
 
 
-def _stack_inverses_(members: Sequence[PreconditionedLayer]) -> EqualShapes:
+def _stack_inverses_(members: Sequence[PreconditionedLayer], tuning: Tuning) -> EqualShapes:
     inverses = torch.cat([member.preconditioner.main for member in members])
     parts = torch.split(inverses, [len(member.preconditioner.main) for member in members])
     for member, part in zip(members, parts, strict=True):
         member.preconditioner.set_matrices_(part)
-    return EqualShapes(members, inverses)
+    return EqualShapes(members, inverses, tuning)
 
 
 def _is_small(member: PreconditionedLayer, tuning: Tuning) -> bool:
@@ -247,4 +336,4 @@ def _mixed_shapes_key(member: PreconditionedLayer) -> Hashable:
     return (main.dtype, main.device) if len(main) == 1 else None
 
 
-__all__ = ["EqualShapes", "MixedShapes", "PreconditionedLayer", "gradient_form", "group_small"]
+__all__ = ["EqualShapes", "MixedShapes", "PreconditionedLayer", "gradient_forms", "group_small"]

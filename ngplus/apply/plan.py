@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ngplus.apply.grouped import EqualShapes, MixedShapes, PreconditionedLayer, gradient_form, group_small
+from ngplus.apply.grouped import EqualShapes, MixedShapes, PreconditionedLayer, gradient_forms, group_small
 from ngplus.apply.sparse_grad import NonzeroRows
+from ngplus.curvature.layer_state import LayerState
 from ngplus.curvature.store import CurvatureStore
 from ngplus.guards.finite_check import FiniteCheck
 from ngplus.layers import Layer
@@ -20,12 +21,20 @@ class _Plan:
     """Which layers' gradients are preconditioned together.
 
     Attributes:
-        forms: each layer's preconditioner and what its gradient is like, from which the rest follows.
+        layers: of the optimizer.
+        states: of those that have a preconditioner.
+        parameters: their weights and biases, but for those of tiny gradients, which are stacked.
+        forms: what the parameters' gradients are like; from this and the states the rest follows.
+        tiny: groups of tiny gradients, among ``together``.
         together: small ones, several at a time.
         alone: the others that have a gradient and a preconditioner.
     """
 
+    layers: Sequence[Layer]
+    states: list[LayerState]
+    parameters: list[nn.Parameter]
     forms: list[Hashable]
+    tiny: list[EqualShapes]
     together: list[EqualShapes | MixedShapes]
     alone: list[PreconditionedLayer]
 
@@ -84,20 +93,26 @@ class ApplyPlan:
 
     def _update_plan(self, layers: Sequence[Layer]) -> _Plan:
         """The plan of the step before, where nothing that decides it has changed."""
-        if self._plan is None or self._plan.forms != self._forms(layers):
-            found = [(layer, state) for layer in layers if (state := self._curvature.find_ready(layer)) is not None]
-            members = [PreconditionedLayer(layer, state.preconditioner, state.shape) for layer, state in found]
-            together, alone = group_small(members, self._tuning)
-            self._plan = _Plan(self._forms(layers), together, alone)
+        plan = self._plan
+        if plan is None or plan.layers is not layers or not self._holds(plan):
+            plan = self._plan = self._make_plan(layers)
             self.has_changed = True
-        return self._plan
+        return plan
 
-    def _forms(self, layers: Sequence[Layer]) -> list[Hashable]:
-        states = self._curvature.states
-        return [
-            (state.preconditioner, gradient_form(layer)) if (state := states.get(layer)) is not None else None
-            for layer in layers
-        ]
+    def _holds(self, plan: _Plan) -> bool:
+        same = plan.states == list(self._curvature.states.values())
+        return same and gradient_forms(plan.parameters) == plan.forms and all(group.stack() for group in plan.tiny)
+
+    def _make_plan(self, layers: Sequence[Layer]) -> _Plan:
+        found = [(layer, state) for layer in layers if (state := self._curvature.find_ready(layer)) is not None]
+        members = [PreconditionedLayer(layer, state.preconditioner, state.shape) for layer, state in found]
+        together, alone = group_small(members, self._tuning)
+        tiny = [group for group in together if isinstance(group, EqualShapes) and group.is_tiny]
+        stacked = {id(p) for group in tiny for p in group.parameters}
+        known = [p for layer in self._curvature.states for p in (layer.weight, layer.bias) if p is not None]
+        parameters = [parameter for parameter in known if id(parameter) not in stacked]
+        states = list(self._curvature.states.values())
+        return _Plan(layers, states, parameters, gradient_forms(parameters), tiny, together, alone)
 
 
 __all__ = ["ApplyPlan"]

@@ -8,14 +8,14 @@ sees a parameter of zero: it needs no product with the basis.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, MutableMapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ngplus.apply.grouped import gradient_form
+from ngplus.apply.grouped import gradient_forms
 from ngplus.base_rules import BaseRule
 from ngplus.curvature.eigen import EigenCurvature
 from ngplus.guards.finite_check import FiniteCheck
@@ -79,9 +79,10 @@ class RotatedWeights:
             coordinates.copy_(self._basis.rotate(self._join([weight.data for weight in weights])))
             self._before = coordinates.clone()
         self._coordinates = coordinates
+        rotated = rotated.to(gradients[0].dtype)  # in which an entry may overflow
         check.add(rotated)
         check.checked.update(map(id, weights))
-        parts = zip(weights, self._split(rotated.to(gradients[0].dtype)), self._split(coordinates), strict=True)
+        parts = zip(weights, self._split(rotated), self._split(coordinates), strict=True)
         for weight, gradient, value in parts:
             weight.data = value
             weight.grad = gradient
@@ -116,12 +117,12 @@ class RotatedWeights:
         self._coordinates = self._before = None
 
     def _decay_factor(self) -> float | Tensor:
-        """1 − lr · decay where that is decoupled."""
+        """1 − lr · decay where that is decoupled; a scalar tensor where lr is a tensor, of any shape."""
         decay = self._settings.get("weight_decay", 0)
         if not decay or self._rule.reads_parameters or self._rule.decay_kind(self._settings) != "decoupled":
             return 1.0
         factor: float | Tensor = 1 - self._settings["lr"] * decay
-        return factor
+        return factor.reshape(()) if isinstance(factor, Tensor) else factor
 
     def _join(self, tensors: Sequence[Tensor]) -> Tensor:
         """Weight-shaped tensors as one of the basis's modes, in its dtype."""
@@ -213,16 +214,27 @@ class Rotation:
         """Forget the plan, which holds bases that are to be replaced."""
         self._plan = None
 
-    def rotate_(self, groups: Mapping[Layer, Settings], check: FiniteCheck) -> None:
+    def rotate_(
+        self,
+        groups: Mapping[Layer, Settings],
+        check: FiniteCheck,
+        base_state: Mapping[Tensor, MutableMapping[str, Any]],
+    ) -> None:
         """Give the base the gradients of all layers that have a basis in it.
 
         Args:
             groups: the layers of the optimizer, and the parameter group of each.
             check: the coordinates are added to it.
+            base_state: of the base; what is stored otherwise than the coordinates is replaced by a copy that is not.
         """
-        for group in self._update_plan(groups).groups:
+        before = self._plan
+        plan = self._update_plan(groups)
+        for group in plan.groups:
             self._rotated.append(group)
             group.rotate_(check)
+        if plan is not before:
+            for layer in groups:
+                match_strides_(base_state.get(layer.weight, {}), layer.weight)
 
     def rotate_back_(self) -> None:
         """Add the changes that the base has made to the parameters."""
@@ -236,12 +248,9 @@ class Rotation:
             self._rotated.pop().restore_()
 
     def _update_plan(self, groups: Mapping[Layer, Settings]) -> _Plan:
-        forms: list[Hashable] = [
-            (state.preconditioner, gradient_form(layer), id(settings))
-            if (state := self._curvature.states.get(layer)) is not None
-            else None
-            for layer, settings in groups.items()
-        ]
+        known = {layer: state for layer in groups if (state := self._curvature.states.get(layer)) is not None}
+        forms: list[Hashable] = [(state.preconditioner, id(groups[layer])) for layer, state in known.items()]
+        forms += gradient_forms([p for layer in known for p in (layer.weight, layer.bias) if p is not None])
         if self._plan is None or self._plan.forms != forms:
             self._plan = _Plan(forms, self._group(groups))
         return self._plan
@@ -287,16 +296,17 @@ class Rotation:
             if old is not new and (state := base_state.get(layer.weight)):
                 move_state_(state, layer.weight, self._rule, _change(old, new))
 
-    def check_state(self, base_state: Mapping[Tensor, Mapping[str, Any]]) -> None:
+    def check_state(self, layers: Iterable[Layer], base_state: Mapping[Tensor, Mapping[str, Any]]) -> None:
         """Refuse a base with a state that its rule does not know.
 
         Args:
+            layers: whose state is looked at.
             base_state: of the base.
 
         Raises:
             TypeError: an entry of a weight's shape that is not declared.
         """
-        for layer in self._curvature.states:
+        for layer in layers:
             for name, value in base_state.get(layer.weight, {}).items():
                 if _moves(value, layer.weight) and name not in self._rule.declared:
                     raise TypeError(
@@ -343,9 +353,21 @@ def move_state_(state: MutableMapping[str, Any], weight: Tensor, rule: BaseRule,
             value.copy_(_as_weight(X.flatten(0, 1), value.shape))
 
 
+def match_strides_(state: MutableMapping[str, Any], weight: Tensor) -> None:
+    """Store what a base keeps of a weight in the order of the weight's elements, as a fused step assumes it is.
+
+    Args:
+        state: of the weight, changed in place.
+        weight: with the value that the base is to see.
+    """
+    for name, value in state.items():
+        if _moves(value, weight) and value.stride() != weight.stride():
+            state[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
+
+
 def _as_weight(part: Tensor, shape: torch.Size) -> Tensor:
     """(rows, i, k) as a weight of ``shape``, a view where k = 1 or ``shape`` has that many positions."""
     return part.view(*part.shape[:2], *shape[2:]) if part.shape[2] > 1 else part.reshape(shape)
 
 
-__all__ = ["RotatedRows", "RotatedWeights", "Rotation", "move_state_"]
+__all__ = ["RotatedRows", "RotatedWeights", "Rotation", "match_strides_", "move_state_"]

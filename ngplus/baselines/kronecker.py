@@ -186,6 +186,7 @@ class FactorAccumulator(Accumulator):
 
     statistic = FactorStatistic
     missing = "for which K-FAC has no factors"
+    adds_together = False
 
     def __init__(
         self,

@@ -63,6 +63,7 @@ class SampleAccumulator(Accumulator):
     """Keeps the gradients of single samples as factors."""
 
     statistic = SampleStatistic
+    adds_together = False
 
     def _add_used_(self, statistic: Statistic, pairs: list[FactorPair]) -> None:
         assert isinstance(statistic, SampleStatistic)

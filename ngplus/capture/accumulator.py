@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from ngplus.capture.op_handlers import OpCall
 from ngplus.capture.sample_index import drop_uncounted_rows, group_rows
 from ngplus.config import FunctionFallback, LayerwiseOptions, ModelCallSamples, PartialCapture, Samples
 from ngplus.curvature.second_moment import add_stacks_, multiply_columns, scale_columns, second_moment
+from ngplus.curvature.small_layers import group_equal, is_small, second_moments
 from ngplus.dtensors import local_part
 from ngplus.factors.dense import Dense
 from ngplus.factors.pair import FactorPair, flatten_positions, sample_indices, sample_long_side
@@ -35,6 +36,7 @@ class Sampling:
         block_size: p of (18), or None.
         max_rank: most columns of U, as a fraction of the matrix's side, for which the sum of rank-one products is
             kept as U (14); 0 keeps none.
+        least_side: shortest side of a matrix for which it is.
         sketch_size: columns of 𝒢ᵢ to sample (17) where U is not kept, or None for all.
     """
 
@@ -45,7 +47,12 @@ class Sampling:
     function_fallback: FunctionFallback = "base"
     block_size: int | None = None
     max_rank: float = 0.0
+    least_side: int = 1
     sketch_size: int | None = None
+
+    def keeps_columns(self, rank: int, side: int) -> bool:
+        """Whether U of so many columns is kept, of a matrix with the short side ``side``."""
+        return side >= self.least_side and rank <= self.max_rank * side
 
     @classmethod
     def from_options(cls, options: LayerwiseOptions, **others: Any) -> Sampling:
@@ -121,6 +128,20 @@ class Statistic:
             self.columns = []
 
 
+class Addition(NamedTuple):
+    """Uses that are to be added to a layer's statistic.
+
+    Attributes:
+        layer: the layer.
+        statistic: its sums so far.
+        pairs: factors of uses by the same samples; with ``samples="rows"`` of one use.
+    """
+
+    layer: Layer
+    statistic: Statistic
+    pairs: Sequence[FactorPair]
+
+
 class Accumulator:
     """Sums Σᵢ 𝒢ᵢ𝒢ᵢᵀ, or Σᵢ 𝒢ᵢᵀ𝒢ᵢ, of a layer's captured uses.
 
@@ -136,6 +157,8 @@ class Accumulator:
     statistic: ClassVar[type[Statistic]] = Statistic
     missing: ClassVar[str] = "where a single sample's gradient cannot be captured"
     """What a layer lacks that is not supported, for messages."""
+    adds_together: ClassVar[bool] = True
+    """Whether its statistic is the sum of products of 𝒢ᵢ with itself, which those of several layers may share."""
 
     def __init__(self, sampling: Sampling, generator: torch.Generator, tuning: Tuning = DEFAULT) -> None:
         self.sampling = sampling
@@ -188,15 +211,55 @@ class Accumulator:
         Raises:
             UnsupportedCall: of uses that have no statistic together.
         """
-        rows = self.sampling.samples == "rows"
-        pairs = [flatten_positions(pair) for pair in pairs] if rows else list(pairs)
+        if used := self._take_used_(statistic, pairs):
+            self._add_used_(statistic, used if len(used) == 1 else _join_single_positions(used))
+
+    def waits(self, pair: FactorPair) -> bool:
+        """Whether a use is so small that it is worth keeping until the step, to be added with other layers'."""
+        return self.adds_together and is_small(pair, self._tuning)
+
+    def add_together_(self, additions: Sequence[Addition]) -> list[Addition]:
+        """Add to the statistics of several layers, in place: small ones of equal shapes in one product.
+
+        Args:
+            additions: of different statistics.
+
+        Returns:
+            Those that are left, for `add_`.
+        """
+        if not self.adds_together:
+            return list(additions)
+        single = [each for each in additions if self._is_single(each)]
+        groups = group_equal([(each.statistic.shape, each.pairs[0]) for each in single])
+        taken: set[int] = set()
+        for places in groups:
+            members = [single[place] for place in places]
+            used = [self._take_used_(each.statistic, each.pairs) for each in members]
+            moments = second_moments(members[0].statistic.shape, [pairs[0] for pairs in used])
+            for each, moment in zip(members, moments, strict=True):
+                each.statistic.add_([moment])
+            taken.update(map(id, members))
+        return [each for each in additions if id(each) not in taken]
+
+    def _is_single(self, addition: Addition) -> bool:
+        """Whether all samples of one use are added as moments."""
+        statistic, pairs = addition.statistic, addition.pairs
+        limit, rank = self.sampling.max_samples, pairs[0].rows.samples
+        kept_as_columns = not statistic.moments and self.sampling.keeps_columns(rank, statistic.shape.short)
+        within = limit is None or statistic.used + rank <= limit
+        return len(pairs) == 1 and within and rank > 0 and not (kept_as_columns or statistic.columns)
+
+    def _take_used_(self, statistic: Statistic, pairs: Sequence[FactorPair]) -> list[FactorPair]:
+        """Count the samples of some uses in, and return the factors of those that are to be summed."""
+        if self.sampling.samples == "rows":
+            pairs = [flatten_positions(pair) if pair.rows.positions > 1 else pair for pair in pairs]
         count = pairs[0].rows.samples
         used = self._count_used(statistic, count)
         statistic.samples += count
         statistic.used += used
-        if used:
-            pairs = [FactorPair(p.rows.slice(0, used), p.columns.slice(0, used), p.group) for p in pairs]
-            self._add_used_(statistic, pairs if len(pairs) == 1 else _join_single_positions(pairs))
+        if used == count:
+            return list(pairs) if used else []
+        return [FactorPair(p.rows.slice(0, used), p.columns.slice(0, used), p.group) for p in pairs] if used else []
 
     def _count_used(self, statistic: Statistic, samples: int) -> int:
         """How many of ``samples`` more are to be used."""
@@ -211,7 +274,7 @@ class Accumulator:
         rank_one = len(pairs) == 1 and pairs[0].rows.positions == 1
         if rank_one and shape.groups == 1 and not statistic.moments:
             rank = pairs[0].rows.samples + sum(columns.shape[1] for columns in statistic.columns)
-            if rank <= self.sampling.max_rank * shape.short:
+            if self.sampling.keeps_columns(rank, shape.short):
                 statistic.columns.append(scale_columns(shape, pairs[0]))
                 return
         statistic.densify_()
@@ -268,4 +331,4 @@ def is_zero(tensor: Tensor) -> bool:
     return not bool(stored_values(local_part(tensor)).any())
 
 
-__all__ = ["Accumulator", "Sampling", "Statistic", "is_zero"]
+__all__ = ["Accumulator", "Addition", "Sampling", "Statistic", "is_zero"]

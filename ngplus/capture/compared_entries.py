@@ -3,10 +3,12 @@
 A use that was not captured changes all entries of the gradient G, as a rule, so that a few entries (r, c) of the matrix
 tell: Σᵢ Σ_κ Gᵢ[r, κ] Aᵢ[c, κ] against G[r, c]. Of a table, where such a use may reach few rows, a sixteenth of the rows
 or more count together, with random signs s: Σᵢ Σ_κ (sᵀGᵢ)[κ] Aᵢ[c, κ] against (sᵀG)[c]. Of a linear layer whose output
-is small all rows and columns do, in a few sums with signs T for the columns: Σᵢ Σ_κ (sᵀGᵢ)[κ] (TᵀAᵢ)[·, κ] against
+is small all rows and columns do, in a few sums with signs T for the columns: (Σᵢ Σ_κ (sᵀGᵢ)[κ] Aᵢ[·, κ]) T against
 sᵀG T.
 
 A bias, which is one more column of its layer's matrix, is compared by itself in the same rows.
+
+Of a small model on a CPU the calls cost more than what they compute, so that each way takes as few as can be.
 """
 
 from __future__ import annotations
@@ -15,12 +17,10 @@ import functools
 import math
 import operator
 import random
-import weakref
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ngplus.factors.dense import Dense
@@ -34,23 +34,38 @@ from ngplus.layers import Layer, MatrixShape
 from ngplus.tuning import DEFAULT, Tuning
 
 
+class UseRows(NamedTuple):
+    """What is needed of the rows of a use, for the entries of a weight and of its bias.
+
+    Attributes:
+        values: some of them, (samples, k, κ), or a sum over them, (samples·κ,).
+        place: of the first of them among all that are compared.
+        size: norm of what a sum is of; 1 where there is none.
+    """
+
+    values: Tensor
+    place: int = 0
+    size: Tensor | float = 1.0
+
+
 class UseEntries(NamedTuple):
     """Some entries of what a use brings to a gradient.
 
     Attributes:
-        values: (k,), k of all that are compared.
+        values: (k,), k of all that are compared; () for one.
         place: of the first of them among all.
-        size: root sum of squares of what they are sums of, which tells how large rounding is; a scalar.
+        sizes: scalars whose product is about the root sum of squares of what they are sums of, which tells how large
+            rounding is.
     """
 
     values: Tensor
     place: int
-    size: Tensor
+    sizes: tuple[Tensor | float, ...]
 
 
 def _sum_products(products: Tensor, place: int = 0) -> UseEntries:
     """The sums of (samples, k, κ) products over samples and positions."""
-    return UseEntries(products.sum(dim=(0, 2)), place, torch.linalg.vector_norm(products))
+    return UseEntries(products.sum(dim=(0, 2)), place, (torch.linalg.vector_norm(products),))
 
 
 class ComparedEntries(Protocol):
@@ -61,12 +76,16 @@ class ComparedEntries(Protocol):
         """How many they are."""
         ...
 
-    def of_use(self, pair: FactorPair) -> UseEntries:
+    def reduce_rows(self, pair: FactorPair) -> UseRows:
+        """What is needed of a use's rows."""
+        ...
+
+    def of_use(self, rows: UseRows, pair: FactorPair) -> UseEntries:
         """The entries of Σᵢ 𝒢ᵢ of a use."""
         ...
 
     def of_gradient(self, gradient: Tensor) -> Tensor:
-        """The entries of a weight's gradient, (count,), perhaps in its memory."""
+        """The entries of a weight's gradient, (count,), or () for one, perhaps in its memory."""
         ...
 
 
@@ -143,42 +162,42 @@ class MatrixEntries:
             shape=shape,
         )
 
-    def of_use(self, pair: FactorPair) -> UseEntries:
-        """Σᵢ Σ_κ Gᵢ[r, κ] Aᵢ[c, κ]."""
-        if pair.group is not None:
-            return self._of_group(pair, pair.group)
-        rows, place = self._row_entries(pair.rows)
-        columns = self._column_entries(pair.columns)
-        if rows.shape[1] < self.count:
-            columns = columns[:, place : place + rows.shape[1]]
-        return _sum_products(rows * columns, place)
-
-    def _of_group(self, pair: FactorPair, group: int) -> UseEntries:
-        """The entries of a use that has one of the groups alone."""
-        assert isinstance(pair.rows, Dense)
-        assert isinstance(pair.columns, Dense)
-        inside, place = self.rows.inside(group, 1)
-        rows, columns = pair.rows.entries[:, inside, self.row], pair.columns.entries[:, inside, self.column]
-        dtype = statistics_dtype(rows.dtype)
-        return _sum_products(rows.to(dtype) * columns.to(dtype), place)
-
-    def _row_entries(self, factor: Factor) -> tuple[Tensor, int]:
-        if isinstance(factor, OneHot):  # a table that is a linear layer's weight too
-            rows = torch.arange(factor.size, device=factor.device)[self.rows.as_slice]
-            return (factor.index.unsqueeze(1) == rows.view(1, -1, 1)).to(factor.dtype), 0
-        if isinstance(factor, Bags):
-            rows = torch.arange(factor.size, device=factor.device)[self.rows.as_slice]
-            return factor.at(rows.expand(factor.bags, -1)).unsqueeze(2), 0
-        assert isinstance(factor, Dense)
-        entries, place = factor.entries, 0
+    def reduce_rows(self, pair: FactorPair) -> UseRows:
+        """Gᵢ[r, κ]."""
+        rows = pair.rows
+        if pair.group is not None:  # a use that has one of the groups alone
+            assert isinstance(rows, Dense)
+            inside, place = self.rows.inside(pair.group, 1)
+            return UseRows(_for_statistics(rows.entries[:, inside, self.row]), place)
+        if isinstance(rows, OneHot):  # a table that is a linear layer's weight too
+            numbers = torch.arange(rows.size, device=rows.device)[self.rows.as_slice]
+            return UseRows((rows.index.unsqueeze(1) == numbers.view(1, -1, 1)).to(rows.dtype))
+        if isinstance(rows, Bags):
+            numbers = torch.arange(rows.size, device=rows.device)[self.rows.as_slice]
+            return UseRows(rows.at(numbers.expand(rows.bags, -1)).unsqueeze(2))
+        assert isinstance(rows, Dense)
+        entries, place = rows.entries, 0
         if self.shape.groups > 1:
             entries = entries[:, self.rows.as_slice, self.row]
-        elif factor.full_size is None:
+        elif rows.full_size is None:
             entries = entries[:, 0, self.rows.as_slice]
         else:
-            inside, place = self.rows.inside(factor.first_row, entries.shape[2])
+            inside, place = self.rows.inside(rows.first_row, entries.shape[2])
             entries = entries[:, 0, inside]
-        return entries.to(statistics_dtype(entries.dtype)), place
+        return UseRows(entries.to(statistics_dtype(entries.dtype)), place)
+
+    def of_use(self, rows: UseRows, pair: FactorPair) -> UseEntries:
+        """Σᵢ Σ_κ Gᵢ[r, κ] Aᵢ[c, κ]."""
+        if pair.group is not None:
+            assert isinstance(pair.columns, Dense)
+            inside, _ = self.rows.inside(pair.group, 1)
+            return _sum_products(
+                rows.values * _for_statistics(pair.columns.entries[:, inside, self.column]), rows.place
+            )
+        entries = self._column_entries(pair.columns)
+        if rows.values.shape[1] < self.count:
+            entries = entries[:, rows.place : rows.place + rows.values.shape[1]]
+        return _sum_products(rows.values * entries, rows.place)
 
     def _column_entries(self, factor: Factor) -> Tensor:
         if isinstance(factor, Patches):
@@ -236,13 +255,19 @@ BLOCK = 16
 
 @functools.cache
 def _signs(long: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """±1 at random for each row of a table, (PERIOD,); for a long one 0 where the row does not count."""
+    """±1 at random for each row of a table, of two periods; for a long one 0 where the row does not count."""
     generator = torch.Generator().manual_seed(0)
     signs = torch.randint(0, 2, (PERIOD,), generator=generator) * 2 - 1
     if long:
         counts = torch.randint(0, 16, (PERIOD // BLOCK,), generator=generator) == 0
         signs *= counts.repeat_interleave(BLOCK)
-    return signs.to(device, dtype)
+    return signs.to(device, dtype).repeat(2)
+
+
+@functools.cache
+def _counting_rows(device: torch.device) -> Tensor:
+    """The rows of a period of a long table that count, ascending."""
+    return _signs(True, torch.float32, device)[:PERIOD].nonzero().flatten()
 
 
 @dataclass(kw_only=True, slots=True)
@@ -253,43 +278,51 @@ class TableEntries:
         count: of the columns.
         column: the first.
         shift: of the rows' signs.
+        height: rows of the table.
         long: whether a sixteenth of the rows counts, in place of all.
     """
 
     count: int
     column: int
     shift: int
+    height: int
     long: bool
 
     @classmethod
     def sample(cls, layer: Layer, most: int, long_from: int, generator: random.Random) -> TableEntries:
-        """Up to ``most`` columns; of a table with ``long_from`` rows or more a sixteenth of the rows counts."""
+        """Up to ``most`` columns, of a narrow table all; of ``long_from`` rows or more a sixteenth counts."""
         height, width = layer.weight.shape
-        count = min(most, width)
-        column, shift = generator.randrange(width - count + 1), generator.randrange(PERIOD)
-        return cls(count=count, column=column, shift=shift, long=height >= long_from)
+        count = width if width <= 4 * most else most
+        column, shift = generator.randrange(width - count + 1), _SHIFTS[generator.randrange(len(_SHIFTS))]
+        return cls(count=count, column=column, shift=shift, height=height, long=height >= long_from)
 
-    def of_use(self, pair: FactorPair) -> UseEntries:
+    def reduce_rows(self, pair: FactorPair) -> UseRows:
+        """sᵀGᵢ."""
+        return UseRows(self._signed_rows(pair.rows))
+
+    def of_use(self, rows: UseRows, pair: FactorPair) -> UseEntries:
         """Σᵢ Σ_κ (sᵀGᵢ)[κ] Aᵢ[c, κ]; softmax over a long table, whose rows add up to zero, hardly cancels in them."""
-        assert isinstance(pair.columns, Dense)
-        columns = pair.columns.entries[:, 0, self.column : self.column + self.count]
-        return _sum_products(self._signed_rows(pair.rows).unsqueeze(1) * columns.to(statistics_dtype(columns.dtype)))
+        columns = pair.columns
+        assert isinstance(columns, Dense)
+        entries = self._columns(_in_rows(columns.entries))
+        return UseEntries(rows.values @ entries, 0, (torch.linalg.vector_norm(entries), self._share**0.5))
+
+    @property
+    def _share(self) -> float:
+        """Of the rows that count."""
+        return 1 / 16 if self.long else 1.0
 
     def _signed_rows(self, factor: Factor) -> Tensor:
-        """sᵀGᵢ, (samples, κ)."""
+        """sᵀGᵢ, (samples·κ,)."""
         if isinstance(factor, OneHot):
-            return self._signs(factor.index, factor.dtype)
+            return self._signs(factor.index.flatten(), factor.dtype)
         if isinstance(factor, Bags):
             signs = self._signs(factor.index, factor.weight.dtype) * factor.weight
-            return signs.new_zeros(factor.bags).index_add_(0, factor.bag, signs).unsqueeze(1)
+            return signs.new_zeros(factor.bags).index_add_(0, factor.bag, signs)
         assert isinstance(factor, Dense)
-        return self._signed_dense_rows(factor)
-
-    def _signed_dense_rows(self, factor: Dense) -> Tensor:
-        dtype, first, count = statistics_dtype(factor.entries.dtype), factor.first_row, factor.entries.shape[2]
-        rows, signs = self._counting(first, count, dtype, factor.device)
-        entries = factor.entries[:, 0].mT.index_select(2, rows - first).to(dtype)  # (samples, κ, rows)
-        return entries @ signs
+        entries, first = _in_rows(factor.entries), factor.first_row
+        rows, signs = self._counting(first, entries.shape[1], entries.dtype, entries.device)
+        return (entries if rows is None else entries.index_select(1, rows)) @ signs
 
     def of_gradient(self, gradient: Tensor) -> Tensor:
         """(sᵀG)[c]."""
@@ -299,102 +332,93 @@ class TableEntries:
         else:
             values = gradient if gradient.layout == torch.strided else gradient.to_dense()
             rows, signs = self._counting(0, len(values), dtype, values.device)
-            values = values if len(rows) == len(values) else values.index_select(0, rows)
-        values = values[:, self.column : self.column + self.count].to(dtype)
+            values = values if rows is None else values.index_select(0, rows)
+        values = _for_statistics(self._columns(values))
         with without_autocast([values.device.type]):
             return signs @ values
 
-    def _counting(self, first: int, count: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Those of the ``count`` rows from ``first`` on that count, and their signs."""
-        rows = torch.arange(first, first + count, device=device)
-        signs = self._signs(rows, dtype)
-        if self.long:
-            rows = rows[signs != 0]
-            signs = self._signs(rows, dtype)
-        return rows, signs
+    def _columns(self, rows: Tensor) -> Tensor:
+        """Those that are compared."""
+        return rows if rows.shape[1] == self.count else rows[:, self.column : self.column + self.count]
+
+    def _counting(
+        self, first: int, count: int, dtype: torch.dtype, device: torch.device
+    ) -> tuple[Tensor | None, Tensor]:
+        """Those of the ``count`` rows from ``first`` on that count, from there, and their signs; None for all."""
+        if not self.long:
+            return None, _window(self.shift + first, count, dtype, device)
+        rows = (_counting_rows(device) - (self.shift + first)) & (PERIOD - 1)
+        if count > PERIOD:
+            rows = (torch.arange(0, count, PERIOD, device=device).unsqueeze(1) + rows).flatten()
+        rows = rows[rows < count]
+        return rows, self._signs(rows + first, dtype)
 
     def _signs(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
-        return _signs(self.long, dtype, rows.device)[(rows + self.shift) & (PERIOD - 1)]
+        rows = rows if self.height <= PERIOD else rows & (PERIOD - 1)
+        return _signs_after(self.shift, self.long, dtype, rows.device).index_select(0, rows)
 
 
 @dataclass(kw_only=True, slots=True)
 class MatrixSums(TableEntries):
-    """Sums with random signs over all rows of a matrix and over each ``count``-th of its columns.
+    """Sums with random signs over all rows of a matrix and over all of its columns, of the same rows' signs.
 
     Attributes:
         count: of the sums.
         column: shift of the columns' signs.
         shift: of the rows' signs.
+        height: rows of the matrix.
         long: False.
     """
 
-    _latest: tuple[weakref.ref[Factor], Tensor, Tensor] | None = None
-
     @classmethod
-    def sample_sums(cls, layer: Layer, most: int, generator: random.Random) -> MatrixSums:
-        """Up to ``most`` sums."""
-        column, shift = generator.randrange(PERIOD), generator.randrange(PERIOD)
-        return cls(count=min(most, layer.weight.shape[1]), column=column, shift=shift, long=False)
+    def sample_sums(cls, layer: Layer, count: int, generator: random.Random) -> MatrixSums:
+        """``count`` sums."""
+        column, shift = _SHIFTS[generator.randrange(len(_SHIFTS))], _SHIFTS[generator.randrange(len(_SHIFTS))]
+        return cls(count=count, column=column, shift=shift, height=len(layer.weight), long=False)
 
-    def of_use(self, pair: FactorPair) -> UseEntries:
-        """Σᵢ Σ_κ (sᵀGᵢ)[κ] (TᵀAᵢ)[·, κ], where a column of T has the signs of the columns of one sum.
+    def reduce_rows(self, pair: FactorPair) -> UseRows:
+        """sᵀGᵢ, and the norm of Gᵢ's entries; of indices that of their signs."""
+        rows = pair.rows
+        sums = self._signed_rows(rows)
+        size: Tensor = torch.linalg.vector_norm(rows.entries if isinstance(rows, Dense) else sums)
+        return UseRows(sums, size=size)
+
+    def of_use(self, rows: UseRows, pair: FactorPair) -> UseEntries:
+        """(Σᵢ Σ_κ (sᵀGᵢ)[κ] Aᵢ[·, κ]) T, where a column of T has the signs of one sum.
 
         Its size is that of G and A, not of their sums, which cancel: the rows of a softmax's gradient add up to zero.
         """
-        assert isinstance(pair.columns, Dense)
-        columns = pair.columns.entries[:, 0].mT.flatten(0, 1)  # (samples·κ, n)
-        columns = columns.to(statistics_dtype(columns.dtype))
-        sums, squares = self.sum_rows(pair.rows)
-        size = (squares @ torch.linalg.vector_norm(columns, dim=1).square_()).sqrt()
-        return UseEntries(sums @ self._sum_columns(columns), 0, size)
-
-    def sum_rows(self, rows: Factor) -> tuple[Tensor, Tensor]:
-        """Sum the rows of a factor with their signs.
-
-        Args:
-            rows: of a use; asked for several times in a row, it is summed once.
-
-        Returns:
-            sᵀGᵢ, and the squared norms of the rows' entries, (samples·κ,) both; of indices those of the sums.
-        """
-        if self._latest is not None and self._latest[0]() is rows:
-            return self._latest[1:]
-        sums = self._signed_rows(rows).flatten()
-        if isinstance(rows, Dense):
-            entries = rows.entries[:, 0].mT.flatten(0, 1)
-            norms: Tensor = torch.linalg.vector_norm(entries.to(statistics_dtype(entries.dtype)), dim=1)
-            squares = norms.square_()
-        else:
-            squares = sums.square()
-        self._latest = weakref.ref(rows), sums, squares
-        return sums, squares
+        columns = pair.columns
+        assert isinstance(columns, Dense)
+        entries = _in_rows(columns.entries)
+        sizes = rows.size, torch.linalg.vector_norm(entries), max(1, len(entries)) ** -0.5
+        return UseEntries(self._sum_columns(rows.values @ entries), 0, sizes)
 
     def of_gradient(self, gradient: Tensor) -> Tensor:
         """The entries of sᵀG T."""
-        dtype = statistics_dtype(gradient.dtype)
-        values = gradient if gradient.layout == torch.strided else gradient.to_dense()
-        values = values.to(dtype)
+        values = _for_statistics(gradient if gradient.layout == torch.strided else gradient.to_dense())
         with without_autocast([values.device.type]):
-            return self._sum_columns(_signs_from(self.shift, len(values), values) @ values)
+            return self._sum_columns(_signs_from(self.shift, values.shape[0], values.dtype, values.device) @ values)
 
     def bias_entries(self, layer: Layer) -> ComparedEntries:
         """The sum over the layer's bias with the signs of the rows."""
         return BiasSum(sums=self, part=layer.bias_slice)
 
-    def _signed_dense_rows(self, factor: Dense) -> Tensor:
-        entries = factor.entries[:, 0].mT
-        entries = entries.to(statistics_dtype(entries.dtype))
-        return entries @ _signs_from(self.shift + factor.first_row, entries.shape[2], entries)
-
     def _sum_columns(self, values: Tensor) -> Tensor:
-        """The sums over the last dimension, the columns."""
-        return self._add_up(values * _signs_from(self.column, values.shape[-1], values))
+        """The sums over all columns, (count,)."""
+        return values @ _sign_columns(self.column, values.shape[0], self.count, values.dtype, values.device)
 
-    def _add_up(self, values: Tensor) -> Tensor:
-        """Each ``count``-th column added up."""
-        if values.shape[-1] % self.count:
-            values = F.pad(values, (0, -values.shape[-1] % self.count))
-        return values.reshape(*values.shape[:-1], -1, self.count).sum(-2)
+
+def _in_rows(entries: Tensor) -> Tensor:
+    """(samples, 1, d, κ) as (samples·κ, d), in the statistics' dtype."""
+    samples, _, size, positions = entries.shape
+    return _for_statistics(entries.reshape(samples, size) if positions == 1 else entries[:, 0].mT.flatten(0, 1))
+
+
+def _for_statistics(values: Tensor) -> Tensor:
+    """The same in the statistics' dtype."""
+    dtype = values.dtype
+    return values if (wanted := statistics_dtype(dtype)) == dtype else values.to(wanted)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -411,10 +435,13 @@ class BiasEntries:
     rows: MatrixEntries
     part: slice
 
-    def of_use(self, pair: FactorPair) -> UseEntries:
+    def reduce_rows(self, pair: FactorPair) -> UseRows:
+        """Those of the matrix."""
+        return self.rows.reduce_rows(pair)
+
+    def of_use(self, rows: UseRows, pair: FactorPair) -> UseEntries:
         """Σᵢ Σ_κ Gᵢ[r, κ] times the constant that the use multiplies the bias by."""
-        rows, place = self.rows._row_entries(pair.rows)
-        return _sum_products(rows * _bias_factor(pair), place)
+        return _sum_products(rows.values * _bias_factor(pair.columns), rows.place)
 
     def of_gradient(self, gradient: Tensor) -> Tensor:
         """The entries of the bias's gradient."""
@@ -442,32 +469,57 @@ class BiasSum:
         """One sum."""
         return 1
 
-    def of_use(self, pair: FactorPair) -> UseEntries:
+    def reduce_rows(self, pair: FactorPair) -> UseRows:
+        """That of the matrix."""
+        return self.sums.reduce_rows(pair)
+
+    def of_use(self, rows: UseRows, pair: FactorPair) -> UseEntries:
         """Σᵢ Σ_κ (sᵀGᵢ)[κ] times the constant that the use multiplies the bias by; its size is that of the rows."""
-        sums, squares = self.sums.sum_rows(pair.rows)
-        factor = _bias_factor(pair)
-        return UseEntries(sums.sum(0, keepdim=True) * factor, 0, squares.sum().sqrt() * factor)
+        factor = _bias_factor(pair.columns)
+        total = rows.values.sum()
+        return UseEntries(total if factor == 1.0 else total * factor, 0, (rows.size, factor))
 
     def of_gradient(self, gradient: Tensor) -> Tensor:
         """The sum over the bias's gradient."""
-        values = gradient[self.part]
-        values = values.to(statistics_dtype(values.dtype))
-        return (values * _signs_from(self.sums.shift, len(values), values)).sum(0, keepdim=True)
+        values = _for_statistics(gradient if self.part.stop - self.part.start == len(gradient) else gradient[self.part])
+        with without_autocast([values.device.type]):
+            return torch.dot(values, _signs_from(self.sums.shift, values.shape[0], values.dtype, values.device))
 
 
-def _bias_factor(pair: FactorPair) -> float:
+def _bias_factor(columns: Factor) -> float:
     """1 where a use adds the bias, else 0."""
-    columns = pair.columns
     assert isinstance(columns, Dense | Patches | KhatriRao)
     return columns.appended or 0.0
 
 
-def _signs_from(start: int, count: int, like: Tensor) -> Tensor:
+_SHIFTS = range(0, PERIOD, 1021)
+"""Where the signs of a matrix's rows and columns may start: so few that what is made of them can be kept."""
+
+
+def _window(start: int, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The signs of ``count`` rows or columns from ``start`` on."""
-    signs, start = _signs(False, like.dtype, like.device), start % PERIOD
-    if start + count <= PERIOD:
+    signs, start = _signs(False, dtype, device), start % PERIOD
+    if start + count <= 2 * PERIOD:
         return signs[start : start + count]
-    return signs[torch.arange(start, start + count, device=like.device) & (PERIOD - 1)]
+    return signs[torch.arange(start, start + count, device=device) & (PERIOD - 1)]
+
+
+@functools.lru_cache(maxsize=2**10)
+def _signs_after(start: int, long: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The signs of a table's rows from ``start`` on."""
+    return _signs(long, dtype, device)[start:]
+
+
+_signs_from = functools.lru_cache(maxsize=2**13)(_window)
+"""The same, kept: of a matrix's sums it is a view."""
+
+
+@functools.lru_cache(maxsize=2**13)
+def _sign_columns(start: int, length: int, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(length, count) signs for ``count`` sums: those of one are those of another from another column on."""
+    between = PERIOD // 8 + 1
+    signs = _signs_from(start, length + (count - 1) * between, dtype, device)
+    return signs.as_strided((length, count), (1, between), signs.storage_offset())
 
 
 def sample_entries(
@@ -488,8 +540,8 @@ def sample_entries(
     products = max(1, output_size // max(1, layer.matrix[1]))
     most = min(tuning.compared_entries, max(2, tuning.compared_products // products))
     small = output_size <= tuning.summed_outputs and layer.weight.numel() <= tuning.summed_weights
-    if layer.weight.dim() == 2 and not layer.row_sparse and small:
-        return MatrixSums.sample_sums(layer, most, generator)
+    if layer.weight.dim() == 2 and not layer.row_sparse and small and max(layer.weight.shape) <= PERIOD // 2:
+        return MatrixSums.sample_sums(layer, tuning.compared_sums, generator)
     if layer.row_sparse:
         return TableEntries.sample(layer, most, tuning.long_table, generator)
     return MatrixEntries.sample(layer, shape, most, generator)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ngplus.capture.compared_entries import BiasSum, ComparedEntries, MatrixSums
+from ngplus.capture.compared_entries import BiasSum, ComparedEntries, MatrixSums, UseRows
 from ngplus.devices import factor_dtype, reads_without_sync
 from ngplus.factors.factor import statistics_dtype
 from ngplus.factors.pair import FactorPair
@@ -47,7 +47,7 @@ class Comparison:
     def __init__(self, entries: ComparedEntries) -> None:
         self._entries = entries
         self._captured: list[Tensor | list[float]] = []
-        self._sizes: list[Tensor] = []
+        self._sizes: list[tuple[Tensor | float, ...]] = []
         self._gradient: list[Tensor | list[float]] = []
         self._device = torch.device("cpu")
         self._dtypes: set[torch.dtype] = set()
@@ -61,18 +61,23 @@ class Comparison:
         """Whether no backward pass has brought a gradient yet."""
         return not self._gradient
 
-    def add_use(self, pair: FactorPair, dtype: torch.dtype) -> None:
+    def reduce_rows(self, pair: FactorPair) -> UseRows:
+        """What `add_use` needs of a use's rows, the same for a weight and its bias."""
+        return self._entries.reduce_rows(pair)
+
+    def add_use(self, rows: UseRows, pair: FactorPair, dtype: torch.dtype) -> None:
         """Add what a captured use brings.
 
         Args:
+            rows: of `reduce_rows`.
             pair: all of its samples.
             dtype: that it was computed in.
         """
-        captured, place, size = self._entries.of_use(pair)
-        if (count := self._entries.count) > len(captured):
+        captured, place, sizes = self._entries.of_use(rows, pair)
+        if captured.dim() and (count := self._entries.count) > len(captured):
             captured = F.pad(captured, (place, count - place - len(captured)))
         self._captured.append(_read(captured))
-        self._sizes.append(size)
+        self._sizes.append(sizes)
         self._dtypes.add(dtype)
 
     def add_sum(self, gradient: Tensor, squares: Tensor, dtype: torch.dtype) -> None:
@@ -85,7 +90,7 @@ class Comparison:
         """
         share = 1.0 if isinstance(self._entries, MatrixSums | BiasSum) else self._entries.count / gradient.numel()
         self._captured.append(_read(self._entries.of_gradient(gradient)))
-        self._sizes.append((squares * share).sqrt())
+        self._sizes.append(((squares * share).sqrt(),))
         self._dtypes.add(dtype)
 
     def add_gradient(self, gradient: Tensor) -> None:
@@ -106,14 +111,17 @@ class Comparison:
         synchronizes with the device.
         """
         uses = len(self._captured)
-        captured, gradient = _total(values[:uses]), _total(values[uses : uses + len(self._gradient)])
-        difference = math.hypot(*(g - (captured[i] if captured else 0.0) for i, g in enumerate(gradient)))
+        gradient = _total(values[uses : uses + len(self._gradient)])
+        captured = _total(values[:uses]) if uses else [0.0] * len(gradient)
+        difference = math.dist(gradient, captured)
         tolerance = self._tolerance * max(1, uses) ** 0.5
         tiny = len(gradient) * max(torch.finfo(dtype).tiny for dtype in self._dtypes)
         allowed = tolerance * (math.hypot(*gradient) + math.hypot(*captured)) + tiny
         if not difference > allowed:
             return True
-        return not difference > allowed + tolerance * math.hypot(*map(float, self._sizes))
+        return not difference > allowed + tolerance * math.hypot(
+            *(math.prod(map(float, sizes)) for sizes in self._sizes)
+        )
 
     @property
     def _tolerance(self) -> float:
@@ -138,17 +146,17 @@ class Comparison:
         return away <= max(self._tolerance, 1e-2)
 
 
-def _total(vectors: Sequence[Sequence[float]]) -> list[float]:
+def _total(vectors: Sequence[Sequence[float]]) -> Sequence[float]:
     """Their sum, entry by entry."""
-    return list(vectors[0]) if len(vectors) == 1 else [sum(each) for each in zip(*vectors, strict=True)]
+    return vectors[0] if len(vectors) == 1 else [sum(each) for each in zip(*vectors, strict=True)]
 
 
 def _read(vector: Tensor) -> Tensor | list[float]:
     """The entries of a short vector where they are there at once, else a copy of it in the statistics' dtype."""
     if reads_without_sync(vector):
-        entries: list[float] = vector.tolist()
-        return entries
-    return vector.to(statistics_dtype(vector.dtype), copy=True)
+        entries: list[float] | float = vector.tolist()
+        return entries if isinstance(entries, list) else [entries]
+    return vector.to(statistics_dtype(vector.dtype), copy=True).view(-1)
 
 
 def read_values(lists: Sequence[Sequence[Tensor | list[float]]]) -> list[list[list[float]]]:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ngplus._torch_internals import accumulates, backward_pass_number, is_current_mode, is_transformed, retains_graph
-from ngplus.capture.accumulator import Accumulator, Sampling, Statistic, is_zero
+from ngplus.capture.accumulator import Accumulator, Addition, Sampling, Statistic, is_zero
 from ngplus.capture.compared_entries import ComparedEntries, choose_bias_entries, sample_entries
 from ngplus.capture.completeness import Comparison, read_values
 from ngplus.capture.contractions import NoSampleGradient, UnsupportedCall
@@ -493,6 +493,8 @@ class Recorder:
                 record.comparison = self._start_comparison(layer, layer.weight, entries)
                 if layer.bias is not None and (bias_entries := choose_bias_entries(layer, entries)) is not None:
                     record.bias_comparison = self._start_comparison(layer, layer.bias, bias_entries)
+                    if layer.bias.requires_grad and not is_transformed():
+                        record.bias_accumulator = torch.autograd.graph.get_gradient_edge(layer.bias).node
         return record
 
     def _start_comparison(self, layer: Layer, parameter: Tensor, entries: ComparedEntries) -> Comparison:
@@ -528,13 +530,15 @@ class Recorder:
         record = self._records.get(layer)
         if record is None or record.accumulator is None or record.unsupported is not None:
             return
-        comparison = record.comparison if parameter is layer.weight else record.bias_comparison
-        if comparison is None or not accumulates(torch.autograd.graph.get_gradient_edge(parameter).node):
+        is_bias = parameter is not layer.weight
+        comparison = record.bias_comparison if is_bias else record.comparison
+        accumulator = record.bias_accumulator if is_bias else record.accumulator
+        if comparison is None or accumulator is None or not accumulates(accumulator):
             return
         if comparison.is_empty and parameter.grad is not None:
             # What is there before the first backward pass of a captured use has another source, or is zero.
             comparison.add_gradient(parameter.grad.detach())
-        comparison.add_gradient(gradient.detach())
+        comparison.add_gradient(gradient.detach() if gradient.requires_grad else gradient)
 
     def _finish(self, record: LayerRecord, use: WeightUse) -> None:
         """Capture the factors of a use whose gradient is complete, and sum those of the samples that are."""
@@ -547,7 +551,8 @@ class Recorder:
             samples = self._samples_of(use)
             captured = [each for each in record.captured if self._samples_of(each.use) == samples]
             awaited = any(self._samples_of(each) == samples for each in (*record.pending, *record.retained))
-            if self._sampling.samples == "rows" or not awaited:
+            waits = len(record.captured) == 1 and self._accumulator.waits(record.captured[0].pair)
+            if (self._sampling.samples == "rows" or not awaited) and not waits:
                 self._reduce(record, captured)
         except UnsupportedCall as reason:
             record.unsupported = str(reason)
@@ -607,22 +612,39 @@ class Recorder:
             record.discard()
 
     def _reduce(self, record: LayerRecord, captured: Sequence[CapturedPair]) -> None:
-        """Sum the samples of ``captured``, which are among the record's.
-
-        Of calls that see the same samples, those with equally many are uses by the same ones.
-        """
+        """Sum the samples of ``captured``, which are among the record's."""
         record.captured = [each for each in record.captured if each not in captured]
-        if not captured or record.unsupported is not None:
-            return
+        if captured and record.unsupported is None:
+            self._add_(record, self._find_additions(record, captured))
+
+    def _reduce_all(self, records: Iterable[LayerRecord]) -> None:
+        """Sum all that is captured, small layers together."""
+        additions: dict[LayerRecord, list[Addition]] = {}
+        for record in records:
+            if record.captured and record.unsupported is None:
+                additions[record] = self._find_additions(record, record.captured)
+            record.captured = []
+        single = [each[0] for each in additions.values() if len(each) == 1]
+        with torch.no_grad(), without_autocast({each.layer.weight.device.type for each in single}):
+            left = set(map(id, self._accumulator.add_together_(single))) if single else set()
+        for record, of_record in additions.items():
+            if len(of_record) > 1 or id(of_record[0]) in left:
+                self._add_(record, of_record)
+
+    def _find_additions(self, record: LayerRecord, captured: Sequence[CapturedPair]) -> list[Addition]:
+        """The uses by the same samples: of calls that see the same, those with equally many are."""
         together: dict[tuple[int, int], list[FactorPair]] = {}
         for number, each in enumerate(captured):
             apart = self._sampling.samples == "rows" or each.is_apart
             key = (number, 0) if apart else (each.pair.rows.samples, self._samples_of(each.use))
             together.setdefault(key, []).append(each.pair)
+        return [Addition(record.layer, record.statistic, pairs) for pairs in together.values()]
+
+    def _add_(self, record: LayerRecord, additions: Sequence[Addition]) -> None:
         try:
             with torch.no_grad(), without_autocast([record.layer.weight.device.type]):
-                for pairs in together.values():
-                    self._accumulator.add_(record.layer, record.statistic, pairs)
+                for addition in additions:
+                    self._accumulator.add_(*addition)
         except UnsupportedCall as reason:
             record.unsupported = str(reason)
 
@@ -635,7 +657,7 @@ class Recorder:
             for record in records.values():
                 for use in list(record.retained):
                     self._finish(record, use)
-                self._reduce(record, record.captured)
+            self._reduce_all(records.values())
             self._unsupported = {
                 layer: f"{record.unsupported}, {self._accumulator.missing}"
                 for layer, record in records.items()

@@ -108,6 +108,7 @@ class LayerRecord:
         discarded: whether gradients of an earlier backward pass were thrown away.
         unsupported: why the layer goes to the base, or None.
         accumulator: of the weight's gradient.
+        bias_accumulator: of the bias's, where that is compared.
     """
 
     layer: Layer
@@ -121,6 +122,7 @@ class LayerRecord:
     discarded: bool = False
     unsupported: str | None = None
     accumulator: Node | None = None
+    bias_accumulator: Node | None = None
 
     def comparisons(self) -> list[Comparison]:
         """Those that there are."""
@@ -136,9 +138,10 @@ class LayerRecord:
         """
         if not isinstance(pair.rows, Formed):
             if self.comparison is not None:
-                self.comparison.add_use(pair, dtype)
-            if self.bias_comparison is not None:
-                self.bias_comparison.add_use(pair, dtype)
+                rows = self.comparison.reduce_rows(pair)
+                self.comparison.add_use(rows, pair, dtype)
+                if self.bias_comparison is not None:
+                    self.bias_comparison.add_use(rows, pair, dtype)
         elif comparisons := self.comparisons():
             total, squares = pair.rows.add_up(tuning.curvature_chunk(pair.rows.device))
             weight = self.layer.weight

@@ -78,31 +78,46 @@ def invert_one(matrix: Tensor, damping: float) -> Tensor | None:
 
 
 def _invert_batch(requests: Sequence[InverseRequest], tries: int) -> None:
-    matrices = torch.cat([r.matrices.to(factor_dtype(r.matrices)) for r in requests])
-    damping = torch.cat([matrices.new_full((r.matrices.shape[0],), r.damping) for r in requests])
+    counts = [len(request.matrices) for request in requests]
+    dampings = [request.damping for request, count in zip(requests, counts, strict=True) for _ in range(count)]
+    matrices = _join(requests)
+    damping = matrices.new_tensor(dampings)
     factors, failed = _factorise(matrices, damping)
+    failures: list[bool] = failed.tolist()
+    used = dampings
     for _ in range(tries):
-        if not bool(failed.any()):
+        if not any(failures):
             break
         damping = torch.where(failed, damping * 10, damping)
-        factors[failed], failed_again = _factorise(matrices[failed], damping[failed])
+        factors[failed], failed_again = _factorise(_join(requests)[failed], damping[failed])
         failed = failed.clone().masked_scatter_(failed, failed_again)
+        failures, used = failed.tolist(), damping.tolist()
+    dtypes = {request.matrices.dtype for request in requests}
     inverses = torch.cholesky_inverse(factors)
-    counts = [r.matrices.shape[0] for r in requests]
-    for request, inverse, fails, used in zip(
-        requests, torch.split(inverses, counts), torch.split(failed, counts), torch.split(damping, counts), strict=True
-    ):
-        if not bool(fails.any()):
+    inverses = inverses.to(dtypes.pop()) if len(dtypes) == 1 else inverses
+    start = 0
+    for request, count, inverse in zip(requests, counts, torch.split(inverses, counts), strict=True):
+        stop = start + count
+        if not any(failures[start:stop]):
             request.inverse = inverse.to(request.matrices.dtype)
-            raised = float(used.max())
+            raised = max(used[start:stop], default=request.damping)
             request.used_damping = raised if raised > 2 * request.damping else request.damping  # λ in float32 is not λ
+        start = stop
+
+
+def _join(requests: Sequence[InverseRequest]) -> Tensor:
+    """The matrices of all requests in the dtype of the factorisation, in memory of their own."""
+    stacks = [request.matrices for request in requests]
+    joined = stacks[0] if len(stacks) == 1 else torch.cat(stacks)
+    return joined.to(factor_dtype(joined), copy=len(stacks) == 1)
 
 
 def _factorise(matrices: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
-    """Cholesky factors, and which of them are not to be used."""
-    damped = matrices + torch.diag_embed(damping.unsqueeze(-1).expand(-1, matrices.shape[-1]))
-    factors, info = torch.linalg.cholesky_ex(damped)
-    finite = torch.isfinite(factors).flatten(1).all(dim=1)
+    """Cholesky factors, and which of them are not to be used. The damping is added to ``matrices`` in place."""
+    matrices.diagonal(dim1=-2, dim2=-1).add_(damping.unsqueeze(-1))
+    factors, info = torch.linalg.cholesky_ex(matrices)
+    # An entry that is not finite makes the diagonal's of its row so too.
+    finite = factors.diagonal(dim1=-2, dim2=-1).isfinite().all(dim=1)
     return factors, (info != 0) | ~finite
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ngplus.capture.accumulator import Accumulator, Sampling, Statistic
+from ngplus.capture.contractions import UnsupportedCall
 from ngplus.config import Options
 from ngplus.curvature.all_reduce import find_shared_bases, pack_triangles, unpack_triangles, world_size
 from ngplus.curvature.eigenvectors import BasisRequest, find_bases
@@ -19,6 +20,7 @@ from ngplus.curvature.second_moment import form_gradients, second_moment
 from ngplus.curvature.update import LayerCurvature
 from ngplus.factors.factor import statistics_dtype
 from ngplus.factors.pair import FactorPair
+from ngplus.factors.products import multiply_by_transpose
 from ngplus.layers import Layer, MatrixShape, Side, to_row_sparse
 from ngplus.solvers.by_name import check_form
 from ngplus.solvers.eigenbasis import EigenBasis, Mode, Modes, find_modes
@@ -50,6 +52,7 @@ class ModeAccumulator(Accumulator):
     """
 
     statistic = ModeStatistic
+    adds_together = False
 
     def __init__(self, sampling: Sampling, generator: torch.Generator, tuning: Tuning, *, options: Options) -> None:
         super().__init__(sampling, generator, tuning)
@@ -62,8 +65,13 @@ class ModeAccumulator(Accumulator):
             layer: the layer.
             statistic: its sums so far.
             pairs: factors of uses by the same samples.
+
+        Raises:
+            UnsupportedCall: of a use that multiplies by one of several matrices.
         """
         assert isinstance(statistic, ModeStatistic)
+        if any(pair.group is not None for pair in pairs):
+            raise UnsupportedCall("is one of several matrices of a weight")
         statistic.modes = find_modes(layer, self._options.sides, self._options.max_side)
         super().add_(layer, statistic, pairs)
 
@@ -122,10 +130,10 @@ def multiply_modes(modes: Modes, tensor: Tensor) -> list[Tensor]:
     for mode in modes.kept:
         if mode == "output":
             first = tensor.reshape(groups, rows // m, m, i * k).transpose(1, 2).reshape(groups, m, -1)
-            products.append(torch.bmm(first, first.mT))
+            products.append(multiply_by_transpose(first))
         else:
             last = tensor.reshape(groups, rows * i, k) if mode == "kernel" else tensor.mT.reshape(groups, rows * k, i)
-            products.append(torch.bmm(last.mT, last))
+            products.append(multiply_by_transpose(last.mT))
     return products
 
 
@@ -192,22 +200,17 @@ class EigenCurvature(LayerCurvature):
 
     def _requests(self, layer: Layer, statistic: Statistic) -> list[BasisRequest]:
         moments, modes = self._update_average(layer, statistic), self.modes(layer)
-        before = self._before(layer, moments[0])
-        in_basis = isinstance(statistic, ModeStatistic) and statistic.in_basis and before is not None
+        before = self._current_basis(layer)
+        in_basis = isinstance(statistic, ModeStatistic) and statistic.in_basis
         return [
-            BasisRequest(moment, None if before is None else before.bases[mode], in_basis)
+            BasisRequest(moment, None if before is None else before.bases[mode].to(moment), in_basis)
             for mode, moment in zip(modes.kept, moments, strict=True)
         ]
 
-    def _before(self, layer: Layer, like: Tensor) -> EigenBasis | None:
-        """The basis that the layer has, in the dtype of its curvature; None where its modes are others."""
+    def _current_basis(self, layer: Layer) -> EigenBasis | None:
+        """The basis that the layer has; None where its modes are others, as those of a weight that has grown."""
         state = self.states.get(layer)
-        if state is None or state.preconditioner.modes != self.modes(layer):
-            return None
-        basis = state.preconditioner
-        if basis.main.dtype == like.dtype and basis.main.device == like.device:
-            return basis
-        return EigenBasis(basis.modes, {mode: Q.to(like) for mode, Q in basis.bases.items()})
+        return None if state is None or state.preconditioner.modes != self.modes(layer) else state.preconditioner
 
     def _finish(self, layer: Layer, statistic: Statistic, requests: Sequence[BasisRequest], damping: float) -> None:
         modes = self.modes(layer)
@@ -248,18 +251,19 @@ class EigenCurvature(LayerCurvature):
             momentum = None if self._momentum is None else base_state.get(layer.weight, {}).get(self._momentum)
             if momentum is None:
                 sums[layer] = self._sum_products(layer, to_row_sparse(gradient), in_basis=False)
-            elif self._ema and (state := self.states.get(layer)) is not None:  # what is averaged is in no basis
-                basis = state.preconditioner
+            elif (basis := self._current_basis(layer)) is None:
+                sums[layer] = self._sum_products(layer, momentum, in_basis=False)
+            elif self._ema or world_size() > 1:  # what is averaged, over steps or with others' zeros, is in no basis
                 whole = basis.rotate_back(momentum.to(basis.main.dtype).reshape(basis.modes.shape))
                 sums[layer] = self._sum_products(layer, whole, in_basis=False)
             else:
-                sums[layer] = self._sum_products(layer, momentum, in_basis=layer in self.states)
+                sums[layer] = self._sum_products(layer, momentum, in_basis=True)
         return sums
 
     def _update_average(self, layer: Layer, statistic: Statistic) -> list[Tensor]:
         """Equation (11) with its start corrected: of k matrices the j-th counts β^(k−j) (1 − β) / (1 − β^k)."""
         before, beta = self.states.get(layer), self._ema
-        if not beta or before is None or before.average is None:
+        if not beta or before is None or before.average is None or self._current_basis(layer) is None:
             return statistic.moments
         weight = (1 - beta) / (1 - beta ** (before.updates + 1))
         averages = [

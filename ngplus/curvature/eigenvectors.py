@@ -20,6 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ngplus.factors.products import multiply_by_transpose
+
 SHIFT = 1e-5
 """ε: large against the rounding of Y in float32, small against the eigenvalues that are told apart."""
 
@@ -117,7 +119,7 @@ def orthonormalise(rows: Tensor) -> Tensor:
         Orthonormal rows, (groups, p, p); not finite where ``rows`` are not.
     """
     rows = rows / torch.linalg.vector_norm(rows, dim=2, keepdim=True)
-    factors, info = torch.linalg.cholesky_ex(torch.bmm(rows, rows.mT))
+    factors, info = torch.linalg.cholesky_ex(multiply_by_transpose(rows))
     fine = (info == 0) & (factors.diagonal(dim1=1, dim2=2).amin(1) > WELL_CONDITIONED)
     found = []
     for each, factor, is_fine in zip(rows, factors, fine.tolist(), strict=True):

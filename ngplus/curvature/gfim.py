@@ -41,8 +41,10 @@ class GFIM(InverseCurvature):
 
     def _scale_(self, layer: Layer, statistic: Statistic, loss_scale: float) -> None:
         scale = statistic.scale() / loss_scale**2
-        statistic.moments = [stack * scale for stack in statistic.moments]
-        statistic.columns = [columns * scale**0.5 for columns in statistic.columns]
+        for stack in statistic.moments:
+            stack *= scale
+        for columns in statistic.columns:
+            columns *= scale**0.5
 
     def _requests(self, layer: Layer, statistic: Statistic, damping: float) -> list[InverseRequest]:
         """The stacks of blocks; none where the sum is kept as columns."""
@@ -140,6 +142,7 @@ def sampling(options: Options, tuning: Tuning = DEFAULT) -> Sampling:
         function_fallback=options.function_fallback,
         block_size=options.block_size,
         max_rank=SOLVERS[options.solver].max_rank(tuning) if keeps_columns else 0.0,
+        least_side=tuning.low_rank_from if options.solver == "auto" else 1,
         sketch_size=options.sketch_size,
     )
 

@@ -31,9 +31,9 @@ from ngplus.devices import reads_without_sync
 from ngplus.factors.dense import Dense
 from ngplus.factors.factor import Factor
 from ngplus.factors.formed import Identity
-from ngplus.factors.im2col import round_to_rows
+from ngplus.factors.im2col import Patches, round_to_rows
 from ngplus.factors.pair import FactorPair, orient
-from ngplus.factors.products import concatenate, gram
+from ngplus.factors.products import add_lower_, concatenate, gram, mirror_
 from ngplus.layers import MatrixShape
 from ngplus.tuning import DEFAULT, Tuning
 
@@ -80,12 +80,15 @@ def second_moment(shape: MatrixShape, pairs: Sequence[FactorPair], tuning: Tunin
     step = max(1, (scaled_limit if way == "scaled" else limit) // _elements_per_sample(shape, way, short, long))
     sums = _allocate_sums(shape, short[0].dtype, short[0].device)
     samples = short[0].samples
-    if samples <= step:
-        return _add_outer_(sums, *_WAYS[way](short, long, shape, limit), shape, beta=0)
-    for start in range(0, samples, step):
+    is_halved = False
+    for start in range(0, max(1, samples), step):
         stop = min(start + step, samples)
-        chunk = [f.slice(start, stop) for f in short], [f.slice(start, stop) for f in long]
-        _add_outer_(sums, *_WAYS[way](*chunk, shape, limit), shape, beta=min(start, 1))
+        chunk = short, long
+        if stop - start < samples:
+            chunk = [f.slice(start, stop) for f in short], [f.slice(start, stop) for f in long]
+        is_halved |= _add_outer_(sums, *_WAYS[way](*chunk, shape, limit), shape, beta=min(start, 1))
+    if is_halved:
+        mirror_(sums[0][0])
     return sums
 
 
@@ -119,7 +122,10 @@ def multiply_columns(shape: MatrixShape, columns: Tensor) -> list[Tensor]:
         One tensor (blocks, size, size) for each entry of ``shape.stack_shapes``.
     """
     columns = columns.unsqueeze(0)
-    return _add_outer_(_allocate_sums(shape, columns.dtype, columns.device), columns, columns, shape, beta=0)
+    sums = _allocate_sums(shape, columns.dtype, columns.device)
+    if _add_outer_(sums, columns, columns, shape, beta=0):
+        mirror_(sums[0][0])
+    return sums
 
 
 def _elements_per_sample(shape: MatrixShape, way: Way, short: Sequence[Factor], long: Sequence[Factor]) -> int:
@@ -205,6 +211,8 @@ def form_gradients(left: Sequence[Factor], right: Sequence[Factor], groups: int,
     Returns:
         Gradients of single samples, (b, groups, left's size, right's size).
     """
+    if len(left) == 1 and (made := _multiply_patches(left[0], right[0], limit)) is not None:
+        return made
     samples, rows, columns = left[0].samples, left[0].size, right[0].size
     elements = max(1, samples * groups * (rows + columns))
     products: list[tuple[Factor, Factor]] = []
@@ -223,6 +231,16 @@ def form_gradients(left: Sequence[Factor], right: Sequence[Factor], groups: int,
         outputs, inputs = (concatenate(factors).flatten(0, 1) for factors in zip(*together, strict=True))
         gradients.baddbmm_(outputs, inputs.mT, beta=min(number, 1))
     return sum(whole, start=gradients.view(samples, groups, rows, columns))
+
+
+def _multiply_patches(left: Factor, right: Factor, limit: int) -> Tensor | None:
+    """The gradients of a convolution's use, where its backward pass makes them without unfolding; else None."""
+    match left, right:
+        case Dense(), Patches() if right.multiplies_at_once(left.entries, limit):
+            return right.multiply(left.entries)
+        case Patches(), Dense() if left.multiplies_at_once(right.entries, limit):
+            return left.multiply(right.entries).mT
+    return None
 
 
 def _split_positions(
@@ -250,8 +268,8 @@ def _split_positions(
         yield together
 
 
-def _add_outer_(sums: list[Tensor], left: Tensor, right: Tensor, shape: MatrixShape, *, beta: int) -> list[Tensor]:
-    """Add to ``sums`` the diagonal blocks of Σᵢ left_i right_iᵀ.
+def _add_outer_(sums: list[Tensor], left: Tensor, right: Tensor, shape: MatrixShape, *, beta: int) -> bool:
+    """Add to ``sums`` the diagonal blocks of Σᵢ left_i right_iᵀ, which are symmetric but for rounding.
 
     Args:
         sums: one tensor for each entry of ``shape.stack_shapes``, changed in place.
@@ -261,11 +279,10 @@ def _add_outer_(sums: list[Tensor], left: Tensor, right: Tensor, shape: MatrixSh
         beta: 1, or 0 where ``sums`` are not yet begun.
 
     Returns:
-        ``sums``.
+        Whether the upper half of the only sum is left out, for `mirror_`.
     """
     if shape.groups == 1 and shape.blocks == (1, 0) and not left.is_cuda:
-        _add_products_(sums[0][0], left[:, 0], right[:, 0], beta)
-        return sums
+        return _add_products_(sums[0][0], left[:, 0], right[:, 0], beta)
     first = _move_samples_last(left)
     second = first if right is left else _move_samples_last(right)
     whole = shape.short - shape.blocks[1]
@@ -273,15 +290,14 @@ def _add_outer_(sums: list[Tensor], left: Tensor, right: Tensor, shape: MatrixSh
     for total, at in zip(sums, rows, strict=True):
         count, size, _ = total.shape
         total.baddbmm_(first[:, at].reshape(count, size, -1), second[:, at].reshape(count, size, -1).mT, beta=beta)
-    return sums
+    return False
 
 
-def _add_products_(total: Tensor, left: Tensor, right: Tensor, beta: int) -> None:
+def _add_products_(total: Tensor, left: Tensor, right: Tensor, beta: int) -> bool:
     """Add Σᵢ left_i right_iᵀ for (b, p, c): without a copy where products are long, as one where they are short."""
     if left.shape[2] == 1:
-        total.addmm_(left[:, :, 0].T, right[:, :, 0], beta=beta)
-    else:
-        total.addbmm_(left, right.mT, beta=beta)
+        return add_lower_(total, left[:, :, 0].T, right[:, :, 0].T, beta=beta)
+    return add_lower_(total, left, right, beta=beta)
 
 
 def _move_samples_last(factor: Tensor) -> Tensor:

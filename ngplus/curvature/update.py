@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
@@ -13,6 +14,7 @@ from ngplus.capture.accumulator import Statistic
 from ngplus.curvature.all_reduce import Share, average_, invert_shared, largest, sum_over_processes, world_size
 from ngplus.curvature.damped_cholesky import InverseRequest, invert
 from ngplus.curvature.store import CurvatureStore
+from ngplus.devices import reads_without_sync
 from ngplus.factors.factor import statistics_dtype
 from ngplus.layers import Layer
 from ngplus.sharded.remote_inverse import RemoteInverse
@@ -251,15 +253,22 @@ def _needed_damping(requests: Sequence[InverseRequest]) -> float:
 
 
 def _find_nonfinite(sums: Mapping[Layer, Statistic]) -> list[Layer]:
-    """Layers whose sums are not finite. Synchronizes once: NaN must not be factorised."""
-    if not sums:
-        return []
-    flags = [
-        torch.stack([stack.isfinite().all() for stack in statistic.tensors()]).all().cpu()
-        for statistic in sums.values()
-    ]
-    finite: list[bool] = torch.stack(flags).tolist()
-    return [layer for layer, fine in zip(sums, finite, strict=True) if not fine]
+    """Layers whose sums are not finite: NaN must not be factorised.
+
+    On a CPU by the sum of each one's entries, as in `FiniteCheck`; on other devices it synchronizes once.
+    """
+    nonfinite: list[Layer] = []
+    flags: dict[Layer, Tensor] = {}
+    for layer, statistic in sums.items():
+        tensors = statistic.tensors()
+        if not all(reads_without_sync(stack) for stack in tensors):
+            flags[layer] = torch.stack([stack.isfinite().all() for stack in tensors]).all().cpu()
+        elif not all(math.isfinite(stack.sum().item()) or bool(stack.isfinite().all()) for stack in tensors):
+            nonfinite.append(layer)
+    if flags:
+        known: list[bool] = torch.stack(list(flags.values())).tolist()
+        nonfinite += [layer for layer, fine in zip(flags, known, strict=True) if not fine]
+    return nonfinite
 
 
 __all__ = ["InverseCurvature", "LayerCurvature"]

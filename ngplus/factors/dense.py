@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ngplus.factors.factor import Factor, append_row, statistics_dtype
 from ngplus.factors.flat import Flat
+from ngplus.factors.products import multiply_by_transpose
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Dense:
     def gram(self) -> Tensor:
         """AᵀA, to which a constant row adds its square."""
         entries = self._entries()
-        gram = entries.mT @ entries
+        gram = multiply_by_transpose(entries.mT)
         return gram + 1.0 if self.appended else gram
 
     def squared_norms(self) -> Tensor:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from ngplus.factors.dense import Dense
 from ngplus.factors.factor import Factor, statistics_dtype
 from ngplus.factors.flat import Flat, split_boxes
+from ngplus.factors.products import multiply_by_transpose
 from ngplus.factors.sketch import Sampled
+
+_WEIGHT_GRADIENTS: dict[int, Callable[..., Tensor]] = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}
+"""By the number of spatial directions."""
 
 
 @dataclass(frozen=True)
@@ -104,13 +109,14 @@ class Patches:
     def _unfolded_cost(self) -> int:
         return 2 * self.positions**2 * self._area
 
-    def _is_whole(self) -> bool:
+    @property
+    def is_whole(self) -> bool:
         """Whether all positions count."""
         return (self.start, self.stop) == (0, None)
 
     def _is_shifted(self) -> bool:
         """Whether the Gram matrix is made of shifted products, which give that of all positions only."""
-        return self._is_whole() and self._shifted_cost() < self._unfolded_cost()
+        return self.is_whole and self._shifted_cost() < self._unfolded_cost()
 
     def gram_cost(self) -> int:
         """Of the cheaper of the two ways to the Gram matrix."""
@@ -139,7 +145,7 @@ class Patches:
 
     def _boxes(self) -> Iterator[tuple[slice, Patches]]:
         """The positions that count in as few boxes of the output as there are, with their places among them."""
-        if self._is_whole():
+        if self.is_whole:
             yield slice(0, self.positions), self
             return
         place = 0
@@ -182,7 +188,7 @@ class Patches:
             gram = self._shifted_gram()
         else:
             columns = replace(self, appended=None).dense()
-            gram = columns.mT @ columns
+            gram = multiply_by_transpose(columns.mT)
         return gram + 1.0 if self.appended else gram
 
     def _shifted_gram(self) -> Tensor:
@@ -192,7 +198,7 @@ class Patches:
         """
         spatial = self.images.shape[2:]
         pixels = self.images.to(self.dtype).reshape(self.samples, self.groups, self.channels, -1)
-        products = (pixels.mT @ pixels).view(self.samples, self.groups, *spatial, *spatial)
+        products = multiply_by_transpose(pixels.mT).view(self.samples, self.groups, *spatial, *spatial)
         for direction in range(len(spatial)):
             products = self._summed_over_offsets(products, direction)
         return products.reshape(self.samples, self.groups, self.positions, self.positions)
@@ -213,6 +219,47 @@ class Patches:
                 source = slice(stride * first + shift, stride * (last - 1) + shift + 1, stride)
                 _square(total, axes, slice(first, last)).add_(_square(products, axes, source))
         return total
+
+    def multiplies_at_once(self, outputs: Tensor, limit: int) -> bool:
+        """Whether `multiply` is faster than a product of unfolded patches, and takes no more memory.
+
+        Args:
+            outputs: as for `multiply`.
+            limit: elements of temporaries.
+
+        Returns:
+            True on a CPU with oneDNN, for float32 and for samples that are no larger than ``limit``.
+        """
+        with_onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        is_fast = self.device.type == "cpu" and self.dtype == torch.float32 and with_onednn
+        elements = (self.images.numel() + outputs.numel()) // max(1, self.samples)
+        return is_fast and self.is_whole and elements <= limit
+
+    def multiply(self, outputs: Tensor) -> Tensor:
+        """𝒢ᵢ = Gᵢ Aᵢᵀ of (8) for all positions, by the convolution's own backward pass, which unfolds nothing.
+
+        Args:
+            outputs: G, (b, groups, rows, κ).
+
+        Returns:
+            (b, groups, rows, size).
+        """
+        rows, dtype = outputs.shape[2], self.dtype
+        is_even = all(before == after for before, after in self.padding)
+        padding = tuple(before for before, _ in self.padding) if is_even else 0
+        products = self.images.new_empty(self.samples, self.groups, rows, self.size, dtype=dtype)
+        weight_size = (self.groups * rows, self.channels, *self.kernel)
+        for sample in range(self.samples):
+            images = self.images[sample : sample + 1].to(dtype)
+            images = images if is_even else self._padded(images)
+            gradient = outputs[sample].to(dtype).reshape(1, -1, *self.output_size)
+            weight = _WEIGHT_GRADIENTS[len(self.kernel)](
+                images, weight_size, gradient, self.stride, padding, self.dilation, self.groups
+            )
+            products[sample, :, :, : self._area] = weight.reshape(self.groups, rows, -1)
+        if self.appended is not None:
+            products[..., -1] = self.appended * outputs.sum(dim=3, dtype=dtype)
+        return products
 
     def squared_norms(self) -> Tensor:
         """Squared norms of patches: windows summed over the pixels' own."""

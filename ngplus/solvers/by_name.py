@@ -94,7 +94,7 @@ def check_form(entries: Mapping[str, Any], name: str, *allowed: type[Preconditio
     Args:
         entries: what `pack` gave, or those of a layer without curvature.
         name: of the layer.
-        allowed: the forms that this optimizer has.
+        *allowed: the forms that this optimizer has.
 
     Raises:
         ValueError: another form.

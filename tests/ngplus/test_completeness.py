@@ -360,6 +360,10 @@ def part_of(module, samples=4, positions=3):
     return part, gradient
 
 
+def use_entries(entries, part):
+    return entries.of_use(entries.reduce_rows(part), part)
+
+
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("output_size", [0, 10**6])
@@ -368,7 +372,7 @@ def test_the_compared_entries_of_uses_and_of_the_gradient_agree(name, seed, outp
     (layer,) = find_layers(module)
     part, gradient = part_of(module)
     entries = sample_entries(layer, layer.shape(None), output_size, random.Random(seed))
-    found = entries.of_use(part)
+    found = use_entries(entries, part)
     assert found.place == 0
     torch.testing.assert_close(found.values, entries.of_gradient(gradient))
     small = MatrixSums if isinstance(module, nn.Linear) and not output_size else MatrixEntries
@@ -386,7 +390,7 @@ def test_what_is_added_to_a_gradient_is_found(name, seed, output_size):
     for extra, complete in ((0.0, True), (1e-12, True), (1e-5, False), (float("nan"), True)):
         entries = sample_entries(layer, layer.shape(None), output_size, random.Random(seed))
         comparison = Comparison(entries)
-        comparison.add_use(part, torch.float64)
+        comparison.add_use(comparison.reduce_rows(part), part, torch.float64)
         comparison.add_gradient(gradient * (1 + extra))
         values = read_values([comparison.vectors(None)])[0]
         assert comparison.is_complete(values) == (complete or not entries.of_gradient(gradient).any())
@@ -401,7 +405,7 @@ def test_slices_of_a_weight_are_compared_at_their_place(output_size):
     for first in (0, 4, 8):
         rows, columns = points(5, 1, 4, 2), points(5, 1, 4, 2) + first
         gradient[first : first + 4] = torch.einsum("bgmk,bgnk->mn", rows, columns)
-        found = entries.of_use(FactorPair(Dense(rows, first_row=first, full_size=12), Dense(columns)))
+        found = use_entries(entries, FactorPair(Dense(rows, first_row=first, full_size=12), Dense(columns)))
         total[found.place : found.place + len(found.values)] += found.values
     torch.testing.assert_close(total, entries.of_gradient(gradient))
 
@@ -414,11 +418,11 @@ def test_a_table_that_is_a_linear_layers_weight_too_is_compared_row_by_row(outpu
     row_sparse = OneHot(index, 9, torch.float64)
     gradient = torch.einsum("bgmk,bgnk->mn", row_sparse.dense(), columns)
     torch.testing.assert_close(
-        entries.of_use(FactorPair(row_sparse, Dense(columns))).values, entries.of_gradient(gradient)
+        use_entries(entries, FactorPair(row_sparse, Dense(columns))).values, entries.of_gradient(gradient)
     )
     bags = Bags(index.flatten(), torch.arange(4).repeat_interleave(3), points(12), 4, 9)
     gradient = torch.einsum("bgmk,bgnk->mn", bags.dense(), columns[..., :1])
-    found = entries.of_use(FactorPair(bags, Dense(columns[..., :1])))
+    found = use_entries(entries, FactorPair(bags, Dense(columns[..., :1])))
     torch.testing.assert_close(found.values, entries.of_gradient(gradient))
 
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from ngplus import NGPlus
 from ngplus.baselines import SENG
+from ngplus.capture import accumulator
 from ngplus.layers import MatrixShape
 from ngplus.solvers.by_name import unpack_first_layout
 from ngplus.solvers.dense import DenseInverse
@@ -159,7 +160,8 @@ def test_every_exact_solver_gives_the_same_direction(sizes):
             assert (a.grad - b.grad).norm() <= 1e-11 * b.grad.norm()
 
 
-def test_auto_takes_low_rank_where_the_batch_is_small_compared_with_the_matrix():
+def test_auto_takes_low_rank_where_the_batch_is_small_compared_with_the_matrix(set_tuning):
+    set_tuning(low_rank_from=11)
     for batch, kind in ((4, LowRankInverse), (5, LowRankInverse), (6, DenseInverse), (40, DenseInverse)):
         optimizer = stepped(mlp(19, 11), points(batch, 19))
         assert kinds(optimizer) == [kind], batch
@@ -479,7 +481,7 @@ def test_a_layers_state_prints_its_form_and_counts_its_elements():
     )
     optimizer = stepped(images(), points(4, 2, 6, 6))
     assert str(optimizer.curvature["0.weight"]).startswith("LayerState(matrix 2×3×10, DenseInverse of λI + L")
-    optimizer = stepped(mlp(39, 30), points(4, 39))
+    optimizer = stepped(mlp(39, 30), points(4, 39), solver="low_rank")
     assert optimizer.curvature["0.weight"].numel() == 30 * 4 + 1 + 2 * 4  # W, λ and what refines
 
 
@@ -501,3 +503,53 @@ def test_the_share_is_zero_without_curvature_and_unknown_for_a_sketch():
     assert [state.share() for state in flat.curvature.values()] == [0.0]
     sketched = stepped(mlp(3, 9), x, solver="sketched", sketch_size=2).curvature.values()
     assert [state.share() for state in sketched] == [None]
+
+
+class Branches(nn.Module):
+    """Layers of equal shapes on either side of the matrix, with and without a bias, and tables, all with κ = 1."""
+
+    def __init__(self):
+        super().__init__()
+        seed_cpu(0)
+        self.wide = nn.ModuleList(nn.Linear(6, 3) for _ in range(3))
+        self.tall = nn.ModuleList(nn.Linear(2, 6) for _ in range(2))
+        self.bare = nn.ModuleList(nn.Linear(6, 3, bias=False) for _ in range(2))
+        self.tables = nn.ModuleList(nn.EmbeddingBag(rows, 6, mode="sum") for rows in (9, 20))
+        self.double()
+
+    def forward(self, index):
+        x = sum(table(index) for table in self.tables)
+        x = x + sum(layer(x[:, :2]) for layer in self.tall)
+        return sum(layer(x).tanh() for layer in [*self.wide, *self.bare])
+
+
+@pytest.mark.parametrize("options", [{}, {"samples": "rows"}, {"max_samples": 4}, {"ema": 0.5}, {"block_size": 2}])
+@pytest.mark.parametrize("backward_passes", [1, 2])
+def test_matrices_of_small_layers_that_are_made_together_are_those_of_each_alone(options, backward_passes, set_tuning):
+    index = torch.randint(9, (8, 1))
+    states = []
+    for small in (2**13, 0):
+        set_tuning(small_use=small)
+        model = Branches()
+        optimizer = NGPlus(model, lr=1e-3, damping=0.3, update_every=1, solver="dense", **options)
+        for _ in range(2):
+            for part in index.chunk(backward_passes):
+                model(part).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        states.append({name: state.tensors() for name, state in optimizer.curvature.items()})
+    together, alone = states
+    assert len(together) == 9
+    for name, tensors in together.items():
+        torch.testing.assert_close(tensors, alone[name], rtol=1e-9, atol=1e-12)
+
+
+def test_small_layers_of_equal_shapes_are_multiplied_in_one_product(monkeypatch):
+    sizes = []
+    made = accumulator.second_moments
+    monkeypatch.setattr(accumulator, "second_moments", lambda *a: sizes.append(len(a[1])) or made(*a))
+    model = Branches()
+    optimizer = NGPlus(model, lr=1e-3, damping=0.3, update_every=1, solver="dense")
+    model(torch.randint(9, (8, 1))).square().mean().backward()
+    optimizer.step()
+    assert sorted(sizes) == [2, 2, 2, 3]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import ngplus
 from ngplus import NGPlus
 from ngplus.base_rules import BaseRule, find_rule, register_base
 from ngplus.config import early_updates
@@ -598,6 +599,23 @@ def test_a_base_that_nobody_declared_is_refused_by_name_until_it_is():
     layer = nn.Linear(3, 2)
     optimizer = NGPlus(layer, base=Other, basis="eigen")
     layer(points(4, 3, dtype=torch.float32)).sum().backward()
+    with pytest.raises(TypeError, match="'exp_avg_sq'"):
+        optimizer.step()
+
+
+def test_a_state_that_nobody_declared_is_refused_before_it_would_move():
+    """That of a layer which has its first gradient after the first step."""
+
+    class Late(torch.optim.Adam):
+        pass
+
+    ngplus.register_base(Late, ngplus.BaseRule(linear=("exp_avg",), decay="flag"))
+    model = nn.ModuleDict({"first": nn.Linear(1, 2), "second": nn.Linear(3, 2)})
+    optimizer = NGPlus(model, base=Late, basis="eigen", curvature="mini_batch", update_every=2)
+    model["first"](torch.ones(4, 1)).sum().backward()
+    optimizer.step()
+    model["second"](torch.ones(4, 3)).sum().backward()
+    optimizer.step()
     with pytest.raises(TypeError, match="'exp_avg_sq'"):
         optimizer.step()
 

@@ -15,7 +15,7 @@ from ngplus.factors.flat import split_boxes
 from ngplus.factors.gathered import Gathered
 from ngplus.factors.im2col import Patches
 from ngplus.factors.im2col import patches as patches_or_pixels
-from ngplus.factors.products import concatenate, gram
+from ngplus.factors.products import concatenate, gram, multiply_by_transpose, symmetric_product
 from ngplus.factors.sketch import Sampled
 from tests.ngplus.cases import seed_cpu
 
@@ -74,6 +74,43 @@ def test_gram_matrix_and_norms_are_those_of_the_dense_form(factor):
     entries = factor.dense()
     torch.testing.assert_close(factor.gram(), entries.mT @ entries)
     torch.testing.assert_close(factor.squared_norms(), entries.square().sum(dim=2))
+
+
+@settings(max_examples=80, deadline=None)
+@given(patches(), st.integers(1, 3))
+def test_gradients_by_a_convolutions_backward_are_products_with_unfolded_patches(factor, rows):
+    outputs = torch.randn(factor.samples, factor.groups, rows, factor.positions, dtype=torch.float64)
+    torch.testing.assert_close(factor.multiply(outputs), outputs @ factor.dense().mT)
+
+
+# Of p²k multiplications the smallest are whole, the next in two block rows, the others in four.
+@pytest.mark.parametrize(("p", "k"), [(1, 3), (7, 5), (131, 1000), (130, 8200), (512, 600)])
+@pytest.mark.parametrize("batch", [None, 1, 3])
+def test_a_symmetric_product_by_block_rows_is_the_whole_product(p, k, batch):
+    seed_cpu(0)
+    shape = (p, k) if batch is None else (batch, p, k)
+    x, scale = torch.randn(shape, dtype=torch.float64), torch.randn(k, dtype=torch.float64)
+    core = torch.diag(scale.square()) if k < 1000 else None
+    y = x * scale.square() if core is None else x @ core
+    before = torch.randn(p, p, dtype=torch.float64)
+    before = before + before.T
+    flat = [each if batch is None else each.transpose(0, 1).flatten(1) for each in (x, y)]
+    product = flat[0] @ flat[1].T
+    torch.testing.assert_close(symmetric_product(x, y), product)
+    torch.testing.assert_close(symmetric_product(x), flat[0] @ flat[0].T)
+    out = before.clone()
+    assert symmetric_product(x, y, out=out, beta=0.5, alpha=-2.0) is out
+    torch.testing.assert_close(out, 0.5 * before - 2.0 * product)
+    overwritten = torch.full((p, p), float("nan"), dtype=torch.float64)
+    torch.testing.assert_close(symmetric_product(x, y, out=overwritten), product)
+    if p > 400:
+        assert torch.equal(out[256:, :256], out[:256, 256:].T)
+
+
+def test_products_with_transposes_are_made_matrix_by_matrix():
+    x = torch.randn(2, 3, 140, 1000, dtype=torch.float64)
+    torch.testing.assert_close(multiply_by_transpose(x), x @ x.mT)
+    torch.testing.assert_close(multiply_by_transpose(x[..., :20]), x[..., :20] @ x[..., :20].mT)
 
 
 @settings(max_examples=80, deadline=None)

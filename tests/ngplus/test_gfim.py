@@ -317,3 +317,28 @@ def test_nonfinite_entries_are_not_dropped():
 def test_zeros_and_empty_tensors_are_kept_as_they_are():
     for U in (torch.zeros(3, 2), torch.zeros(0, 2)):
         torch.testing.assert_close(drop_tiny(U), U)
+
+
+@pytest.mark.parametrize("outputs", [6, 40])
+@pytest.mark.parametrize("padding", [1, "same"])
+@pytest.mark.parametrize("limit", [2**21, 64])
+def test_convolutions_in_float32_make_gradients_by_their_own_backward(outputs, padding, limit, monkeypatch):
+    """In samples that are no larger than the limit, with a bias, on either side of the matrix."""
+    calls = []
+    multiply = Patches.multiply
+    monkeypatch.setattr(Patches, "multiply", lambda self, *args: calls.append(1) or multiply(self, *args))
+    layer = conv(3, outputs, 2, padding=padding)
+    (found,) = find_layers(layer)
+    x = image(4, 3, 9, 9)
+    output = layer(x)
+    call = parse_call(
+        found, FunctionCall(F.conv2d, (x, layer.weight, layer.bias, 1, padding), {}, output, None), layer.weight, None
+    )
+    gradient = torch.randn_like(output)
+    moments = []
+    with torch.no_grad():
+        for dtype in (torch.float32, torch.float64):
+            pair = call.factors(x.to(dtype), gradient.to(dtype))
+            moments += second_moment(found.shape(None), [pair], Tuning(curvature_chunk_cpu=limit))
+    torch.testing.assert_close(moments[0].double(), moments[1], rtol=1e-4, atol=1e-4 * float(moments[1].max()))
+    assert len(calls) == (limit > 64 and torch.backends.mkldnn.is_available())

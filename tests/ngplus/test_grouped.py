@@ -361,3 +361,34 @@ def test_a_baseline_with_two_sides_is_not_batched(monkeypatch):
     optimizer = KFAC(model, lr=0.1)
     model(torch.randn(5, 4)).square().mean().backward()
     optimizer.step()
+
+
+class Twins(nn.Module):
+    """Layers whose gradients are so small that they are stacked without a look at each."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4, dtype=torch.float64) for _ in range(3))
+
+    def forward(self, x):
+        return sum(layer(x).tanh() for layer in self.layers)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: setattr(m.layers[1].weight, "grad", None),
+        lambda m: setattr(m.layers[1].bias, "grad", None),
+        lambda m: setattr(m.layers[1].weight, "grad", m.layers[1].weight.grad.T.contiguous().T),
+        lambda m: setattr(m.layers[1].weight, "grad", m.layers[1].weight.grad.to_sparse(1)),
+    ],
+    ids=["no gradient", "no gradient of a bias", "column-major", "sparse"],
+)
+def test_tiny_gradients_are_stacked_only_while_they_are_what_they_were(change, set_tuning):
+    x = torch.randn(6, 4, dtype=torch.float64)
+    steps = [None, None, change, None, None]
+    together, alone = (gradients_of_steps(Twins, x, small, set_tuning, steps) for small in (2**14, -1))
+    for ours, theirs in zip(together, alone, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, gradient in ours.items():
+            torch.testing.assert_close(gradient.to_dense(), theirs[name].to_dense(), rtol=1e-10, atol=1e-12)

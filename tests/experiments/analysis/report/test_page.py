@@ -123,10 +123,10 @@ def test_verdicts_are_counted(page):
 
 
 def test_what_is_missing_is_said(page):
+    targets = {"schnet-qm9": "qm9", "schnet-matproj": "matproj", "transformer-iwslt14": "iwslt14", "gpt-text": "gpt"}
     for task in set(TASKS) - {TASK, whole_results.OTHER_TASK}:
         for scale in SCALES:
-            name = {"transformer-iwslt14": "iwslt14", "gpt-text": "gpt"}.get(task, task.partition("-")[2])
-            command = f"reproduce-{name} SCALE={scale}"
+            command = f"reproduce-{targets[task]} SCALE={scale}"
             assert f"Scale {scale}: nothing is recorded here. Rerun: make {command}" in page.text
     assert "No sensitivity grid was run here." in page.text
     assert "No settings were searched here." in page.text
