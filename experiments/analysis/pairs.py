@@ -1,7 +1,7 @@
 """Two optimizers of one task side by side: their runs at one scale, and what the difference says about a sentence."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -35,6 +35,10 @@ class Pair:
     def seeds(self) -> list[int]:
         """The seeds that both have."""
         return sorted({run.manifest.seed for run in self.ours} & {run.manifest.seed for run in self.theirs})
+
+    def select_runs(self, seeds: Collection[int]) -> list[Run]:
+        """Ours of these seeds, then theirs."""
+        return [run for run in (*self.ours, *self.theirs) if run.manifest.seed in seeds]
 
     def values(self, measure: str) -> tuple[dict[int, float], dict[int, float], float]:
         """Each one's measure by seed, and how long both were followed for if it is a time to the target.
@@ -123,7 +127,15 @@ def compare_medians(
 
 
 def estimate_median(values: Sequence[float], until: float) -> float:
-    """The median over seeds, of times to a target as in ``comparison.csv``; NaN where one value is."""
+    """The median over seeds, of times to a target as in ``comparison.csv``.
+
+    Args:
+        values: one a seed, infinite for a miss.
+        until: how long runs were followed for, infinite for what is no time.
+
+    Returns:
+        The median; NaN where one value is.
+    """
     if math.isinf(until) or np.isnan(values).any():
         return float(np.median(values))
     return TimesToTarget(values=values, follow_up=[until] * len(values)).median()

@@ -28,7 +28,20 @@ from experiments.errors import UserError
 from experiments.records.claim_checks import Outcome as Word
 from experiments.records.run_record import Run
 
-COLUMNS = ("id", "place", "claim", "paper", "ours", "scale", "dataset", "seeds", "verdict", "why")
+COLUMNS = (
+    "id",
+    "place",
+    "claim",
+    "paper",
+    "ours",
+    "scale",
+    "dataset",
+    "seeds",
+    "verdict",
+    "why",
+    "optimizers",
+    "records",
+)
 WORDS: tuple[Word, ...] = ("reproduced", "not reproduced", "inconclusive", "not run")
 SCALES = ("paper", "small", "tiny")
 PAPER_DATA = {"resnet50-imagenet": "ImageNet-1k", "dlrm-criteo": "Criteo Kaggle"}
@@ -37,7 +50,10 @@ PAPER_DATA = {"resnet50-imagenet": "ImageNet-1k", "dlrm-criteo": "Criteo Kaggle"
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """What is found for a claim: ours, where it comes from, the verdict and the reason."""
+    """What is found for a claim: ours, where it comes from, the verdict and the reason.
+
+    `optimizers` are joined by ", ", `records` by a space: files under the results folder.
+    """
 
     verdict: Word
     why: str
@@ -45,6 +61,8 @@ class Finding:
     scale: str = ""
     dataset: str = ""
     seeds: int | None = None
+    optimizers: str = ""
+    records: str = ""
 
 
 def judge(results_dir: Path) -> pd.DataFrame:
@@ -142,15 +160,15 @@ class Evidence:
     @_judge.register
     def _(self, check: Figure) -> Finding:
         comparable = self.comparable(check.task, check.scale)
-        runs = _own(comparable, check.optimizer)
+        runs = select_optimizer(comparable, check.optimizer)
         if comparable is None or not runs:
             return Finding(verdict="not run", why="needs the paper's data, model and hardware")
         if check.eval_loss is None:
             values = list(collect_values(comparable, runs, check.measure).values())
         else:
-            values = [_reaches(run, check.eval_loss, check.measure) for run in runs]
+            values = [reaches(run, check.eval_loss, check.measure) for run in runs]
         median = float(np.median(values))
-        source = _source(runs, scale=check.scale)
+        source = self._source(runs, scale=check.scale)
         ours = f"{number(median)} (median of {len(values)})"
         if check.bound != "about":
             holds = median <= check.value if check.bound == "at most" else median >= check.value
@@ -167,7 +185,8 @@ class Evidence:
         if pair is None:
             return _never_both(check)
         ours, theirs, until = pair.values(check.measure)
-        source = _source(pair.ours, scale=pair.scale, seeds=len(ours.keys() & theirs.keys()))
+        compared = ours.keys() & theirs.keys()
+        source = self._source(pair.select_runs(compared), scale=pair.scale, seeds=len(compared))
         if not ours:
             why = "no seed was trained with both on the same device, and seconds of two are no comparison"
             return Finding(verdict="inconclusive", why=why, **source)
@@ -181,7 +200,7 @@ class Evidence:
             return _never_both(check)
         gaps = pair.gaps(check.value)  # (seeds, epochs)
         below = int((gaps < 0).sum())
-        source = _source(pair.ours, scale=pair.scale, seeds=len(gaps))
+        source = self._source(pair.select_runs(pair.seeds), scale=pair.scale, seeds=len(gaps))
         ours = f"below in {below} of {gaps.size} pairs of epoch and seed"
         if len(gaps) < MIN_SEEDS:
             return Finding(verdict="inconclusive", why=too_few(len(gaps)), ours=ours, **source)
@@ -198,9 +217,9 @@ class Evidence:
     @_judge.register
     def _(self, check: Cost) -> Finding:
         path = self.results_dir / "bench" / check.file
-        table = _read_csv(path)
+        table = read_table(path)
         wants = ("device", check.column)
-        row, over = _only(table, check.row, wants), _only(table, check.over, wants) if check.over else None
+        row, over = select_row(table, check.row, wants), select_row(table, check.over, wants) if check.over else None
         if row is None or (check.over and over is None):
             return Finding(verdict="not run", why=f"bench/{check.file} has no such row")
         try:
@@ -210,15 +229,21 @@ class Evidence:
         if not math.isfinite(value):
             return Finding(verdict="not run", why=f"bench/{check.file} has no number there")
         found = row.get("model", "")
-        source = {"scale": "bench", "dataset": f"{found}, {row['device']}" if found else str(row["device"])}
+        compared = [str(each["optimizer"]) for each in (row, over) if each is not None and "optimizer" in each]
+        source = {
+            "scale": "bench",
+            "dataset": f"{found}, {row['device']}" if found else str(row["device"]),
+            "optimizers": ", ".join(dict.fromkeys(compared)),
+            "records": f"bench/{check.file}",
+        }
         verdict: Word = "reproduced" if value <= check.at_most else "not reproduced"
         why = f"measured by bench/{check.file}; at most {number(check.at_most)} agrees with the claim"
         return Finding(verdict=verdict, why=why, ours=f"{number(value)}×", **source)
 
     @_judge.register
     def _(self, check: Theory) -> Finding:
-        table = _read_csv(self.results_dir / "theory" / check.part / "verdicts.csv")
-        row = _only(table, {"claim": check.row}, ("ours", "verdict", "why", "scale", "dataset", "seeds"))
+        table = read_table(self.results_dir / "theory" / check.part / "verdicts.csv")
+        row = select_row(table, {"claim": check.row}, ("ours", "verdict", "why", "scale", "dataset", "seeds"))
         if row is None:
             return Finding(verdict="not run", why=f"theory/{check.part} has no row {check.row!r}")
         return Finding(
@@ -228,16 +253,17 @@ class Evidence:
             scale=row["scale"],
             dataset=row["dataset"],
             seeds=int(row["seeds"]),
+            records=f"theory/{check.part}/verdicts.csv",
         )
 
     @_judge.register
     def _(self, check: Formula) -> Finding:
         wants = ("measure", "printed", "corrected", "printed_is_wrong", "corrected_is_right")
-        row = _only(_read_csv(self.results_dir / "theory" / "errata.csv"), {"place": check.place}, wants)
+        row = select_row(read_table(self.results_dir / "theory" / "errata.csv"), {"place": check.place}, wants)
         if row is None:
             return Finding(verdict="not run", why=f"theory/errata.csv has no row {check.place!r}")
         ours = f"{row['measure']}: {number(row['printed'])} as printed, {number(row['corrected'])} corrected"
-        source = {"scale": "theory", "dataset": "synthetic", "seeds": 1}
+        source = {"scale": "theory", "dataset": "synthetic", "seeds": 1, "records": "theory/errata.csv"}
         if row["printed_is_wrong"]:
             right = "the corrected form is right" if row["corrected_is_right"] else "nor is the corrected form right"
             return Finding(verdict="not reproduced", why=f"wrong as printed; {right}", ours=ours, **source)
@@ -254,6 +280,7 @@ class Evidence:
             ours=f"{shown} = {number(value)}",
             scale="arithmetic",
             dataset="the paper's figures",
+            records="paper.toml",
         )
 
     def comparable(self, task: str, scale: str) -> Comparable | None:
@@ -272,10 +299,26 @@ class Evidence:
         runs = tuple(run for run in found.runs if run.manifest.dataset.name.partition(";")[0] == PAPER_DATA[task])
         return replace(found, runs=runs) if runs else None
 
+    def _source(self, runs: Sequence[Run], *, scale: str, seeds: int | None = None) -> dict[str, Any]:
+        """Where a figure comes from; `runs` are the optimizer's first, then those that it is compared with."""
+        first = runs[0] if runs else None
+        return {
+            "scale": scale,
+            "dataset": first.manifest.dataset.name if first else "",
+            "seeds": len(runs) if seeds is None else seeds,
+            "optimizers": ", ".join(dict.fromkeys(run.manifest.optimizer for run in runs)),
+            "records": " ".join(run.path.relative_to(self.results_dir).as_posix() for run in runs),
+        }
+
     def pair(self, task: str, optimizer: str, against: str) -> Pair | None:
         """The runs of two optimizers where they can be compared best, ``None`` if they never ran on the same data."""
         pairs = [
-            Pair(comparable=found, scale=scale, ours=_own(found, optimizer), theirs=_own(found, against))
+            Pair(
+                comparable=found,
+                scale=scale,
+                ours=select_optimizer(found, optimizer),
+                theirs=select_optimizer(found, against),
+            )
             for scale in SCALES
             if (found := self.comparable(task, scale)) is not None
         ]
@@ -284,16 +327,30 @@ class Evidence:
         return best if best and best.seeds else None
 
 
-def _own(comparable: Comparable | None, optimizer: str) -> list[Run]:
+def select_optimizer(comparable: Comparable | None, optimizer: str) -> list[Run]:
+    """The runs of one optimizer.
+
+    Args:
+        comparable: the runs of a task at a scale, ``None`` if there are none.
+        optimizer: its name in the recipe.
+
+    Returns:
+        By seed.
+    """
     return [run for run in comparable.runs if run.manifest.optimizer == optimizer] if comparable else []
 
 
-def _source(runs: Sequence[Run], *, scale: str, seeds: int | None = None) -> dict[str, Any]:
-    return {"scale": scale, "dataset": runs[0].manifest.dataset.name, "seeds": len(runs) if seeds is None else seeds}
+def reaches(run: Run, level: float, measure: str) -> float:
+    """When a run's evaluated loss is `level` at most for the first time.
 
+    Args:
+        run: the run.
+        level: of the loss.
+        measure: ``"epochs_to_target"`` or ``"seconds_to_target"``.
 
-def _reaches(run: Run, level: float, measure: str) -> float:
-    """The first epoch, or the seconds by then, whose evaluated loss is `level` at most; infinite if there is none."""
+    Returns:
+        The epoch, or the seconds by then; infinite if there is none.
+    """
     hit = next((epoch for epoch in run.epochs if epoch.eval_loss is not None and epoch.eval_loss <= level), None)
     if hit is None:
         return math.inf
@@ -304,7 +361,7 @@ def _never_both(check: Comparison | CurveBelow) -> Finding:
     return Finding(verdict="not run", why=f"{check.optimizer} and {check.against} were not both run on {check.task}")
 
 
-def _read_csv(path: Path) -> pd.DataFrame:
+def read_table(path: Path) -> pd.DataFrame:
     """A table, an empty one if there is no such file.
 
     Args:
@@ -324,8 +381,17 @@ def _read_csv(path: Path) -> pd.DataFrame:
         raise UserError(f"{path}: cannot be read: {error}") from error
 
 
-def _only(table: pd.DataFrame, where: Mapping[str, str], wants: Sequence[str]) -> "pd.Series[Any] | None":
-    """The one row whose columns have these values; ``None`` too if the table lacks a column that is wanted."""
+def select_row(table: pd.DataFrame, where: Mapping[str, str], wants: Sequence[str]) -> "pd.Series[Any] | None":
+    """The one row whose columns have these values.
+
+    Args:
+        table: the table.
+        where: values by column.
+        wants: columns that it must have too.
+
+    Returns:
+        The row; ``None`` for no row, several, or a table that lacks a column.
+    """
     if not {*where, *wants} <= set(table.columns):
         return None
     alike = [table[column].astype(str) == value for column, value in where.items()]

@@ -1,11 +1,14 @@
-"""The command line, ``python -m experiments``: train, tune, compare, judge the paper's claims, fetch data."""
+"""The command line, ``python -m experiments``: train, tune, compare, judge the paper's claims, fetch data.
 
+Each command imports what it needs itself: torch alone takes seconds, and help and mistakes should not wait for it.
+"""
+
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from experiments.cli import listing
 from experiments.cli.shared_options import (
     CheckpointDir,
     CheckpointEvery,
@@ -19,15 +22,17 @@ from experiments.cli.shared_options import (
     Scale,
     Seeds,
     TaskName,
+    TensorBoard,
     Threads,
+    Variant,
     Workers,
 )
-from experiments.config.recipe import load_recipe
 from experiments.dataclass_io import list_allowed
 from experiments.errors import UserError
-from experiments.launch.jobs import make_jobs, report_errors_in_one_line, run_jobs
-from experiments.tasks.datasets import PREPARE
-from experiments.training.run import RunOptions
+from experiments.launch.one_line_errors import report_errors_in_one_line
+
+OWN_RESULTS = Path("build/results")
+"""Apart from the recorded ones in ``results``, which commands that train touch only if they are told to."""
 
 app = typer.Typer(
     help="Reproduce the experiments of NG+: train, list what there is, print the comparison tables.",
@@ -51,13 +56,14 @@ def run_command(
     seed: Seeds = None,
     epochs: Epochs = None,
     set_: Overrides = None,
+    variant: Variant = None,
     force: Force = False,
     device: Device = "auto",
     data_dir: DataDir = Path("data"),
-    results_dir: ResultsDir = Path("results"),
+    results_dir: ResultsDir = OWN_RESULTS,
     checkpoint_dir: CheckpointDir = None,
     checkpoint_every: CheckpointEvery = 60.0,
-    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard files.")] = False,
+    tensorboard: TensorBoard = False,
     shard: Annotated[
         bool, typer.Option("--shard", help="Under torchrun, shard the model's parameters over the processes.")
     ] = False,
@@ -68,6 +74,10 @@ def run_command(
     where it stopped. Several runs go one after the other, all optimizers for the first seed, then all for the
     next. Under torchrun, the processes train each run together.
     """
+    _say_loading()
+    from experiments.launch.jobs import make_jobs, run_jobs
+    from experiments.training.run import RunOptions
+
     options = RunOptions(
         device=device,
         data_dir=data_dir,
@@ -78,7 +88,7 @@ def run_command(
         tensorboard=tensorboard,
         shard=shard,
     )
-    run_jobs(make_jobs(task, scale, optimizer, seed, _overrides(set_, epochs), options))
+    run_jobs(make_jobs(task, scale, optimizer, seed, _overrides(set_, epochs), options, variant))
 
 
 @app.command("sweep")
@@ -89,6 +99,7 @@ def sweep_command(
     seed: Seeds = None,
     epochs: Epochs = None,
     set_: Overrides = None,
+    variant: Variant = None,
     force: Force = False,
     workers: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Runs at a time. Default: 2, or no limit with --slurm.")
@@ -103,15 +114,20 @@ def sweep_command(
     ] = 1440,
     device: Device = "auto",
     data_dir: DataDir = Path("data"),
-    results_dir: ResultsDir = Path("results"),
+    results_dir: ResultsDir = OWN_RESULTS,
     checkpoint_dir: CheckpointDir = None,
     checkpoint_every: CheckpointEvery = 60.0,
+    tensorboard: TensorBoard = False,
 ) -> None:
     """Train many runs at once on this machine, or on a SLURM cluster.
 
     All optimizers for the first seed come before the next seed. What is finished is not run again, what was
     interrupted goes on where it stopped, and a run that fails does not stop the others.
     """
+    _say_loading()
+    from experiments.launch.jobs import make_jobs, run_jobs
+    from experiments.training.run import RunOptions
+
     options = RunOptions(
         device=device,
         data_dir=data_dir,
@@ -119,14 +135,15 @@ def sweep_command(
         checkpoint_dir=checkpoint_dir,
         checkpoint_every_s=checkpoint_every,
         force=force,
+        tensorboard=tensorboard,
         bar=False,
     )
     overrides = _overrides(set_, epochs)
-    jobs = [job for name in task for job in make_jobs(name, scale, optimizer, seed, overrides, options)]
+    jobs = [job for name in task for job in make_jobs(name, scale, optimizer, seed, overrides, options, variant)]
     if not slurm:
         run_jobs(jobs, workers=workers or 2, threads=threads)
         return
-    from experiments.launch.slurm import Resources, submit  # submitit, needed only here
+    from experiments.launch.slurm import Resources, submit
 
     resources = Resources(
         partition=partition, nodes=nodes, gpus=gpus, threads=threads, minutes=minutes, at_once=workers
@@ -159,7 +176,10 @@ def tune_command(
     at the tuning seed. The trials are kept in tuning.csv next to the results. What was interrupted goes on where it
     stopped.
     """
-    from experiments.tuning.tune import tune  # Optuna and pandas, needed only here
+    _say_loading()
+    from experiments.config.recipe import load_recipe
+    from experiments.training.run import RunOptions
+    from experiments.tuning.tune import tune
 
     recipe = load_recipe(task, scale)
     if recipe.tuning is None:
@@ -191,7 +211,10 @@ def sensitivity_command(
     Writes sensitivity.csv and heat maps next to the results; rows of grids that are not asked for stay. What is
     finished is not run again, and what was interrupted goes on where it stopped.
     """
-    from experiments.tuning.sensitivity import measure  # pandas and matplotlib, needed only here
+    _say_loading()
+    from experiments.config.recipe import load_recipe
+    from experiments.training.run import RunOptions
+    from experiments.tuning.sensitivity import measure
 
     recipe = load_recipe(task, scale, overrides=tuple(set_ or ()))
     options = RunOptions(device=device, data_dir=data_dir, results_dir=results_dir, bar=False)
@@ -227,7 +250,9 @@ def estimate_command(
     The paper's data need not be here: batches are made up where they are missing, of the true shape and number.
     Prints a table and what was assumed.
     """
-    from experiments.estimate import estimate_table, estimating  # rich and torch's counters, needed only here
+    _say_loading()
+    from experiments.config.recipe import load_recipe
+    from experiments.estimate import estimate_table, estimating
 
     recipe = load_recipe(task, scale, overrides=tuple(set_ or ()))
     options = estimating.Options(
@@ -242,6 +267,8 @@ def estimate_command(
 @app.command("list")
 def list_command(results_dir: ResultsDir = Path("results")) -> None:
     """List tasks, recorded runs and datasets."""
+    from experiments.cli import listing
+
     listing.print_tasks(results_dir)
     listing.print_datasets()
 
@@ -255,13 +282,12 @@ def table_command(
     format_: Annotated[
         Literal["terminal", "markdown", "latex"], typer.Option("--format", help="How to print the table.")
     ] = "terminal",
-    results_dir: ResultsDir = Path("results"),
+    results_dir: ResultsDir = OWN_RESULTS,
 ) -> None:
     """Compare the optimizers that were run.
 
     Prints the table, and writes comparison.csv and the curves next to the runs. Never starts a run.
     """
-    # pandas and matplotlib, needed only here
     from experiments.analysis import comparison, comparison_table
     from experiments.analysis.figures import curves
 
@@ -277,7 +303,7 @@ def profiles_command(scale: Scale = "tiny", results_dir: ResultsDir = Path("resu
 
     Prints the table, and writes profiles-SCALE.csv and a figure into the results. Never starts a run.
     """
-    from experiments.analysis import profiles  # pandas and matplotlib, needed only here
+    from experiments.analysis import profiles
 
     table = profiles.profile(results_dir, _tasks_with_runs(results_dir, scale), scale)
     typer.echo(table.drop(columns="scale").to_string(index=False, float_format=lambda value: f"{value:.3g}"))
@@ -290,7 +316,7 @@ def overview_command(scale: Scale = "tiny", results_dir: ResultsDir = Path("resu
     A cell has the median over seeds of the best value ± its standard deviation, and in brackets the epochs to the
     reference's best. Never starts a run.
     """
-    from experiments.analysis import overview  # pandas, needed only here
+    from experiments.analysis import overview
 
     typer.echo(overview.overview(results_dir, _tasks_with_runs(results_dir, scale), scale))
 
@@ -307,10 +333,30 @@ def verdicts_command(
 
     Prints the table, and writes verdicts.csv into the results. Never starts a run.
     """
-    from experiments.analysis import verdict_table, verdicts  # pandas, needed only here
+    from experiments.analysis import verdict_table, verdicts
 
     frame = verdicts.judge(results_dir)
     typer.echo(verdict_table.render(frame, format_, short=short))
+
+
+@app.command("verify-claim")
+def verify_claim_command(
+    claim: Annotated[str, typer.Argument(metavar="ID", help="The claim's id in verdicts.csv, e.g. epochs-sgd.")],
+    results_dir: ResultsDir = Path("results"),
+) -> None:
+    """Judge one claim of the paper again from the records, and print each step.
+
+    Names the files that are read, with the processor and threads they were made on. The exit status is 1 where
+    verdicts.csv says otherwise. Never starts a run.
+    """
+    from experiments.cli import claim_steps
+
+    lines, differences = claim_steps.follow(results_dir, claim)
+    typer.echo("\n".join(lines))
+    if differences:
+        typer.echo("\n".join(["verdicts.csv says otherwise; `verdicts` writes it again:", *differences]), err=True)
+        raise typer.Exit(1)
+    typer.echo(f"{results_dir / 'verdicts.csv'} says the same")
 
 
 @app.command("report")
@@ -319,7 +365,7 @@ def report_command(results_dir: ResultsDir = Path("results")) -> None:
 
     Reads what is recorded and never starts a run. A record that cannot be read is named on the page.
     """
-    from experiments.analysis.report import page  # Altair and Vega's bundle, needed only here
+    from experiments.analysis.report import page
 
     typer.echo(page.build(results_dir))
 
@@ -333,6 +379,8 @@ def data_command(
 
     It is kept, so that runs need no network afterwards.
     """
+    from experiments.tasks.datasets import PREPARE
+
     if name not in PREPARE:
         raise UserError(f"data = {name!r}: there is no such dataset; {list_allowed(PREPARE)}")
     typer.echo(f"{name}: {PREPARE[name](data_dir)}")
@@ -340,10 +388,18 @@ def data_command(
 
 def _tasks_with_runs(results_dir: Path, scale: str) -> list[str]:
     """The tasks of which there are runs, at least one."""
+    from experiments.cli import listing
+
     names = listing.tasks_with_runs(results_dir, scale)
     if not names:
         raise UserError(f"{results_dir}: there are no runs at scale {scale}; `run` makes them")
     return names
+
+
+def _say_loading() -> None:
+    """The first line, before torch is imported; only for a person."""
+    if sys.stderr.isatty():
+        print("loading torch …", file=sys.stderr, flush=True)
 
 
 def _overrides(given: list[str] | None, epochs: int | None) -> tuple[str, ...]:

@@ -33,6 +33,14 @@ Overrides = Annotated[
         help="Replace a value of the recipe, e.g. optimizers.sgd.lr=0.2; may be repeated.",
     ),
 ]
+Variant = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SUFFIX",
+        help="Record the runs as <optimizer>-SUFFIX, to stand next to those without --set.",
+    ),
+]
+TensorBoard = Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard files.")]
 Force = Annotated[bool, typer.Option("--force", help="Run again what is finished; start over what is not.")]
 Device = Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu or cuda.")]
 CheckpointDir = Annotated[

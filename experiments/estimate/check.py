@@ -19,7 +19,7 @@ import typer
 
 from experiments.config.recipe import Recipe, load_recipe
 from experiments.estimate.estimating import Options, estimate
-from experiments.launch.jobs import report_errors_in_one_line
+from experiments.launch.one_line_errors import report_errors_in_one_line
 from experiments.records.provenance import device_name
 from experiments.training.distributed import choose_device
 from experiments.training.run import RunOptions, run

@@ -1,5 +1,6 @@
 """The estimate of one recipe: every optimizer measured in turn and predicted, with what was assumed."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -93,10 +94,13 @@ def estimate(recipe: Recipe, names: Sequence[str] | None, options: Options) -> E
         check_optimizer(recipe, name)
     device = choose_device(options.device)
     clock = make_clock(device, cpu_time=options.cpu_time)
+    print(f"{recipe.task} {recipe.scale}: choosing a batch and measuring its loading", file=sys.stderr, flush=True)
     bench = choose_batch(recipe, names[0], options.data_dir, device, clock, options.batch)
     rate, why = _rate(recipe, options, device)
-    measured = {
-        name: measure(
+    measured = {}
+    for number, name in enumerate(names, 1):
+        print(f"measuring steps of {name} ({number} of {len(names)})", file=sys.stderr, flush=True)
+        measured[name] = measure(
             bench.recipe,
             name,
             bench.task,
@@ -106,8 +110,6 @@ def estimate(recipe: Recipe, names: Sequence[str] | None, options: Options) -> E
             steps=options.steps,
             count_operations=rate is not None,
         )
-        for name in names
-    }
     measured = pool_plain_steps(measured)
     return Estimate(
         task=recipe.task,

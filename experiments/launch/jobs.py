@@ -1,22 +1,25 @@
 """Several runs, named by what the command line asks for, in this process or in others."""
 
 import os
-import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from experiments.config.recipe import Recipe, check_seed, load_recipe
-from experiments.data_io.checksum import DataFileError
 from experiments.errors import UserError
 from experiments.launch.local import run_in_processes
+from experiments.launch.one_line_errors import report_errors_in_one_line
+from experiments.optimizers.registry import find_entry
 from experiments.training.distributed import leave_workers
-from experiments.training.run import RunOptions, check_optimizer, read_finished_run, run
+from experiments.training.run import OtherSettingsError, RunOptions, check_optimizer, read_finished_run, run
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One run as the command line asks for it; reads its recipe where it is run."""
+    """One run as the command line asks for it; reads its recipe where it is run.
+
+    With a `variant`, `optimizer` is the name that the record has, ``<name in the recipe>-<variant>``.
+    """
 
     task: str
     scale: str
@@ -24,6 +27,7 @@ class Job:
     optimizer: str
     seed: int
     options: RunOptions
+    variant: str | None = None
 
     @property
     def name(self) -> str:
@@ -34,7 +38,7 @@ class Job:
     @property
     def recipe(self) -> Recipe:
         """The recipe with the values given on the command line."""
-        return load_recipe(self.task, self.scale, overrides=self.overrides)
+        return _load(self.task, self.scale, self.overrides, self.variant)
 
     def is_finished(self) -> bool:
         """Whether there is nothing to do; says so."""
@@ -60,6 +64,7 @@ def make_jobs(
     seeds: Sequence[int] | None,
     overrides: tuple[str, ...],
     options: RunOptions,
+    variant: str | None = None,
 ) -> list[Job]:
     """The runs of a recipe, all optimizers for the first seed, then all for the next.
 
@@ -70,15 +75,17 @@ def make_jobs(
         seeds: ``None`` for those of the recipe.
         overrides: values that replace the recipe's.
         options: how and where to run.
+        variant: what is added to each optimizer's name, to stand next to the runs without `overrides`.
 
     Returns:
         The runs, in the order in which they are to be started.
 
     Raises:
-        UserError: for an optimizer that the recipe does not have, or a seed out of range.
+        UserError: for an optimizer that the recipe does not have, a variant that is one of it, or a seed out of range.
     """
-    recipe = load_recipe(task, scale, overrides=overrides)
-    for name in optimizers or ():
+    recipe = _load(task, scale, overrides, variant)
+    names = [_join(name, variant) for name in optimizers] if optimizers else list(recipe.optimizers)
+    for name in names:
         check_optimizer(recipe, name)
     for seed in seeds or ():
         try:
@@ -86,22 +93,51 @@ def make_jobs(
         except ValueError as error:
             raise UserError(str(error)) from None
     return [
-        Job(task=task, scale=scale, overrides=overrides, optimizer=name, seed=seed, options=options)
+        Job(
+            task=task,
+            scale=scale,
+            overrides=overrides,
+            optimizer=name,
+            seed=seed,
+            options=options,
+            variant=variant,
+        )
         for seed in seeds or recipe.run.seeds
-        for name in optimizers or recipe.optimizers
+        for name in names
     ]
+
+
+def _join(name: str, variant: str | None) -> str:
+    return f"{name}-{variant}" if variant else name
+
+
+def _load(task: str, scale: str, overrides: tuple[str, ...], variant: str | None) -> Recipe:
+    """The recipe, its optimizers called by the variant's names."""
+    recipe = load_recipe(task, scale, overrides=overrides)
+    if variant is None:
+        return recipe
+    optimizers = {_join(name, variant): each for name, each in recipe.optimizers.items()}
+    for name in optimizers:
+        find_entry(name, "variant")
+        if name in recipe.optimizers:
+            raise UserError(f"variant = {variant!r}: {name} is in {recipe.path} already; choose another name")
+    return replace(recipe, optimizers=optimizers)
 
 
 def run_jobs(jobs: Sequence[Job], *, workers: int = 1, threads: int | None = None) -> None:
     """Run what is not finished; a run that fails does not stop the others.
 
     A single run, and every run under ``torchrun``, is run in this process, the others apart: see `run_in_processes`.
-    Of several, those that failed are named at the end, and the exit status is 1.
+    Of several, those that failed are named at the end, and the exit status is 1. Where one was finished with other
+    settings, none is started.
 
     Args:
         jobs: in the order in which they are started.
         workers: processes at a time.
         threads: CPU threads each; ``None`` for what the environment says.
+
+    Raises:
+        OtherSettingsError: one was finished with other settings.
     """
     if len(jobs) == 1 or "WORLD_SIZE" in os.environ:
         _run_here(jobs)
@@ -111,6 +147,8 @@ def run_jobs(jobs: Sequence[Job], *, workers: int = 1, threads: int | None = Non
         try:
             if not job.is_finished():
                 waiting.append(job)
+        except OtherSettingsError:
+            raise
         except UserError as error:
             failed[job.name] = str(error)
     failed |= run_in_processes(waiting, workers=workers, threads=threads)
@@ -132,19 +170,3 @@ def _report_failed(failed: Mapping[str, str], count: int) -> None:
     lines += [f"  {name}: {reason}" for name, reason in failed.items()]
     print("\n".join(lines), file=sys.stderr)
     sys.exit(1)
-
-
-def report_errors_in_one_line(command: Callable[[], None]) -> None:
-    """Call `command`; an error that the user can fix is one line on stderr and exit status 2.
-
-    Args:
-        command: what is to be run.
-    """
-    try:
-        command()
-    except (UserError, DataFileError, FloatingPointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)

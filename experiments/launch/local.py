@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
@@ -32,6 +33,7 @@ class Work(Protocol):
 def run_in_processes(works: Sequence[Work], *, workers: int = 1, threads: int | None = None) -> dict[str, str]:
     """Do all of it, `workers` at a time, started in order; one that fails does not stop the others.
 
+    Of several, a line says after each how many are done, and about how long the rest takes if it goes on like that.
     When this process ends before, whatever ended it, the processes it started end too.
 
     Args:
@@ -43,6 +45,7 @@ def run_in_processes(works: Sequence[Work], *, workers: int = 1, threads: int | 
         Why it failed, by name, for each one that did.
     """
     waiting, running, failed = list(works), {}, {}
+    start = time.monotonic()
     with cpu_threads(threads), _stop_on_sigterm():
         try:
             while waiting or running:
@@ -54,9 +57,37 @@ def run_in_processes(works: Sequence[Work], *, workers: int = 1, threads: int | 
                     if reason := _failure(process):
                         failed[work.name] = reason
                         print(f"{work.name}: {reason}", file=sys.stderr, flush=True)
+                    if len(works) > 1:
+                        done = len(works) - len(waiting) - len(running)
+                        print(describe_progress(done, len(works), time.monotonic() - start), flush=True)
         finally:
             _end(list(running))
     return failed
+
+
+def describe_progress(done: int, count: int, seconds: float) -> str:
+    """How far it is, and how long the rest takes at the pace so far.
+
+    Args:
+        done: how many are over, at least one.
+        count: how many there are.
+        seconds: that it took.
+
+    Returns:
+        A line.
+
+    Example:
+        >>> describe_progress(3, 20, 180.0)
+        '3 of 20 runs done, about 17 min left'
+        >>> describe_progress(2, 2, 180.0)
+        '2 of 2 runs done'
+    """
+    left = seconds / done * (count - done)
+    if not left:
+        return f"{done} of {count} runs done"
+    hours, minutes = divmod(max(1, round(left / 60)), 60)
+    shown = f"{hours} h {minutes} min" if hours else f"{minutes} min" if left >= 60 else f"{left:.0f} s"
+    return f"{done} of {count} runs done, about {shown} left"
 
 
 def _start(work: Work) -> BaseProcess:

@@ -117,7 +117,7 @@ class Epoch:
 
 @dataclass(frozen=True, kw_only=True)
 class Resumed:
-    """A run taken up again, ``step`` optimizer steps in, with ``seconds`` on its clock; on which ``device``."""
+    """A run taken up again, ``step`` optimizer steps in, with ``seconds`` on its clock; on what."""
 
     event: ClassVar = "resumed"
     epoch: int
@@ -125,6 +125,7 @@ class Resumed:
     seconds: float
     at: str
     device: str | None = None
+    threads: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

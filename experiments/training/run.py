@@ -34,6 +34,10 @@ from experiments.training.distributed import choose_device, join_workers
 from experiments.training.trainer import CheckpointPlan, Training
 
 
+class OtherSettingsError(UserError):
+    """A run was finished with other settings than those that are asked for."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
     """How and where to run; nothing that changes a number.
@@ -52,7 +56,7 @@ class RunOptions:
 
     device: str = "auto"
     data_dir: Path = Path("data")
-    results_dir: Path = Path("results")
+    results_dir: Path = Path("build/results")
     checkpoint_dir: Path | None = None
     checkpoint_every_s: float = 60.0
     force: bool = False
@@ -207,7 +211,14 @@ class _Run:
         self._call_on_start()
         device = device_name(str(self.training.device))
         self._write(
-            Resumed(epoch=position.epoch, step=position.step, seconds=position.seconds, at=_now(), device=device)
+            Resumed(
+                epoch=position.epoch,
+                step=position.step,
+                seconds=position.seconds,
+                at=_now(),
+                device=device,
+                threads=torch.get_num_threads(),
+            )
         )
 
     def _begin(self) -> None:
@@ -301,9 +312,9 @@ def _check_settings(before: Run, settings: Mapping[str, Any]) -> None:
         if there.get(key) != here.get(key)
     ]
     if different:
-        raise UserError(
+        raise OtherSettingsError(
             f"{before.path}: was finished with other settings: {'; '.join(different)}; "
-            "run it again with --force, or give another --results-dir"
+            "run it again with --force, name a --variant to stand next to it, or give another --results-dir"
         )
 
 

@@ -10,6 +10,7 @@ TARGETS = {
 }
 PAGE = "make report"
 VERDICTS = "python -m experiments verdicts"
+VERIFY = "python -m experiments verify-claim"
 THEORY = "make reproduce-theory"
 _ESTIMATE = (
     "python -m experiments estimate resnet50-imagenet --optimizer sgd --optimizer ngplus --batch 8 --steps 4 --cpu-time"
@@ -50,7 +51,7 @@ def table(task: str, scale: str) -> str:
     Returns:
         A command line.
     """
-    return f"python -m experiments table {task} --scale {scale}"
+    return f"python -m experiments table {task} --scale {scale} --results-dir results"
 
 
 def tune(task: str, scale: str) -> str:

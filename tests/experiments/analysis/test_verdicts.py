@@ -43,6 +43,9 @@ def test_a_difference_in_every_seed_reproduces_the_direction(tmp_path):
     assert finding.dataset == "Fashion-MNIST, 3,600 embedded images"
     assert finding.ours.startswith("1 against 4 (0.250×), difference -2.4 [")
     assert "paired t-test, 5 seeds, p = 0.0" in finding.why
+    assert finding.optimizers == "ngplus, sgd"
+    files = [f"{TASK}/{SCALE}/runs/{name}-seed{seed}.jsonl" for name in ("ngplus", "sgd") for seed in range(1, 6)]
+    assert finding.records.split() == files
 
 
 @pytest.mark.parametrize(

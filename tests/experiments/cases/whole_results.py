@@ -20,11 +20,14 @@ from tests.experiments.cases.handwritten_records import (
 OTHER_TASK = "dlrm-criteo"
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> ${7*7} {{ 7*7 }} & 'quoted' \"too\""
 
-VERDICTS = """id,place,claim,paper,ours,scale,dataset,seeds,verdict,why
-one,Table 1,NG+ needs 40 epochs,40,"3 against 5 (0.600×)",tiny,Fashion-MNIST,3,reproduced,"paired t-test, p = 0.04"
-two,"section 2.4, (13)",K-FAC's direction,(13),0.6 as printed,theory,synthetic,1,not reproduced,wrong as printed
-three,Figure 5,The training loss is lower,curves,below in 8 of 12,small,flights,2,inconclusive,2 seeds in common
-four,Table 2,The batch of 4096 takes 12.8k iterations,12.8k,,,,,not run,needs the paper's hardware
+VERDICTS = f"""id,place,claim,paper,ours,scale,dataset,seeds,verdict,why,optimizers,records
+one,Table 1,NG+ needs 40 epochs,40,"3 against 5 (0.600×)",tiny,Fashion-MNIST,3,reproduced,\
+"paired t-test, p = 0.04","ngplus, sgd",\
+{TASK}/tiny/runs/ngplus-seed1.jsonl {TASK}/tiny/runs/sgd-seed1.jsonl
+two,"section 2.4, (13)",K-FAC's direction,(13),0.6 as printed,theory,synthetic,1,not reproduced,\
+wrong as printed,,theory/errata.csv
+three,Figure 5,The training loss is lower,curves,below in 8 of 12,small,flights,2,inconclusive,2 seeds in common,,
+four,Table 2,The batch of 4096 takes 12.8k iterations,12.8k,,,,,not run,needs the paper's hardware,,
 """
 TUNING = """optimizer,trial,ended,lr,damping,seed,split,epochs,loss,top1,best_top1
 sgd,1,complete,0.1,,0,validation,4,0.5,0.80,0.81
@@ -88,7 +91,10 @@ def spoilt(results: Path) -> Path:
             results, name, 1, HIT_2, task="schnet-qm9", dataset=hostile_dataset, device=HOSTILE, versions={HOSTILE: "1"}
         )
     write_run(results, "sgd", 1, HIT_2, folder="<b>bold", task="<b>bold")
-    put(results / "verdicts.csv", VERDICTS + f'five,"{HOSTILE.replace(chr(34), chr(34) * 2)}",claim,1,2,,,,maybe,why\n')
+    put(
+        results / "verdicts.csv",
+        VERDICTS + f'five,"{HOSTILE.replace(chr(34), chr(34) * 2)}",claim,1,2,,,,maybe,why,,\n',
+    )
     return results
 
 

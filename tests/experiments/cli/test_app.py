@@ -6,6 +6,7 @@ import pytest
 from experiments.cli import app, listing
 from experiments.data_io.checksum import DataFileError
 from experiments.launch import jobs
+from experiments.records.provenance import REPOSITORY
 from experiments.records.run_record import read_run
 from experiments.tasks import TASKS
 from experiments.tasks.datasets import PREPARE
@@ -51,6 +52,54 @@ def test_optimizers_take_turns_seed_by_seed(command, monkeypatch, tmp_path):
     assert [how for _, how in asked] == [{"workers": 1, "threads": None}, {"workers": 3, "threads": 1}]
 
 
+def test_a_setting_of_a_finished_run_is_refused_before_anything_starts(command, monkeypatch, tmp_path):
+    where = ("--seed", 0, "--results-dir", tmp_path)
+    command("run", "toy", "--optimizer", "sgd", *where)
+    monkeypatch.setattr(jobs, "run_in_processes", lambda *_, **__: pytest.fail("started"))
+    status, _, err = command("sweep", "toy", *where, "--set", "optimizers.sgd.lr=0.3")
+    assert status == 2
+    assert "sgd-seed0.jsonl: was finished with other settings: optimizer.lr was 0.1 and is 0.3" in err
+    assert "--variant" in err
+
+
+def test_a_variant_stands_next_to_its_baseline(command, tmp_path):
+    arguments = ("run", "toy", "--optimizer", "sgd", "--seed", 0, "--results-dir", tmp_path)
+    command(*arguments)
+    changed = (*arguments, "--set", "optimizers.sgd.lr=0.3", "--variant", "fast")
+    assert command(*changed)[0] == 0
+    assert "sgd-fast seed 0: finished before" in command(*changed)[1]
+    runs = tmp_path / "toy" / "tiny" / "runs"
+    own, other = (read_run(runs / f"{name}-seed0.jsonl").manifest for name in ("sgd", "sgd-fast"))
+    assert (own.recipe["optimizer"]["lr"], other.recipe["optimizer"]["lr"]) == (0.1, 0.3)
+    status, out, _ = command("table", "toy", "--results-dir", tmp_path)
+    assert status == 0
+    assert "sgd-fast" in out
+
+
+def test_a_sweep_writes_tensorboard_files(command, tmp_path):
+    names = ("--optimizer", "sgd", "--seed", 0, "--epochs", 1, "--results-dir", tmp_path)
+    assert command("sweep", "toy", *names, "--tensorboard")[0] == 0
+    assert list((tmp_path / "tensorboard" / "toy" / "tiny" / "sgd-seed0").glob("events.*"))
+
+
+@pytest.mark.parametrize("name", ["run", "sweep"])
+def test_what_trains_does_not_write_into_the_recorded_results_by_itself(command, monkeypatch, name, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert command(name, "toy", "--optimizer", "sgd", "--seed", 0, "--epochs", 1)[0] == 0
+    assert (tmp_path / "build" / "results" / "toy" / "tiny" / "runs" / "sgd-seed0.jsonl").exists()
+    assert not (tmp_path / "results").exists()
+
+
+def test_outside_the_environment_it_says_how_to_get_in():
+    """Without site-packages, as the system's own Python."""
+    done = subprocess.run(
+        [sys.executable, "-S", "-m", "experiments"], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: typer is not installed for ")
+    assert "make setup" in done.stderr
+
+
 def test_a_run_that_cannot_begin_does_not_stop_the_others(command, monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr(
@@ -90,6 +139,7 @@ def test_a_finished_run_is_said_to_be_finished(command, tmp_path):
         (["run", "toy", "--scale", "big"], "error: scale = 'big': toy has no recipe for it; must be one of tiny"),
         (["run", "toy", "--optimizer", "lion"], "must be one of adam, ngplus, sgd"),
         (["run", "toy", "--set", "optimizers.sgd.size=1"], "[optimizers.sgd]: size = 1: unknown key"),
+        (["run", "toy", "--variant", "A b"], "variant = 'sgd-A b': must be small letters and digits"),
         (["run", "toy", "--seed", "-1"], "seed = -1: must be from 0 to 4294967295"),
         (["run", "toy", "--epochs", "0"], "[run]: epochs = 0: must be at least 1"),
         (["run", "toy", "--optimizer", "sgd", "--seed", "0", "--device", "tpu"], "must be one of auto, cpu, cuda"),
@@ -156,8 +206,11 @@ def test_table_says_where_there_are_no_runs(command, tmp_path):
 
 def test_a_command_starts_without_what_only_some_runs_need():
     """Each takes seconds to import, and every run of a sweep is a process of its own."""
+    assert _imported("experiments.cli.app", "{'torch', 'pandas', 'numpy', 'rich.table'}") == "[]\n"
     heavy = "{'pytorch_optimizer', 'transformers', 'matplotlib', 'optuna', 'schnetpack', 'fairseq', 'torchvision'}"
-    code = (
-        f"import sys, experiments.cli.app, experiments.optimizers.registry; print(sorted({heavy} & set(sys.modules)))"
-    )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    assert _imported("experiments.launch.jobs, experiments.optimizers.registry", heavy) == "[]\n"
+
+
+def _imported(modules, heavy):
+    code = f"import sys, {modules}; print(sorted({heavy} & set(sys.modules)))"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

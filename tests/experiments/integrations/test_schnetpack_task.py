@@ -189,7 +189,7 @@ def test_spktrain_knows_ngplus(database, tmp_path):
             "model.representation.n_interactions=1",
         ),
         *("task/optimizer=ngplus", "task.optimizer_args.update_every=2", "trainer.max_epochs=2", "run.id=it"),
-        *("trainer.accelerator=cpu", "logger=csv", "+seed=1"),
+        *("trainer.accelerator=cpu", "logger=csv", "++seed=1"),
     ]
     environment = os.environ | {
         "PYTHONPATH": str(REPOSITORY),

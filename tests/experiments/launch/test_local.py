@@ -1,4 +1,5 @@
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -45,10 +46,14 @@ def alive(folder):
     return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
 
 
-def test_all_are_done_in_order_and_a_failure_is_named_with_its_reason(tmp_path):
+def test_all_are_done_in_order_and_a_failure_is_named_with_its_reason(tmp_path, capsys):
     works = [Writes("a", tmp_path, ending="exit"), Writes("b", tmp_path, ending="kill"), Writes("c", tmp_path)]
     assert run_in_processes(works) == {"a": "failed with exit status 2", "b": "killed by SIGKILL"}
     assert begun(tmp_path) == ["a", "b", "c"]
+    first, second, third = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"1 of 3 runs done, about \d+ (s|min) left", first)
+    assert second.startswith("2 of 3 runs done, about ")
+    assert third == "3 of 3 runs done"
 
 
 def test_two_at_a_time_each_with_its_number_of_threads(tmp_path, monkeypatch):

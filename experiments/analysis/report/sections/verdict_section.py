@@ -10,7 +10,20 @@ from experiments.analysis.report.results_folder import ResultsFolder
 from experiments.records.claim_checks import Outcome
 
 FILE = "verdicts.csv"
-COLUMNS = ("id", "place", "claim", "paper", "ours", "scale", "dataset", "seeds", "verdict", "why")
+COLUMNS = (
+    "id",
+    "place",
+    "claim",
+    "paper",
+    "ours",
+    "scale",
+    "dataset",
+    "seeds",
+    "verdict",
+    "why",
+    "optimizers",
+    "records",
+)
 WORDS: tuple[str, ...] = get_args(Outcome)
 MEANINGS = {
     "reproduced": "measured here, and it agrees",
@@ -22,7 +35,7 @@ MEANINGS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """A row of the file; `source` says on what it was measured."""
+    """A row of the file; `source` says on what it was measured, `records` which files hold it."""
 
     id: str
     place: str
@@ -32,6 +45,8 @@ class Verdict:
     source: str
     verdict: str
     why: str
+    optimizers: str
+    records: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,5 +97,6 @@ def _verdict(row: pd.Series) -> Verdict:
     )
     counted = f"{seeds} {'seed' if seeds == '1' else 'seeds'}" if seeds else ""
     source = ", ".join(filter(None, (cells["scale"], cells["dataset"], counted)))
-    names = ("id", "place", "claim", "paper", "ours", "verdict", "why")
-    return Verdict(source=source, **{name: cells[name] for name in names})
+    names = ("id", "place", "claim", "paper", "ours", "verdict", "why", "optimizers")
+    records = tuple(cells["records"].split())
+    return Verdict(source=source, records=records, **{name: cells[name] for name in names})
