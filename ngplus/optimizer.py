@@ -263,6 +263,7 @@ class NGPlus(LayerwiseOptimizer):
             super()._update_curvature(layers, with_batch=with_batch)
             return
         self._rotation.check_state(layers, self._base.state)
+        self._follow_devices()  # the base's state moves by a basis on the device of the gradients
         before = self._rotation.bases()
         super()._update_curvature(layers, with_batch=with_batch)
         self._rotation.forget()
