@@ -61,9 +61,20 @@ class Column:
         return f"{self.dataset}: {self.metric} {'↑' if self.higher_is_better else '↓'}"
 
     def best(self) -> str | None:
-        """The optimizer with the best median."""
-        known = {name: row.best_metric for name, row in self.rows.items() if math.isfinite(row.best_metric)}
-        return (max if self.higher_is_better else min)(known, key=known.__getitem__) if known else None
+        """The optimizer with the best median, ``None`` where another is within the difference's standard error.
+
+        That is √(s₁²/n₁ + s₂²/n₂), s the standard deviation over n seeds; that of one seed counts 0.
+        """
+        known = {name: row for name, row in self.rows.items() if math.isfinite(row.best_metric)}
+        if not known:
+            return None
+        first = (max if self.higher_is_better else min)(known, key=lambda name: known[name].best_metric)
+        best = known.pop(first)
+        near = (
+            abs(row.best_metric - best.best_metric) <= math.hypot(_standard_error(row), _standard_error(best))
+            for row in known.values()
+        )
+        return None if any(near) else first
 
     def cell(self, name: str) -> str:
         """Median best ± standard deviation over seeds, and the epochs to the target."""
@@ -74,6 +85,11 @@ class Column:
         epochs = f"{row.epochs_to_target:.3g}" if math.isfinite(row.epochs_to_target) else "missed"
         value = f"{row.best_metric:.3g}{spread}"
         return f"{f'**{value}**' if name == self.best() else value} ({epochs})"
+
+
+def _standard_error(row: pd.Series) -> float:
+    """Of the best metric, over seeds."""
+    return row.best_metric_std / math.sqrt(row.seeds) if math.isfinite(row.best_metric_std) else 0.0
 
 
 def overview(results_dir: Path, tasks: Sequence[str], scale: str) -> str:

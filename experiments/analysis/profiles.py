@@ -150,7 +150,14 @@ def entrants(frame: pd.DataFrame, *, forms: bool = False) -> dict[str, pd.Series
 
 
 def without_forms(rows: Mapping[str, pd.Series]) -> dict[str, pd.Series]:
-    """What `entrants` gives without `FORMS`."""
+    """What `entrants` gives without `FORMS`.
+
+    Args:
+        rows: by optimizer.
+
+    Returns:
+        Some of them.
+    """
     return {name: row for name, row in rows.items() if name not in FORMS}
 
 

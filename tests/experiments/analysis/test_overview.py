@@ -85,3 +85,12 @@ def test_one_seed_has_no_spread(tmp_path):
 def test_a_task_without_runs_is_an_error(results):
     with pytest.raises(UserError, match="no finished run"):
         overview(results, ["dlrm-criteo"], SCALE)
+
+
+def test_nothing_is_bold_where_the_difference_is_within_its_standard_error(tmp_path):
+    """The medians are .84 and .83; over three seeds, one of which is off by .1, the standard error is about .03."""
+    for seed, off in ((1, 0.0), (2, 0.0), (3, 0.1)):
+        put(tmp_path, TASK, "adam", [0.1, *[0.84 - off] * 4], seeds=[seed])
+        put(tmp_path, TASK, "sgd", [0.1, *[0.83] * 4], seeds=[seed])
+    _, rows = table(tmp_path, TASK)
+    assert not [row for row in rows.values() if "**" in row[1]]
