@@ -25,23 +25,10 @@ from experiments.analysis.comparable_runs import Comparable, load_comparable
 from experiments.analysis.comparison import write_csv
 from experiments.analysis.pairs import MIN_SEEDS, Pair, collect_values, compare_medians, number, too_few
 from experiments.errors import UserError
+from experiments.records.claim_checks import VERDICT_COLUMNS as COLUMNS
 from experiments.records.claim_checks import Outcome as Word
 from experiments.records.run_record import Run
 
-COLUMNS = (
-    "id",
-    "place",
-    "claim",
-    "paper",
-    "ours",
-    "scale",
-    "dataset",
-    "seeds",
-    "verdict",
-    "why",
-    "optimizers",
-    "records",
-)
 WORDS: tuple[Word, ...] = ("reproduced", "not reproduced", "inconclusive", "not run")
 SCALES = ("paper", "small", "tiny")
 PAPER_DATA = {"resnet50-imagenet": "ImageNet-1k", "dlrm-criteo": "Criteo Kaggle"}

@@ -9,6 +9,22 @@ import pandas as pd
 
 Outcome = Literal["reproduced", "not reproduced", "inconclusive", "not run"]
 
+VERDICT_COLUMNS = (
+    "id",
+    "place",
+    "claim",
+    "paper",
+    "ours",
+    "scale",
+    "dataset",
+    "seeds",
+    "verdict",
+    "why",
+    "optimizers",
+    "records",
+)
+"""Those of ``verdicts.csv``."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Erratum:

@@ -250,7 +250,7 @@ class Rotation:
     def _update_plan(self, groups: Mapping[Layer, Settings]) -> _Plan:
         known = {layer: state for layer in groups if (state := self._curvature.states.get(layer)) is not None}
         forms: list[Hashable] = [(state.preconditioner, id(groups[layer])) for layer, state in known.items()]
-        forms += gradient_forms([p for layer in known for p in (layer.weight, layer.bias) if p is not None])
+        forms += gradient_forms([layer.weight for layer in known])
         if self._plan is None or self._plan.forms != forms:
             self._plan = _Plan(forms, self._group(groups))
         return self._plan
@@ -336,21 +336,19 @@ def move_state_(state: MutableMapping[str, Any], weight: Tensor, rule: BaseRule,
         rule: what its entries are.
         change: C of each mode.
     """
-    kinds = (rule.linear, change), (rule.square, None), (rule.magnitude, None)
     squared: EigenBasis | None = None
-    for names, moved_by in kinds:
-        for name in names:
-            value = state.get(name)
-            if not isinstance(value, Tensor) or not _moves(value, weight):
-                continue
-            X = value.to(change.main.dtype).reshape(change.modes.shape)
-            if moved_by is not None:
-                X = moved_by.rotate(X)
-            else:
-                squared = squared or change.squared()
-                X = squared.rotate(X.square()).sqrt_() if name in rule.magnitude else squared.rotate(X)
-                X = X.nan_to_num(nan=torch.inf, posinf=torch.inf)  # a square that has overflowed, times zero
-            value.copy_(_as_weight(X.flatten(0, 1), value.shape))
+    for name in (*rule.linear, *rule.square, *rule.magnitude):
+        value = state.get(name)
+        if value is None or not _moves(value, weight):
+            continue
+        X = value.to(change.main.dtype).reshape(change.modes.shape)
+        if name in rule.linear:
+            X = change.rotate(X)
+        else:
+            squared = squared or change.squared()
+            X = squared.rotate(X.square()).sqrt_() if name in rule.magnitude else squared.rotate(X)
+            X = X.nan_to_num(nan=torch.inf, posinf=torch.inf)  # a square that has overflowed, times zero
+        value.copy_(_as_weight(X.flatten(0, 1), value.shape))
 
 
 def match_strides_(state: MutableMapping[str, Any], weight: Tensor) -> None:

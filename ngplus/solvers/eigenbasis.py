@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor
@@ -93,8 +93,6 @@ class EigenBasis(Preconditioner):
         modes: of the layer's weight, or of the weights of several layers.
         bases: of each mode that is kept, (groups, d, d), eigenvectors in columns.
     """
-
-    rows_are_independent: ClassVar[bool] = False
 
     modes: Modes
     bases: dict[Mode, Tensor]

@@ -7,23 +7,10 @@ from typing import get_args
 import pandas as pd
 
 from experiments.analysis.report.results_folder import ResultsFolder
+from experiments.records.claim_checks import VERDICT_COLUMNS as COLUMNS
 from experiments.records.claim_checks import Outcome
 
 FILE = "verdicts.csv"
-COLUMNS = (
-    "id",
-    "place",
-    "claim",
-    "paper",
-    "ours",
-    "scale",
-    "dataset",
-    "seeds",
-    "verdict",
-    "why",
-    "optimizers",
-    "records",
-)
 WORDS: tuple[str, ...] = get_args(Outcome)
 MEANINGS = {
     "reproduced": "measured here, and it agrees",
