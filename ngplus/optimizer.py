@@ -96,6 +96,8 @@ class NGPlus(LayerwiseOptimizer):
             step (decided on the device, without synchronizing); "raise": `FloatingPointError` before anything changes.
         update_growth: share by which the number of steps grows from one curvature step to the next, > 0, until they are
             ``update_every`` apart; None for every ``update_every`` steps from the start.
+        staggered: whether each layer has its curvature steps in its own turn, still ``update_every`` apart, once all
+            have had their first: no later step then builds the curvature of the whole model.
         basis: None for (6). "eigen" (not in the paper): ``base`` makes its step on the gradient's coordinates in the
             eigenvectors of the curvature, Q_LᵀG Q_R, and its change Δʹ is brought back, Q_L Δʹ Q_Rᵀ. Nothing is
             inverted, and ``damping`` is not used. ``base`` must scale entries one by one, as Adam does; those of other
@@ -159,6 +161,7 @@ class NGPlus(LayerwiseOptimizer):
         max_samples: int | None = None,
         nonfinite: NonFinite = "skip",
         update_growth: float | None = None,
+        staggered: bool = False,
         basis: Basis | None = None,
         sides: Sides = "short",
         max_side: int = 8192,
@@ -183,6 +186,7 @@ class NGPlus(LayerwiseOptimizer):
             max_samples=max_samples,
             nonfinite=nonfinite,
             update_growth=update_growth,
+            staggered=staggered,
             basis=basis,
             sides=sides,
             max_side=max_side,
@@ -242,6 +246,20 @@ class NGPlus(LayerwiseOptimizer):
         if self._model is None and not isinstance(self._base, torch.optim.SparseAdam):
             found = [replace(layer, row_sparse=False) for layer in found]
         return [layer.without_bias() for layer in found if self._curvature.modes(layer).kept]
+
+    def _update_layers(self) -> None:
+        super()._update_layers()
+        shapes = [layer.shape(None) for layer in self._layers]
+        sides = [sorted((shape.rows, shape.columns)) for shape in shapes]
+        costs = [shape.groups * p * p * q for shape, (p, q) in zip(shapes, sides, strict=True)]
+        self._turns = dict(zip(self._layers, self._options.find_turns(costs), strict=True))
+
+    def _layers_to_capture(self) -> list[Layer]:
+        """Those whose turn it is, and those that are captured again."""
+        if not self._options.staggered:
+            return super()._layers_to_capture()
+        due = [layer for layer in self._layers if self._options.is_due(self._steps, self._turns[layer])]
+        return list(dict.fromkeys([*due, *self._coverage.pending]))
 
     def _make_accumulator(self) -> Accumulator:
         if self._rotation is None:
