@@ -92,7 +92,7 @@ def parse_function(call: FunctionCall, sources: Sequence[Source], expressions: E
     def factors(inputs: list[Tensor], gradient: Tensor) -> FactorPair:
         return FunctionGradients(program, batch, sources, inputs, gradient).pair()
 
-    return DifferentiatedCall(OpCall(layer, program.inputs, factors, is_read=False), batch, program.dtype)
+    return DifferentiatedCall(OpCall(layer, program.inputs, factors, batch.size, is_read=False), batch, program.dtype)
 
 
 def find_batch(program: Program, sources: Sequence[Source], output: torch.Size, first: int) -> Batch | None:

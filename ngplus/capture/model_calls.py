@@ -5,6 +5,9 @@ a decoder that is called on what its encoder returned, a cell called once a time
 of as many samples joins, as two heads on one trunk. Other calls, on two halves of a batch or on real and on generated
 images, see samples of their own.
 
+Inside of one call, several uses of a layer are by the same samples. That is doubtful where the call may go through its
+batch in a loop: where a layer gets single samples several times, or pieces that make up the rows of the call's input.
+
 The autograd graph tells which call was computed from which. It numbers the nodes that a thread makes in ascending
 order, so that each call owns the range of numbers between its start and its end, and the call that made a node is found
 by the node's number.
@@ -16,13 +19,51 @@ import bisect
 import itertools
 import threading
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from ngplus._torch_internals import frames, next_node_number, node_number
+from ngplus.layers import Layer
+
+SINGLE = (
+    "is called several times on single samples without a batch dimension inside one call of the model, which may be "
+    "samples or uses by one sample; give it a batch, call the model once a sample, or set sample_index"
+)
+"""Why nothing tells what the samples of a layer are that a model calls on one vector after another."""
+
+PIECES = (
+    "is called on pieces that make up the rows of the model's input, which may be samples of their own or uses by the "
+    'same samples; call the model piece by piece, set sample_index, or set model_calls="joined" for the latter'
+)
+"""The same where a model cuts its batch up."""
+
+ROWS = (
+    "gets several rows inside a call of the model in which another layer gets one sample without a batch dimension, so "
+    "that they may be samples or positions of this one; give the model a batch, or set sample_index"
+)
+"""The same of the rows of a sequence without a batch dimension."""
+
+DOUBTS = frozenset({SINGLE, PIECES, ROWS})
+"""Why a layer is left to the base of which nothing tells what its samples are."""
+
+
+@dataclass(eq=False, slots=True)
+class _Uses:
+    """The uses of a layer by equally many samples inside one call.
+
+    Attributes:
+        unbatched: whether any of them had no batch dimension.
+        count: how many there are.
+        inside: the last one's attention or recurrent layer, whose uses of a weight count once.
+    """
+
+    unbatched: bool
+    count: int
+    inside: object
 
 
 @dataclass
@@ -36,6 +77,8 @@ class _Thread(threading.local):
         starts: first nodes of the calls that have returned, ascending.
         ends: for each of them, the node after its last and the call's number.
         frame: of a ``forward`` that was called directly, and the number of the calls inside of it.
+        uses: of layers in the call that is running, by the numbers of samples that they get.
+        repeats: whether there are several of any.
     """
 
     number: int = 0
@@ -44,6 +87,8 @@ class _Thread(threading.local):
     starts: list[int] = field(default_factory=list)
     ends: list[tuple[int, int]] = field(default_factory=list)
     frame: tuple[types.FrameType, int] | None = None
+    uses: dict[tuple[Layer, int], _Uses] = field(default_factory=dict)
+    repeats: bool = False
 
 
 class ModelCalls:
@@ -59,6 +104,8 @@ class ModelCalls:
         self._ancestors: dict[int, set[int]] = {}
         self._sizes: dict[int, set[int]] = {}
         self._roots: dict[int, dict[int, int]] = {}
+        self._doubts: dict[tuple[int, Layer], str] = {}
+        self._unbatched: set[int] = set()
         self._thread = _Thread()
         self._modules: frozenset[int] = frozenset()
         self._codes: frozenset[types.CodeType] = frozenset()
@@ -80,6 +127,8 @@ class ModelCalls:
         self._ancestors = {}
         self._sizes = {}
         self._roots = {}
+        self._doubts = {}
+        self._unbatched = set()
         self._thread = _Thread()
 
     def begin(self) -> None:
@@ -92,12 +141,19 @@ class ModelCalls:
             thread.number = next(self._numbers)
             # Kept until the next call or the backward pass, so that no other frame gets its place in memory.
             thread.frame = None if frame is None else (frame, thread.number)
+            thread.uses, thread.repeats = {}, False
         thread.start = next_node_number()
         thread.visited = set()
 
-    def end(self) -> None:
-        """End the outermost call of this thread."""
+    def end(self, inputs: Sequence[Any]) -> None:
+        """End the outermost call of this thread.
+
+        Args:
+            inputs: what it was given.
+        """
         thread = self._thread
+        if thread.repeats and thread.frame is None and inputs:
+            self._find_pieces(inputs[0])
         stop = next_node_number()
         if stop > thread.start:
             thread.starts.append(thread.start)
@@ -136,12 +192,64 @@ class ModelCalls:
             else:
                 nodes.extend(before for before, _ in node.next_functions if before is not None)
 
-    def add_size(self, size: int) -> None:
-        """Note that a layer in the call that is running gets ``size`` samples."""
-        sizes = self._sizes.setdefault(self._thread.number, set())
+    def add_use(self, layer: Layer, size: int, unbatched: bool, inside: object) -> None:
+        """Note a use of a layer in the call that is running.
+
+        Args:
+            layer: the layer.
+            size: how many samples it gets.
+            unbatched: whether it gets one without a batch dimension.
+            inside: the call of attention or of a recurrent layer that it is a part of, or None.
+        """
+        thread = self._thread
+        sizes = self._sizes.setdefault(thread.number, set())
         if size not in sizes:
             sizes.add(size)
             self._roots = {}
+        uses = thread.uses.get((layer, size))
+        if uses is None:
+            thread.uses[layer, size] = _Uses(unbatched, 1, inside)
+        elif inside is None or inside is not uses.inside:
+            uses.count, uses.inside, thread.repeats = uses.count + 1, inside, True
+            if unbatched or uses.unbatched:
+                self._doubts[thread.number, layer] = SINGLE
+
+    def add_unbatched(self) -> None:
+        """Note that a layer of the call that is running, which knows its batch dimension, got a sample without one."""
+        self._unbatched.add(self._thread.number)
+
+    def _find_pieces(self, given: Any) -> None:
+        """Find the layers that got pieces of the batch which the call that ends here was given."""
+        lengths: Sequence[int] = given.shape if isinstance(given, Tensor) else ()
+        if isinstance(given, (list, tuple)):
+            lengths = (len(given),)
+        uses = self._thread.uses
+        totals: dict[Layer, int] = {}
+        for (layer, size), each in uses.items():
+            totals[layer] = totals.get(layer, 0) + size * each.count
+        cut = {
+            size
+            for (layer, size), each in uses.items()
+            if each.count > 1 and totals[layer] in (*lengths[:1], *lengths[layer.batch_dim : layer.batch_dim + 1])
+        }
+        for (layer, size), each in uses.items():
+            if each.count > 1 and size in cut:
+                self._doubts.setdefault((self._thread.number, layer), PIECES)
+
+    def find_doubt(self, number: int, layer: Layer, size: int) -> str | None:
+        """Why nothing tells which samples a use is by.
+
+        Args:
+            number: of the call that it is in.
+            layer: whose use it is.
+            size: how many samples it gets.
+
+        Returns:
+            The reason, or None.
+        """
+        if size > 1 and number in self._unbatched:
+            return ROWS
+        return None if self._joined else self._doubts.get((number, layer))
 
     def root(self, number: int, size: int) -> int:
         """The number that all calls share which see the same ``size`` samples as call ``number``."""
@@ -181,4 +289,4 @@ class ModelCalls:
         return found
 
 
-__all__ = ["ModelCalls"]
+__all__ = ["DOUBTS", "PIECES", "ROWS", "SINGLE", "ModelCalls"]
