@@ -36,6 +36,7 @@ from ngplus.dtensors import is_sharded
 from ngplus.guards.finite_check import FiniteCheck
 from ngplus.layers import Layer, find_layers
 from ngplus.layerwise import LayerwiseOptimizer
+from ngplus.sharded.sharding import find_cut_matrices
 
 
 class NGPlus(LayerwiseOptimizer):
@@ -227,10 +228,20 @@ class NGPlus(LayerwiseOptimizer):
         return curvature
 
     def _find_supported_layers(self, model: nn.Module) -> list[Layer]:
-        """Every matrix; with a basis or sharded weights those of supported modules alone."""
+        """Every matrix; with a basis those of supported modules alone."""
         every_matrix = self._options.function_fallback == "vmap" and self._options.basis is None
-        every_matrix = every_matrix and not any(map(is_sharded, model.parameters()))
-        return find_layers(model, self._options.batch_dim, every_matrix=every_matrix)
+        found = find_layers(model, self._options.batch_dim, every_matrix=every_matrix)
+        cut = set(find_cut_matrices(found))
+        return [layer for layer in found if layer not in cut]
+
+    def _why_unsupported(self, parameter: Tensor) -> str:
+        if parameter.is_complex():
+            return super()._why_unsupported(parameter)
+        if self._options.basis is not None:
+            return f"basis={self._options.basis!r} is for supported modules alone"
+        if self._options.function_fallback == "base":
+            return 'function_fallback="base" is for supported modules alone'
+        return "each process has a part of every matrix of it; let fully_shard shard it along dimension 0"
 
     def _find_layers(self) -> list[Layer]:
         """With a basis a layer is its weight, if any mode of it has one.

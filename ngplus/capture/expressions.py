@@ -243,6 +243,18 @@ class Program:
                     self._collect(argument, expressions)
         return True
 
+    def check_memory(self) -> None:
+        """Raise where the call cannot be made again: `fully_shard` frees weights as soon as backward is through them.
+
+        Raises:
+            UnsupportedCall: where the memory of a tensor is gone.
+        """
+        calls = [known.call for known in self._expressions.values() if known.call is not None]
+        values = pytree.tree_leaves((self._leaves, *((call.args, call.kwargs) for call in calls)))
+        plain = [e for e in values if type(e) in (Tensor, nn.Parameter) and e.layout == torch.strided and e.numel()]
+        if not all(each.untyped_storage().size() for each in plain):
+            raise UnsupportedCall("is used by a call whose weights are sharded again before its samples are complete")
+
     def evaluate_shared(self, values: Mapping[int, Tensor], convert: Callable[[Tensor], Tensor]) -> list[Tensor]:
         """The tensors that are made of the parameters.
 

@@ -189,6 +189,7 @@ class FunctionGradients:
 
     def _differentiate(self, elements: Tensor) -> Sequence[Tensor]:
         """The gradients of the parameters, (c, *shape) each."""
+        self.program.check_memory()
         batch, at = self.batch, elements.clamp_min(0)
         inputs = [self._convert(each.detach()) for each in self.inputs]
         mapped = [each.movedim(batch.dim, 0)[at] for each, it in zip(inputs, batch.inputs, strict=True) if it]

@@ -16,7 +16,7 @@ from __future__ import annotations
 import random
 import threading
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -130,7 +130,7 @@ class Recorder:
         self._layers = {id(layer.weight): layer for layer in layers}
         self._model = model
         sharded = any(is_sharded(layer.weight) for layer in self._layers.values())
-        self._whole = WholeWeights(model, self._layers.values()) if sharded else None
+        self._whole = WholeWeights(model) if sharded else None
         self._sampling = sampling
         self._accumulator = accumulator
         self._stopwatch = stopwatch
@@ -211,6 +211,8 @@ class Recorder:
     def _forget(self) -> None:
         """Forget forward passes too, and leave one that was cut short by something like `KeyboardInterrupt`."""
         self._records = {}
+        if self._whole is not None:
+            self._whole.forget()
         self._unsupported = {}
         self._input_shapes = {}
         self._model_calls.clear()
@@ -486,7 +488,11 @@ class Recorder:
         record.accumulator = use.accumulator  # of older uses too, if their graph is alive
         record.pending.add(use)
         hook = partial(_receive_gradient, weakref.ref(self), use)  # weakly: a loss that is kept would keep the recorder
-        _hooked_tensor(call.output).register_hook(hook)  # type: ignore[no-untyped-call]
+        output = _hooked_tensor(call.output)
+        if self._whole is None or use.call.is_read or output.grad_fn is None:
+            output.register_hook(hook)  # type: ignore[no-untyped-call]
+        else:  # the weights are needed, which a hook of `fully_shard` on the same tensor gathers before this one
+            output.grad_fn.register_prehook(partial(_receive_one, hook, output.output_nr))
 
     def _record(self, layer: Layer, output: Tensor | None = None) -> LayerRecord:
         """The record of a layer; a new one where there is none, or where the layer's matrix has another shape now."""
@@ -721,6 +727,11 @@ def _receive_gradient(recorder: weakref.ref[Recorder], use: WeightUse, gradient:
     if (alive := recorder()) is not None:
         with alive._stopwatch.measure("curvature"):
             alive.receive_gradient(use, gradient)
+
+
+def _receive_one(hook: Callable[[Tensor], None], place: int, gradients: tuple[Tensor | None, ...]) -> None:
+    if (gradient := gradients[place]) is not None:
+        hook(gradient)
 
 
 def _compare_gradient(recorder: weakref.ref[Recorder], layer: Layer, parameter: Tensor, gradient: Tensor) -> None:

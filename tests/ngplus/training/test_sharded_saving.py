@@ -19,6 +19,7 @@ from ngplus import NGPlus
 from tests.ngplus.training.problems import SETTINGS, attentive, convolutional, perceptron
 from tests.ngplus.training.processes import Team
 from tests.ngplus.training.sharding import distance, own_samples, shard, whole_parameters
+from tests.ngplus.training.test_sharded import bare
 
 pytestmark = pytest.mark.slow  # starting the processes is
 
@@ -26,6 +27,7 @@ SAMPLES = 12
 CASES = {
     "momentum": (perceptron, {"momentum": 0.9, "ema": 0.5, "inverses": "sharded"}),
     "adam": (convolutional, {"base": torch.optim.Adam, "inverses": "auto"}),
+    "bare": (bare, {"ema": 0.5, "inverses": "sharded"}),
     "blocks": (attentive, {"base": torch.optim.AdamW, "block_size": 3, "inverses": "replicated"}),
 }
 FORMS = {"plain": {}, "flattened": {"flatten_optimizer_state_dict": True}}
