@@ -93,7 +93,8 @@ class NGPlus(LayerwiseOptimizer):
             process, so that a matrix sharded along its longer side needs no communication; "sharded": each on one
             process, which gets the gradient and returns the direction; "auto": on every process where that saves the
             communication and takes a sixteenth of the weight at most, else on one.
-        max_samples: at most so many samples of a step are used for its curvature.
+        max_samples: |S| of (4), at most: so many of a step's samples, the first that each layer gets, are used for its
+            curvature. Several processes use equal shares of them.
         nonfinite: "skip": where any preconditioned gradient holds NaN or Inf, all gradients count as zero for this
             step (decided on the device, without synchronizing); "raise": `FloatingPointError` before anything changes.
         update_growth: share by which the number of steps grows from one curvature step to the next, > 0, until they are
