@@ -76,7 +76,8 @@ class NGPlus(LayerwiseOptimizer):
             batch, and sees the samples of another only where a gradient can flow from one into the other (an
             encoder's call and its decoder's, the time steps of a cell). "joined": row i of every call is sample i (the
             branches of a siamese network). Several uses of a layer inside one call are by the same samples; where they
-            may be pieces of a batch that the call goes through in a loop, "separate" leaves the layer to ``base``.
+            may be pieces of a batch that the call goes through, "separate" leaves the layer to ``base``, and "joined"
+            does not. "apart": every use of a layer sees samples of its own, inside one call too.
         loss_reduction: what the loss divides by: "mean" for the samples that a layer saw, "sum" for nothing, or the
             number N itself, where a mean is over fewer (targets that are not ignored, the sum of class weights) or
             over more (all tokens, of which an expert sees some). Also a dict from patterns of module names to these,

@@ -30,7 +30,7 @@ class Sampling:
 
     Attributes:
         samples: "batch" or "rows", see `NGPlus`.
-        model_calls: "separate" or "joined", see `NGPlus`.
+        model_calls: "separate", "joined" or "apart", see `NGPlus`.
         partial_capture: "base" or "accept", see `NGPlus`.
         function_fallback: "vmap" or "base", see `NGPlus`.
         max_samples: most samples that a curvature step uses of each layer, of all processes together, or None.

@@ -21,7 +21,7 @@ import threading
 import types
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.autograd.graph import Node
@@ -29,15 +29,19 @@ from torch.autograd.graph import Node
 from ngplus._torch_internals import frames, next_node_number, node_number
 from ngplus.layers import Layer
 
+if TYPE_CHECKING:
+    from ngplus.config import ModelCallSamples
+
 SINGLE = (
     "is called several times on single samples without a batch dimension inside one call of the model, which may be "
-    "samples or uses by one sample; give it a batch, call the model once a sample, or set sample_index"
+    "samples or uses by one sample; give it a batch, call the model once a sample, set sample_index, or set "
+    'model_calls="apart" for the former'
 )
 """Why nothing tells what the samples of a layer are that a model calls on one vector after another."""
 
 PIECES = (
     "is called on pieces that make up the rows of the model's input, which may be samples of their own or uses by the "
-    'same samples; call the model piece by piece, set sample_index, or set model_calls="joined" for the latter'
+    'same samples; call the model piece by piece, set sample_index, or set model_calls="apart" or "joined"'
 )
 """The same where a model cuts its batch up."""
 
@@ -47,7 +51,13 @@ ROWS = (
 )
 """The same of the rows of a sequence without a batch dimension."""
 
-DOUBTS = frozenset({SINGLE, PIECES, ROWS})
+SIZES = (
+    "gets different numbers of samples inside one call of the model, which may be samples of their own or some of the "
+    'same ones; call the model once for each, set sample_index, or set model_calls="apart" for the former'
+)
+"""The same where a layer sees a batch, and then a part of it, or another batch."""
+
+DOUBTS = frozenset({SINGLE, PIECES, ROWS, SIZES})
 """Why a layer is left to the base of which nothing tells what its samples are."""
 
 
@@ -78,6 +88,7 @@ class _Thread(threading.local):
         ends: for each of them, the node after its last and the call's number.
         frame: of a ``forward`` that was called directly, and the number of the calls inside of it.
         uses: of layers in the call that is running, by the numbers of samples that they get.
+        sizes: the number of samples that each layer got first in it.
         repeats: whether there are several of any.
     """
 
@@ -88,6 +99,7 @@ class _Thread(threading.local):
     ends: list[tuple[int, int]] = field(default_factory=list)
     frame: tuple[types.FrameType, int] | None = None
     uses: dict[tuple[Layer, int], _Uses] = field(default_factory=dict)
+    sizes: dict[Layer, int] = field(default_factory=dict)
     repeats: bool = False
 
 
@@ -95,11 +107,12 @@ class ModelCalls:
     """Numbers the outermost calls of a model, and finds which were computed from which.
 
     Args:
-        joined: whether all calls see the same samples, whatever the graph says.
+        samples: "separate", "joined" or "apart", see `NGPlus`.
     """
 
-    def __init__(self, joined: bool) -> None:
-        self._joined = joined
+    def __init__(self, samples: ModelCallSamples) -> None:
+        self._joined = samples == "joined"
+        self._told = samples != "separate"
         self._numbers = itertools.count(1)
         self._ancestors: dict[int, set[int]] = {}
         self._sizes: dict[int, set[int]] = {}
@@ -141,7 +154,7 @@ class ModelCalls:
             thread.number = next(self._numbers)
             # Kept until the next call or the backward pass, so that no other frame gets its place in memory.
             thread.frame = None if frame is None else (frame, thread.number)
-            thread.uses, thread.repeats = {}, False
+            thread.uses, thread.sizes, thread.repeats = {}, {}, False
         thread.start = next_node_number()
         thread.visited = set()
 
@@ -209,6 +222,8 @@ class ModelCalls:
         uses = thread.uses.get((layer, size))
         if uses is None:
             thread.uses[layer, size] = _Uses(unbatched, 1, inside)
+            if thread.sizes.setdefault(layer, size) != size:
+                self._doubts[thread.number, layer] = SIZES
         elif inside is None or inside is not uses.inside:
             uses.count, uses.inside, thread.repeats = uses.count + 1, inside, True
             if unbatched or uses.unbatched:
@@ -249,7 +264,7 @@ class ModelCalls:
         """
         if size > 1 and number in self._unbatched:
             return ROWS
-        return None if self._joined else self._doubts.get((number, layer))
+        return None if self._told else self._doubts.get((number, layer))
 
     def root(self, number: int, size: int) -> int:
         """The number that all calls share which see the same ``size`` samples as call ``number``."""
@@ -289,4 +304,4 @@ class ModelCalls:
         return found
 
 
-__all__ = ["DOUBTS", "PIECES", "ROWS", "SINGLE", "ModelCalls"]
+__all__ = ["DOUBTS", "PIECES", "ROWS", "SINGLE", "SIZES", "ModelCalls"]

@@ -142,7 +142,7 @@ class Recorder:
         self._shaping: dict[int, list[Layer]] = {}
         self._input_shapes: dict[Layer, torch.Size | None] = {}
         self._outermost = _OutermostCall()
-        self._model_calls = ModelCalls(sampling.model_calls == "joined")
+        self._model_calls = ModelCalls(sampling.model_calls)
         self._expressions = Expressions()
         self._origins = RowOrigins() if any(layer.bare for layer in self._layers.values()) else None
         self._handles: list[RemovableHandle] = []
@@ -478,6 +478,7 @@ class Recorder:
                 sample_index=index,
                 batch_dim=batch_dim,
                 size=size,
+                inside=call.time_major,
                 model_call=self._model_calls.current,
                 versions=record_versions(call),
             ),
@@ -650,10 +651,14 @@ class Recorder:
 
     def _find_additions(self, record: LayerRecord, captured: Sequence[CapturedPair]) -> list[Addition]:
         """The uses by the same samples: of calls that see the same, those with equally many are."""
-        together: dict[tuple[int, int], list[FactorPair]] = {}
+        together: dict[tuple[object, int], list[FactorPair]] = {}
         for number, each in enumerate(captured):
-            apart = self._sampling.samples == "rows" or each.is_apart
-            key = (number, 0) if apart else (each.pair.rows.samples, self._samples_of(each.use))
+            if self._sampling.samples == "rows" or each.is_apart:
+                key: tuple[object, int] = number, 0
+            elif self._sampling.model_calls == "apart" and each.use.sample_index is None:
+                key = each.use.inside or number, 0
+            else:
+                key = each.pair.rows.samples, self._samples_of(each.use)
             together.setdefault(key, []).append(each.pair)
         return [Addition(record.layer, record.statistic, pairs) for pairs in together.values()]
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ngplus import NGPlus
-from ngplus.capture.model_calls import PIECES, ROWS, SINGLE
+from ngplus.capture.model_calls import PIECES, ROWS, SINGLE, SIZES
 from tests.ngplus import oracle
 from tests.ngplus.cases import points, recorded_warnings, seed_cpu
 
@@ -258,13 +258,13 @@ def test_single_samples_that_one_call_goes_through_in_a_loop_leave_their_layers_
     assert left == {matrix.weight for matrix in oracle.matrices(Loop(body))}
 
 
-@pytest.mark.parametrize("step", [1, 2, 3])
-def test_pieces_that_a_call_cuts_its_batch_into_leave_their_layers_to_the_base(step):
+@pytest.mark.parametrize(("step", "reason"), [(1, PIECES), (2, SIZES), (3, SIZES)])
+def test_pieces_that_a_call_cuts_its_batch_into_leave_their_layers_to_the_base(step, reason):
     """Also where the last is shorter, and where a layer is used twice on each."""
     x = points(5, 4)
     body = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), twice := nn.Linear(4, 4), nn.Tanh(), twice).double()
-    left = named_layers(lambda m, which: oracle.energy(m(x[which])), Loop(body, step), PIECES)
-    assert left == ({"body.0.weight", "body.2.weight"} if step < 3 else set())  # 3 and 2 rows are told apart
+    left = named_layers(lambda m, which: oracle.energy(m(x[which])), Loop(body, step), reason)
+    assert left == {"body.0.weight", "body.2.weight"}
 
 
 def test_bags_of_offsets_are_samples_and_bags_one_by_one_are_not():
@@ -280,7 +280,8 @@ def test_bags_of_offsets_are_samples_and_bags_one_by_one_are_not():
 
 def test_a_list_of_sequences_that_a_call_goes_through_leaves_its_layers_to_the_base():
     sequences = [points(length, 1, 4) for length in (3, 5, 3)]
-    left = named_layers(lambda m, which: oracle.energy(m(sequences[which])), Loop(unbatched("an LSTM")[0]), PIECES, 3)
+    model = Loop(unbatched("an LSTM")[0])
+    left = named_layers(lambda m, which: oracle.energy(m(sequences[which])), model, PIECES, 3)
     assert left == {"body.layer.weight_ih_l0", "body.layer.weight_hh_l0", "body.head.weight"}
 
 
@@ -333,6 +334,36 @@ def batch_first(model):
     layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True).double()
     layer.load_state_dict(model.state_dict())
     return layer
+
+
+class Again(nn.Module):
+    """A layer that some of its samples use again, as those that have not come to an end yet."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4).double()
+
+    def forward(self, x):
+        x = self.layer(x).tanh()
+        return x.index_add(0, chosen := (x[:, 0] > 0).nonzero().squeeze(1), self.layer(x[chosen]))
+
+
+def test_a_layer_that_some_of_the_samples_use_again_goes_to_the_base():
+    x = points(5, 4)
+    assert named_layers(lambda m, which: oracle.energy(m(x[which])), Again(), SIZES) == {"layer.weight"}
+
+
+@pytest.mark.parametrize("name", UNBATCHED)
+def test_single_samples_in_a_loop_inside_a_call_are_apart_with_the_option_for_it(name):
+    body, x = unbatched(name)
+    assert judge(lambda m, which: oracle.energy(m(x[which])), 5, Loop(body), model_calls="apart") <= 1e-10
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+@pytest.mark.parametrize("wrap", [lambda m, x: oracle.energy(m(x)), lambda m, x: oracle.energy(m.forward(x))])
+def test_pieces_of_a_batch_are_apart_with_the_option_for_it(step, wrap):
+    x, body = points(5, 4), nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    assert judge(lambda m, which: wrap(m, x[which]), 5, Loop(body, step), model_calls="apart") <= 1e-10
 
 
 @pytest.mark.parametrize("options", [{"model_calls": "joined"}, {"samples": "rows"}])
