@@ -163,6 +163,22 @@ _REWRITTEN: Mapping[Any, Callable[..., Any]] = {
 """Functions that have the same gradients as others."""
 
 
+_REPEATING = frozenset(
+    {
+        Tensor.expand,
+        Tensor.expand_as,
+        Tensor.broadcast_to,
+        torch.broadcast_to,
+        Tensor.repeat,
+        Tensor.tile,
+        torch.tile,
+        Tensor.repeat_interleave,
+        torch.repeat_interleave,
+    }
+)
+"""Functions that return copies of their argument."""
+
+
 def rewrite(call: FunctionCall) -> Callable[..., Any]:
     """The function that is differentiated for a call.
 
@@ -194,6 +210,7 @@ class Program:
         inputs: the tensors with samples.
         shared: the other tensors that carry a gradient to the parameters, as they were.
         dtype: the one with the fewest bits that it is computed in.
+        repeats: whether copies of a parameter, or of what is made of it, are among what leads to it.
 
     Raises:
         UnsupportedCall: where it cannot be called again.
@@ -218,6 +235,8 @@ class Program:
         self.dtype = min(
             (each.dtype for each in every if each.is_floating_point()), key=lambda each: -torch.finfo(each).eps
         )
+        functions = {known.call.function for known in self._expressions.values() if known.call is not None}
+        self.repeats = not _REPEATING.isdisjoint(functions)
         self._leaves = [
             None if is_input else leaf.detach() if isinstance(leaf, Tensor) and not shared else leaf
             for leaf, is_input, shared in zip(leaves, self._is_input, self._is_shared, strict=True)

@@ -118,20 +118,34 @@ def find_batch(program: Program, sources: Sequence[Source], output: torch.Size, 
             shared = program.evaluate_shared(values, to_meta)
         except _FAILURES:
             return None
-        for dim in sorted(range(len(output)), key=lambda each: (each != first, each)):
+        for dim, splits in _candidates(output, first, program.repeats):
             size = output[dim]
             has = [each.dim() > dim and each.shape[dim] == size for each in inputs]
-            of_shared = [each.dim() > dim and each.shape[dim] == size for each in shared]
+            split = [splits and each.dim() > dim and each.shape[dim] == size for each in shared]
+            if not any(has):
+                continue
             one = [each.narrow(dim, 0, 1) if it else each for each, it in zip(inputs, has, strict=True)]
-            for split in ([False] * len(shared), of_shared) if any(has) else ():
-                parts = [each.narrow(dim, 0, 1) if it else each for each, it in zip(shared, split, strict=True)]
-                try:
-                    found = program.run(one, parts, to_meta)
-                except _FAILURES:
-                    continue
-                if isinstance(found, Tensor) and found.shape == (*output[:dim], 1, *output[dim + 1 :]):
-                    return Batch(dim, size, has, split)
+            parts = [each.narrow(dim, 0, 1) if it else each for each, it in zip(shared, split, strict=True)]
+            try:
+                found = program.run(one, parts, to_meta)
+            except _FAILURES:
+                continue
+            if isinstance(found, Tensor) and found.shape == (*output[:dim], 1, *output[dim + 1 :]):
+                return Batch(dim, size, has, split)
     return None
+
+
+def _candidates(output: torch.Size, first: int, repeats: bool) -> list[tuple[int, bool]]:
+    """The dimensions that may hold the samples, and whether what is made of weights has them too, in order of trial.
+
+    Weights that are repeated have one copy a sample. Others are the same for all samples as long as that may be: along
+    the first dimension of several models' stacked weights the models are counted, and not the samples.
+    """
+    dims = sorted(range(len(output)), key=lambda each: (each != first, each))
+    firsts, long = dims[: first < len(output)], [dim for dim in dims if dim != first and output[dim] > 1]
+    order = [*((dim, splits) for dim in firsts for splits in ((False, True) if repeats else (False,)))]
+    order += [(dim, False) for dim in long] + [(dim, True) for dim in (*firsts, *long)]
+    return order + [(dim, splits) for dim in dims for splits in (False, True) if dim not in (*firsts, *long)]
 
 
 @dataclass(eq=False)
