@@ -30,6 +30,7 @@ from ngplus._torch_internals import frames, next_node_number, node_number
 from ngplus.layers import Layer
 
 if TYPE_CHECKING:
+    from ngplus.capture.function_mode import TimeMajor
     from ngplus.config import ModelCallSamples
 
 SINGLE = (
@@ -57,7 +58,13 @@ SIZES = (
 )
 """The same where a layer sees a batch, and then a part of it, or another batch."""
 
-DOUBTS = frozenset({SINGLE, PIECES, ROWS, SIZES})
+AXIS = (
+    "gets its samples along another dimension than attention or a recurrent layer does in the same call of the model; "
+    "set batch_dim to that of this layer's input, 1 for (T, B, C)"
+)
+"""Why a layer is left to the base whose samples another layer, which knows its own, has elsewhere."""
+
+DOUBTS = frozenset({SINGLE, PIECES, ROWS, SIZES, AXIS})
 """Why a layer is left to the base of which nothing tells what its samples are."""
 
 
@@ -69,11 +76,13 @@ class _Uses:
         unbatched: whether any of them had no batch dimension.
         count: how many there are.
         inside: the last one's attention or recurrent layer, whose uses of a weight count once.
+        leading: dimensions of the first one's input that may hold samples, where there are several.
     """
 
     unbatched: bool
     count: int
-    inside: object
+    inside: TimeMajor | None
+    leading: Sequence[int]
 
 
 @dataclass
@@ -90,6 +99,7 @@ class _Thread(threading.local):
         uses: of layers in the call that is running, by the numbers of samples that they get.
         sizes: the number of samples that each layer got first in it.
         repeats: whether there are several of any.
+        batches: the numbers of samples that attention and recurrent layers got.
     """
 
     number: int = 0
@@ -101,6 +111,7 @@ class _Thread(threading.local):
     uses: dict[tuple[Layer, int], _Uses] = field(default_factory=dict)
     sizes: dict[Layer, int] = field(default_factory=dict)
     repeats: bool = False
+    batches: set[int] = field(default_factory=set)
 
 
 class ModelCalls:
@@ -154,7 +165,7 @@ class ModelCalls:
             thread.number = next(self._numbers)
             # Kept until the next call or the backward pass, so that no other frame gets its place in memory.
             thread.frame = None if frame is None else (frame, thread.number)
-            thread.uses, thread.sizes, thread.repeats = {}, {}, False
+            thread.uses, thread.sizes, thread.repeats, thread.batches = {}, {}, False, set()
         thread.start = next_node_number()
         thread.visited = set()
 
@@ -167,6 +178,8 @@ class ModelCalls:
         thread = self._thread
         if thread.repeats and thread.frame is None and inputs:
             self._find_pieces(inputs[0])
+        if thread.batches:
+            self._find_other_axes()
         stop = next_node_number()
         if stop > thread.start:
             thread.starts.append(thread.start)
@@ -205,7 +218,9 @@ class ModelCalls:
             else:
                 nodes.extend(before for before, _ in node.next_functions if before is not None)
 
-    def add_use(self, layer: Layer, size: int, unbatched: bool, inside: object) -> None:
+    def add_use(
+        self, layer: Layer, size: int, unbatched: bool, inside: TimeMajor | None, leading: Sequence[int]
+    ) -> None:
         """Note a use of a layer in the call that is running.
 
         Args:
@@ -213,15 +228,18 @@ class ModelCalls:
             size: how many samples it gets.
             unbatched: whether it gets one without a batch dimension.
             inside: the call of attention or of a recurrent layer that it is a part of, or None.
+            leading: dimensions of its input that may hold samples, where there are several.
         """
         thread = self._thread
+        if inside is not None:
+            thread.batches.add(inside.batch)
         sizes = self._sizes.setdefault(thread.number, set())
         if size not in sizes:
             sizes.add(size)
             self._roots = {}
         uses = thread.uses.get((layer, size))
         if uses is None:
-            thread.uses[layer, size] = _Uses(unbatched, 1, inside)
+            thread.uses[layer, size] = _Uses(unbatched, 1, inside, leading)
             if thread.sizes.setdefault(layer, size) != size:
                 self._doubts[thread.number, layer] = SIZES
         elif inside is None or inside is not uses.inside:
@@ -251,6 +269,13 @@ class ModelCalls:
             if each.count > 1 and size in cut:
                 self._doubts.setdefault((self._thread.number, layer), PIECES)
 
+    def _find_other_axes(self) -> None:
+        """Find the layers whose samples are along a dimension that attention or a recurrent layer has no samples in."""
+        batches = self._thread.batches
+        for (layer, size), each in self._thread.uses.items():
+            if size not in batches and not batches.isdisjoint(each.leading):
+                self._doubts[self._thread.number, layer] = AXIS
+
     def find_doubt(self, number: int, layer: Layer, size: int) -> str | None:
         """Why nothing tells which samples a use is by.
 
@@ -264,7 +289,8 @@ class ModelCalls:
         """
         if size > 1 and number in self._unbatched:
             return ROWS
-        return None if self._told else self._doubts.get((number, layer))
+        doubt = self._doubts.get((number, layer))
+        return doubt if doubt is AXIS or not self._told else None
 
     def root(self, number: int, size: int) -> int:
         """The number that all calls share which see the same ``size`` samples as call ``number``."""
@@ -304,4 +330,4 @@ class ModelCalls:
         return found
 
 
-__all__ = ["DOUBTS", "PIECES", "ROWS", "SINGLE", "SIZES", "ModelCalls"]
+__all__ = ["AXIS", "DOUBTS", "PIECES", "ROWS", "SINGLE", "SIZES", "ModelCalls"]

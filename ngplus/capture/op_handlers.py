@@ -42,6 +42,7 @@ class OpCall:
         factors: takes ``source`` and the gradient of the call's output to `FactorPair`.
         samples: how many the input has.
         unbatched: whether that is one, without a batch dimension.
+        leading: dimensions of the input of which ``batch_dim`` says which one the samples are in.
         transposed: whether the input belongs to the matrix's rows and the output to its columns, as in x W.
         parts: takes ``source`` to the slices of its rows that have factors of their own; None for one pair of all.
         is_read: whether the factors are read off the call; they are not where its function is differentiated again.
@@ -52,6 +53,7 @@ class OpCall:
     factors: Callable[..., FactorPair]
     samples: int
     unbatched: bool = False
+    leading: Sequence[int] = ()
     transposed: bool = False
     parts: Callable[[Any], list[tuple[int, slice]]] | None = None
     is_read: bool = True
@@ -292,7 +294,8 @@ def _parse_linear(given: WeightArgument, input: Tensor, bias: Tensor | None = No
 
     samples = _count_samples(input, rows, layer.batch_dim) if time_major is None else time_major.batch
     unbatched = given.is_unbatched or not rows
-    return OpCall(layer, input, factors, samples, unbatched, part.transposed)
+    named = rows if time_major is None and len(rows) > 1 and not input.is_nested else ()
+    return OpCall(layer, input, factors, samples, unbatched, named, part.transposed)
 
 
 def _leading_shape(given: WeightArgument, input: Tensor) -> torch.Size | None:
@@ -492,7 +495,9 @@ def _parse_embedding(
         columns = Dense(gradient.mT.unsqueeze(1), appended=appended)  # (b, 1, d, κ)
         return FactorPair(rows=OneHot(index, rows_of_table, dtype), columns=columns)
 
-    return OpCall(layer, input, factors, _count_samples(input, input.shape, layer.batch_dim), input.dim() == 0)
+    samples = _count_samples(input, input.shape, layer.batch_dim)
+    named = input.shape if input.dim() > 1 and not input.is_nested else ()
+    return OpCall(layer, input, factors, samples, input.dim() == 0, named)
 
 
 def _move_samples_first(index: Tensor, gradient: Tensor, batch_dim: int) -> tuple[Tensor, Tensor]:

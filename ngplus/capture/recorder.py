@@ -464,7 +464,7 @@ class Recorder:
         if origin is not None and follows and batch_dim == 0 and layer.batch_dim < len(origin.leading):
             rows, size = origin.find_samples(layer.batch_dim)
             index = SampleIndex({"*": rows}, count=size)
-        self._model_calls.add_use(layer, size, op_call.unbatched, call.time_major)
+        self._model_calls.add_use(layer, size, op_call.unbatched, call.time_major, op_call.leading)
         if op_call.unbatched and isinstance(source, Tensor) and source.dim() > 1:
             self._model_calls.add_unbatched()
         self._await_gradient(

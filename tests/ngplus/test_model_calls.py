@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ngplus import NGPlus
-from ngplus.capture.model_calls import PIECES, ROWS, SINGLE, SIZES
+from ngplus.capture.model_calls import AXIS, PIECES, ROWS, SINGLE, SIZES
 from tests.ngplus import oracle
 from tests.ngplus.cases import points, recorded_warnings, seed_cpu
 
@@ -390,3 +390,44 @@ def test_frames_of_a_time_major_sequence_are_no_pieces():
             return h
 
     assert judge(lambda m, which: oracle.energy(m(x[:, which])), 2, Recurrent()) <= 1e-10
+
+
+class Language(nn.Module):
+    """A recurrent language model on (T, B), or on (B, T)."""
+
+    def __init__(self, batch_first):
+        super().__init__()
+        self.table = nn.Embedding(9, 4)
+        self.layer = nn.LSTM(4, 3, batch_first=batch_first)
+        self.head = nn.Linear(3, 9)
+        self.double()
+
+    def forward(self, tokens):
+        return self.head(self.layer(self.table(tokens))[0])
+
+
+SEQUENCES = {
+    "recurrent": (Language, torch.randint(9, (6, 4), generator=torch.Generator().manual_seed(0)), "table head"),
+    "attention": (
+        lambda batch_first: nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=batch_first).double(),
+        points(6, 4, 4, seed=0),
+        "linear1 linear2",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SEQUENCES)
+@pytest.mark.parametrize("options", [{}, {"batch_dim": 1}])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_layers_whose_samples_lie_elsewhere_than_those_of_attention_and_recurrent_layers_go_to_the_base(
+    kind, options, batch_first
+):
+    build, x, names = SEQUENCES[kind]
+    x = x.transpose(0, 1) if batch_first else x  # four samples
+
+    def run(m, which):
+        return oracle.energy(m(x[which] if batch_first else x[:, which]))
+
+    left = named_layers(run, build(batch_first), AXIS, 4, **options)
+    agree = batch_first == (not options)
+    assert left == (set() if agree else {f"{name}.weight" for name in names.split()})
