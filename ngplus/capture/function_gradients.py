@@ -8,7 +8,7 @@ weight's, and the comparison with it finds that (`ngplus.capture.completeness`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,7 @@ class Batch:
         dim: of the output, and of the inputs that have them.
         size: b.
         inputs: which of the inputs have them.
-        shared: which of the tensors made of weights do.
+        shared: which of the tensors that are free of samples do.
     """
 
     dim: int
@@ -118,10 +118,12 @@ def find_batch(program: Program, sources: Sequence[Source], output: torch.Size, 
             shared = program.evaluate_shared(values, to_meta)
         except _FAILURES:
             return None
-        for dim, splits in _candidates(output, first, program.repeats):
+        for dim, splits in _candidates(output, first, program):
             size = output[dim]
             has = [each.dim() > dim and each.shape[dim] == size for each in inputs]
-            split = [splits and each.dim() > dim and each.shape[dim] == size for each in shared]
+            split = [
+                it and each.dim() > dim and each.shape[dim] == size for each, it in zip(shared, splits, strict=True)
+            ]
             if not any(has):
                 continue
             one = [each.narrow(dim, 0, 1) if it else each for each, it in zip(inputs, has, strict=True)]
@@ -135,17 +137,24 @@ def find_batch(program: Program, sources: Sequence[Source], output: torch.Size, 
     return None
 
 
-def _candidates(output: torch.Size, first: int, repeats: bool) -> list[tuple[int, bool]]:
-    """The dimensions that may hold the samples, and whether what is made of weights has them too, in order of trial.
+def _candidates(output: torch.Size, first: int, program: Program) -> Iterator[tuple[int, list[bool]]]:
+    """The dimensions that may hold the samples, and which of ``shared`` have them too, in the order of trial.
 
     Weights that are repeated have one copy a sample. Others are the same for all samples as long as that may be: along
     the first dimension of several models' stacked weights the models are counted, and not the samples.
     """
-    dims = sorted(range(len(output)), key=lambda each: (each != first, each))
-    firsts, long = dims[: first < len(output)], [dim for dim in dims if dim != first and output[dim] > 1]
-    order = [*((dim, splits) for dim in firsts for splits in ((False, True) if repeats else (False,)))]
-    order += [(dim, False) for dim in long] + [(dim, True) for dim in (*firsts, *long)]
-    return order + [(dim, splits) for dim in dims for splits in (False, True) if dim not in (*firsts, *long)]
+    none, every = [False] * len(program.shared), [True] * len(program.shared)
+    others = [dim for dim in range(len(output)) if dim != first]
+    firsts = [first] if first < len(output) else []
+    for dim in firsts:
+        yield dim, none
+        if any(copies := program.repeats(dim)):
+            yield dim, copies
+            yield dim, every
+    long = [dim for dim in others if output[dim] > 1]
+    yield from ((dim, none) for dim in long)
+    yield from ((dim, every) for dim in (*firsts, *long))
+    yield from ((dim, splits) for dim in others if output[dim] == 1 for splits in (none, every))
 
 
 @dataclass(eq=False)

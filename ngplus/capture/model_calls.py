@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from ngplus._torch_internals import frames, next_node_number, node_number
+from ngplus._torch_internals import backward_pass_number, frames, next_node_number, node_number
 from ngplus.layers import Layer
 
 if TYPE_CHECKING:
@@ -64,7 +64,13 @@ AXIS = (
 )
 """Why a layer is left to the base whose samples another layer, which knows its own, has elsewhere."""
 
-DOUBTS = frozenset({SINGLE, PIECES, ROWS, SIZES, AXIS})
+CHECKPOINTS = (
+    "is used in several checkpoints with use_reentrant=True, which bring their gradients one after the other, so that "
+    "what belongs to a sample cannot be put together; take use_reentrant=False"
+)
+"""Why a layer is left to the base whose uses by the same samples are known one after the other alone."""
+
+DOUBTS = frozenset({SINGLE, PIECES, ROWS, SIZES, AXIS, CHECKPOINTS})
 """Why a layer is left to the base of which nothing tells what its samples are."""
 
 
@@ -92,6 +98,8 @@ class _Thread(threading.local):
     Attributes:
         number: of the call that is running.
         start: number of its first node.
+        backward: number of the backward pass that it is made in, as a checkpoint's, or −1.
+        free: numbers of nodes that were made of weights alone.
         visited: nodes before it that `ModelCalls.trace` has come by.
         starts: first nodes of the calls that have returned, ascending.
         ends: for each of them, the node after its last and the call's number.
@@ -104,6 +112,8 @@ class _Thread(threading.local):
 
     number: int = 0
     start: int = 0
+    backward: int = -1
+    free: set[int] = field(default_factory=set)
     visited: set[int] = field(default_factory=set)
     starts: list[int] = field(default_factory=list)
     ends: list[tuple[int, int]] = field(default_factory=list)
@@ -123,13 +133,14 @@ class ModelCalls:
 
     def __init__(self, samples: ModelCallSamples) -> None:
         self._joined = samples == "joined"
-        self._told = samples != "separate"
+        self._apart = samples == "apart"
         self._numbers = itertools.count(1)
         self._ancestors: dict[int, set[int]] = {}
         self._sizes: dict[int, set[int]] = {}
         self._roots: dict[int, dict[int, int]] = {}
         self._doubts: dict[tuple[int, Layer], str] = {}
         self._unbatched: set[int] = set()
+        self._recomputed: dict[tuple[int, Layer], int] = {}
         self._thread = _Thread()
         self._modules: frozenset[int] = frozenset()
         self._codes: frozenset[types.CodeType] = frozenset()
@@ -153,6 +164,7 @@ class ModelCalls:
         self._roots = {}
         self._doubts = {}
         self._unbatched = set()
+        self._recomputed = {}
         self._thread = _Thread()
 
     def begin(self) -> None:
@@ -166,16 +178,18 @@ class ModelCalls:
             # Kept until the next call or the backward pass, so that no other frame gets its place in memory.
             thread.frame = None if frame is None else (frame, thread.number)
             thread.uses, thread.sizes, thread.repeats, thread.batches = {}, {}, False, set()
-        thread.start = next_node_number()
+        thread.start, thread.backward = next_node_number(), backward_pass_number()
         thread.visited = set()
 
-    def end(self, inputs: Sequence[Any]) -> None:
+    def end(self, inputs: Sequence[Any], free: Iterable[Tensor]) -> None:
         """End the outermost call of this thread.
 
         Args:
             inputs: what it was given.
+            free: tensors that it has made of weights alone, so that another call with them is not computed from it.
         """
         thread = self._thread
+        thread.free.update(node_number(each.grad_fn) for each in free if each.grad_fn is not None)
         if thread.repeats and thread.frame is None and inputs:
             self._find_pieces(inputs[0])
         if thread.batches:
@@ -207,8 +221,8 @@ class ModelCalls:
         while nodes:
             node = nodes.pop()
             number = node_number(node)
-            if number >= thread.start or number in thread.visited:  # a leaf has the largest number there is
-                continue
+            if number >= thread.start or number in thread.visited or number in thread.free:
+                continue  # a leaf has the largest number there is
             thread.visited.add(number)
             place = bisect.bisect_right(thread.starts, number) - 1
             if place >= 0 and number < thread.ends[place][0]:
@@ -237,6 +251,10 @@ class ModelCalls:
         if size not in sizes:
             sizes.add(size)
             self._roots = {}
+        if thread.backward >= 0:
+            first = self._recomputed.setdefault((thread.backward, layer), thread.number)
+            if first != thread.number:
+                self._doubts[thread.number, layer] = CHECKPOINTS
         uses = thread.uses.get((layer, size))
         if uses is None:
             thread.uses[layer, size] = _Uses(unbatched, 1, inside, leading)
@@ -276,21 +294,26 @@ class ModelCalls:
             if size not in batches and not batches.isdisjoint(each.leading):
                 self._doubts[self._thread.number, layer] = AXIS
 
-    def find_doubt(self, number: int, layer: Layer, size: int) -> str | None:
+    def find_doubt(self, number: int, layer: Layer, size: int, is_numbered: bool) -> str | None:
         """Why nothing tells which samples a use is by.
 
         Args:
             number: of the call that it is in.
             layer: whose use it is.
             size: how many samples it gets.
+            is_numbered: whether the user has said which these are.
 
         Returns:
             The reason, or None.
         """
+        doubt = self._doubts.get((number, layer))
+        if doubt is CHECKPOINTS:
+            return None if self._apart else doubt
+        if is_numbered:
+            return None
         if size > 1 and number in self._unbatched:
             return ROWS
-        doubt = self._doubts.get((number, layer))
-        return doubt if doubt is AXIS or not self._told else None
+        return None if doubt is not AXIS and (self._apart or self._joined) else doubt
 
     def root(self, number: int, size: int) -> int:
         """The number that all calls share which see the same ``size`` samples as call ``number``."""
@@ -330,4 +353,4 @@ class ModelCalls:
         return found
 
 
-__all__ = ["AXIS", "DOUBTS", "PIECES", "ROWS", "SINGLE", "SIZES", "ModelCalls"]
+__all__ = ["AXIS", "CHECKPOINTS", "DOUBTS", "PIECES", "ROWS", "SINGLE", "SIZES", "ModelCalls"]

@@ -261,7 +261,7 @@ class Recorder:
         if outermost.depth == 0:
             outermost.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             outermost.module = outermost.mode = None
-            self._model_calls.end(args)
+            self._model_calls.end(args, (each.value for each in self._expressions.known.values()))
             self._forget_call()
 
     def awaits(self, arguments: Iterable[Any]) -> bool:
@@ -589,8 +589,8 @@ class Recorder:
             else:
                 pairs = use.call.pairs(source, gradient.reshape(use.output_shape))
             numbers = None if index is None else index.index_of(record.layer.module)
-            if numbers is None and self._sampling.samples == "batch":
-                doubt = self._model_calls.find_doubt(use.model_call, record.layer, use.size)
+            if self._sampling.samples == "batch":
+                doubt = self._model_calls.find_doubt(use.model_call, record.layer, use.size, numbers is not None)
                 if doubt is not None:
                     raise UnsupportedCall(doubt)
             for pair, rows in pairs:

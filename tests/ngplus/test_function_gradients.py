@@ -37,6 +37,10 @@ def attend(m, x):
     return F.scaled_dot_product_attention(m.w.expand(len(x), -1, -1), x, x)
 
 
+def attend_to_both(m, x):
+    return F.scaled_dot_product_attention(x, *(each.expand(len(x), -1, -1) for each in (m.w, m.v)))
+
+
 def multiply_by_both(m, x):
     return torch.baddbmm(x.new_ones(()), x.expand(2, *x.shape), torch.stack([m.w, m.v])).movedim(0, 1)
 
@@ -54,10 +58,17 @@ FUNCTIONS = {
     "both halves of a split": ((3, 4), {"w": (10, 5)}, lambda m, x: F.linear(x, m.w.exp().chunk(2)[1])),
     "distances": ((3, 2, 4), {"w": (6, 5)}, lambda m, x: torch.cdist(x, m.w)),
     "distances to copies": ((3, 2, 4), {"w": (6, 5)}, lambda m, x: torch.cdist(x, m.w.expand(len(x), -1, -1))),
+    "distances to a stack": ((3, 2, 4), {"w": (6, 5)}, lambda m, x: torch.cdist(x, torch.stack([m.w] * len(x)))),
     "several models": ((3, 4), {"w": (5, 6), "v": (5, 6)}, multiply_by_both),
     "as many models as samples": ((2, 4), {"w": (5, 6), "v": (5, 6)}, multiply_by_both),
     "bilinear": ((3, 2, 4), {"w": (3, 5, 5)}, lambda m, x: F.bilinear(x, x.tanh(), m.w)),
     "a query for each": ((3, 2, 4), {"w": (2, 5)}, attend),
+    "keys and values for all": ((3, 2, 4), {"w": (6, 5), "v": (6, 5)}, attend_to_both),
+    "a spectrum": (
+        (3, 4),
+        {"w": (2, 5)},
+        lambda m, x: torch.fft.irfft(torch.fft.rfft(x[:, None]) * torch.fft.rfft(m.w)),
+    ),
     "a query by a layer": ((3, 2, 4), {"w": (2, 4)}, lambda m, x: m.inlet(m.w.expand(len(x), -1, -1)) * x),
     "used twice": ((3, 2, 4), {"w": (2, 5)}, lambda m, x: (x + m.w).tanh() * m.w),
     "used both ways": ((3, 2, 4), {"w": (5, 5)}, lambda m, x: (x @ m.w).tanh() @ m.w.exp()),

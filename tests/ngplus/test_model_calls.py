@@ -1,5 +1,6 @@
 """Which calls of a model see the same samples: pieces of a batch, chains of calls, ``forward`` called directly."""
 
+import contextlib
 import copy
 
 import pytest
@@ -157,6 +158,27 @@ def test_nothing_of_a_direct_forward_is_kept_after_backward():
     optimizer = NGPlus(model, lr=1e-9, update_every=1)
     oracle.energy(model.forward(x)).backward()
     assert optimizer._recorder._model_calls._thread.frame is None
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_calls_that_share_what_is_made_of_weights_alone_are_no_calls_of_each_other(cached):
+    """A parametrized weight that `cached` makes in the first call comes from no sample of it."""
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)), nn.Tanh(), nn.Linear(3, 2)).double()
+    x = points(6, 4)
+    gradients = oracle.energy_gradients(model, x)
+
+    def loss(m):
+        with nn.utils.parametrize.cached() if cached else contextlib.nullcontext():
+            return sum(oracle.energy(m(part)) for part in x.chunk(2)) / 6
+
+    with recorded_warnings() as messages:
+        optimizer = oracle.descend(model, loss, damping=DAMPING)
+    assert len(messages) == cached
+    assert ("0.parametrizations.weight.original1" in optimizer.curvature) != cached
+    right = {
+        matrix: each for matrix, each in oracle.directions(gradients, DAMPING).items() if matrix.weight == "2.weight"
+    }
+    assert oracle.error(model, right) <= 1e-10
 
 
 # Samples without a batch dimension -----------------------------------------------------------------------------------
