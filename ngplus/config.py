@@ -23,7 +23,7 @@ from ngplus.solvers.eigenbasis import Sides
 Curvature = Literal["per_sample", "mini_batch", "momentum"]
 Basis = Literal["eigen"]
 Samples = Literal["batch", "rows"]
-ModelCallSamples = Literal["separate", "joined"]
+ModelCallSamples = Literal["separate", "joined", "apart"]
 PartialCapture = Literal["base", "accept"]
 FunctionFallback = Literal["vmap", "base"]
 DampingRule = Literal["paper", "released"]

@@ -39,6 +39,7 @@ class WeightUse:
         sample_index: which rows belong to which sample, or None.
         batch_dim: where the samples are.
         size: of that dimension.
+        inside: the attention or the recurrent layer that it is a part of, or None.
         model_call: number of the outermost call of the model that it is in.
         versions: of its arguments.
         gradient: of the output, while the graph is retained and more may come.
@@ -52,6 +53,7 @@ class WeightUse:
     sample_index: SampleIndex | None
     batch_dim: int
     size: int
+    inside: object
     model_call: int
     versions: list[tuple[Tensor, int]]
     gradient: Tensor | None = None
