@@ -1,22 +1,17 @@
 """Tables of the pages are those of the records, and no page uses a word that has another one in the field."""
 
 import re
-from pathlib import Path
 
 import pandas as pd
 import pytest
-import torch
 
 import ngplus
 import ngplus.baselines
 import ngplus.sharded
 from experiments.analysis import comparison, verdicts
-from experiments.optimizers import registry
+from tests.pages import DOCS, PAGES, REPOSITORY
 
-REPOSITORY = Path(__file__).parents[1]
 RESULTS = REPOSITORY / "results"
-DOCS = REPOSITORY / "docs"
-PAGES = [*sorted(REPOSITORY.glob("*.md")), *sorted(DOCS.glob("*.md")), REPOSITORY / "findings" / "README.md"]
 AVOIDED = re.compile(
     r"\b(renew\w*|touched|anew|mend(ed|s)?|dearer|lent|opaque|complaints?|beside|looked at|without a word|lies in)\b"
 )
@@ -224,21 +219,6 @@ def test_every_public_member_of_the_optimizer_is_on_the_page_of_the_api():
     of_subclasses = {"key", "takes_parameters", "takes_shards", "title", "tuning"}
     of_join = {"join_device", "join_hook", "join_process_group"}
     assert set(re.findall(r"\w+", listed)) == members - of_subclasses - of_join
-
-
-def test_the_snippet_that_adds_an_optimizer_does(monkeypatch):
-    page = (DOCS / "adding.md").read_text(encoding="utf-8")
-    (snippet,) = re.findall(r"```python\n(@dataclass[^`]*class LionSettings.*?)```", page, flags=re.DOTALL)
-    monkeypatch.setattr(registry, "OPTIMIZERS", dict(registry.OPTIMIZERS))
-    names = vars(registry) | {"OPTIMIZERS": registry.OPTIMIZERS}
-    exec(snippet, names)
-    entry = registry.find_entry("lion")
-    model = torch.nn.Linear(2, 1)
-    optimizer = entry.build(model, entry.settings(lr=0.1))
-    before = model.weight.detach().clone()
-    model(torch.ones(1, 2)).sum().backward()
-    optimizer.step()
-    torch.testing.assert_close(model.weight, before - 0.1)
 
 
 @pytest.mark.parametrize("columns", [comparison.COLUMNS, verdicts.COLUMNS], ids=["comparison", "verdicts"])
