@@ -259,3 +259,49 @@ def test_every_column_is_on_the_page_of_the_report(columns):
 def test_a_page_uses_the_words_of_the_glossary(page):
     prose = re.sub(r"```.*?```|`[^`]*`", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     assert not [match[0] for match in AVOIDED.finditer(prose)]
+
+
+def block(page: str, name: str) -> str:
+    """What is on a page between two comments of this name."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    (shown,) = re.findall(rf"<!-- {name} -->\n(.*?)\n?<!-- end of {name} -->", text, flags=re.DOTALL)
+    return shown
+
+
+def suggested_starts_table() -> str:
+    """A row a task and what `suggest` was told."""
+    frame = pd.read_csv(RESULTS / "suggested-start.csv")
+    rows = []
+    for row in frame.sort_values(["task", "told"], key=lambda each: each.map(rank)).itertuples():
+        settings = f"{row.lr:g}", f"{row.damping:g}", str(row.update_every)
+        values = [f"{value:.4g}" for value in (row.start, row.tuned_reference, row.tuned_ngplus)]
+        better = "higher" if row.higher_is_better else "lower"
+        rows.append([row.task, row.told, *settings, f"{row.metric}, {better}", *values])
+    header = ["task", "told", "learning rate", "λ", "𝒯", "metric", "start", "reference, tuned", "NG+, tuned"]
+    return markdown(header, rows)
+
+
+def rank(value: str) -> int:
+    return [*METRICS, "base and lr", "base"].index(value)
+
+
+def learning_rates_table() -> str:
+    """Trials of AdamW and NG+ on text that have the same learning rate and were not cut short."""
+    trials = pd.read_csv(RESULTS / "gpt-text" / "small" / "tuning.csv").query("ended == 'complete'").set_index("lr")
+    plain, around = (
+        trials.best_nll[trials.optimizer == name].sort_index() for name in ("adamw", "ngplus-adamw-batch")
+    )
+    rows = [
+        [f"{lr:g}", f"{plain[lr]:.2f}", f"{around[lr]:.2f}", f"{plain[lr] - around[lr]:.2f}"]
+        for lr in plain.index.intersection(around.index)
+        if lr <= 0.0036
+    ]
+    return markdown(["learning rate", "AdamW, nats", "NG+ around it", "gain"], rows)
+
+
+def test_the_suggested_starts_are_those_of_the_record():
+    assert block("five_minutes.md", "suggested starts") == suggested_starts_table()
+
+
+def test_the_learning_rates_are_those_of_the_trials():
+    assert block("five_minutes.md", "learning rates") == learning_rates_table()

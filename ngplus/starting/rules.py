@@ -29,6 +29,9 @@ INTERVALS = (10, 200)
 USUAL_INTERVAL = 100
 """𝒯 where the length of the training is not known."""
 
+LARGE_DAMPING, ADAM_EPS = 100.0, 1e-8
+"""λ from which on Adam's ε would stop its steps, and that ε."""
+
 ADAM_LR, ADAM_LR_TIMES_WIDTH = 3e-3, 0.4
 """The guess for Adam and its kind: at most the one, and the other over the width."""
 
@@ -172,6 +175,21 @@ def choose_damping(layers: Sequence[MeasuredLayer], *, is_regression: bool) -> C
     )
 
 
+def choose_eps(base: type[Optimizer], damping: float) -> Choice | None:
+    """Choose ε of Adam and its kind where λ is large: they compare it with D, which is about G/λ.
+
+    Args:
+        base: its class.
+        damping: λ.
+
+    Returns:
+        ``eps``; None where the base's own is fine.
+    """
+    if damping <= LARGE_DAMPING or not issubclass(base, _ADAMS):
+        return None
+    return Choice(settings={"eps": round_to_two(ADAM_EPS / damping)}, reason=f"{base.__name__}'s {ADAM_EPS:g} over λ")
+
+
 def choose_lr(base: type[Optimizer], lr: float | None, layers: Sequence[MeasuredLayer], shapes: InputShapes) -> Choice:
     """Choose the learning rate of the base itself.
 
@@ -273,6 +291,7 @@ __all__ = [
     "Choice",
     "choose_base",
     "choose_damping",
+    "choose_eps",
     "choose_lr",
     "choose_reduction",
     "choose_samples",

@@ -18,6 +18,7 @@ from ngplus.starting.rules import (
     Choice,
     choose_base,
     choose_damping,
+    choose_eps,
     choose_lr,
     choose_reduction,
     choose_samples,
@@ -47,7 +48,11 @@ class Suggestion:
 
     def __str__(self) -> str:
         damping, elements = self.settings["damping"], sum(layer.elements for layer in self.layers)
-        lines = [f"{len(self.layers)} layers with {elements:,} weights are preconditioned", "", *self._show_settings()]
+        lines = [
+            f"{len(self.layers)} layers with {elements:,} parameters are preconditioned",
+            "",
+            *self._show_settings(),
+        ]
         lines += ["", *_table(["layer", "matrix", "largest s", "share"], [_row(each, damping) for each in self.layers])]
         for reason, names in self.to_base.items():
             lines += ["", f"to the base as it is, since it {reason}:", f"  {_join(names)}"]
@@ -105,7 +110,7 @@ def suggest(
         >>> inputs, labels = torch.randn(256, 20), torch.randint(3, (256,))
         >>> suggestion = suggest(model, lambda: torch.nn.functional.cross_entropy(model(inputs), labels))
         >>> print(suggestion)  # doctest: +ELLIPSIS, +NORMALIZE_WHITESPACE
-        2 layers with 1,539 weights are preconditioned
+        2 layers with 1,539 parameters are preconditioned
         ...
         >>> optimizer = NGPlus(model, **suggestion.settings)
     """
@@ -121,6 +126,8 @@ def suggest(
             **options, loss_reduction=chosen.settings["loss_reduction"], sample_index=sample_index
         )
         chosen.add(choose_damping(layers, is_regression=graph.is_regression))
+        if (eps := choose_eps(chosen.settings["base"], chosen.settings["damping"])) is not None:
+            chosen.add(eps)
         chosen.add(choose_lr(chosen.settings["base"], lr, layers, shapes))
         if issubclass(chosen.settings["base"], torch.optim.SGD):
             chosen.add(scale_lr(chosen.settings["lr"], *measurement.lengths(chosen.settings["damping"])))
@@ -134,7 +141,7 @@ def suggest(
     )
 
 
-_ORDER = ("base", "momentum", "lr", "damping", "update_every", "samples", "batch_dim", "loss_reduction")
+_ORDER = ("base", "momentum", "lr", "eps", "damping", "update_every", "samples", "batch_dim", "loss_reduction")
 
 
 @dataclass
