@@ -288,9 +288,7 @@ def rank(value: str) -> int:
 def learning_rates_table() -> str:
     """Trials of AdamW and NG+ on text that have the same learning rate and were not cut short."""
     trials = pd.read_csv(RESULTS / "gpt-text" / "small" / "tuning.csv").query("ended == 'complete'").set_index("lr")
-    plain, around = (
-        trials.best_nll[trials.optimizer == name].sort_index() for name in ("adamw", "ngplus-adamw-batch")
-    )
+    plain, around = (trials.best_nll[trials.optimizer == name].sort_index() for name in ("adamw", "ngplus-adamw-batch"))
     rows = [
         [f"{lr:g}", f"{plain[lr]:.2f}", f"{around[lr]:.2f}", f"{plain[lr] - around[lr]:.2f}"]
         for lr in plain.index.intersection(around.index)

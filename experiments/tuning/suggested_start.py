@@ -75,9 +75,8 @@ def compare(recipe: Recipe, *, with_lr: bool, options: RunOptions) -> dict[str, 
     optimizer = OPTIMIZERS[recipe.task]
     suggestion = suggest_start(recipe, recipe.tuning.epochs, with_lr=with_lr, data_dir=options.data_dir)
     chosen = {name: suggestion.settings[name] for name in ("lr", "damping", "update_every", "samples")}
-    changes = chosen if (eps := suggestion.settings.get("eps")) is None else {**chosen, "base.eps": eps}
     done = run(
-        recipe.override(trial_changes(recipe, optimizer, changes, recipe.tuning.epochs)),
+        recipe.override(trial_changes(recipe, optimizer, chosen, recipe.tuning.epochs)),
         optimizer,
         recipe.run.tuning_seed,
         options,
@@ -90,7 +89,6 @@ def compare(recipe: Recipe, *, with_lr: bool, options: RunOptions) -> dict[str, 
         "told": "base and lr" if with_lr else "base",
         "base": suggestion.settings["base"].__name__,
         **chosen,
-        "eps": suggestion.settings.get("eps"),
         "seed": recipe.run.tuning_seed,
         "split": "validation",
         "epochs": recipe.tuning.epochs,

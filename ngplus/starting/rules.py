@@ -29,8 +29,8 @@ INTERVALS = (10, 200)
 USUAL_INTERVAL = 100
 """𝒯 where the length of the training is not known."""
 
-LARGE_DAMPING, ADAM_EPS = 100.0, 1e-8
-"""λ from which on Adam's ε would stop its steps, and that ε."""
+MOST_DAMPING = 10.0
+"""The largest λ: D is about G/λ, and next to a smaller one the decay and the ε of a base would grow too much."""
 
 ADAM_LR, ADAM_LR_TIMES_WIDTH = 3e-3, 0.4
 """The guess for Adam and its kind: at most the one, and the other over the width."""
@@ -140,7 +140,7 @@ def choose_reduction(graph: LossGraph) -> Choice:
 
 
 def choose_damping(layers: Sequence[MeasuredLayer], *, is_regression: bool) -> Choice:
-    """Choose λ so that half of the weights are in layers with a share of `SHARE` or more.
+    """Choose λ so that half of the weights are in layers with a share of `SHARE` or more, `MOST_DAMPING` at most.
 
     Args:
         layers: those that have a curvature.
@@ -164,30 +164,19 @@ def choose_damping(layers: Sequence[MeasuredLayer], *, is_regression: bool) -> C
                 "suggest again after some steps to measure λ"
             ],
         )
+    measured = find_weighted_median(known) * (1 - SHARE) / SHARE
+    reason = f"half of the weights are in layers whose share s/(λ + s) is {SHARE:g} or more"
+    if measured > MOST_DAMPING:
+        reason = f"the most that is suggested; {reason} up to λ = {measured:.2g}"
     note = (
-        "the curvature of a squared error falls with the error: as training goes on, the base is left of NG+. Lower "
-        "damping on the way, or train an epoch with the base and call suggest again"
+        "the curvature of a squared error falls with the error, so that shares do too: if training is slow towards its "
+        "end, lower damping"
     )
     return Choice(
-        settings={"damping": round_to_two(find_weighted_median(known) * (1 - SHARE) / SHARE)},
-        reason=f"half of the weights are in layers whose share s/(λ + s) is {SHARE:g} or more",
+        settings={"damping": round_to_two(min(measured, MOST_DAMPING))},
+        reason=reason,
         notes=[note] if is_regression else [],
     )
-
-
-def choose_eps(base: type[Optimizer], damping: float) -> Choice | None:
-    """Choose ε of Adam and its kind where λ is large: they compare it with D, which is about G/λ.
-
-    Args:
-        base: its class.
-        damping: λ.
-
-    Returns:
-        ``eps``; None where the base's own is fine.
-    """
-    if damping <= LARGE_DAMPING or not issubclass(base, _ADAMS):
-        return None
-    return Choice(settings={"eps": round_to_two(ADAM_EPS / damping)}, reason=f"{base.__name__}'s {ADAM_EPS:g} over λ")
 
 
 def choose_lr(base: type[Optimizer], lr: float | None, layers: Sequence[MeasuredLayer], shapes: InputShapes) -> Choice:
@@ -291,7 +280,6 @@ __all__ = [
     "Choice",
     "choose_base",
     "choose_damping",
-    "choose_eps",
     "choose_lr",
     "choose_reduction",
     "choose_samples",

@@ -18,7 +18,6 @@ from ngplus.starting.rules import (
     Choice,
     choose_base,
     choose_damping,
-    choose_eps,
     choose_lr,
     choose_reduction,
     choose_samples,
@@ -126,8 +125,6 @@ def suggest(
             **options, loss_reduction=chosen.settings["loss_reduction"], sample_index=sample_index
         )
         chosen.add(choose_damping(layers, is_regression=graph.is_regression))
-        if (eps := choose_eps(chosen.settings["base"], chosen.settings["damping"])) is not None:
-            chosen.add(eps)
         chosen.add(choose_lr(chosen.settings["base"], lr, layers, shapes))
         if issubclass(chosen.settings["base"], torch.optim.SGD):
             chosen.add(scale_lr(chosen.settings["lr"], *measurement.lengths(chosen.settings["damping"])))
@@ -141,7 +138,7 @@ def suggest(
     )
 
 
-_ORDER = ("base", "momentum", "lr", "eps", "damping", "update_every", "samples", "batch_dim", "loss_reduction")
+_ORDER = ("base", "momentum", "lr", "damping", "update_every", "samples", "batch_dim", "loss_reduction")
 
 
 @dataclass

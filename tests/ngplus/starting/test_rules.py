@@ -53,18 +53,17 @@ def test_a_learning_rate_that_is_given_stays():
     assert rules.choose_lr(torch.optim.Rprop, 0.2, [layer(1.0)], NO_SHAPES).settings == {"lr": 0.2}
 
 
-def test_the_eps_of_adam_goes_with_a_large_damping():
-    """Without it a direction of 1e-9 would be moved by a tenth of what Adam moves its gradient by."""
-    assert rules.choose_eps(torch.optim.AdamW, 1000.0).settings == {"eps": 1e-11}
-    assert rules.choose_eps(torch.optim.AdamW, 1.0) is None
-    assert rules.choose_eps(torch.optim.SGD, 1000.0) is None
+def test_the_damping_is_bounded():
+    choice = rules.choose_damping([layer(3e5)], is_regression=False)
+    assert choice.settings == {"damping": 10.0}
+    assert "up to λ = 1e+05" in choice.reason
 
 
 def test_a_regression_is_told_that_its_curvature_falls():
-    choice = rules.choose_damping([layer(30.0)], is_regression=True)
-    assert choice.settings == {"damping": 10.0}
+    choice = rules.choose_damping([layer(15.0)], is_regression=True)
+    assert choice.settings == {"damping": 5.0}
     assert "falls with the error" in choice.notes[0]
-    assert rules.choose_damping([layer(30.0)], is_regression=False).notes == []
+    assert rules.choose_damping([layer(15.0)], is_regression=False).notes == []
 
 
 @pytest.mark.parametrize(
