@@ -303,3 +303,12 @@ def test_the_suggested_starts_are_those_of_the_record():
 
 def test_the_learning_rates_are_those_of_the_trials():
     assert block("five_minutes.md", "learning rates") == learning_rates_table()
+
+
+def test_the_intervals_are_those_of_the_grids():
+    page, results = ((DOCS / name).read_text(encoding="utf-8") for name in ("five_minutes.md", "results.md"))
+    rows = re.findall(
+        r"^\| [a-z]+, [\d,]+ steps \| (.*?) \| (.*?)(?:, higher is better)? \|$", page, flags=re.MULTILINE
+    )
+    assert len(rows) == 5
+    assert not [row for row in rows if f"| 𝒯 | {row[0]} | {row[1]} |" not in results]

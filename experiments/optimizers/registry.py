@@ -261,10 +261,10 @@ def _build_shampoo(model: nn.Module, settings: ShampooSettings) -> Optimizer:
 def _around_base(cls: Callable[..., Optimizer], model: nn.Module, settings: Any) -> Optimizer:
     base = settings.base
     if isinstance(base, AdamBase | AdamWBase):
-        refuse_sparse_gradients(model, f"{cls.__name__} around {find_base(base).__name__}")
+        refuse_sparse_gradients(model, f"{cls.__name__} around {_BASE_CLASSES[type(base)].__name__}")
     own = {name: value for name, value in asdict(settings).items() if value is not None}  # None keeps its own default
     base_arguments = _join_betas(own.pop("base"))
-    return cls(model, base=find_base(base), **own, **base_arguments)
+    return cls(model, base=_BASE_CLASSES[type(base)], **own, **base_arguments)
 
 
 def _entry_around_base(settings: type, cls: Callable[..., Optimizer]) -> Entry:
@@ -284,18 +284,6 @@ OPTIMIZERS: dict[str, Entry] = {
     "shampoo": Entry(settings=ShampooSettings, build=_build_shampoo),
     "soap": Entry(settings=SOAPSettings, build=_build_soap),
 }
-
-
-def find_base(settings: SGDBase | AdamBase | AdamWBase | AdagradBase) -> type[Optimizer]:
-    """The class of a base.
-
-    Args:
-        settings: of the base in a recipe.
-
-    Returns:
-        Of `torch.optim`.
-    """
-    return _BASE_CLASSES[type(settings)]
 
 
 def find_entry(name: str, where: str = "optimizer") -> Entry:

@@ -15,7 +15,6 @@ import torch
 
 from experiments.config.recipe import Recipe, load_recipe
 from experiments.errors import UserError
-from experiments.optimizers.registry import find_base
 from experiments.tasks import TASKS
 from experiments.training.run import RunOptions, run
 from experiments.tuning.trial import trial_changes
@@ -32,6 +31,8 @@ OPTIMIZERS = {
 }
 """NG+ around the reference, with a batch's elements as samples."""
 
+BASES = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "adagrad": torch.optim.Adagrad}
+
 
 def suggest_start(recipe: Recipe, epochs: int, *, with_lr: bool, data_dir: Path) -> Suggestion:
     """Ask for a start at a task's initial weights, with its first batch.
@@ -46,7 +47,7 @@ def suggest_start(recipe: Recipe, epochs: int, *, with_lr: bool, data_dir: Path)
         The suggestion.
     """
     task = TASKS[recipe.task](recipe.task_settings, scale=recipe.scale, data_dir=data_dir)
-    seed, settings = recipe.run.tuning_seed, recipe.optimizers[OPTIMIZERS[recipe.task]].settings
+    seed, reference = recipe.run.tuning_seed, recipe.run.reference
     torch.manual_seed(seed)
     model = task.build_model()
     batch = next(iter(task.train_batches(0, seed)))
@@ -54,8 +55,8 @@ def suggest_start(recipe: Recipe, epochs: int, *, with_lr: bool, data_dir: Path)
     return suggest(
         model,
         lambda: task.loss(model, batch),
-        base=find_base(settings.base),
-        lr=recipe.optimizers[recipe.run.reference].settings.lr if with_lr else None,
+        base=BASES[reference],
+        lr=recipe.optimizers[reference].settings.lr if with_lr else None,
         steps=task.steps_per_epoch() * epochs,
         sample_index=None if known is None else known(batch),
     )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ngplus.capture.accumulator import Statistic
-from ngplus.layers import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, Layer
+from ngplus.layers import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, Layer, is_transposed_linear
 from ngplus.optimizer import NGPlus
 from ngplus.starting.loss_graph import LossGraph, read_loss
 
@@ -64,6 +64,30 @@ class InputShapes:
 
     leading: Mapping[str, tuple[int, ...]]
     has_positions: bool
+
+    @classmethod
+    def of(cls, seen: Mapping[str, tuple[nn.Module, tuple[int, ...]]]) -> InputShapes:
+        """Take the shapes of inputs apart.
+
+        Args:
+            seen: each module, and the shape of its first input. Embeddings count where there is nothing else, since
+                the numbers of positions, which are the same for all samples, are looked up in one too.
+
+        Returns:
+            What is known of samples and positions.
+        """
+        others = {name: each for name, each in seen.items() if not isinstance(each[0], nn.Embedding)}
+        leading = {name: _leading(module, shape) for name, (module, shape) in (others or seen).items()}
+        has_positions = any(
+            isinstance(module, _CONVOLUTIONS) or len(_leading(module, shape)) > 1 for module, shape in seen.values()
+        )
+        return cls(leading={name: shape for name, shape in leading.items() if shape}, has_positions=has_positions)
+
+
+def _leading(module: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...]:
+    if isinstance(module, _CONVOLUTIONS):
+        return shape[:1]
+    return shape if isinstance(module, nn.Embedding) else shape[:-1]
 
 
 class _NoStep(Optimizer):
@@ -147,33 +171,23 @@ class Measurement:
         Raises:
             TypeError, ValueError: what ``loss`` returns is no loss.
         """
-        leading: dict[str, tuple[int, ...]] = {}
-        positions: set[bool] = set()
+        seen: dict[str, tuple[nn.Module, tuple[int, ...]]] = {}
 
         def note(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-            if not args or not isinstance(args[0], Tensor):
-                return
-            shape = tuple(args[0].shape)
-            if isinstance(module, _CONVOLUTIONS):
-                leading.setdefault(name, shape[:1])
-                positions.add(True)
-                return
-            lead = shape if isinstance(module, nn.Embedding) else shape[:-1]
-            if lead:
-                leading.setdefault(name, lead)
-                positions.add(len(lead) > 1)
+            if args and isinstance(args[0], Tensor):
+                seen.setdefault(name, (module, tuple(args[0].shape)))
 
         handles = [
             module.register_forward_pre_hook(lambda module, args, name=name: note(name, module, args))
             for name, module in self._model.named_modules()
-            if isinstance(module, (nn.Linear, nn.Embedding, *_CONVOLUTIONS))
+            if isinstance(module, (nn.Linear, nn.Embedding, *_CONVOLUTIONS)) or is_transposed_linear(module)
         ]
         try:
             graph = read_loss(self._run())
         finally:
             for handle in handles:
                 handle.remove()
-        return InputShapes(leading=leading, has_positions=True in positions), graph
+        return InputShapes.of(seen), graph
 
     def measure(self, **options: Any) -> tuple[list[MeasuredLayer], dict[str, list[str]]]:
         """Run the model forward and backward, and measure the curvature of each layer.

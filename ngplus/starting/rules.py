@@ -92,17 +92,20 @@ def choose_samples(shapes: InputShapes, has_index: bool) -> Choice:
     """
     if has_index:
         return Choice(settings={"samples": "batch"}, reason="a sample is what sample_index says")
-    leading = set(shapes.leading.values())
+    leading = list(shapes.leading.values())
     if len(sizes := {shape[0] for shape in leading}) < 2:
+        if not shapes.has_positions:
+            return Choice(settings={"samples": "batch"}, reason='each row is a sample, so that "rows" is the same')
         size = f"{sizes.pop()} " if sizes else ""
-        if shapes.has_positions:
-            return Choice(settings={"samples": "batch"}, reason=f"all layers see {size}samples, along dimension 0")
-        return Choice(settings={"samples": "batch"}, reason='each row is a sample, so that "rows" is the same')
-    if all(len(shape) > 1 for shape in leading) and len(second := {shape[1] for shape in leading}) == 1:
-        return Choice(
-            settings={"samples": "batch", "batch_dim": 1},
-            reason=f"all layers see {second.pop()} samples, along dimension 1",
-        )
+        return Choice(settings={"samples": "batch"}, reason=f"the layers see {size}samples, along dimension 0")
+    several = [shape for shape in leading if len(shape) > 1]
+    if 2 * len(several) >= len(leading):  # others see some of the rows, or all as one list
+        if len(sizes := {shape[0] for shape in several}) == 1:
+            reason = f"most layers see {sizes.pop()} samples, along dimension 0"
+            return Choice(settings={"samples": "batch"}, reason=reason)
+        if len(sizes := {shape[1] for shape in several}) == 1:
+            reason = f"most layers see {sizes.pop()} samples, along dimension 1"
+            return Choice(settings={"samples": "batch", "batch_dim": 1}, reason=reason)
     note = (
         "the layers see different numbers of rows, so that it is not known which belong to one sample. If your batch "
         "knows, set optimizer.sample_index, give it as sample_index here too, and a sample is what it says, "

@@ -203,9 +203,10 @@ class Pair(nn.Module):
         ((6, 5, 4), (6, 2, 4), {"samples": "batch"}),
         ((5, 6, 4), (2, 6, 4), {"samples": "batch", "batch_dim": 1}),
         ((30, 4), (7, 4), {"samples": "rows"}),
-        ((6, 5, 4), (30, 4), {"samples": "rows"}),
+        ((6, 5, 4), (30, 4), {"samples": "batch"}),
+        ((6, 5, 4), (2, 7, 4), {"samples": "rows"}),
     ],
-    ids=["rows are samples", "batch first", "time first", "atoms and pairs", "flattened"],
+    ids=["rows are samples", "batch first", "time first", "atoms and pairs", "flattened", "unlike"],
 )
 def test_what_a_sample_is_comes_from_the_shapes(first, second, expected):
     model, inputs = Pair(), (points(*first), points(*second))
@@ -213,6 +214,20 @@ def test_what_a_sample_is_comes_from_the_shapes(first, second, expected):
     found = {name: value for name, value in suggestion.settings.items() if name in ("samples", "batch_dim")}
     assert found == expected
     assert any("sample_index" in note for note in suggestion.notes) == (expected == {"samples": "rows"})
+
+
+def test_positions_that_are_looked_up_are_no_samples():
+    """As in GPT-2, whose table of positions is given (T,) or (1, T), and whose linear layers have (B, T, C)."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=20, n_positions=8, n_embd=16, n_layer=1, n_head=2)
+    model, tokens = transformers.GPT2LMHeadModel(config), torch.randint(20, (3, 8))
+    suggestion = suggest(model, lambda: model(input_ids=tokens, labels=tokens).loss, base=torch.optim.AdamW, lr=1e-3)
+    assert suggestion.settings["samples"] == "batch"
+    assert suggestion.reasons["samples"] == "the layers see 3 samples, along dimension 0"
+    assert {layer.name for layer in suggestion.layers} >= {
+        "transformer.wte.weight",
+        "transformer.h.0.attn.c_attn.weight",
+    }
 
 
 def test_a_sample_is_what_the_index_says():
