@@ -314,11 +314,19 @@ def _module_layers(prefix: str, module: nn.Module) -> Iterator[Layer]:
         if isinstance(module, TRANSPOSED_CONVOLUTIONS):  # its bias would be one more row
             bias = None
         yield Layer(named("weight"), weight, bias, groups=groups, knows_samples=of_attention, row_sparse=row_sparse)
-    elif _is_transposed_linear(module) and (weight := own.get("weight")) is not None:
+    elif is_transposed_linear(module) and (weight := own.get("weight")) is not None:
         yield Layer(named("weight"), weight, None, flattens=True)  # its bias would be one more row, which no layer has
 
 
-def _is_transposed_linear(module: nn.Module) -> bool:
+def is_transposed_linear(module: nn.Module) -> bool:
+    """Whether a module is GPT-2's linear layer of transformers.
+
+    Args:
+        module: any.
+
+    Returns:
+        Whether it is, by its name.
+    """
     return any(f"{kind.__module__}.{kind.__qualname__}" == TRANSPOSED_LINEAR for kind in type(module).__mro__)
 
 
@@ -397,6 +405,7 @@ __all__ = [
     "find_layers",
     "find_parameter_layers",
     "find_unsupported_matrices",
+    "is_transposed_linear",
     "rekey_layers",
     "stored_values",
     "to_matrix",
