@@ -340,7 +340,7 @@ def test_single_samples_in_a_loop_inside_a_call_can_be_numbered(name):
     assert oracle.error(model, expected) <= 1e-9
 
 
-def test_rows_beside_a_sequence_without_a_batch_dimension_leave_their_layers_to_the_base():
+def test_rows_in_a_call_with_a_sequence_without_a_batch_dimension_leave_their_layers_to_the_base():
     """Attention takes (T, E) for one sample, and linear layers take it for T of them."""
     x, model = points(3, 6, 4), nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0).double()
 
