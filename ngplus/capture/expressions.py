@@ -185,7 +185,8 @@ def _is_copied(tensor: Tensor, expressions: Expressions) -> bool:
     if known is None or known.call is None:
         return False
     arguments = known.call.tensors
-    repeats = known.call.function in _REPEATING or len(set(map(id, arguments))) < len(arguments)
+    repeats = known.call.function in _REPEATING and tensor.numel() > arguments[0].numel()
+    repeats = repeats or len(set(map(id, arguments))) < len(arguments)
     return repeats or any(_is_copied(each, expressions) for each in arguments)
 
 
@@ -252,6 +253,11 @@ class Program:
             key=lambda each: -torch.finfo(each).eps,
         )
         self._leaves = [None if is_input else leaf for leaf, is_input in zip(leaves, self._is_input, strict=True)]
+
+    @property
+    def has_copies(self) -> bool:
+        """Whether any of ``shared`` is made of several copies of the same."""
+        return any(self._copies)
 
     def repeats(self, dim: int) -> list[bool]:
         """Which of ``shared`` are copies of the same, one behind the other along a dimension as far as is known."""

@@ -133,7 +133,8 @@ def find_batch(program: Program, sources: Sequence[Source], output: torch.Size, 
             except _FAILURES:
                 continue
             if isinstance(found, Tensor) and found.shape == (*output[:dim], 1, *output[dim + 1 :]):
-                return Batch(dim, size, has, split)
+                folded = size == 1 and program.has_copies  # a copy for each sample, and all samples in one
+                return None if folded else Batch(dim, size, has, split)
     return None
 
 

@@ -19,14 +19,14 @@ import bisect
 import itertools
 import threading
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from ngplus._torch_internals import backward_pass_number, frames, next_node_number, node_number
+from ngplus._torch_internals import backward_pass_number, frames, keyword_arguments, next_node_number, node_number
 from ngplus.layers import Layer
 
 if TYPE_CHECKING:
@@ -59,19 +59,36 @@ SIZES = (
 """The same where a layer sees a batch, and then a part of it, or another batch."""
 
 AXIS = (
-    "gets its samples along another dimension than attention or a recurrent layer does in the same call of the model; "
+    "gets its samples along another dimension than the model's input, attention or a recurrent layer in the same call; "
     "set batch_dim to that of this layer's input, 1 for (T, B, C)"
 )
-"""Why a layer is left to the base whose samples another layer, which knows its own, has elsewhere."""
+"""Why a layer is left to the base whose samples the input, or another layer which knows its own, has elsewhere."""
 
 CHECKPOINTS = (
-    "is used in several checkpoints with use_reentrant=True, which bring their gradients one after the other, so that "
-    "what belongs to a sample cannot be put together; take use_reentrant=False"
+    "is used several times, some of them in checkpoints with use_reentrant=True, which bring their gradients one after "
+    "the other, so that what belongs to a sample cannot be put together; take use_reentrant=False"
 )
 """Why a layer is left to the base whose uses by the same samples are known one after the other alone."""
 
 DOUBTS = frozenset({SINGLE, PIECES, ROWS, SIZES, AXIS, CHECKPOINTS})
 """Why a layer is left to the base of which nothing tells what its samples are."""
+
+
+def _lengths(inputs: Any) -> Sequence[int]:
+    """The shape of a call's first input, or how many tensors it is a list of.
+
+    Args:
+        inputs: the arguments of a call; where there are none, the keyword arguments count.
+
+    Returns:
+        Empty where it is neither.
+    """
+    first = next(iter(inputs or keyword_arguments().values()), None)
+    if isinstance(first, Mapping):
+        first = next(iter(first.values()), None)
+    if isinstance(first, Tensor):
+        return () if first.is_nested else first.shape
+    return (len(first),) if isinstance(first, (list, tuple)) else ()
 
 
 @dataclass(eq=False, slots=True)
@@ -98,7 +115,7 @@ class _Thread(threading.local):
     Attributes:
         number: of the call that is running.
         start: number of its first node.
-        backward: number of the backward pass that it is made in, as a checkpoint's, or −1.
+        backward: number of the backward pass that it is made in, or −1.
         free: numbers of nodes that were made of weights alone.
         visited: nodes before it that `ModelCalls.trace` has come by.
         starts: first nodes of the calls that have returned, ascending.
@@ -108,6 +125,7 @@ class _Thread(threading.local):
         sizes: the number of samples that each layer got first in it.
         repeats: whether there are several of any.
         batches: the numbers of samples that attention and recurrent layers got.
+        has_axes: whether an input of any layer has several dimensions that may hold samples.
     """
 
     number: int = 0
@@ -122,6 +140,7 @@ class _Thread(threading.local):
     sizes: dict[Layer, int] = field(default_factory=dict)
     repeats: bool = False
     batches: set[int] = field(default_factory=set)
+    has_axes: bool = False
 
 
 class ModelCalls:
@@ -133,14 +152,13 @@ class ModelCalls:
 
     def __init__(self, samples: ModelCallSamples) -> None:
         self._joined = samples == "joined"
-        self._apart = samples == "apart"
+        self._told = samples != "separate"
         self._numbers = itertools.count(1)
         self._ancestors: dict[int, set[int]] = {}
         self._sizes: dict[int, set[int]] = {}
         self._roots: dict[int, dict[int, int]] = {}
         self._doubts: dict[tuple[int, Layer], str] = {}
         self._unbatched: set[int] = set()
-        self._recomputed: dict[tuple[int, Layer], int] = {}
         self._thread = _Thread()
         self._modules: frozenset[int] = frozenset()
         self._codes: frozenset[types.CodeType] = frozenset()
@@ -164,7 +182,6 @@ class ModelCalls:
         self._roots = {}
         self._doubts = {}
         self._unbatched = set()
-        self._recomputed = {}
         self._thread = _Thread()
 
     def begin(self) -> None:
@@ -177,7 +194,8 @@ class ModelCalls:
             thread.number = next(self._numbers)
             # Kept until the next call or the backward pass, so that no other frame gets its place in memory.
             thread.frame = None if frame is None else (frame, thread.number)
-            thread.uses, thread.sizes, thread.repeats, thread.batches = {}, {}, False, set()
+            thread.uses, thread.sizes, thread.repeats = {}, {}, False
+            thread.batches, thread.has_axes = set(), False
         thread.start, thread.backward = next_node_number(), backward_pass_number()
         thread.visited = set()
 
@@ -190,10 +208,11 @@ class ModelCalls:
         """
         thread = self._thread
         thread.free.update(node_number(each.grad_fn) for each in free if each.grad_fn is not None)
-        if thread.repeats and thread.frame is None and inputs:
-            self._find_pieces(inputs[0])
-        if thread.batches:
-            self._find_other_axes()
+        lengths = _lengths(inputs) if thread.frame is None and (thread.repeats or thread.has_axes) else ()
+        if thread.repeats:
+            self._find_pieces(lengths)
+        if thread.has_axes:
+            self._find_other_axes(lengths)
         stop = next_node_number()
         if stop > thread.start:
             thread.starts.append(thread.start)
@@ -207,6 +226,11 @@ class ModelCalls:
     def current(self) -> int:
         """Number of the call that is running on this thread."""
         return self._thread.number
+
+    @property
+    def backward(self) -> int:
+        """Number of the backward pass that it is made in, as those of reentrant checkpoints are, or −1."""
+        return self._thread.backward
 
     def trace(self, tensor: Tensor) -> None:
         """Find the earlier calls that ``tensor``, which the running call uses, was computed from."""
@@ -251,13 +275,10 @@ class ModelCalls:
         if size not in sizes:
             sizes.add(size)
             self._roots = {}
-        if thread.backward >= 0:
-            first = self._recomputed.setdefault((thread.backward, layer), thread.number)
-            if first != thread.number:
-                self._doubts[thread.number, layer] = CHECKPOINTS
         uses = thread.uses.get((layer, size))
         if uses is None:
             thread.uses[layer, size] = _Uses(unbatched, 1, inside, leading)
+            thread.has_axes |= len(leading) > 1
             if thread.sizes.setdefault(layer, size) != size:
                 self._doubts[thread.number, layer] = SIZES
         elif inside is None or inside is not uses.inside:
@@ -269,11 +290,8 @@ class ModelCalls:
         """Note that a layer of the call that is running, which knows its batch dimension, got a sample without one."""
         self._unbatched.add(self._thread.number)
 
-    def _find_pieces(self, given: Any) -> None:
-        """Find the layers that got pieces of the batch which the call that ends here was given."""
-        lengths: Sequence[int] = given.shape if isinstance(given, Tensor) else ()
-        if isinstance(given, (list, tuple)):
-            lengths = (len(given),)
+    def _find_pieces(self, lengths: Sequence[int]) -> None:
+        """Find the layers that got pieces of the batch, of whose dimensions some has as many rows as all together."""
         uses = self._thread.uses
         totals: dict[Layer, int] = {}
         for (layer, size), each in uses.items():
@@ -287,33 +305,32 @@ class ModelCalls:
             if each.count > 1 and size in cut:
                 self._doubts.setdefault((self._thread.number, layer), PIECES)
 
-    def _find_other_axes(self) -> None:
-        """Find the layers whose samples are along a dimension that attention or a recurrent layer has no samples in."""
-        batches = self._thread.batches
+    def _find_other_axes(self, lengths: Sequence[int]) -> None:
+        """Find the layers whose samples are along another dimension than one with as many samples as others got.
+
+        Those of the call's input are along its first dimension, unless the user says otherwise of a layer.
+        """
+        known = self._thread.batches
         for (layer, size), each in self._thread.uses.items():
-            if size not in batches and not batches.isdisjoint(each.leading):
+            batches = (known or (set() if layer.batch_dim else set(lengths[:1]))) - {1}
+            if size > 1 and size not in batches and not batches.isdisjoint(each.leading):
                 self._doubts[self._thread.number, layer] = AXIS
 
-    def find_doubt(self, number: int, layer: Layer, size: int, is_numbered: bool) -> str | None:
+    def find_doubt(self, number: int, layer: Layer, size: int) -> str | None:
         """Why nothing tells which samples a use is by.
 
         Args:
             number: of the call that it is in.
             layer: whose use it is.
             size: how many samples it gets.
-            is_numbered: whether the user has said which these are.
 
         Returns:
             The reason, or None.
         """
-        doubt = self._doubts.get((number, layer))
-        if doubt is CHECKPOINTS:
-            return None if self._apart else doubt
-        if is_numbered:
-            return None
         if size > 1 and number in self._unbatched:
             return ROWS
-        return None if doubt is not AXIS and (self._apart or self._joined) else doubt
+        doubt = self._doubts.get((number, layer))
+        return doubt if doubt is AXIS or not self._told else None
 
     def root(self, number: int, size: int) -> int:
         """The number that all calls share which see the same ``size`` samples as call ``number``."""

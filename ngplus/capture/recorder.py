@@ -33,7 +33,7 @@ from ngplus.capture.contractions import NoSampleGradient, UnsupportedCall
 from ngplus.capture.expressions import CONSTANTS, Expressions, Source
 from ngplus.capture.function_gradients import parse_function
 from ngplus.capture.function_mode import CaptureMode, FunctionCall, owner_of
-from ngplus.capture.model_calls import DOUBTS, ModelCalls
+from ngplus.capture.model_calls import CHECKPOINTS, DOUBTS, ModelCalls
 from ngplus.capture.op_handlers import OpCall, find_weights, parse_call
 from ngplus.capture.row_origins import RowOrigins
 from ngplus.capture.sample_index import SampleIndex
@@ -480,6 +480,7 @@ class Recorder:
                 size=size,
                 inside=call.time_major,
                 model_call=self._model_calls.current,
+                recomputed_in=self._model_calls.backward,
                 versions=record_versions(call),
             ),
         )
@@ -531,6 +532,7 @@ class Recorder:
         if record.backward_pass != backward_pass:
             self._reduce(record, record.captured)
             self._drop_stale(record)
+            self._check_checkpoint(record, use, backward_pass)
             record.backward_pass = backward_pass
         record.pending.discard(use)
         use.add_gradient(gradient)
@@ -589,8 +591,8 @@ class Recorder:
             else:
                 pairs = use.call.pairs(source, gradient.reshape(use.output_shape))
             numbers = None if index is None else index.index_of(record.layer.module)
-            if self._sampling.samples == "batch":
-                doubt = self._model_calls.find_doubt(use.model_call, record.layer, use.size, numbers is not None)
+            if numbers is None and self._sampling.samples == "batch":
+                doubt = self._model_calls.find_doubt(use.model_call, record.layer, use.size)
                 if doubt is not None:
                     raise UnsupportedCall(doubt)
             for pair, rows in pairs:
@@ -610,6 +612,14 @@ class Recorder:
     def _samples_of(self, use: WeightUse) -> int:
         """A number that uses share which are by the same samples; those of other sizes may have it too."""
         return self._model_calls.root(use.model_call, use.size)
+
+    def _check_checkpoint(self, record: LayerRecord, use: WeightUse, backward_pass: int) -> None:
+        """Leave a layer to the base of which a backward pass brings some gradients in those of its checkpoints."""
+        outer_pass = backward_pass if use.recomputed_in < 0 else use.recomputed_in
+        together = self._sampling.samples == "batch" and self._sampling.model_calls != "apart"
+        if together and outer_pass == record.outer_pass:
+            record.unsupported = CHECKPOINTS
+        record.outer_pass = outer_pass
 
     def _drop_stale(self, record: LayerRecord) -> None:
         """Drop the sums of a backward pass whose gradients are gone: a skipped step, then ``model.zero_grad()``.

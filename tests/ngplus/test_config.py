@@ -59,7 +59,7 @@ REFUSED = {
     "model_calls": (
         {"model_calls": "one"},
         ValueError,
-        "model_calls must be one of 'separate', 'joined', got 'one'",
+        "model_calls must be one of 'separate', 'joined', 'apart', got 'one'",
     ),
     "partial_capture": (
         {"partial_capture": "no"},

@@ -87,6 +87,20 @@ def test_a_weight_in_any_function_matches_the_oracle(name):
     assert set(optimizer.curvature) == {"inlet.weight", *shapes}
 
 
+def test_copies_of_a_weight_for_samples_that_are_one_go_to_the_base_with_a_warning():
+    """A convolution whose groups are the samples: its output has one sample, and a copy of the kernel for each."""
+
+    def fold(m, x):
+        return F.conv1d(x.flatten(0, 1)[None], m.w.repeat(len(x), 1, 1), groups=len(x)).unflatten(1, (len(x), -1))[0]
+
+    model, x = Product(fold, w=(6, 2, 2)), points(3, 2, 4)
+    optimizer = NGPlus(model, lr=1e-9, damping=0.3, update_every=1)
+    oracle.batch_loss(x)(model).backward()
+    with pytest.warns(UserWarning, match=r"^w is used by conv1d, where a single sample's gradient cannot be captured"):
+        optimizer.step()
+    assert set(optimizer.curvature) == {"inlet.weight"}
+
+
 class Standardized(nn.Conv2d):
     def forward(self, x):
         return F.conv2d(x, standardize(self.weight), self.bias, self.stride, self.padding)

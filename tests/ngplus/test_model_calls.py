@@ -340,7 +340,7 @@ def test_single_samples_in_a_loop_inside_a_call_can_be_numbered(name):
     assert oracle.error(model, expected) <= 1e-9
 
 
-def test_rows_beside_a_sequence_without_a_batch_dimension_leave_their_layers_to_the_base():
+def test_rows_in_a_call_with_a_sequence_without_a_batch_dimension_leave_their_layers_to_the_base():
     """Attention takes (T, E) for one sample, and linear layers take it for T of them."""
     x, model = points(3, 6, 4), nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0).double()
 
@@ -453,3 +453,35 @@ def test_layers_whose_samples_lie_elsewhere_than_those_of_attention_and_recurren
     left = named_layers(run, build(batch_first), AXIS, 4, **options)
     agree = batch_first == (not options)
     assert left == (set() if agree else {f"{name}.weight" for name in names.split()})
+
+
+class OverTimes(nn.Module):
+    """A linear layer over the times of (B, T, C) that has the samples second, given by name or in a dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Linear(3, 2)
+        self.double()
+
+    def forward(self, x=None, given=None):
+        return self.mix((given["x"] if x is None else x).permute(2, 0, 1))
+
+
+@pytest.mark.parametrize("call", [lambda m, x: m(x), lambda m, x: m(x=x), lambda m, x: m(given={"x": x})])
+@pytest.mark.parametrize("options", [{}, {"batch_dim": 1}])
+def test_a_layer_whose_samples_lie_elsewhere_than_those_of_the_input_goes_to_the_base(call, options):
+    x = points(5, 3, 4)
+    left = named_layers(
+        lambda m, which: sum(oracle.energy(each) for each in call(m, x[which]).unbind(1)), OverTimes(), AXIS, **options
+    )
+    assert left == (set() if options else {"mix.weight"})
+
+
+def test_pieces_of_a_batch_that_is_given_by_name_leave_their_layers_to_the_base():
+    class Named(Loop):
+        def forward(self, *, batch):
+            return super().forward(batch)
+
+    x = points(6, 4)
+    model = Named(nn.Sequential(nn.Linear(4, 3)).double(), 3)
+    assert named_layers(lambda m, which: oracle.energy(m(batch=x[which])), model, PIECES, 6) == {"body.0.weight"}
