@@ -11,6 +11,7 @@ from torch import nn
 from experiments.dataclass_io import read_settings
 from experiments.optimizers import registry
 from experiments.tasks.protocol import DatasetInfo, Metric
+from ngplus import suggest
 from tests.pages import DOCS, PAGES, find_code
 
 ELSEWHERE = {"schnetpack": "tests/experiments/integrations/test_schnetpack_task.py"}
@@ -72,7 +73,10 @@ def test_a_model_is_sharded_as_the_page_says(tmp_path):
     try:
         names = run("sharded", {"model": Blocks()})
         assert len(names["optimizer"].curvature) == 0
-        names["model"](torch.randn(4, 8)).square().mean().backward()
+        loss = lambda: names["model"](torch.randn(4, 8)).square().mean()  # noqa: E731
+        with pytest.raises(TypeError, match="is a DTensor: call suggest before the model is sharded"):
+            suggest(names["model"], loss)
+        loss().backward()
         names["optimizer"].step()
         assert len(names["optimizer"].curvature) == 3
     finally:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ngplus.capture.accumulator import Statistic
+from ngplus.capture.accumulator import Statistic, is_zero
 from ngplus.layers import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, Layer, is_transposed_linear
 from ngplus.optimizer import NGPlus
 from ngplus.starting.loss_graph import LossGraph, read_loss
@@ -114,7 +114,7 @@ class _Probe(NGPlus):
 
     def measure(self, layer: Layer) -> MeasuredLayer:
         """Measure what was kept of a layer."""
-        state = self.curvature[layer.name]
+        state = self._curvature.states[layer]
         shape, bias = state.shape, layer.trained_bias
         grouped = f"{shape.groups}×" if shape.groups > 1 else ""
         return MeasuredLayer(
@@ -125,8 +125,8 @@ class _Probe(NGPlus):
             largest=max(find_largest_eigenvalue(stack) for stack in state.average or []),
         )
 
-    def find_others(self, trained: set[int]) -> dict[str, list[str]]:
-        """The names of the parameters of no covered layer by reason; those that have a gradient are ``trained``."""
+    def find_others(self, zero: Mapping[int, bool]) -> dict[str, list[str]]:
+        """The names of the parameters of no covered layer by reason; ``zero`` is whether a gradient is, by id."""
         own = {id(each) for layer in self.covered for each in (layer.weight, layer.trained_bias)}
         reasons = {
             id(each): reason for layer, reason in self.reasons.items() for each in (layer.weight, layer.trained_bias)
@@ -134,7 +134,7 @@ class _Probe(NGPlus):
         others: dict[str, list[str]] = {}
         for name, parameter in [] if self._model is None else self._model.named_parameters():
             if id(parameter) not in own:
-                reason = reasons.get(id(parameter)) or _explain(parameter, id(parameter) in trained)
+                reason = reasons.get(id(parameter)) or _explain(parameter, zero.get(id(parameter)))
                 others.setdefault(reason, []).append(name)
         return others
 
@@ -200,16 +200,20 @@ class Measurement:
             none.
 
         Raises:
-            ValueError: no layer of the model is supported, or none has a gradient.
+            ValueError: no layer of the model is supported, or none has a curvature.
         """
         index = options.pop("sample_index", None)
         with _quiet():
             self._probe = _Probe(self._model, **options)
         self._probe.sample_index = index
         self._backward()
-        trained = {id(parameter) for parameter in self._model.parameters() if parameter.grad is not None}
+        zero = {id(each): is_zero(each.grad) for each in self._model.parameters() if each.grad is not None}
         self._step()
-        return [self._probe.measure(layer) for layer in self._probe.covered], self._probe.find_others(trained)
+        others = self._probe.find_others(zero)
+        if not self._probe.covered:
+            reasons = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in others.items())
+            raise ValueError(f"no layer of the model has a curvature: {reasons}")
+        return [self._probe.measure(layer) for layer in self._probe.covered], others
 
     def lengths(self, damping: float) -> tuple[float, float]:
         """Run the model forward and backward again, and precondition its gradients.
@@ -261,14 +265,14 @@ class Measurement:
             self._probe.step()
 
 
-def _explain(parameter: nn.Parameter, is_trained: bool) -> str:
+def _explain(parameter: nn.Parameter, has_zero: bool | None) -> str:
     if not parameter.requires_grad:
         return "is frozen"
-    if not is_trained:
+    if has_zero is None:
         return "has no gradient of this loss"
     if sum(size != 1 for size in parameter.shape) < 2:
         return "is a vector"
-    return "has no curvature that is finite"
+    return "has a gradient of zero" if has_zero else "has a gradient that no call of the model brings, or is not finite"
 
 
 def find_largest_eigenvalue(stack: Tensor) -> float:

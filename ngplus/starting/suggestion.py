@@ -100,7 +100,7 @@ def suggest(
         TypeError: an argument of the wrong type; a loss that is no tensor; weights that are sharded.
         ValueError: a number out of range; a learning rate without its base; a base whose learning rate cannot be
             guessed; a loss that is not finite, has no graph or does not depend on the model; a model without a
-            supported layer, or whose gradients are all zero.
+            supported layer, or whose gradients are all zero or cannot be captured.
 
     Example:
         >>> from ngplus import NGPlus, suggest
@@ -128,13 +128,14 @@ def suggest(
         chosen.add(choose_lr(chosen.settings["base"], lr, layers, shapes))
         if issubclass(chosen.settings["base"], torch.optim.SGD):
             chosen.add(scale_lr(chosen.settings["lr"], *measurement.lengths(chosen.settings["damping"])))
+    notes = [] if model.training else ["the model is in eval mode: call model.train() first if it is trained in it"]
     order = [name for name in _ORDER if name in chosen.settings]
     return Suggestion(
         settings={name: chosen.settings[name] for name in order},
         reasons={name: chosen.reasons[name] for name in order},
         layers=tuple(layers),
         to_base={reason: tuple(names) for reason, names in to_base.items()},
-        notes=tuple(chosen.notes),
+        notes=(*chosen.notes, *notes),
     )
 
 

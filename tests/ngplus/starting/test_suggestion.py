@@ -281,8 +281,20 @@ def test_what_is_wrong_is_refused_by_name(arguments, error, message):
 
 def test_gradients_that_are_all_zero_are_refused():
     model = mlp(4, 6, 3)
-    with pytest.raises(ValueError, match="the gradient of every layer is zero"):
+    with pytest.raises(ValueError, match=r"0\.weight, 2\.weight: has a gradient of zero"):
         suggest(model, lambda: model(points(5, 4)).sum() * 0, base=torch.optim.Adam, lr=1e-3)
+
+
+def test_a_model_of_which_nothing_can_be_captured_is_refused_with_the_reason():
+    model, inputs = nn.Linear(4, 3), points(5, 4, dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"no layer of the model has a curvature: weight: has a gradient that no call"):
+        suggest(model, lambda: F.linear(inputs, model.weight, model.bias).sum())
+
+
+def test_a_model_in_eval_mode_is_noted():
+    model, loss = classifier()
+    assert not any("eval mode" in note for note in suggest(model, loss).notes)
+    assert any("eval mode" in note for note in suggest(model.eval(), loss).notes)
 
 
 def test_a_model_without_a_supported_layer_is_refused():
