@@ -13,7 +13,18 @@ MODULES = {".".join(path.with_suffix("").parts).removesuffix(".__init__"): path 
 TREES = {name: ast.parse((REPOSITORY / path).read_text(encoding="utf-8")) for name, path in MODULES.items()}
 # What may be imported where: a folder knows those before it.
 ORDER = [
-    *("errors", "dataclass_io", "data_io", "integrations", "tasks", "records", "optimizers", "config", "training"),
+    *(
+        "errors",
+        "dataclass_io",
+        "plugins",
+        "data_io",
+        "integrations",
+        "tasks",
+        "records",
+        "optimizers",
+        "config",
+        "training",
+    ),
     *("launch", "analysis", "theory", "estimate", "bench", "tuning", "cli"),
 ]
 
