@@ -8,6 +8,9 @@ from pathlib import Path
 import torch
 
 REPOSITORY = Path(__file__).parents[2]
+# What this repository recorded: in a checkout, or in the installed package.
+_PLACES = (REPOSITORY / "results", Path(__file__).parents[1] / "recorded")
+RECORDED = next((place for place in _PLACES if place.is_dir()), None)
 PACKAGES = (
     "fairseq-fixed",
     "ngplus",

@@ -62,7 +62,7 @@ class TaskEntry:
     file: Path | None = None
 
 
-_NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
+TASK_NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 # What a task must have, by the protocol.
 _NEEDED = ("metric", "build_model", "steps_per_epoch", "train_batches", "loss", "evaluate", "to_device")
 
@@ -100,7 +100,7 @@ def _check_protocol(cls: Any, where: str) -> None:
     if missing := [name for name in _NEEDED if not hasattr(cls, name)]:
         raise PluginError(f"{where}: {cls.__name__} has no {', '.join(missing)}, which the protocol asks for")
     name = getattr(cls, "name", None)
-    if not isinstance(name, str) or not _NAME.fullmatch(name) or name in TASKS:
+    if not isinstance(name, str) or not TASK_NAME.fullmatch(name) or name in TASKS:
         raise PluginError(
             f"{where}: {cls.__name__}.name = {name!r}: must be small letters and digits with hyphens between, "
             f"and none of {', '.join(sorted(TASKS))}"
