@@ -14,7 +14,7 @@ def challenge_command(
     optimizer: Annotated[
         str | None,
         typer.Argument(
-            metavar="[OPTIMIZER]",
+            metavar="OPTIMIZER",
             help="package.module:Class, ./file.py:Class, or an entry point of the group ngplus.optimizers.",
         ),
     ] = None,
