@@ -159,7 +159,7 @@ def _probe(question: Question, folder: Folder, options: Options, recipes: Mappin
     for work in waiting:
         work.out.unlink(missing_ok=True)
     if waiting:
-        print(f"{question.name}: first steps on {len(waiting)} tasks", flush=True)
+        print(f"{question.name}: first steps on {', '.join(work.task for work in waiting)}", flush=True)
     failed = run_in_processes(waiting, workers=options.workers, threads=question.threads)
     entries = []
     for task, recipe in recipes.items():
@@ -228,7 +228,7 @@ def _do(works: Sequence[Attempt], question: Question, options: Options, what: st
 
 
 def _search(question: Question, folder: Folder, options: Options, entries: Sequence[_Entry]) -> None:
-    """All searches, and beside them the baselines."""
+    """All searches and, on the processors that are left, the baselines."""
     searched = _searches(question, entries)
     searches = {entry.recipe.task: _tuning(question, folder, options, entry) for entry in searched}
     first = [

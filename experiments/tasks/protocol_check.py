@@ -19,7 +19,7 @@ def check_task(make: Callable[[], Task]) -> None:
     """Check a task on a CPU: two epochs of batches, two models, one step.
 
     Args:
-        make: makes the task anew.
+        make: makes the task; called twice.
 
     Raises:
         ProtocolError: says what is not so.

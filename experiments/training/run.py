@@ -97,8 +97,8 @@ def run(recipe: Recipe, optimizer: str, seed: int, options: RunOptions, callback
     if done:
         return done
     record = _record_path(recipe, optimizer, seed, options)
-    anew = options.force or not options.checkpoints
-    before = None if anew else workers.from_first(lambda: _read_previous(record))
+    starts_over = options.force or not options.checkpoints
+    before = None if starts_over else workers.from_first(lambda: _read_previous(record))
     task = recipe.build_task(options.data_dir)
     device = choose_device(options.device, workers.local_rank)
     training = Training(recipe, optimizer, seed, task=task, device=device, workers=workers, shard=options.shard)
