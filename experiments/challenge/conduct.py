@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from experiments.challenge import challenge_page, result
 from experiments.challenge.folder import Folder
@@ -24,6 +24,9 @@ from experiments.records.run_record import record_path
 from experiments.training.run import RunOptions
 from experiments.tuning.search import STARTUP_TRIALS
 
+if TYPE_CHECKING:
+    from experiments.launch.slurm import Resources
+
 # Seconds that a process takes before it trains: importing torch and the task, reading the data.
 _START_S = 6.0
 # Of a question, what may change from one call to the next: it asks for more or fewer runs, and changes none.
@@ -38,11 +41,13 @@ class Options:
         workers: processes at a time.
         data_dir: where datasets are kept.
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+        cluster: what each run gets on a SLURM cluster; ``None`` for processes on this machine.
     """
 
     workers: int = 1
     data_dir: Path = Path("data")
     device: str = "auto"
+    cluster: "Resources | None" = None
 
 
 @dataclass(kw_only=True)
@@ -160,7 +165,7 @@ def _probe(question: Question, folder: Folder, options: Options, recipes: Mappin
         work.out.unlink(missing_ok=True)
     if waiting:
         print(f"{question.name}: first steps on {', '.join(work.task for work in waiting)}", flush=True)
-    failed = run_in_processes(waiting, workers=options.workers, threads=question.threads)
+    failed = _start(waiting, question, folder, options)
     entries = []
     for task, recipe in recipes.items():
         found = read_probed(works[task].out) or Probed(problem=failed.get(works[task].name, "was not probed"))
@@ -214,12 +219,21 @@ def _attempt(folder: Folder, work: Any) -> Attempt:
     return Attempt(work=work, failure=folder.root / "failures" / f"{work.name.replace('/', '-')}.txt")
 
 
-def _do(works: Sequence[Attempt], question: Question, options: Options, what: str) -> dict[str, str]:
+def _start(works: Sequence[Any], question: Question, folder: Folder, options: Options) -> dict[str, str]:
+    """Do it all in processes here or on the cluster; why it failed, by name."""
+    if options.cluster is None:
+        return run_in_processes(works, workers=options.workers, threads=question.threads)
+    from experiments.launch.slurm import run_on_cluster  # needs submitit, which only a cluster needs
+
+    return run_on_cluster(works, options.cluster, folder.root / "slurm")
+
+
+def _do(works: Sequence[Attempt], question: Question, folder: Folder, options: Options, what: str) -> dict[str, str]:
     """Do it all; why it failed, by name."""
     if not works:
         return {}
     print(f"{question.name}: {what}", flush=True)
-    failed = run_in_processes(works, workers=options.workers, threads=question.threads)
+    failed = _start(works, question, folder, options)
     files = {work.name: work.failure for work in works}
     return {
         name: files[name].read_text(encoding="utf-8") if files[name].exists() else reason
@@ -237,7 +251,7 @@ def _search(question: Question, folder: Folder, options: Options, entries: Seque
         for trial in list_first_trials(searches[entry.recipe.task], entry.trials)
         if not _trial_is_over(folder, question, entry, trial.number)
     ]
-    _do(first, question, options, f"the first trials of each search, {len(first)} in all")
+    _do(first, question, folder, options, f"the first trials of each search, {len(first)} in all")
     works = {entry.recipe.task: _attempt(folder, searches[entry.recipe.task]) for entry in searched}
     baselines = [
         (entry, _attempt(folder, Train(job=job)))
@@ -246,7 +260,7 @@ def _search(question: Question, folder: Folder, options: Options, entries: Seque
         for job in _baseline_jobs(question, folder, options, entry)
     ]
     what = f"{len(works)} searches and {len(baselines)} runs of baselines"
-    failed = _do([*works.values(), *(work for _, work in baselines)], question, options, what)
+    failed = _do([*works.values(), *(work for _, work in baselines)], question, folder, options, what)
     for entry in searched:
         if reason := failed.get(works[entry.recipe.task].name):
             entry.problem = f"the search failed: {reason}"
@@ -278,7 +292,7 @@ def _run(question: Question, folder: Folder, options: Options, entries: Sequence
         if not entry.problem and seed in entry.recipe.run.seeds
     ]
     waiting = [(entry, work) for entry, work in jobs if not _is_finished(entry, work.work.job)]
-    failed = _do([work for _, work in waiting], question, options, f"{len(waiting)} runs of {question.name}")
+    failed = _do([work for _, work in waiting], question, folder, options, f"{len(waiting)} runs of {question.name}")
     for entry, work in waiting:
         if reason := failed.get(work.name):
             entry.problem = entry.problem or f"{work.name} failed: {reason}"

@@ -76,9 +76,9 @@ class Probe:
 
     def run_in_one_line(self) -> None:
         """Probe as the whole of a process."""
-        report_errors_in_one_line(self._run)
+        report_errors_in_one_line(self.run)
 
-    def _run(self) -> None:
+    def run(self) -> None:
         """Write down what was found; a failure is a finding."""
         try:
             found = self._probe()

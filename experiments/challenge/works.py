@@ -49,9 +49,14 @@ class Attempt:
 
     def run_in_one_line(self) -> None:
         """Do it as the whole of a process."""
-        report_errors_in_one_line(self._run)
+        report_errors_in_one_line(self.run)
 
-    def _run(self) -> None:
+    def run(self) -> None:
+        """Do it.
+
+        Raises:
+            UserError: it failed, whatever the reason.
+        """
         self.failure.unlink(missing_ok=True)
         try:
             self.work.run()

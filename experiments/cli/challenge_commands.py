@@ -65,6 +65,12 @@ def challenge_command(
     threads: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="CPU threads of each; changes the last digits. Default: 1.")
     ] = None,
+    slurm: Annotated[bool, typer.Option("--slurm", help="Run it on a SLURM cluster; waits for its jobs.")] = False,
+    partition: Annotated[str | None, typer.Option(metavar="NAME", help="SLURM's partition.")] = None,
+    gpus: Annotated[int, typer.Option(metavar="N", help="GPUs of each job, with --slurm.")] = 0,
+    minutes: Annotated[
+        int, typer.Option(metavar="N", help="Until a job is queued again, with --slurm; at least 3.")
+    ] = 1440,
     format_: TableFormat = "terminal",
     device: Device = "auto",
     data_dir: DataDir = Path("data"),
@@ -95,8 +101,12 @@ def challenge_command(
     }
     question, file = asking.ask(given, settings=set_ or [], search=search or [], path=from_)
     place = Folder(folder or CHALLENGES / question.name)
-    workers = jobs or len(os.sched_getaffinity(0))
-    options = conduct.Options(workers=workers, data_dir=data_dir, device=device)
+    workers, cluster = jobs or len(os.sched_getaffinity(0)), None
+    if slurm:
+        from experiments.launch.slurm import Resources
+
+        cluster = Resources(partition=partition, gpus=gpus, threads=question.threads, minutes=minutes, at_once=jobs)
+    options = conduct.Options(workers=workers, data_dir=data_dir, device=device, cluster=cluster)
     problems = conduct.conduct(question, place, options, file)
     _print_tables(read_result(place.result), format_)
     typer.echo(f"{place.page}: where it wins, where it does not, how sure")
