@@ -320,6 +320,8 @@ def _baseline_jobs(question: Question, folder: Folder, options: Options, entry: 
     for name in _choose_baselines(question, entry):
         for seed in entry.recipe.run.seeds:
             job = _job(question, folder, options, entry, name, seed)
+            if question.rerun_baselines:
+                _drop_recorded(folder, entry, name, seed)
             if not question.rerun_baselines and _take_recorded(folder, entry, name, seed):
                 entry.recorded.append(f"{name}-seed{seed}.jsonl")
             elif not _is_finished(entry, job):
@@ -358,6 +360,14 @@ def _take_recorded(folder: Folder, entry: _Entry, name: str, seed: int) -> bool:
         shutil.copyfile(source, partial)
         partial.replace(target)
     return True
+
+
+def _drop_recorded(folder: Folder, entry: _Entry, name: str, seed: int) -> None:
+    """Remove a recorded run that an earlier call put there: it is to be run here."""
+    source = _recorded(entry, name, seed)
+    target = record_path(folder.results, entry.recipe.task, entry.recipe.scale, name, seed)
+    if source is not None and target.exists() and hash_file(target) == hash_file(source):
+        target.unlink()
 
 
 def _say_what_is_left(question: Question, folder: Folder, options: Options, entries: Sequence[_Entry]) -> None:

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from experiments.challenge.folder import Folder
-from experiments.challenge.probe import read_probed
 from experiments.challenge.question import FILE, Question, make_question, read_file
+from experiments.challenge.recipe_files import TRIALS
 from experiments.challenge.result import Result, list_records, make_result, read_result, trial_path
-from experiments.config.recipe import load_recipe
+from experiments.config.recipe import Recipe, load_recipe
 from experiments.dataclass_io import to_table
 from experiments.errors import UserError
 from experiments.plugins import hash_file
@@ -54,8 +54,8 @@ def verify(path: Path, data_dir: Path) -> tuple[list[str], list[str]]:
         own = list(_check_task(known, task, made))
         faults += own
         lines.append(f"{task}: {len(list_records(folder, question, task, made))} records, {_describe(made)}")
-        remark = _check_data(known, task, made)
-        (faults if remark.startswith("!") else lines).append(remark.removeprefix("!"))
+        remarks, others = _check_here(known, task, made)
+        lines, faults = lines + remarks, faults + others
     if not faults:  # else it was said already what does not fit
         faults += _compare(known)
     return lines, faults
@@ -152,20 +152,49 @@ def _check_search(known: _Checked, task: str, made: Mapping[str, Any], runs: Map
                 yield f"{name}: {', '.join(other)} is not what the best of the trials has"
 
 
-def _check_data(known: _Checked, task: str, made: Mapping[str, Any]) -> str:
-    """Whether the data here are those: a remark, which is a fault if it begins with ``!``."""
-    probed = read_probed(known.folder.probe(task))
-    asked = next((each for each in known.question.tasks if each == task), None)
+def _load_recipe(known: _Checked, task: str) -> Recipe | str:
+    """The task's recipe as it is here, or why there is none."""
     try:
-        asked = asked or next(each for each in known.question.tasks if find_task(each).name == task)
-        recipe = load_recipe(asked, known.question.scale)
+        asked = next(each for each in known.question.tasks if find_task(each).name == task)
+        return load_recipe(asked, known.question.scale)
+    except UserError as error:
+        return str(error)
+    except StopIteration:
+        return "the task is not one that was asked for"
+
+
+def _check_recipe(known: _Checked, recipe: Recipe, made: Mapping[str, Any]) -> Iterator[str]:
+    """That seeds and trials are those of the recipe, where nobody asked for others."""
+    tuning, name = recipe.tuning, f"{FILE}: {recipe.task}"
+    own = {"seeds": list(recipe.run.seeds), "epochs": recipe.run.epochs, "tuning_seed": recipe.run.tuning_seed}
+    if known.question.seeds:
+        del own["seeds"]
+    if known.question.trials is None and made["trials"]:
+        own["trials"] = tuning.trials if tuning else TRIALS
+    for key, value in own.items():
+        if made[key] != value:
+            yield f"{name}: {key} = {made[key]}, where the recipe has {value}"
+
+
+def _check_here(known: _Checked, task: str, made: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Remarks and faults in comparison with the recipe and the data that are here."""
+    recipe = _load_recipe(known, task)
+    if isinstance(recipe, str):
+        return [f"{task}: not compared with the recipe and the data: {recipe}"], []
+    faults, lines = [], []
+    if hash_file(recipe.path) == made["recipe_sha256"]:
+        faults += _check_recipe(known, recipe, made)
+        lines.append(f"{task}: the recipe is the one that is here")
+    else:
+        lines.append(f"{task}: the recipe here is another one, of another version perhaps, and was not compared")
+    try:
         here = recipe.build_task(known.data_dir).dataset.sha256
-    except (UserError, StopIteration) as error:
-        return f"{task}: the data are not here to compare with: {error}"
-    claimed = {made["dataset_sha256"], *([probed.dataset_sha256] if probed else [])}
-    if claimed != {here}:
-        return f"!{FILE}: {task}: the data here have the SHA-256 {here}, which is not {made['dataset_sha256']}"
-    return f"{task}: the data are those that are here"
+    except UserError as error:
+        return [*lines, f"{task}: the data are not here to compare with: {error}"], faults
+    if here == made["dataset_sha256"]:
+        return [*lines, f"{task}: the data are those that are here"], faults
+    other = f"{FILE}: {task}: the data here have the SHA-256 {here}, which is not {made['dataset_sha256']}"
+    return lines, [*faults, other]
 
 
 def _compare(known: _Checked) -> list[str]:

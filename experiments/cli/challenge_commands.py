@@ -101,7 +101,7 @@ def challenge_command(
     }
     question, file = asking.ask(given, settings=set_ or [], search=search or [], path=from_)
     place = Folder(folder or CHALLENGES / question.name)
-    workers, cluster = jobs or len(os.sched_getaffinity(0)), None
+    workers, cluster = jobs or _count_processors(), None
     if slurm:
         from experiments.launch.slurm import Resources
 
@@ -116,6 +116,11 @@ def challenge_command(
             err=True,
         )
         raise typer.Exit(1)
+
+
+def _count_processors() -> int:
+    """Those that this process may use, where the system says."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _print_tables(result: Any, format: str) -> None:

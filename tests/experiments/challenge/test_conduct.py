@@ -10,6 +10,7 @@ import pytest
 import torch
 from filelock import FileLock
 
+from experiments.challenge import conduct
 from experiments.challenge.probe import read_probed
 from experiments.challenge.question import read_file
 from experiments.challenge.result import read_result
@@ -255,6 +256,22 @@ def test_a_mistake_is_said_before_anything_runs(challenge, tmp_path, given, mess
     with pytest.raises(UserError, match=message):
         challenge("Sign", name, root=tmp_path, **given)
     assert not list(tmp_path.rglob("*.jsonl"))
+
+
+def test_recorded_baselines_are_taken_and_run_here_if_asked(challenge, sign, tmp_path, monkeypatch):
+    monkeypatch.setattr(conduct, "RECORDED", sign.results)
+    first = {"root": tmp_path, "trials": 0, "baselines": []}
+    folder, _ = challenge("Sign", "other", **first)
+    (task,) = read_result(folder.result).tasks
+    assert [each.optimizer for each in task.optimizers] == ["other", "adam"]  # what is recorded, and no other
+    assert (task.same_machine, task.optimizers[1].seconds_per_epoch) == (False, None)
+    name = "spirals/tiny/runs/adam-seed1.jsonl"
+    assert (folder.results / name).read_bytes() == (sign.results / name).read_bytes()
+    assert read_file(folder.file).made["spirals"]["recorded"] == ["adam-seed1.jsonl", "adam-seed2.jsonl"]
+    folder, _ = challenge("Sign", "other", **first | {"baselines": ["adam"], "rerun_baselines": True})
+    assert read_result(folder.result).tasks[0].same_machine
+    assert (folder.results / name).read_bytes() != (sign.results / name).read_bytes()
+    assert reproducible_values(read_run(folder.results / name)) == reproducible_values(read_run(sign.results / name))
 
 
 def test_its_file_says_all_that_it_takes_to_run_it_again(sign):

@@ -31,6 +31,7 @@ def test_what_was_left_alone_is_found_right(copy):
     lines, found = verify(copy.root, Path("data"))
     assert found == []
     assert "spirals: 10 records, seeds 1, 2, 6 trials at seed 0" in lines
+    assert "spirals: the recipe is the one that is here" in lines
     assert "spirals: the data are those that are here" in lines
 
 
@@ -84,6 +85,11 @@ def test_a_record_of_something_else_is_named(copy, where, old, new, message):
 def test_other_claims_than_were_asked_for_are_named(copy):
     edit(copy.file, "seeds = [1, 2]", "seeds = [1, 3]")  # the question's, which comes first
     assert any("seeds = [1, 2], where [1, 3] were asked for" in each for each in faults(copy))
+
+
+def test_what_is_claimed_but_not_the_recipes_is_named(copy):
+    edit(copy.file, "epochs = 3", "epochs = 4")
+    assert "challenge.toml: spirals: epochs = 4, where the recipe has 3" in faults(copy)
 
 
 def test_other_data_here_are_named(copy):
