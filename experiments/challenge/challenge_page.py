@@ -122,6 +122,8 @@ def list_comparisons(result: Result) -> list[list[str]]:
 def _verdict(each: Against) -> str:
     """Both measures in words; what is not shown says so."""
     parts = {"epochs": each.epochs, "best": each.best_metric}
+    if each.epochs and each.epochs.verdict == each.best_metric.verdict:
+        parts = {"both": each.best_metric}
     said = [
         f"{name}: {part.verdict}{'' if part.verdict in (*_SHOWN, 'tied') else ', not shown'}"
         for name, part in parts.items()

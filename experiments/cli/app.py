@@ -244,6 +244,7 @@ def estimate_command(
         bool, typer.Option("--cpu-time", help="Count seconds on a processor: for a CPU that others use too.")
     ] = False,
     csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the table there.")] = None,
+    format_: TableFormat = "terminal",
     device: Device = "auto",
     data_dir: DataDir = Path("data"),
 ) -> None:
@@ -261,7 +262,7 @@ def estimate_command(
         device=device, data_dir=data_dir, steps=steps, batch=batch, rate=flops, cpu_time=cpu_time
     )
     found = estimating.estimate(recipe, optimizer, options)
-    estimate_table.show(found)
+    estimate_table.show(found, format_)
     if csv:
         estimate_table.write(found, csv)
 
