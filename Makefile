@@ -21,6 +21,9 @@ MINUTES ?= 25
 # How many trials an optimizer, by default the recipe's number; e.g. TUNE_OPTIONS="--optimizer adam".
 TRIALS ?=
 TUNE_OPTIONS ?=
+# What `make challenge` puts to the test, and how.
+OPTIMIZER ?=
+CHALLENGE_OPTIONS ?=
 TUNE = $(EXPERIMENTS) tune --scale $(SCALE) $(if $(TRIALS),--trials $(TRIALS)) $(TUNE_OPTIONS)
 
 # Where it is set, as in many containers, each process would compile torch and the others anew: 6 of a run's 11 seconds.
@@ -52,7 +55,7 @@ BENCH_estimate := estimate.check
 
 .DEFAULT_GOAL := help
 .PHONY: help setup test test-browser lint lock reproduce reproduce-figure1 reproduce-theory data-iwslt14 force
-.PHONY: bench docs gpu package report $(TASKS:%=reproduce-%) $(TASKS:%=tune-%) $(BENCHES:%=bench-%)
+.PHONY: bench challenge docs gpu package report $(TASKS:%=reproduce-%) $(TASKS:%=tune-%) $(BENCHES:%=bench-%)
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*##  */\1\t/p; s/^## \([^:]*\): */\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name what; do printf '  %-18s %s\n' "$$name" "$$what"; done
@@ -109,6 +112,10 @@ bench: $(STAMP)  ## what a step costs under each optimizer, on the four models
 $(BENCHES:%=bench-%): bench-%: $(STAMP)
 	$(PYTHON) -m experiments.$(BENCH_$*) $(OPTIONS)
 
+# E.g. OPTIMIZER=pytorch_optimizer:Lion CHALLENGE_OPTIONS="--tasks schnet-qm9 --search lr=1e-4:1e-2:log".
+challenge: $(STAMP)  ## put OPTIMIZER (package.module:Class, ./file.py:Class) to the test, by default at scale tiny
+	$(EXPERIMENTS) challenge $(OPTIMIZER) --scale $(SCALE) $(CHALLENGE_OPTIONS)
+
 report: $(STAMP)  ## build results/report/index.html from the records in REPORT=results
 	$(EXPERIMENTS) verdicts --short --results-dir $(REPORT)
 	$(EXPERIMENTS) report --results-dir $(REPORT)
@@ -116,8 +123,8 @@ report: $(STAMP)  ## build results/report/index.html from the records in REPORT=
 docs: $(STAMP)  ## build the documentation in build/docs; a warning is an error
 	$(VENV)/bin/sphinx-build -E -W --keep-going -q docs build/docs
 
-package: $(STAMP)  ## build wheel and sdist in dist/, and check them
-	$(VENV)/bin/uv build --clear && $(VENV)/bin/uvx twine check --strict dist/*
+package: $(STAMP)  ## build the optimizer's and the suite's packages in dist/, and check them
+	$(VENV)/bin/uv build --clear && $(VENV)/bin/uv build --wheel suite -o dist && $(VENV)/bin/uvx twine check --strict dist/*
 
 test-browser: $(STAMP)  ## test the report in Debian's chromium, headless
 	chromium=$$(sh scripts/chromium.sh) && CHROMIUM=$$chromium OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m browser tests/browser
@@ -126,4 +133,4 @@ gpu: $(STAMP)  ## all that needs a GPU: tests, benches, SchNet at the paper's sc
 	$(PYTHON) -m experiments.bench.gpu --minutes $(MINUTES)
 
 lock: $(STAMP)  ## write down the newest set of packages that fits pyproject.toml
-	$(VENV)/bin/uv pip compile pyproject.toml --all-extras --universal --python-version 3.12 --no-annotate --no-header --no-emit-index-url -o requirements.lock --upgrade
+	$(VENV)/bin/uv pip compile pyproject.toml --extra all --extra dev --extra docs --universal --python-version 3.12 --no-annotate --no-header --no-emit-index-url -o requirements.lock --upgrade

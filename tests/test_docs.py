@@ -1,6 +1,7 @@
 """Tables of the pages are those of the records, and no page uses a word that has another one in the field."""
 
 import re
+from dataclasses import fields
 
 import pandas as pd
 import pytest
@@ -9,6 +10,7 @@ import ngplus
 import ngplus.baselines
 import ngplus.sharded
 from experiments.analysis import comparison, verdicts
+from experiments.challenge.result import Against, Difference, Measured, Profile, Result, TaskResult
 from experiments.optimizers import registry
 from tests.pages import DOCS, PAGES, REPOSITORY
 
@@ -253,6 +255,15 @@ def test_every_column_is_on_the_page_of_the_report(columns):
         named |= {*words, *(word + suffix for word in words for suffix in suffixes)}
     assert len(columns) > 5
     assert columns <= named
+
+
+@pytest.mark.parametrize("part", [Result, TaskResult, Measured, Against, Difference, Profile])
+def test_every_field_of_a_challenges_result_is_on_its_page(part):
+    page = (DOCS / "challenge.md").read_text(encoding="utf-8")
+    schema = page[page.index("## `result.json`") : page.index("## A task of your own")]
+    assert [
+        each.name for each in fields(part) if f"`{each.name}`" not in schema and f".{each.name}`" not in schema
+    ] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -47,10 +47,10 @@ class Comparable:
         if not self.runs:
             raise ValueError("runs is empty: there must be one run at least")
 
-    def by_optimizer(self) -> dict[str, list[Run]]:
-        """The runs of each optimizer, the reference first, the rest by name; seeds ascending."""
+    def by_optimizer(self, first: str | None = None) -> dict[str, list[Run]]:
+        """The runs of each optimizer, the reference or `first` first, the rest by name; seeds ascending."""
         names = sorted({run.manifest.optimizer for run in self.runs})
-        first = self.reference()
+        first = first or self.reference()
         names.sort(key=lambda name: name != first)
         return {name: [run for run in self.runs if run.manifest.optimizer == name] for name in names}
 

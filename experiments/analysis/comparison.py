@@ -142,17 +142,18 @@ def write_csv(frame: pd.DataFrame, path: Path) -> None:
     partial.replace(path)
 
 
-def summarise(comparable: Comparable) -> pd.DataFrame:
+def summarise(comparable: Comparable, against: str | None = None) -> pd.DataFrame:
     """The table that `compare` writes.
 
     Args:
         comparable: the runs of a task at a scale.
+        against: the optimizer that the others are compared with in place of the reference; the target stays.
 
     Returns:
         A row an optimizer, the reference first.
     """
-    runs = comparable.by_optimizer()
-    reference = comparable.reference()
+    reference = against or comparable.reference()
+    runs = comparable.by_optimizer(reference)
     outcomes = {
         name: {run.manifest.seed: summarise_run(run, comparable.target) for run in own} for name, own in runs.items()
     }

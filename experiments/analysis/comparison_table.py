@@ -1,9 +1,8 @@
-"""The comparison as a table: for a terminal of 100 columns, in Markdown, or in LaTeX."""
+"""The comparison as a table: for a terminal of 100 columns, in Markdown, in LaTeX, or as CSV."""
 
 import math
-from collections.abc import Callable
 from io import StringIO
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 from rich import box
@@ -13,8 +12,8 @@ from rich.table import Table
 from experiments.analysis.comparable_runs import name_data
 from experiments.analysis.comparison import DEVICES
 from experiments.records.run_record import REFERENCE_BEST
+from experiments.table_formats import Format, render_table
 
-Format = Literal["terminal", "markdown", "latex"]
 WIDTH = 100
 MISSED = "missed"
 
@@ -32,14 +31,11 @@ def render(frame: pd.DataFrame, format: Format = "terminal") -> str:
     Raises:
         ValueError: for another format.
     """
-    renderers: dict[str, Callable[[pd.DataFrame], str]] = {
-        "terminal": _terminal,
-        "markdown": _markdown,
-        "latex": _latex,
-    }
-    if format not in renderers:
-        raise ValueError(f"format = {format!r}: must be one of {', '.join(renderers)}")
-    return renderers[format](frame)
+    if format == "terminal":
+        return _terminal(frame)
+    if format == "csv":  # every column, as in comparison.csv
+        return frame.to_csv(index=False, float_format="%.6g").rstrip("\n")
+    return render_table(*cells(frame), format, title=title(frame), notes=notes(frame))
 
 
 def title(frame: pd.DataFrame) -> str:
@@ -183,42 +179,3 @@ def _terminal(frame: pd.DataFrame) -> str:
     for note in notes(frame):
         console.print(note)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
-
-
-def _markdown(frame: pd.DataFrame) -> str:
-    header, rows = cells(frame)
-    rule = ["---"] + ["---:"] * (len(header) - 1)
-    lines = ["| " + " | ".join(cells) + " |" for cells in (header, rule, *rows)]
-    # Each note is a paragraph of its own.
-    return "\n".join([f"**{title(frame)}**", "", *lines, "", "\n\n".join(notes(frame))])
-
-
-def _latex(frame: pd.DataFrame) -> str:
-    header, rows = cells(frame)
-    body = [" & ".join(map(_escape, row)) + r" \\" for row in rows]
-    return "\n".join(
-        [
-            f"% {title(frame)}",
-            *(f"% {note}" for note in notes(frame)),
-            r"\begin{tabular}{l" + "r" * (len(header) - 1) + "}",
-            r"\toprule",
-            " & ".join(map(_escape, header)) + r" \\",
-            r"\midrule",
-            *body,
-            r"\bottomrule",
-            r"\end{tabular}",
-        ]
-    )
-
-
-def _escape(text: str) -> str:
-    for plain, latex in (
-        ("_", r"\_"),
-        ("%", r"\%"),
-        ("±", r"$\pm$"),
-        ("×", r"$\times$"),
-        ("∞", r"$\infty$"),
-        ("–", "--"),
-    ):
-        text = text.replace(plain, latex)
-    return text

@@ -10,7 +10,7 @@ import pandas as pd
 from experiments.analysis.comparable_runs import BEYOND_PAPER, load_comparable, name_data
 from experiments.analysis.comparison import summarise
 from experiments.analysis.profiles import entrants, ratios, score, without_forms
-from experiments.analysis.verdict_table import markdown
+from experiments.table_formats import Format, render_table
 
 NOT_RUN = "–"
 
@@ -92,8 +92,8 @@ def _standard_error(row: pd.Series) -> float:
     return row.best_metric_std / math.sqrt(row.seeds) if math.isfinite(row.best_metric_std) else 0.0
 
 
-def overview(results_dir: Path, tasks: Sequence[str], scale: str) -> str:
-    """A row an optimizer, a column a task, in Markdown, by falling score of the performance profiles (epochs).
+def overview(results_dir: Path, tasks: Sequence[str], scale: str, format: Format = "markdown") -> str:
+    """A row an optimizer, a column a task, by falling score of the performance profiles (epochs).
 
     The score is over the paper's tasks, of the paper's NG+ and its peers; forms beyond the paper have none.
 
@@ -101,9 +101,10 @@ def overview(results_dir: Path, tasks: Sequence[str], scale: str) -> str:
         results_dir: where the records are.
         tasks: that have finished runs.
         scale: of the runs.
+        format: where it is to stand.
 
     Returns:
-        The table in Markdown.
+        The table as text.
 
     Raises:
         UserError: one of the tasks has none.
@@ -118,4 +119,4 @@ def overview(results_dir: Path, tasks: Sequence[str], scale: str) -> str:
     head = ["optimizer", "profile", *(column.title() for column in columns.values())]
     shown = {name: f"{scores[name]:.2f}" if name in scores else NOT_RUN for name in names}
     body = [[name, shown[name], *(column.cell(name) for column in columns.values())] for name in ordered]
-    return markdown(head, body)
+    return render_table(head, body, format, figures=False)

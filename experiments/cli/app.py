@@ -3,12 +3,12 @@
 Each command imports what it needs itself: torch alone takes seconds, and help and mistakes should not wait for it.
 """
 
-import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
+from experiments.cli import challenge_commands
 from experiments.cli.shared_options import (
     CheckpointDir,
     CheckpointEvery,
@@ -21,11 +21,13 @@ from experiments.cli.shared_options import (
     ResultsDir,
     Scale,
     Seeds,
+    TableFormat,
     TaskName,
     TensorBoard,
     Threads,
     Variant,
     Workers,
+    say_loading,
 )
 from experiments.dataclass_io import list_allowed
 from experiments.errors import UserError
@@ -74,7 +76,7 @@ def run_command(
     where it stopped. Several runs go one after the other, all optimizers for the first seed, then all for the
     next. Under torchrun, the processes train each run together.
     """
-    _say_loading()
+    say_loading()
     from experiments.launch.jobs import make_jobs, run_jobs
     from experiments.training.run import RunOptions
 
@@ -124,7 +126,7 @@ def sweep_command(
     All optimizers for the first seed come before the next seed. What is finished is not run again, what was
     interrupted goes on where it stopped, and a run that fails does not stop the others.
     """
-    _say_loading()
+    say_loading()
     from experiments.launch.jobs import make_jobs, run_jobs
     from experiments.training.run import RunOptions
 
@@ -176,7 +178,7 @@ def tune_command(
     at the tuning seed. The trials are kept in tuning.csv next to the results. What was interrupted goes on where it
     stopped.
     """
-    _say_loading()
+    say_loading()
     from experiments.config.recipe import load_recipe
     from experiments.training.run import RunOptions
     from experiments.tuning.tune import tune
@@ -211,7 +213,7 @@ def sensitivity_command(
     Writes sensitivity.csv and heat maps next to the results; rows of grids that are not asked for stay. What is
     finished is not run again, and what was interrupted goes on where it stopped.
     """
-    _say_loading()
+    say_loading()
     from experiments.config.recipe import load_recipe
     from experiments.training.run import RunOptions
     from experiments.tuning.sensitivity import measure
@@ -242,6 +244,7 @@ def estimate_command(
         bool, typer.Option("--cpu-time", help="Count seconds on a processor: for a CPU that others use too.")
     ] = False,
     csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the table there.")] = None,
+    format_: TableFormat = "terminal",
     device: Device = "auto",
     data_dir: DataDir = Path("data"),
 ) -> None:
@@ -250,7 +253,7 @@ def estimate_command(
     The paper's data need not be here: batches are made up where they are missing, of the true shape and number.
     Prints a table and what was assumed.
     """
-    _say_loading()
+    say_loading()
     from experiments.config.recipe import load_recipe
     from experiments.estimate import estimate_table, estimating
 
@@ -259,7 +262,7 @@ def estimate_command(
         device=device, data_dir=data_dir, steps=steps, batch=batch, rate=flops, cpu_time=cpu_time
     )
     found = estimating.estimate(recipe, optimizer, options)
-    estimate_table.show(found)
+    estimate_table.show(found, format_)
     if csv:
         estimate_table.write(found, csv)
 
@@ -279,9 +282,7 @@ def table_command(
         str | None, typer.Argument(metavar="[TASK]", help="The task. Default: every task that has runs.")
     ] = None,
     scale: Scale = "tiny",
-    format_: Annotated[
-        Literal["terminal", "markdown", "latex"], typer.Option("--format", help="How to print the table.")
-    ] = "terminal",
+    format_: TableFormat = "terminal",
     results_dir: ResultsDir = OWN_RESULTS,
 ) -> None:
     """Compare the optimizers that were run.
@@ -298,34 +299,37 @@ def table_command(
 
 
 @app.command("profiles")
-def profiles_command(scale: Scale = "tiny", results_dir: ResultsDir = Path("results")) -> None:
+def profiles_command(
+    scale: Scale = "tiny", format_: TableFormat = "terminal", results_dir: ResultsDir = Path("results")
+) -> None:
     """Compare the optimizers over all tasks that were run: performance profiles and geometric-mean speed-ups.
 
     Prints the table, and writes profiles-SCALE.csv and a figure into the results. Never starts a run.
     """
     from experiments.analysis import profiles
+    from experiments.table_formats import render_frame
 
     table = profiles.profile(results_dir, _tasks_with_runs(results_dir, scale), scale)
-    typer.echo(table.drop(columns="scale").to_string(index=False, float_format=lambda value: f"{value:.3g}"))
+    typer.echo(render_frame(table.drop(columns="scale"), format_))
 
 
 @app.command("overview")
-def overview_command(scale: Scale = "tiny", results_dir: ResultsDir = Path("results")) -> None:
-    """Print every optimizer on every task that was run, as a table in Markdown.
+def overview_command(
+    scale: Scale = "tiny", format_: TableFormat = "markdown", results_dir: ResultsDir = Path("results")
+) -> None:
+    """Print every optimizer on every task that was run.
 
     A cell has the median over seeds of the best value ± its standard deviation, and in brackets the epochs to the
     reference's best. Never starts a run.
     """
     from experiments.analysis import overview
 
-    typer.echo(overview.overview(results_dir, _tasks_with_runs(results_dir, scale), scale))
+    typer.echo(overview.overview(results_dir, _tasks_with_runs(results_dir, scale), scale, format_))
 
 
 @app.command("verdicts")
 def verdicts_command(
-    format_: Annotated[
-        Literal["terminal", "markdown"], typer.Option("--format", help="How to print the table.")
-    ] = "terminal",
+    format_: TableFormat = "terminal",
     short: Annotated[bool, typer.Option("--short", help="Only the claims that the paper is read for.")] = False,
     results_dir: ResultsDir = Path("results"),
 ) -> None:
@@ -386,6 +390,11 @@ def data_command(
     typer.echo(f"{name}: {PREPARE[name](data_dir)}")
 
 
+app.command("challenge")(challenge_commands.challenge_command)
+app.command("verify")(challenge_commands.verify_command)
+app.command("new-task")(challenge_commands.new_task_command)
+
+
 def _tasks_with_runs(results_dir: Path, scale: str) -> list[str]:
     """The tasks of which there are runs, at least one."""
     from experiments.cli import listing
@@ -394,12 +403,6 @@ def _tasks_with_runs(results_dir: Path, scale: str) -> list[str]:
     if not names:
         raise UserError(f"{results_dir}: there are no runs at scale {scale}; `run` makes them")
     return names
-
-
-def _say_loading() -> None:
-    """The first line, before torch is imported; only for a person."""
-    if sys.stderr.isatty():
-        print("loading torch …", file=sys.stderr, flush=True)
 
 
 def _overrides(given: list[str] | None, epochs: int | None) -> tuple[str, ...]:

@@ -1,7 +1,8 @@
-"""The arguments and options that several commands share."""
+"""The arguments and options that several commands share, and their first line."""
 
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -49,3 +50,12 @@ CheckpointDir = Annotated[
 CheckpointEvery = Annotated[float, typer.Option(metavar="SECONDS", help="Time between checkpoints inside an epoch.")]
 Workers = Annotated[int, typer.Option(metavar="N", min=1, help="Runs at a time.")]
 Threads = Annotated[int, typer.Option(metavar="N", min=1, help="CPU threads of each process.")]
+TableFormat = Annotated[
+    Literal["terminal", "markdown", "latex", "csv"], typer.Option("--format", help="How to print the table.")
+]
+
+
+def say_loading() -> None:
+    """Print the first line, before torch is imported; only for a person."""
+    if sys.stderr.isatty():
+        print("loading torch …", file=sys.stderr, flush=True)

@@ -25,11 +25,11 @@ from experiments.config.sensitivity_grid import Sensitivity, read_sensitivity
 from experiments.config.tuning_space import Tuning, read_tuning
 from experiments.dataclass_io import SettingsError, list_allowed, read_settings, to_table
 from experiments.errors import UserError
-from experiments.optimizers.registry import find_entry
+from experiments.optimizers.registry import Entry, find_outside
 from experiments.optimizers.schedule_settings import Constant, DampingSchedule, LRSchedule
 from experiments.records.run_record import Target
-from experiments.tasks import TASKS
-from experiments.tasks.protocol import Split
+from experiments.tasks import TaskEntry, find_task
+from experiments.tasks.protocol import Split, Task
 
 RECIPES = Path(__file__).parent / "recipes"
 SCALES = ("tiny", "small", "paper")
@@ -100,12 +100,14 @@ class OptimizerRecipe:
 
     Attributes:
         name: as in the recipe, with its suffix.
+        entry: what builds it.
         settings: the registry's dataclass for it.
         schedule: of the learning rate.
         damping_schedule: of the damping, ``None`` to leave it as it is.
     """
 
     name: str
+    entry: Entry
     settings: Any
     schedule: LRSchedule
     damping_schedule: DampingSchedule | None
@@ -120,7 +122,8 @@ class Recipe:
     """A recipe as read and checked.
 
     Attributes:
-        task: the task's name.
+        task_entry: the task: its name, what builds it.
+        asked: what the task was asked for by: its name, or where it is.
         scale: one of `SCALES`, which may carry a suffix.
         path: the file.
         task_settings: the ``[task]`` table, for the task to check.
@@ -132,7 +135,8 @@ class Recipe:
         overrides: values that were given in place of the file's.
     """
 
-    task: str
+    task_entry: TaskEntry
+    asked: str
     scale: str
     path: Path
     task_settings: Mapping[str, Any]
@@ -143,10 +147,19 @@ class Recipe:
     sensitivity: Sensitivity | None
     overrides: tuple[str, ...]
 
+    @property
+    def task(self) -> str:
+        """The task's name."""
+        return self.task_entry.name
+
+    def build_task(self, data_dir: Path) -> Task:
+        """The task, made with the ``[task]`` table; `data_dir` is where datasets are kept."""
+        return self.task_entry.build(self.task_settings, scale=self.scale, data_dir=data_dir)
+
     def override(self, overrides: Mapping[str, Any]) -> "Recipe":
         """The recipe with other values, by dotted key."""
         given = (*self.overrides, *(f"{key}={value}" for key, value in overrides.items()))
-        return load_recipe(self.task, self.scale, overrides=given, folder=self.path.parents[1])
+        return load_recipe(self.asked, self.scale, overrides=given, folder=self.path.parents[1])
 
     def manifest_settings(self, optimizer: str) -> dict[str, Any]:
         """All settings of one optimizer's runs, defaults included, as a run's manifest keeps them."""
@@ -163,10 +176,10 @@ def load_recipe(task: str, scale: str, *, overrides: Sequence[str] = (), folder:
     """Read a recipe.
 
     Args:
-        task: the task's name.
+        task: the task's name, or where it is (`find_task`).
         scale: one of `SCALES`, which may carry a suffix.
         overrides: values that replace the file's, e.g. ``"optimizers.sgd.lr=0.2"``.
-        folder: where the recipes are, by default this package's own.
+        folder: where the recipes are, by default the task's own or this package's.
 
     Returns:
         The recipe, checked, with the overrides in it.
@@ -175,8 +188,8 @@ def load_recipe(task: str, scale: str, *, overrides: Sequence[str] = (), folder:
         SettingsError: for what is unknown, missing, mistyped or without a source; names the file, the key
             and the value, and lists what is allowed.
     """
-    folder = folder or RECIPES
-    path = _find_recipe(task, scale, folder)
+    entry = find_task(task)
+    path = _find_recipe(entry.name, scale, folder or entry.recipes or RECIPES)
     table = _read_toml(path)
     for override in overrides:
         _override(table, override)
@@ -186,7 +199,8 @@ def load_recipe(task: str, scale: str, *, overrides: Sequence[str] = (), folder:
     optimizers = {name: _optimizer(name, own, path) for name, own in values["optimizers"].items()}
     run = _run(values, f"{path}: [run]")
     return Recipe(
-        task=task,
+        task_entry=entry,
+        asked=task,
         scale=scale,
         path=path,
         task_settings=MappingProxyType(values["task"]),
@@ -214,8 +228,6 @@ def list_scales(task: str, folder: Path | None = None) -> list[str]:
 
 
 def _find_recipe(task: str, scale: str, folder: Path) -> Path:
-    if task not in TASKS:
-        raise SettingsError(f"task = {task!r}: there is no such task; {list_allowed(TASKS)}")
     there = list_scales(task, folder)
     if scale not in there:
         raise SettingsError(f"scale = {scale!r}: {task} has no recipe for it; {list_allowed(there)}")
@@ -303,17 +315,17 @@ def _optimizer(name: str, table: Any, path: Path) -> OptimizerRecipe:
     where = f"{path}: [optimizers.{name}]"
     if not isinstance(table, dict):
         raise SettingsError(f"{where}: must be a table")
-    entry = find_entry(name, f"{path}: [optimizers]: name")
+    entry = find_outside(name, table, f"{path}: [optimizers]", path.parent)
     schedules = {
         "schedule": table.get("schedule", {"kind": Constant.kind}),
         "damping_schedule": table.get("damping_schedule"),
     }
-    own = {key: value for key, value in table.items() if key not in schedules}
+    own = {key: value for key, value in table.items() if key not in (*schedules, "kind")}
     settings = read_settings(entry.settings, own, where)
     read = read_settings(_Schedules, schedules, where)
     try:
         return OptimizerRecipe(
-            name=name, settings=settings, schedule=read.schedule, damping_schedule=read.damping_schedule
+            name=name, entry=entry, settings=settings, schedule=read.schedule, damping_schedule=read.damping_schedule
         )
     except ValueError as error:
         raise SettingsError(f"{where}: {error}") from None

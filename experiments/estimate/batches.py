@@ -12,7 +12,6 @@ from experiments.estimate.measuring import Clock, measure_briefly
 from experiments.estimate.stand_ins import STAND_INS
 from experiments.estimate.timed_steps import Parts
 from experiments.estimate.training_memory import MemoryUse
-from experiments.tasks import TASKS
 from experiments.tasks.protocol import Task
 
 LIMIT_S = 60.0
@@ -96,7 +95,7 @@ def choose_batch(
 def load_task_or_stand_in(recipe: Recipe, data_dir: Path) -> tuple[Task, str | None]:
     """The recipe's task, or a stand-in if its data are not here; and what that is made of."""
     try:
-        return TASKS[recipe.task](recipe.task_settings, scale=recipe.scale, data_dir=data_dir), None
+        return recipe.build_task(data_dir), None
     except DataFileError as missing:
         build = STAND_INS.get((recipe.task, recipe.task_settings.get("data", "")))
         if build is None:

@@ -1,6 +1,7 @@
 """An estimate on paper: a table, its assumptions, and the same as CSV."""
 
 import csv
+from io import StringIO
 from pathlib import Path
 
 from rich.console import Console
@@ -8,6 +9,7 @@ from rich.table import Table
 
 from experiments.estimate.estimating import Estimate
 from experiments.estimate.prediction import Prediction
+from experiments.table_formats import Format, render_table
 
 WIDTH = 130
 COLUMNS = (
@@ -16,26 +18,34 @@ COLUMNS = (
 )
 
 
-def show(found: Estimate) -> None:
+def show(found: Estimate, format: Format = "terminal") -> None:
     """Print the table and the assumptions.
 
     Args:
         found: what is printed.
+        format: how; CSV has every figure, as `write` writes it, and no assumptions.
     """
-    console = Console(highlight=False)
-    console.width = max(WIDTH, console.width)  # a table in a file or a pipe is not cut
     at = [] if found.rate is None else [f"hours at {found.rate / 1e12:.3g} TFLOP/s"]
     title = f"{found.task}, scale {found.scale}, on {found.device}"
-    table = Table(title=title, title_justify="left")
     columns = ["GPU hours" if found.on_gpu and name == "hours" else name for name in COLUMNS]
+    rows = [_cells(row, found.rate) for row in found.predictions]
+    assumptions = ["Assumptions:", *(f"- {sentence}" for sentence in found.assumptions)]
+    if format == "csv":
+        print(_csv(found), end="")
+        return
+    if format != "terminal":
+        print(render_table([*columns, *at], rows, format, title=title, notes=assumptions))
+        return
+    console = Console(highlight=False)
+    console.width = max(WIDTH, console.width)  # a table in a file or a pipe is not cut
+    table = Table(title=title, title_justify="left")
     for index, name in enumerate((*columns, *at)):
         table.add_column(name, justify="right" if index else "left")
-    for row in found.predictions:
-        table.add_row(*_cells(row, found.rate))
+    for row in rows:
+        table.add_row(*row)
     console.print(table)
-    console.print("Assumptions:")
-    for sentence in found.assumptions:
-        console.print(f"- {sentence}", markup=False, soft_wrap=True)
+    for line in assumptions:
+        console.print(line, markup=False, soft_wrap=True)
 
 
 def write(found: Estimate, path: Path) -> None:
@@ -46,10 +56,15 @@ def write(found: Estimate, path: Path) -> None:
         path: the CSV file; its folder is made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*_row(found, found.predictions[0])], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(_row(found, row) for row in found.predictions)
+    path.write_text(_csv(found), encoding="utf-8", newline="")
+
+
+def _csv(found: Estimate) -> str:
+    text = StringIO()
+    writer = csv.DictWriter(text, [*_row(found, found.predictions[0])], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(_row(found, row) for row in found.predictions)
+    return text.getvalue()
 
 
 def _cells(row: Prediction, rate: float | None) -> list[str]:

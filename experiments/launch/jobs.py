@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from experiments.config.recipe import Recipe, check_seed, load_recipe
 from experiments.errors import UserError
@@ -18,7 +19,8 @@ from experiments.training.run import OtherSettingsError, RunOptions, check_optim
 class Job:
     """One run as the command line asks for it; reads its recipe where it is run.
 
-    With a `variant`, `optimizer` is the name that the record has, ``<name in the recipe>-<variant>``.
+    With a `variant`, `optimizer` is the name that the record has, ``<name in the recipe>-<variant>``. The recipe is one
+    of the folder `recipes`, by default the task's own.
     """
 
     task: str
@@ -28,6 +30,7 @@ class Job:
     seed: int
     options: RunOptions
     variant: str | None = None
+    recipes: Path | None = None
 
     @property
     def name(self) -> str:
@@ -38,7 +41,7 @@ class Job:
     @property
     def recipe(self) -> Recipe:
         """The recipe with the values given on the command line."""
-        return _load(self.task, self.scale, self.overrides, self.variant)
+        return _load(self.task, self.scale, self.overrides, self.variant, self.recipes)
 
     def is_finished(self) -> bool:
         """Whether there is nothing to do; says so."""
@@ -111,9 +114,9 @@ def _join(name: str, variant: str | None) -> str:
     return f"{name}-{variant}" if variant else name
 
 
-def _load(task: str, scale: str, overrides: tuple[str, ...], variant: str | None) -> Recipe:
+def _load(task: str, scale: str, overrides: tuple[str, ...], variant: str | None, folder: Path | None = None) -> Recipe:
     """The recipe, its optimizers called by the variant's names."""
-    recipe = load_recipe(task, scale, overrides=overrides)
+    recipe = load_recipe(task, scale, overrides=overrides, folder=folder)
     if variant is None:
         return recipe
     optimizers = {_join(name, variant): each for name, each in recipe.optimizers.items()}

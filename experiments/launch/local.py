@@ -85,9 +85,26 @@ def describe_progress(done: int, count: int, seconds: float) -> str:
     left = seconds / done * (count - done)
     if not left:
         return f"{done} of {count} runs done"
-    hours, minutes = divmod(max(1, round(left / 60)), 60)
-    shown = f"{hours} h {minutes} min" if hours else f"{minutes} min" if left >= 60 else f"{left:.0f} s"
-    return f"{done} of {count} runs done, about {shown} left"
+    return f"{done} of {count} runs done, about {describe_seconds(left)} left"
+
+
+def describe_seconds(seconds: float) -> str:
+    """A length of time, as exact as it can be guessed.
+
+    Args:
+        seconds: how long.
+
+    Returns:
+        Words.
+
+    Example:
+        >>> describe_seconds(50.0), describe_seconds(5000.0)
+        ('50 s', '1 h 23 min')
+    """
+    hours, minutes = divmod(max(1, round(seconds / 60)), 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min" if seconds >= 60 else f"{seconds:.0f} s"
 
 
 def _start(work: Work) -> BaseProcess:

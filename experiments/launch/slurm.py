@@ -3,16 +3,19 @@
 A job that is preempted or out of time is queued again, and goes on from its checkpoint.
 """
 
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import submitit
 from submitit.helpers import Checkpointable, TorchDistributedEnvironment
 
 from experiments.errors import UserError
 from experiments.launch.jobs import Job
-from experiments.launch.local import cpu_threads
+from experiments.launch.local import cpu_threads, describe_progress
 from experiments.training.distributed import leave_workers
 
 # How often a job that runs out of time is queued again.
@@ -49,14 +52,27 @@ class Resources:
                 raise UserError(f"{name} = {getattr(self, name)}: must be at least {least}")
 
 
+class NamedRun(Protocol):
+    """Something to do; travels to the cluster pickled."""
+
+    @property
+    def name(self) -> str:
+        """What a person calls it."""
+        ...
+
+    def run(self) -> None:
+        """Do it; a failure is an exception."""
+        ...
+
+
 class ClusterRun(Checkpointable):
     """One process of a run on a cluster; asked to stop, it is submitted again as it is.
 
     Args:
-        job: the run.
+        job: what it does.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: NamedRun) -> None:
         self.job = job
 
     def __call__(self) -> None:
@@ -85,8 +101,41 @@ def submit(
     Raises:
         UserError: there is no such cluster here.
     """
-    waiting = [job for job in jobs if not job.is_finished()]
-    if not waiting:
+    return _submit([job for job in jobs if not job.is_finished()], resources, folder, cluster)
+
+
+def run_on_cluster(
+    works: Sequence[NamedRun], resources: Resources, folder: Path, cluster: str = "slurm"
+) -> dict[str, str]:
+    """Submit all of it and wait until it is over; one that fails does not stop the others.
+
+    Args:
+        works: what to do.
+        resources: of each.
+        folder: where submitit keeps its scripts and logs.
+        cluster: as for `submit`.
+
+    Returns:
+        Why it failed, by name, for each one that did.
+
+    Raises:
+        UserError: there is no such cluster here.
+    """
+    failed, start = {}, time.monotonic()
+    for done, (work, submitted) in enumerate(_submit(works, resources, folder, cluster), 1):
+        try:
+            submitted.results()
+        except Exception:  # whatever ended it
+            failed[work.name] = f"failed as SLURM job {submitted.job_id}, its output is in {folder}"
+            print(f"{work.name}: {failed[work.name]}", file=sys.stderr, flush=True)
+        print(describe_progress(done, len(works), time.monotonic() - start), flush=True)
+    return failed
+
+
+def _submit[T: NamedRun](
+    works: Sequence[T], resources: Resources, folder: Path, cluster: str
+) -> list[tuple[T, submitit.Job[None]]]:
+    if not works:
         return []
     try:
         limits = {f"{each}_max_num_timeout": _TIMEOUTS for each in ("slurm", "local")}
@@ -106,5 +155,5 @@ def submit(
     )
     # SLURM hands the environment on to its jobs.
     with cpu_threads(resources.threads), executor.batch():
-        submitted = [executor.submit(ClusterRun(job)) for job in waiting]
-    return list(zip(waiting, submitted, strict=True))
+        submitted = [executor.submit(ClusterRun(work)) for work in works]
+    return list(zip(works, submitted, strict=True))

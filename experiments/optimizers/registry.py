@@ -5,9 +5,10 @@ recipe leaves out keeps the optimizer's own default.
 """
 
 import re
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -16,6 +17,8 @@ from torch.optim import Optimizer
 
 from experiments.dataclass_io import SettingsError, list_allowed
 from experiments.optimizers.muon import MuonAndAdamW, refuse_sparse_gradients
+from experiments.optimizers.outside import load_outside, make_base
+from experiments.plugins import OPTIMIZERS_GROUP, is_spec, list_entry_points
 from ngplus import NGPlus
 from ngplus.baselines import KFAC, SENG, Shampoo
 
@@ -213,10 +216,17 @@ class ShampooSettings(_LearningRate):
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """What it takes to be an optimizer here: a settings dataclass, and a function that builds one."""
+    """What it takes to be an optimizer here.
+
+    Attributes:
+        settings: a dataclass.
+        build: makes the optimizer from a model and settings.
+        versions: of the distribution that one from outside comes from, by name.
+    """
 
     settings: type
     build: Callable[[nn.Module, Any], Optimizer]
+    versions: Mapping[str, str] = field(default_factory=dict)
 
 
 def _torch_entry(settings: type, cls: type[Optimizer]) -> Entry:
@@ -265,7 +275,8 @@ def _around_base(cls: Callable[..., Optimizer], model: nn.Module, settings: Any)
         refuse_sparse_gradients(model, f"{cls.__name__} around {_BASE_CLASSES[type(base)].__name__}")
     own = {name: value for name, value in asdict(settings).items() if value is not None}  # None keeps its own default
     base_arguments = _join_betas(own.pop("base"))
-    return cls(model, base=_BASE_CLASSES[type(base)], **own, **base_arguments)
+    base_class = getattr(base, "optimizer_class", None) or _BASE_CLASSES[type(base)]
+    return cls(model, base=base_class, **own, **base_arguments)
 
 
 def _entry_around_base(settings: type, cls: Callable[..., Optimizer]) -> Entry:
@@ -306,6 +317,60 @@ def find_entry(name: str, where: str = "optimizer") -> Entry:
             f"{where} = {name!r}: there is no such optimizer; {list_allowed(OPTIMIZERS)}, "
             "or one of these with a suffix, e.g. 'ngplus-adam'"
         )
-    if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name):  # it becomes part of file names
-        raise SettingsError(f"{where} = {name!r}: must be small letters and digits, with hyphens between")
+    check_name(name, where)
     return OPTIMIZERS[registered]
+
+
+def check_name(name: str, where: str) -> None:
+    """Refuse what cannot be part of a file's name.
+
+    Args:
+        name: of an optimizer.
+        where: file and table, for the error.
+
+    Raises:
+        SettingsError: names it and what is allowed.
+    """
+    if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name):
+        raise SettingsError(f"{where} = {name!r}: must be small letters and digits, with hyphens between")
+
+
+def find_outside(name: str, table: Mapping[str, Any], where: str, folder: Path) -> Entry:
+    """The entry of an optimizer that a recipe's table may take from outside.
+
+    Args:
+        name: as in the recipe.
+        table: its settings; ``kind``, or ``kind`` in its table ``base``, says where an optimizer from outside is.
+        where: file and table of all optimizers, for the error.
+        folder: of the recipe, from which a relative path is seen.
+
+    Returns:
+        The entry of that optimizer, of one of `OPTIMIZERS` around that base, or else of one of `OPTIMIZERS`.
+
+    Raises:
+        SettingsError: for a name that is not there; lists what is.
+        PluginError: what is outside cannot be had.
+    """
+    if "kind" in table:
+        check_name(name, f"{where}: name")
+        found = load_outside(str(table["kind"]), given=table, where=f"{where}: {name}: kind", folder=folder)
+        return Entry(settings=found.settings, build=found.build, versions=found.plugin.versions)
+    entry = find_entry(name, f"{where}: name")
+    base = table.get("base")
+    kind = base.get("kind") if isinstance(base, Mapping) else None
+    takes_base = "base" in {each.name for each in fields(entry.settings)}
+    if (
+        not takes_base
+        or not isinstance(kind, str)
+        or not (is_spec(kind) or kind in list_entry_points(OPTIMIZERS_GROUP))
+    ):
+        return entry
+    found = load_outside(kind, where=f"{where}: {name}: base: kind", folder=folder)
+    base_settings = make_base(found, f"{where}: {name}: base: kind")
+    both = {each.name for each in fields(entry.settings)} & {each.name for each in fields(base_settings)}
+    if both:
+        raise SettingsError(f"{where}: {name}: base: {kind} and {name} both have a setting {', '.join(sorted(both))}")
+    settings = make_dataclass(
+        entry.settings.__name__, [("base", base_settings)], bases=(entry.settings,), frozen=True, kw_only=True
+    )
+    return Entry(settings=settings, build=entry.build, versions=found.plugin.versions)

@@ -8,6 +8,9 @@ from pathlib import Path
 import torch
 
 REPOSITORY = Path(__file__).parents[2]
+# What this repository recorded: in a checkout, or in the installed package.
+_PLACES = (REPOSITORY / "results", Path(__file__).parents[1] / "recorded")
+RECORDED = next((place for place in _PLACES if place.is_dir()), None)
 PACKAGES = (
     "fairseq-fixed",
     "ngplus",
@@ -20,11 +23,13 @@ PACKAGES = (
 
 
 def git_state() -> tuple[str | None, bool | None]:
-    """The commit, and whether tracked files outside ``results/`` differ from it; ``None``s without git.
+    """The commit, and whether tracked files outside ``results/`` differ from it; ``None``s outside a checkout.
 
     Returns:
         SHA-1 of the commit, and whether the working tree is dirty.
     """
+    if not (REPOSITORY / ".git").exists():  # an installed package may be inside a repository of its user's
+        return None, None
     sha = _git("rev-parse", "HEAD")
     changes = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")
     return (None, None) if sha is None or changes is None else (sha, bool(changes))

@@ -1,4 +1,8 @@
-"""What training asks of a task, and nothing more."""
+"""What training asks of a task, and nothing more.
+
+A task from outside says which version of this it follows, ``protocol = 1``; `PROTOCOL` grows when a method is added or
+means something else.
+"""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -6,6 +10,7 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
+PROTOCOL = 1
 Split = Literal["validation", "test"]
 
 

@@ -27,7 +27,6 @@ from experiments.records.run_record import (
     record_path,
     select_numeric_settings,
 )
-from experiments.tasks import TASKS
 from experiments.training.callbacks import Callback, TensorBoard, make_terminal_callback
 from experiments.training.checkpoint import CheckpointError, checkpoint_path
 from experiments.training.distributed import choose_device, join_workers
@@ -52,6 +51,8 @@ class RunOptions:
         tensorboard: also write TensorBoard files, below ``<results_dir>/tensorboard``.
         bar: show a progress bar where there is a terminal.
         shard: shard the model's parameters over the processes that train together.
+        checkpoints: save a run on its way; without, one that was interrupted begins again, which an optimizer needs
+            whose state dict does not hold all that it goes by.
     """
 
     device: str = "auto"
@@ -63,6 +64,7 @@ class RunOptions:
     tensorboard: bool = False
     bar: bool = True
     shard: bool = False
+    checkpoints: bool = True
 
 
 def run(recipe: Recipe, optimizer: str, seed: int, options: RunOptions, callbacks: Sequence[Callback] = ()) -> Run:
@@ -95,8 +97,9 @@ def run(recipe: Recipe, optimizer: str, seed: int, options: RunOptions, callback
     if done:
         return done
     record = _record_path(recipe, optimizer, seed, options)
-    before = None if options.force else workers.from_first(lambda: _read_previous(record))
-    task = TASKS[recipe.task](recipe.task_settings, scale=recipe.scale, data_dir=options.data_dir)
+    starts_over = options.force or not options.checkpoints
+    before = None if starts_over else workers.from_first(lambda: _read_previous(record))
+    task = recipe.build_task(options.data_dir)
     device = choose_device(options.device, workers.local_rank)
     training = Training(recipe, optimizer, seed, task=task, device=device, workers=workers, shard=options.shard)
     manifest = workers.from_first(lambda: _manifest(recipe, optimizer, training))
@@ -165,7 +168,7 @@ class _Run:
         name = (manifest.task, manifest.scale, manifest.optimizer, manifest.seed)
         self.plan = CheckpointPlan(
             path=checkpoint_path(folder, *name),
-            every_s=options.checkpoint_every_s,
+            every_s=options.checkpoint_every_s if options.checkpoints else math.inf,
             identity=_identity(manifest) | ({"sharded": True} if options.shard else {}),
         )
         self.writer: RecordWriter | None = None
@@ -239,7 +242,8 @@ class _Run:
             self._write(training.measure(train_loss, evaluation))
             if not (math.isfinite(train_loss) and math.isfinite(evaluation.loss)):
                 return End(reason="diverged", seconds=training.clock.seconds)
-            training.save(self.plan)
+            if self.options.checkpoints:
+                training.save(self.plan)
         return End(reason="finished", seconds=training.clock.seconds)
 
     def _write(self, event: Event) -> None:
@@ -277,7 +281,7 @@ def _manifest(recipe: Recipe, optimizer: str, training: Training) -> Manifest:
         recipe=recipe.manifest_settings(optimizer),
         git_sha=git_sha,
         git_dirty=git_dirty,
-        versions=versions(),
+        versions=versions() | recipe.optimizers[optimizer].entry.versions,
         device=device_name(str(training.device)),
         threads=torch.get_num_threads(),
         world_size=training.workers.size,

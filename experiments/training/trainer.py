@@ -5,7 +5,7 @@ import math
 import random
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from torch.optim import Optimizer
 from experiments.config.recipe import OptimizerRecipe, Recipe
 from experiments.errors import UserError
 from experiments.optimizers.decay_groups import exempt_from_decay
-from experiments.optimizers.registry import find_entry
 from experiments.optimizers.schedule_settings import Scheduler
 from experiments.records.run_record import Epoch
 from experiments.tasks.protocol import Evaluation, Task
@@ -140,7 +139,7 @@ class Training:
             if state is not None:
                 self.evaluated.load_state_dict(state)
             self.evaluated.eval()
-            with torch.no_grad(), self._autocast():
+            with torch.no_grad(), self._autocast(), _averaged_weights(self.optimizer):
                 return self.task.evaluate(self.evaluated, self.run.report_split)
 
         return self.workers.from_first(first)
@@ -273,6 +272,22 @@ class Training:
         return nullcontext() if wanted or alone else self.replica.no_sync()
 
 
+@contextmanager
+def _averaged_weights(optimizer: Optimizer) -> Iterator[None]:
+    """Inside, the weights are those to evaluate, for an optimizer that trains others, as Schedule-Free does."""
+    # One that NG+ is around is its base.
+    both = (optimizer, getattr(optimizer, "base", None))
+    switched = next((each for each in both if hasattr(each, "eval") and hasattr(each, "train")), None)
+    if switched is None:
+        yield
+        return
+    switched.eval()
+    try:
+        yield
+    finally:
+        switched.train()
+
+
 def _seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002 the global generator is what a library may use
@@ -281,7 +296,7 @@ def _seed_everything(seed: int) -> None:
 
 def _build_optimizer(model: nn.Module, chosen: OptimizerRecipe, where: str) -> Optimizer:
     try:
-        return find_entry(chosen.name).build(model, chosen.settings)
+        return chosen.entry.build(model, chosen.settings)
     except (ValueError, TypeError) as error:
         raise UserError(f"{where}: {error}") from error
 

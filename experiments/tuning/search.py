@@ -9,8 +9,9 @@ checkpoint: a search that was interrupted ends with the same trials.
 
 import json
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -73,7 +74,7 @@ class Search:
         self.recipe, self.optimizer, self.seed = recipe, optimizer, recipe.run.tuning_seed
         self.space = recipe.tuning.spaces[optimizer]
         self.folder = folder / recipe.task / recipe.scale / optimizer
-        self.options = replace(options, checkpoint_dir=self.folder / "checkpoint", force=False)
+        self.options = replace(options, force=False)
 
     def run(self, trials: int) -> list[Tried]:
         """Run trials until there are `trials`, and return all that there are, by number.
@@ -92,6 +93,17 @@ class Search:
             while len(over := _list_over(study)) < trials:
                 self._run_next(study, len(over))
             return [self._tried(number, trial) for number, trial in enumerate(over)]
+
+    def run_ahead(self, number: int) -> None:
+        """Run one of the first trials before its turn; the search then finds it finished, and goes as it would have.
+
+        They depend on no other trial, and none of them is stopped early, so that several can be run at once.
+
+        Args:
+            number: under `STARTUP_TRIALS`.
+        """
+        with suppress(FloatingPointError):
+            self._run_trial(number, {key: _round(each) for key, each in self._first(number).items()}, ())
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -138,9 +150,10 @@ class Search:
         callback = _PruningCallback(trial)
         try:
             callback.catch_up(self._record(number))
-            finished = self._run_trial(number, values, callback)
+            finished = self._run_trial(number, values, (callback,))
         except optuna.TrialPruned:
             study.tell(trial, state=TrialState.PRUNED)
+            shutil.rmtree(self._checkpoints(number), ignore_errors=True)
             return
         except FloatingPointError:
             finished = None
@@ -149,13 +162,14 @@ class Search:
             study.tell(trial, state=TrialState.PRUNED)
         else:
             study.tell(trial, _to_loss(finished.manifest, finished.best_metric))
+        shutil.rmtree(self._checkpoints(number), ignore_errors=True)
 
     def _ask(self, study: optuna.Study, number: int) -> Trial:
         """The next trial: one that a killed process left, or the recipe's own settings, or a new draw."""
         left = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         known = next((trial.params for trial in left if trial.params.keys() == self.space.keys()), None)
         if known is None and number < STARTUP_TRIALS:
-            known = self._spread(number) if number else self._current()
+            known = self._first(number)
         if known and not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
             study.enqueue_trial(known)
         for trial in left:
@@ -163,6 +177,10 @@ class Search:
         # A seed of the trial's own: when this process was started does not matter.
         study.sampler = TPESampler(seed=1000 * self.seed + number, n_startup_trials=STARTUP_TRIALS)
         return study.ask()
+
+    def _first(self, number: int) -> dict[str, float]:
+        """What one of the first trials tries."""
+        return self._spread(number) if number else self._current()
 
     def _current(self) -> dict[str, float]:
         settings = to_table(self.recipe.optimizers[self.optimizer].settings)
@@ -178,12 +196,15 @@ class Search:
 
     def _suggest(self, trial: Trial, key: str) -> float:
         where = self.space[key]
-        return float(f"{trial.suggest_float(key, where.low, where.high, log=where.log):.{DIGITS}g}")
+        return _round(trial.suggest_float(key, where.low, where.high, log=where.log))
 
-    def _run_trial(self, number: int, values: Mapping[str, float], callback: "_PruningCallback") -> Run:
+    def _run_trial(self, number: int, values: Mapping[str, float], callbacks: Sequence["_PruningCallback"]) -> Run:
         recipe = trial_recipe(self.recipe, self.optimizer, values)
-        options = replace(self.options, results_dir=self._results(number))
-        return run(recipe, self.optimizer, self.seed, options, callbacks=(callback,))
+        options = replace(self.options, results_dir=self._results(number), checkpoint_dir=self._checkpoints(number))
+        return run(recipe, self.optimizer, self.seed, options, callbacks=callbacks)
+
+    def _checkpoints(self, number: int) -> Path:
+        return self.folder / "checkpoints" / f"{number:03d}"
 
     def _results(self, number: int) -> Path:
         return self.folder / "trials" / f"{number:03d}"
@@ -233,6 +254,11 @@ class _PruningCallback:
 
     def close(self) -> None:
         pass
+
+
+def _round(value: float) -> float:
+    """To `DIGITS`."""
+    return float(f"{value:.{DIGITS}g}")
 
 
 def _list_over(study: optuna.Study) -> list[FrozenTrial]:

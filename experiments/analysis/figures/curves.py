@@ -132,19 +132,28 @@ def _further(split: str, name: str) -> Panel:
     return Panel(label=label, value=lambda epoch: epoch.others.get(name), lower_is_better=False)
 
 
-def figure(comparable: Comparable) -> Figure:
-    """A row for the training loss, the metric and each further figure, against epochs and against seconds."""
+def figure(comparable: Comparable, *, seconds: bool = True) -> Figure:
+    """A row for the training loss, the metric and each further figure, against epochs and against seconds.
+
+    Args:
+        comparable: the runs of a task at a scale.
+        seconds: whether those of all runs compare, and are drawn.
+
+    Returns:
+        The figure.
+    """
     manifest, shown = comparable.runs[0].manifest, panels(comparable)
     made = Figure(figsize=(9.0, 3.1 * len(shown)), layout="constrained")
     FigureCanvasAgg(made)
     title = f"{manifest.task}, scale {manifest.scale}: {name_data(manifest.task, manifest.dataset.name)}"
     made.suptitle(fill(title, TITLE_CHARACTERS), fontsize=11)
-    axes = made.subplots(len(shown), 2, sharex="col", sharey="row")
+    labels = ("epochs", "seconds of training")[: 2 if seconds else 1]
+    axes = made.subplots(len(shown), len(labels), sharex="col", sharey="row", squeeze=False)
     for row, panel in zip(axes, shown, strict=True):
         _draw_row(row, comparable.by_optimizer(), panel)
         row[0].set_ylabel(panel.label)
     _mark_target(axes[1], comparable.target)
-    for ax, label in zip(axes[-1], ("epochs", "seconds of training"), strict=True):
+    for ax, label in zip(axes[-1], labels, strict=True):
         ax.set_xlabel(label)
         ax.set_xlim(left=0)
     legend_below(made, axes[0, 0], title=f"median and range of seeds ({_seeds(comparable)})")
@@ -178,7 +187,7 @@ def _draw_row(row: np.ndarray, runs: dict[str, list[Run]], panel: Panel) -> None
         if name in others:
             label += f" (on {others[name]})"
         style = {"color": pick_colour(name), "linestyle": pick_dashes(name, list(runs))}
-        for ax, x in zip(row, (curve.epochs, curve.seconds), strict=True):
+        for ax, x in zip(row, (curve.epochs, curve.seconds), strict=False):
             ax.fill_between(x, curve.low, curve.high, color=style["color"], alpha=opacity, linewidth=0)
             ax.plot(x, curve.median, label=label, linewidth=1.6, **style)
     # The untrained model and a divergence would squeeze what matters into a corner.

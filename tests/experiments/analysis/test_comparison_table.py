@@ -1,3 +1,6 @@
+from io import StringIO
+
+import pandas as pd
 import pytest
 
 from experiments.analysis.comparison import compare
@@ -112,3 +115,9 @@ def test_a_standard_error_that_the_task_records_is_said(tmp_path):
 def test_no_standard_error_is_said_where_none_is_recorded(frame):
     assert frame.metric_standard_error.isna().all()
     assert "standard error" not in render(frame)
+
+
+def test_csv_has_every_column_of_the_comparison(frame):
+    read = pd.read_csv(StringIO(render(frame, "csv")))
+    assert list(read.columns) == list(frame.columns)
+    assert list(read.optimizer) == ["sgd", "ngplus", "ngplus-adam"]

@@ -16,6 +16,10 @@ def test_every_optimizer_of_the_recipe_has_a_row_and_what_was_assumed_is_said(lo
     header, *rows = (tmp_path / "made" / "estimate.csv").read_text().splitlines()
     assert header.startswith("task,scale,device,optimizer,steps_per_epoch,plain_step_s")
     assert [row.split(",")[3:5] for row in rows] == [["sgd", "6"], ["adam", "6"], ["ngplus", "6"]]
+    estimate_table.show(found, "csv")
+    assert capsys.readouterr().out.splitlines() == [header, *rows]
+    estimate_table.show(found, "markdown")
+    assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]) == 5
 
 
 def test_a_batch_that_was_scaled_is_said(load):

@@ -11,11 +11,11 @@ from submitit.core.utils import DelayedSubmission
 
 from experiments.errors import UserError
 from experiments.launch.jobs import make_jobs
-from experiments.launch.slurm import Resources, submit
+from experiments.launch.slurm import Resources, run_on_cluster, submit
 from experiments.records.provenance import REPOSITORY
 from experiments.records.run_record import read_run
 from experiments.training.run import run
-from tests.experiments.cases import toy
+from tests.experiments.cases import division, toy
 
 
 @pytest.fixture
@@ -100,3 +100,12 @@ def test_resources_that_are_none_are_refused(name, value, least):
     with pytest.raises(UserError, match=f"{name} = {value}: must be at least {least}"):
         Resources(**{name: value})
     Resources(**{name: least})
+
+
+@pytest.mark.slow
+def test_what_fails_on_the_cluster_is_named_and_the_rest_is_waited_for(monkeypatch, tmp_path):
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    works = [division.Division(1), division.Division(0)]
+    failed = run_on_cluster(works, Resources(threads=1), tmp_path, cluster="local")
+    assert list(failed) == ["division by 0"]
+    assert str(tmp_path) in failed["division by 0"]

@@ -4,6 +4,7 @@ import re
 import time
 
 import pytest
+import pytorch_optimizer
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -127,6 +128,48 @@ def test_an_interrupted_run_ends_with_the_same_numbers_to_the_bit(
     for key in ("model", "optimizer", "schedules"):
         assert_same(ours[key], theirs[key])
     assert_same(ours["position"]["ranks"], theirs["position"]["ranks"])
+
+
+SCHEDULE_FREE = """
+[optimizers.averaging]
+kind = { value = "pytorch_optimizer:ScheduleFreeAdamW", source = "made up" }
+lr = { value = 0.05, source = "made up" }
+
+[optimizers.ngplus-averaging]
+lr = { value = 0.05, source = "made up" }
+damping = { value = 0.5, source = "made up" }
+update_every = { value = 4, source = "made up" }
+
+[optimizers.ngplus-averaging.base]
+kind = { value = "pytorch_optimizer:ScheduleFreeAdamW", source = "made up" }
+"""
+
+
+@pytest.mark.parametrize("name", ["averaging", "ngplus-averaging"])
+def test_an_optimizer_that_averages_is_evaluated_at_its_average_and_resumes(
+    load, recipes, options, tmp_path, interrupt, monkeypatch, name
+):
+    path = recipes / "toy" / "tiny.toml"
+    path.write_text(path.read_text() + SCHEDULE_FREE)
+    broken = dataclasses.replace(options, results_dir=tmp_path / "broken", checkpoint_every_s=EVERY_STEP)
+    for call in (4, 9):
+        break_off(interrupt, call, load(), name, broken)
+    expected = run(load(), name, 0, options)
+    assert toy.reproducible_values(run(load(), name, 0, broken)) == toy.reproducible_values(expected)
+    monkeypatch.delattr(pytorch_optimizer.ScheduleFreeAdamW, "eval")
+    trained = run(load(), name, 0, dataclasses.replace(options, results_dir=tmp_path / "trained"))
+    assert trained.epochs[0].metric == expected.epochs[0].metric
+    assert trained.epochs[-1].metric != expected.epochs[-1].metric
+
+
+def test_without_checkpoints_an_interrupted_run_begins_again(load, options, tmp_path, interrupt):
+    expected = run(load(), "sgd", 0, options)
+    broken = dataclasses.replace(options, results_dir=tmp_path / "broken", checkpoints=False, checkpoint_every_s=0.0)
+    break_off(interrupt, 9, load(), "sgd", broken)
+    record = run(load(), "sgd", 0, broken)
+    assert not record.resumed
+    assert not list(broken.results_dir.rglob("*.pt"))
+    assert toy.reproducible_values(record) == toy.reproducible_values(expected)
 
 
 def test_the_clock_and_the_time_split_are_carried_on(load, options, interrupt, monkeypatch):

@@ -64,6 +64,15 @@ def test_the_recipes_own_settings_are_tried_first_and_all_are_at_the_tuning_seed
         assert float(f"{each.settings['damping']:.3g}") == each.settings["damping"]
 
 
+def test_trials_that_were_run_ahead_of_their_turn_change_nothing(recipe, options, tmp_path):
+    ahead = Search(recipe, "sgd", options, tmp_path / "ahead")
+    for number in (3, 0, 4, 1, 2):
+        ahead.run_ahead(number)
+    expected = Search(recipe, "sgd", options, tmp_path / "in turn").run(7)
+    assert list(map(values, ahead.run(7))) == list(map(values, expected))
+    assert not list(tmp_path.rglob("*.pt"))
+
+
 def test_the_next_trials_are_spread_and_the_same_for_every_optimizer(recipe, options, tmp_path):
     rates = {}
     for name in ("sgd", "ngplus"):
