@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C._dynamo import eval_frame
 from torch._compile import _disable_dynamo as run_outside_of_graphs
 from torch.autograd.graph import Node
@@ -114,6 +114,17 @@ def frames() -> Iterator[types.FrameType]:
         frame = frame.f_back
 
 
+def keyword_arguments() -> Mapping[str, Any]:
+    """Those of the module's call whose hook this is called from; hooks of all modules are not given them."""
+    call = nn.Module._call_impl.__code__
+    codes = {call, *(each for each in call.co_consts if isinstance(each, types.CodeType))}
+    for frame in frames():
+        if frame.f_code in codes:
+            found: Mapping[str, Any] = frame.f_locals.get("kwargs", {})
+            return found
+    return {}
+
+
 # Memory and precision ----------------------------------------------------------------------------------------------
 
 
@@ -178,6 +189,7 @@ __all__ = [
     "is_current_mode",
     "is_in_fullgraph",
     "is_transformed",
+    "keyword_arguments",
     "next_node_number",
     "node_number",
     "quiet_vmap",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import heapq
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Literal, cast, get_args
@@ -22,7 +23,7 @@ from ngplus.solvers.eigenbasis import Sides
 Curvature = Literal["per_sample", "mini_batch", "momentum"]
 Basis = Literal["eigen"]
 Samples = Literal["batch", "rows"]
-ModelCallSamples = Literal["separate", "joined"]
+ModelCallSamples = Literal["separate", "joined", "apart"]
 PartialCapture = Literal["base", "accept"]
 FunctionFallback = Literal["vmap", "base"]
 DampingRule = Literal["paper", "released"]
@@ -179,6 +180,7 @@ class Options(LayerwiseOptions):
     function_fallback: FunctionFallback = "vmap"
     inverses: Inverses = "auto"
     update_growth: float | None = None
+    staggered: bool = False
     basis: Basis | None = None
     sides: Sides = "short"
     max_side: int = 8192
@@ -198,16 +200,37 @@ class Options(LayerwiseOptions):
         object.__setattr__(self, "ema", check_ema(self.ema))
         if self.update_growth is not None:
             object.__setattr__(self, "update_growth", check_positive("update_growth", self.update_growth))
+        if not isinstance(self.staggered, bool):
+            raise TypeError(f"staggered must be True or False, got {self.staggered!r}")
         self._check_solver()
         self._check_basis()
 
-    def is_due(self, step: int) -> bool:
-        """Whether a step is a curvature step of all layers."""
-        if self.update_growth is None:
-            return super().is_due(step)
-        early = early_updates(self.update_every, self.update_growth)
-        last = early[-1]
-        return (step - last) % self.update_every == 0 if step >= last else step in early
+    def is_due(self, step: int, turn: int = 0) -> bool:
+        """Whether a step is a curvature step of the layers with this turn, see `find_turns`.
+
+        Args:
+            step: its number, from 0.
+            turn: 0, if not ``staggered``.
+        """
+        early = (0,) if self.update_growth is None else early_updates(self.update_every, self.update_growth)
+        return (step - early[-1]) % self.update_every == turn if step > early[-1] else step in early
+
+    def find_turns(self, costs: Sequence[int]) -> list[int]:
+        """The turn of each layer: how many steps after those of turn 0 it has its curvature steps, but for the first.
+
+        Args:
+            costs: of each layer's curvature step, in any unit.
+
+        Returns:
+            0 to 𝒯 − 1, so that the costs of the steps are about equal; all 0 if not ``staggered``.
+        """
+        turns = [0] * len(costs)
+        if self.staggered:
+            loads = [(0, turn) for turn in range(min(self.update_every, len(costs)))]
+            for index in sorted(range(len(costs)), key=lambda i: -costs[i]):
+                load, turns[index] = heapq.heappop(loads)
+                heapq.heappush(loads, (load + costs[index], turns[index]))
+        return turns
 
     def _check_basis(self) -> None:
         """Refuse what the other form alone has."""

@@ -173,6 +173,12 @@ class Layer:
         return groups, rows, self.weight.numel() // (groups * rows)
 
     @property
+    def rows_each(self) -> int:
+        """How many rows of its matrices each index of the weight's first dimension has."""
+        groups, rows, _ = self.matrix
+        return groups * rows // len(self.weight)
+
+    @property
     def trained_bias(self) -> nn.Parameter | None:
         """The bias, unless it is frozen; one that was frozen after it got a gradient is trained with it."""
         bias = self.bias
@@ -259,27 +265,28 @@ def _is_vector(parameter: Tensor) -> bool:
     return sum(size != 1 for size in parameter.shape) < 2
 
 
-def find_unsupported_modules(model: nn.Module, covered: Iterable[Layer]) -> list[str]:
-    """Find the modules that own matrices which no layer covers.
+def find_unsupported_matrices(model: nn.Module, covered: Iterable[Layer]) -> dict[str, nn.Parameter]:
+    """Find the trained matrices of a model that no layer covers.
 
     Args:
         model: the model.
         covered: the layers that are found in it.
 
     Returns:
-        Each as ``name (Kind)``.
+        Each by ``name (kind of its module)``.
     """
     known = {id(layer.weight) for layer in covered}
-    return [
-        f"{prefix or 'the model itself'} ({type(module).__name__})"
+    return {
+        f"{prefix}{'.' if prefix else ''}{name} ({type(module).__name__})": parameter
         for prefix, module in model.named_modules()
         if not isinstance(module, VECTORS)
-        and any(
-            not _is_vector(parameter) and parameter.numel() and parameter.requires_grad and id(parameter) not in known
-            for parameter in module._parameters.values()
-            if parameter is not None
-        )
-    ]
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+        and not _is_vector(parameter)
+        and parameter.numel()
+        and parameter.requires_grad
+        and id(parameter) not in known
+    }
 
 
 def _find_batch_dim(batch_dim: int | Mapping[str, int], module: str) -> int:
@@ -307,11 +314,19 @@ def _module_layers(prefix: str, module: nn.Module) -> Iterator[Layer]:
         if isinstance(module, TRANSPOSED_CONVOLUTIONS):  # its bias would be one more row
             bias = None
         yield Layer(named("weight"), weight, bias, groups=groups, knows_samples=of_attention, row_sparse=row_sparse)
-    elif _is_transposed_linear(module) and (weight := own.get("weight")) is not None:
+    elif is_transposed_linear(module) and (weight := own.get("weight")) is not None:
         yield Layer(named("weight"), weight, None, flattens=True)  # its bias would be one more row, which no layer has
 
 
-def _is_transposed_linear(module: nn.Module) -> bool:
+def is_transposed_linear(module: nn.Module) -> bool:
+    """Whether a module is GPT-2's linear layer of transformers.
+
+    Args:
+        module: any.
+
+    Returns:
+        Whether it is, by its name.
+    """
     return any(f"{kind.__module__}.{kind.__qualname__}" == TRANSPOSED_LINEAR for kind in type(module).__mro__)
 
 
@@ -389,7 +404,8 @@ __all__ = [
     "Side",
     "find_layers",
     "find_parameter_layers",
-    "find_unsupported_modules",
+    "find_unsupported_matrices",
+    "is_transposed_linear",
     "rekey_layers",
     "stored_values",
     "to_matrix",

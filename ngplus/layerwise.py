@@ -49,7 +49,7 @@ from ngplus.layers import (
     Layer,
     find_layers,
     find_parameter_layers,
-    find_unsupported_modules,
+    find_unsupported_matrices,
     rekey_layers,
 )
 from ngplus.profiling import Stopwatch
@@ -132,7 +132,7 @@ class LayerwiseOptimizer(Inspection, SavedState, Optimizer, Joinable):
                 f"the model has no layer that {self.title} preconditions with its weight among the parameters given; "
                 f"supported are {', '.join(kind.__name__ for kind in SUPPORTED)}"
             )
-        self._warn_of_unsupported_modules()
+        self._warn_of_unsupported_matrices()
         if self._sharding is not None and world_size() > 1:  # the forward pass would wait for weights of other shapes
             check_processes(name, [layer.describe() for layer in self._layers], {}, self.join_device)
 
@@ -165,6 +165,10 @@ class LayerwiseOptimizer(Inspection, SavedState, Optimizer, Joinable):
     def _find_supported_layers(self, model: nn.Module) -> list[Layer]:
         """Find the layers of a model whose weights may be preconditioned."""
         return find_layers(model, self._options.batch_dim)
+
+    def _why_unsupported(self, parameter: Tensor) -> str:
+        """Why a matrix that no layer covers is left to the base, in words."""
+        return "complex matrices are not supported" if parameter.is_complex() else "its module is not supported"
 
     def _precondition_layer_(self, member: PreconditionedLayer, tuning: Tuning) -> NonzeroRows | None:
         """Replace the gradients of one layer by its direction, see `ngplus.apply.layer.precondition_`."""
@@ -269,17 +273,19 @@ class LayerwiseOptimizer(Inspection, SavedState, Optimizer, Joinable):
         self._recorder.sample_index = self._sample_index
         self._recorder.joinables = self._joinables
 
-    def _warn_of_unsupported_modules(self) -> None:
+    def _warn_of_unsupported_matrices(self) -> None:
         if self._model is None:
             return
-        modules = find_unsupported_modules(self._model, self._find_supported_layers(self._model))
-        if not modules:
-            return
-        warnings.warn(
-            f"{self.title} does not precondition {', '.join(modules)}; their parameters go to "
-            f"{type(self._base).__name__} untouched",
-            stacklevel=4,
-        )
+        matrices = find_unsupported_matrices(self._model, self._find_supported_layers(self._model))
+        by_reason: dict[str, list[str]] = {}
+        for name, parameter in matrices.items():
+            by_reason.setdefault(self._why_unsupported(parameter), []).append(name)
+        for reason, names in by_reason.items():
+            warnings.warn(
+                f"{self.title} does not precondition {', '.join(names)}: {reason}; "
+                f"{'it goes' if len(names) == 1 else 'they go'} to {type(self._base).__name__} untouched",
+                stacklevel=4,
+            )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, of the model the optimizer was made with (modules it has got since included).

@@ -36,6 +36,7 @@ from ngplus.dtensors import is_sharded
 from ngplus.guards.finite_check import FiniteCheck
 from ngplus.layers import Layer, find_layers
 from ngplus.layerwise import LayerwiseOptimizer
+from ngplus.sharded.sharding import find_cut_matrices
 
 
 class NGPlus(LayerwiseOptimizer):
@@ -74,7 +75,9 @@ class NGPlus(LayerwiseOptimizer):
         model_calls: which calls of the model before one ``backward`` see the same samples. "separate": a call is one
             batch, and sees the samples of another only where a gradient can flow from one into the other (an
             encoder's call and its decoder's, the time steps of a cell). "joined": row i of every call is sample i (the
-            branches of a siamese network). Several uses of a layer inside one call are always by the same samples.
+            branches of a siamese network). Several uses of a layer inside one call are by the same samples; where they
+            may be pieces of a batch that the call goes through, "separate" leaves the layer to ``base``, and "joined"
+            does not. "apart": every use of a layer sees samples of its own, inside one call too.
         loss_reduction: what the loss divides by: "mean" for the samples that a layer saw, "sum" for nothing, or the
             number N itself, where a mean is over fewer (targets that are not ignored, the sum of class weights) or
             over more (all tokens, of which an expert sees some). Also a dict from patterns of module names to these,
@@ -91,11 +94,14 @@ class NGPlus(LayerwiseOptimizer):
             process, so that a matrix sharded along its longer side needs no communication; "sharded": each on one
             process, which gets the gradient and returns the direction; "auto": on every process where that saves the
             communication and takes a sixteenth of the weight at most, else on one.
-        max_samples: at most so many samples of a step are used for its curvature.
+        max_samples: |S| of (4), at most: so many of a step's samples, the first that each layer gets, are used for its
+            curvature. Several processes use equal shares of them.
         nonfinite: "skip": where any preconditioned gradient holds NaN or Inf, all gradients count as zero for this
             step (decided on the device, without synchronizing); "raise": `FloatingPointError` before anything changes.
         update_growth: share by which the number of steps grows from one curvature step to the next, > 0, until they are
             ``update_every`` apart; None for every ``update_every`` steps from the start.
+        staggered: whether each layer has its curvature steps in its own turn, still ``update_every`` apart, once all
+            have had their first: no later step then builds the curvature of the whole model.
         basis: None for (6). "eigen" (not in the paper): ``base`` makes its step on the gradient's coordinates in the
             eigenvectors of the curvature, Q_LᵀG Q_R, and its change Δʹ is brought back, Q_L Δʹ Q_Rᵀ. Nothing is
             inverted, and ``damping`` is not used. ``base`` must scale entries one by one, as Adam does; those of other
@@ -159,6 +165,7 @@ class NGPlus(LayerwiseOptimizer):
         max_samples: int | None = None,
         nonfinite: NonFinite = "skip",
         update_growth: float | None = None,
+        staggered: bool = False,
         basis: Basis | None = None,
         sides: Sides = "short",
         max_side: int = 8192,
@@ -183,6 +190,7 @@ class NGPlus(LayerwiseOptimizer):
             max_samples=max_samples,
             nonfinite=nonfinite,
             update_growth=update_growth,
+            staggered=staggered,
             basis=basis,
             sides=sides,
             max_side=max_side,
@@ -226,10 +234,20 @@ class NGPlus(LayerwiseOptimizer):
         return curvature
 
     def _find_supported_layers(self, model: nn.Module) -> list[Layer]:
-        """Every matrix; with a basis or sharded weights those of supported modules alone."""
+        """Every matrix; with a basis those of supported modules alone."""
         every_matrix = self._options.function_fallback == "vmap" and self._options.basis is None
-        every_matrix = every_matrix and not any(map(is_sharded, model.parameters()))
-        return find_layers(model, self._options.batch_dim, every_matrix=every_matrix)
+        found = find_layers(model, self._options.batch_dim, every_matrix=every_matrix)
+        cut = set(find_cut_matrices(found))
+        return [layer for layer in found if layer not in cut]
+
+    def _why_unsupported(self, parameter: Tensor) -> str:
+        if parameter.is_complex():
+            return super()._why_unsupported(parameter)
+        if self._options.basis is not None:
+            return f"basis={self._options.basis!r} is for supported modules alone"
+        if self._options.function_fallback == "base":
+            return 'function_fallback="base" is for supported modules alone'
+        return "each process has a part of every matrix of it; let fully_shard shard it along dimension 0"
 
     def _find_layers(self) -> list[Layer]:
         """With a basis a layer is its weight, if any mode of it has one.
@@ -242,6 +260,20 @@ class NGPlus(LayerwiseOptimizer):
         if self._model is None and not isinstance(self._base, torch.optim.SparseAdam):
             found = [replace(layer, row_sparse=False) for layer in found]
         return [layer.without_bias() for layer in found if self._curvature.modes(layer).kept]
+
+    def _update_layers(self) -> None:
+        super()._update_layers()
+        shapes = [layer.shape(None) for layer in self._layers]
+        sides = [sorted((shape.rows, shape.columns)) for shape in shapes]
+        costs = [shape.groups * p * p * q for shape, (p, q) in zip(shapes, sides, strict=True)]
+        self._turns = dict(zip(self._layers, self._options.find_turns(costs), strict=True))
+
+    def _layers_to_capture(self) -> list[Layer]:
+        """Those whose turn it is, and those that are captured again."""
+        if not self._options.staggered:
+            return super()._layers_to_capture()
+        due = [layer for layer in self._layers if self._options.is_due(self._steps, self._turns[layer])]
+        return list(dict.fromkeys([*due, *self._coverage.pending]))
 
     def _make_accumulator(self) -> Accumulator:
         if self._rotation is None:

@@ -2,11 +2,9 @@
 
 import re
 from dataclasses import fields
-from pathlib import Path
 
 import pandas as pd
 import pytest
-import torch
 
 import ngplus
 import ngplus.baselines
@@ -14,11 +12,9 @@ import ngplus.sharded
 from experiments.analysis import comparison, verdicts
 from experiments.challenge.result import Against, Difference, Measured, Profile, Result, TaskResult
 from experiments.optimizers import registry
+from tests.pages import DOCS, PAGES, REPOSITORY
 
-REPOSITORY = Path(__file__).parents[1]
 RESULTS = REPOSITORY / "results"
-DOCS = REPOSITORY / "docs"
-PAGES = [*sorted(REPOSITORY.glob("*.md")), *sorted(DOCS.glob("*.md")), REPOSITORY / "findings" / "README.md"]
 AVOIDED = re.compile(
     r"\b(renew\w*|touched|anew|mend(ed|s)?|dearer|lent|opaque|complaints?|beside|looked at|without a word|lies in)\b"
 )
@@ -73,13 +69,18 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
 
 
+def spread(deviation: float) -> str:
+    """The standard deviation over seeds, where there are several."""
+    return "" if pd.isna(deviation) else f"\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{deviation:.2g}"
+
+
 def comparison_table(task: str) -> str:
     """Optimizers from the best to the worst, by the best value of the metric."""
     frame = pd.read_csv(RESULTS / task / "small" / "comparison.csv")
     rows = [
         [
             f"`{row.optimizer}`",
-            f"{row.best_metric:.3g}\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{row.best_metric_std:.2g}",
+            f"{row.best_metric:.3g}{spread(row.best_metric_std)}",
             "missed" if row.epochs_to_target == float("inf") else f"{row.epochs_to_target:g}",
             f"{row.reached} of {row.seeds}",
             f"{row.time_per_epoch_s:.3g}",
@@ -228,29 +229,32 @@ def test_every_public_member_of_the_optimizer_is_on_the_page_of_the_api():
     assert set(re.findall(r"\w+", listed)) == members - of_subclasses - of_join
 
 
-def test_the_snippet_that_adds_an_optimizer_does(monkeypatch):
-    page = (DOCS / "adding.md").read_text(encoding="utf-8")
-    (snippet,) = re.findall(r"```python\n(@dataclass[^`]*class LionSettings.*?)```", page, flags=re.DOTALL)
-    monkeypatch.setattr(registry, "OPTIMIZERS", dict(registry.OPTIMIZERS))
-    names = vars(registry) | {"OPTIMIZERS": registry.OPTIMIZERS}
-    exec(snippet, names)
-    entry = registry.find_entry("lion")
-    model = torch.nn.Linear(2, 1)
-    optimizer = entry.build(model, entry.settings(lr=0.1))
-    before = model.weight.detach().clone()
-    model(torch.ones(1, 2)).sum().backward()
-    optimizer.step()
-    torch.testing.assert_close(model.weight, before - 0.1)
+def columns_of(name: str) -> set[str]:
+    """Of all files of this name under the results."""
+    return {column for path in RESULTS.rglob(name) for column in pd.read_csv(path, nrows=1).columns}
 
 
-@pytest.mark.parametrize("columns", [comparison.COLUMNS, verdicts.COLUMNS], ids=["comparison", "verdicts"])
+SETTINGS = {name for entry in registry.OPTIMIZERS.values() for name in entry.settings.__dataclass_fields__}
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        set(comparison.COLUMNS),
+        set(verdicts.COLUMNS),
+        columns_of("tuning.csv") - SETTINGS - {f"best_{metric}" for metric in METRICS.values()},
+        columns_of("sensitivity.csv") - SETTINGS - {f"best_{metric}" for metric in METRICS.values()},
+    ],
+    ids=["comparison", "verdicts", "tuning", "sensitivity"],
+)
 def test_every_column_is_on_the_page_of_the_report(columns):
-    named = set()
-    for line in (DOCS / "report.md").read_text(encoding="utf-8").splitlines():
+    page, named = (DOCS / "report.md").read_text(encoding="utf-8"), set()
+    for line in page.splitlines():
         words = re.findall(r"`(\w+)`", line.partition(" | ")[0])
         suffixes = [word for word in words if word.startswith("_")]
         named |= {*words, *(word + suffix for word in words for suffix in suffixes)}
-    assert set(columns) <= named
+    assert len(columns) > 5
+    assert columns <= named
 
 
 @pytest.mark.parametrize("part", [Result, TaskResult, Measured, Against, Difference, Profile])
@@ -266,3 +270,56 @@ def test_every_field_of_a_challenges_result_is_on_its_page(part):
 def test_a_page_uses_the_words_of_the_glossary(page):
     prose = re.sub(r"```.*?```|`[^`]*`", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     assert not [match[0] for match in AVOIDED.finditer(prose)]
+
+
+def block(page: str, name: str) -> str:
+    """What is on a page between two comments of this name."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    (shown,) = re.findall(rf"<!-- {name} -->\n(.*?)\n?<!-- end of {name} -->", text, flags=re.DOTALL)
+    return shown
+
+
+def suggested_starts_table() -> str:
+    """A row a task and what `suggest` was told."""
+    frame = pd.read_csv(RESULTS / "suggested-start.csv")
+    rows = []
+    for row in frame.sort_values(["task", "told"], key=lambda each: each.map(rank)).itertuples():
+        settings = f"{row.lr:g}", f"{row.damping:g}", str(row.update_every)
+        values = [f"{value:.4g}" for value in (row.start, row.tuned_reference, row.tuned_ngplus)]
+        better = "higher" if row.higher_is_better else "lower"
+        rows.append([row.task, row.told, *settings, f"{row.metric}, {better}", *values])
+    header = ["task", "told", "learning rate", "λ", "𝒯", "metric", "start", "reference, tuned", "NG+, tuned"]
+    return markdown(header, rows)
+
+
+def rank(value: str) -> int:
+    return [*METRICS, "base and lr", "base"].index(value)
+
+
+def learning_rates_table() -> str:
+    """Trials of AdamW and NG+ on text that have the same learning rate and were not cut short."""
+    trials = pd.read_csv(RESULTS / "gpt-text" / "small" / "tuning.csv").query("ended == 'complete'").set_index("lr")
+    plain, around = (trials.best_nll[trials.optimizer == name].sort_index() for name in ("adamw", "ngplus-adamw-batch"))
+    rows = [
+        [f"{lr:g}", f"{plain[lr]:.2f}", f"{around[lr]:.2f}", f"{plain[lr] - around[lr]:.2f}"]
+        for lr in plain.index.intersection(around.index)
+        if lr <= 0.0036
+    ]
+    return markdown(["learning rate", "AdamW, nats", "NG+ around it", "gain"], rows)
+
+
+def test_the_suggested_starts_are_those_of_the_record():
+    assert block("five_minutes.md", "suggested starts") == suggested_starts_table()
+
+
+def test_the_learning_rates_are_those_of_the_trials():
+    assert block("five_minutes.md", "learning rates") == learning_rates_table()
+
+
+def test_the_intervals_are_those_of_the_grids():
+    page, results = ((DOCS / name).read_text(encoding="utf-8") for name in ("five_minutes.md", "results.md"))
+    rows = re.findall(
+        r"^\| [a-z]+, [\d,]+ steps \| (.*?) \| (.*?)(?:, higher is better)? \|$", page, flags=re.MULTILINE
+    )
+    assert len(rows) == 5
+    assert not [row for row in rows if f"| 𝒯 | {row[0]} | {row[1]} |" not in results]

@@ -69,7 +69,7 @@ def notes(frame: pd.DataFrame) -> list[str]:
     lines = [f"Medians over seeds; in brackets order statistics{worth}; ± is over seeds. {_devices(frame)}"]
     if not math.isnan(error := frame.metric_standard_error.iloc[0]):
         of = f"one run's {first.metric} a standard error of {number(error, digits=2)}"
-        lines.append(f"The size of the test set gives {of} beside that; all runs have the same test set.")
+        lines.append(f"The size of the test set gives {of} besides; all runs have the same test set.")
     if (frame.reached < frame.seeds).any():
         lines.append(f"A run that never reaches the target counts as later than all others ({MISSED}, ∞).")
     if tests:

@@ -35,7 +35,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments.challenge.toml_writer import dump_toml
+import tomlkit
+
 from experiments.config.recipe import check_seed
 from experiments.config.tuning_space import Range
 from experiments.dataclass_io import SettingsError, read_settings, to_table
@@ -162,7 +163,10 @@ def write_file(path: Path, question: Question, file: ChallengeFile) -> None:
     """
     table = to_table(question)
     parts = {key: table.pop(key) for key in ("settings", "search")}
-    code = {name: {"sha256": _hash(text), "text": text} for name, text in file.code.items()}
+    code = {
+        name: {"sha256": _hash(text), "text": tomlkit.string(text, multiline="\r" not in text)}
+        for name, text in file.code.items()
+    }
     whole = {
         "schema": SCHEMA,
         "challenge": {key: value for key, value in table.items() if value not in (None, [])},
@@ -172,8 +176,17 @@ def write_file(path: Path, question: Question, file: ChallengeFile) -> None:
         **({"code": code} if code else {}),
     }
     partial = path.with_suffix(".partial")
-    partial.write_text(dump_toml(whole), encoding="utf-8")
+    partial.write_text(tomlkit.dumps(_drop_none(whole)), encoding="utf-8")
     partial.replace(path)
+
+
+def _drop_none(table: Mapping[str, Any]) -> dict[str, Any]:
+    """A table without what TOML has no value for."""
+    return {
+        key: _drop_none(value) if isinstance(value, Mapping) else value
+        for key, value in table.items()
+        if value is not None
+    }
 
 
 def make_question(asked: Mapping[str, Any], where: str) -> Question:

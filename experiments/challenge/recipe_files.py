@@ -6,9 +6,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+import tomlkit
+from tomlkit.items import InlineTable
+
 from experiments.challenge.folder import Folder
 from experiments.challenge.question import FILE, Question
-from experiments.challenge.toml_writer import format_value
 from experiments.config.recipe import Recipe, load_recipe
 from experiments.config.recipe_editor import write_values
 from experiments.config.tuning_space import Range
@@ -108,9 +110,7 @@ def write_recipe(question: Question, task: str, challenger: OutsideOptimizer, fo
     text = original.path.read_text(encoding="utf-8").rstrip("\n") + "\n"
     if original.tuning is None:
         tables = {"tuning": {"trials": question.trials or TRIALS}} | tables
-    for name, values in tables.items():
-        lines = [f'{key} = {{ value = {format_value(each)}, source = "{_SOURCE}" }}' for key, each in values.items()]
-        text += "\n" + "\n".join([f"[{name}]", *lines]) + "\n"
+    text += "".join(f"\n[{name}]\n{tomlkit.dumps(_with_sources(values))}" for name, values in tables.items())
     path = folder.recipes / original.task / f"{question.scale}.toml"
     path.parent.mkdir(parents=True, exist_ok=True)
     # In one step: a recipe that is half written is never read.
@@ -127,6 +127,15 @@ def write_recipe(question: Question, task: str, challenger: OutsideOptimizer, fo
                 f"--baselines {name}: {original.path} has no such optimizer; {list_allowed(original.optimizers)}"
             )
     return recipe
+
+
+def _with_sources(values: Mapping[str, Any]) -> dict[str, InlineTable]:
+    """Each value as a recipe has it, on one line with its source."""
+    lines = {}
+    for key, value in values.items():
+        lines[key] = tomlkit.inline_table()
+        lines[key].update({"value": value, "source": _SOURCE})
+    return lines
 
 
 def _optimizer_tables(

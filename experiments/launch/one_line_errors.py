@@ -4,6 +4,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
+from typing import NoReturn
 
 from experiments.errors import UserError
 
@@ -36,5 +37,16 @@ def report_errors_in_one_line(command: Callable[[], None]) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+        _end_interrupted()
+    except SystemExit as ended:  # what Typer makes of an interrupt
+        if ended.code == _INTERRUPTED:
+            _end_interrupted()
+        raise
+
+
+_INTERRUPTED = 128 + signal.SIGINT
+
+
+def _end_interrupted() -> NoReturn:
+    print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+    sys.exit(_INTERRUPTED)

@@ -165,6 +165,7 @@ class NGPlusSettings(_LearningRate):
     max_samples: int | None = None
     nonfinite: Literal["skip", "raise"] = "skip"
     update_growth: float | None = None
+    staggered: bool | None = None
     basis: Literal["eigen"] | None = None
     sides: Literal["short", "both"] | None = None
     max_side: int | None = None

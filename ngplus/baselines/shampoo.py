@@ -281,7 +281,7 @@ class Shampoo(LayerwiseOptimizer):
         """Every real parameter that has a side, in place of layers with a matrix."""
         return [Layer(name, parameter, None) for name, parameter in self._named_parameters() if _has_side(parameter)]
 
-    def _warn_of_unsupported_modules(self) -> None:
+    def _warn_of_unsupported_matrices(self) -> None:
         """There is nothing to warn of: no parameter is left out for what its module is."""
 
     def _layers_to_capture(self) -> list[Layer]:

@@ -14,6 +14,7 @@ from ngplus.capture.loss_reduction import Reduction
 from ngplus.capture.op_handlers import OpCall
 from ngplus.capture.sample_index import drop_uncounted_rows, group_rows
 from ngplus.config import FunctionFallback, LayerwiseOptions, ModelCallSamples, PartialCapture, Samples
+from ngplus.curvature.all_reduce import own_share
 from ngplus.curvature.second_moment import add_stacks_, multiply_columns, scale_columns, second_moment
 from ngplus.curvature.small_layers import group_equal, is_small, second_moments
 from ngplus.dtensors import local_part
@@ -29,10 +30,10 @@ class Sampling:
 
     Attributes:
         samples: "batch" or "rows", see `NGPlus`.
-        model_calls: "separate" or "joined", see `NGPlus`.
+        model_calls: "separate", "joined" or "apart", see `NGPlus`.
         partial_capture: "base" or "accept", see `NGPlus`.
         function_fallback: "vmap" or "base", see `NGPlus`.
-        max_samples: most samples that a curvature step uses of each layer, or None.
+        max_samples: most samples that a curvature step uses of each layer, of all processes together, or None.
         block_size: p of (18), or None.
         max_rank: most columns of U, as a fraction of the matrix's side, for which the sum of rank-one products is
             kept as U (14); 0 keeps none.
@@ -244,7 +245,7 @@ class Accumulator:
     def _is_single(self, addition: Addition) -> bool:
         """Whether all samples of one use are added as moments."""
         statistic, pairs = addition.statistic, addition.pairs
-        limit, rank = self.sampling.max_samples, pairs[0].rows.samples
+        limit, rank = self._limit, pairs[0].rows.samples
         kept_as_columns = not statistic.moments and self.sampling.keeps_columns(rank, statistic.shape.short)
         within = limit is None or statistic.used + rank <= limit
         return len(pairs) == 1 and within and rank > 0 and not (kept_as_columns or statistic.columns)
@@ -261,9 +262,15 @@ class Accumulator:
             return list(pairs) if used else []
         return [FactorPair(p.rows.slice(0, used), p.columns.slice(0, used), p.group) for p in pairs] if used else []
 
+    @property
+    def _limit(self) -> int | None:
+        """Most samples of each layer that this process uses."""
+        limit = self.sampling.max_samples
+        return None if limit is None else own_share(limit)
+
     def _count_used(self, statistic: Statistic, samples: int) -> int:
         """How many of ``samples`` more are to be used."""
-        limit = self.sampling.max_samples
+        limit = self._limit
         return samples if limit is None else max(0, min(samples, limit - statistic.used))
 
     def _add_used_(self, statistic: Statistic, pairs: list[FactorPair]) -> None:

@@ -87,6 +87,8 @@ class ContractionFactors:
             UnsupportedCall: where the product is no matrix product for each sample.
         """
         inside, outside = contraction.inside, contraction.outside
+        if len(set(contraction.weight)) < len(contraction.weight):
+            raise UnsupportedCall("is used in a product with its diagonal alone")
         groups, rows, columns = _matrix_labels(layer, weight, contraction.weight)
         transposed = rows in inside
         summed, left = (rows, columns) if transposed else (columns, rows)

@@ -163,6 +163,33 @@ _REWRITTEN: Mapping[Any, Callable[..., Any]] = {
 """Functions that have the same gradients as others."""
 
 
+_REPEATING = frozenset(
+    {
+        Tensor.expand,
+        Tensor.expand_as,
+        Tensor.broadcast_to,
+        torch.broadcast_to,
+        Tensor.repeat,
+        Tensor.tile,
+        torch.tile,
+        Tensor.repeat_interleave,
+        torch.repeat_interleave,
+    }
+)
+"""Functions that return copies of their argument."""
+
+
+def _is_copied(tensor: Tensor, expressions: Expressions) -> bool:
+    """Whether a tensor that is free of samples is made by a function that returns copies, or stacks or joins them."""
+    known = expressions.find(tensor)
+    if known is None or known.call is None:
+        return False
+    arguments = known.call.tensors
+    repeats = known.call.function in _REPEATING and tensor.numel() > arguments[0].numel()
+    repeats = repeats or len(set(map(id, arguments))) < len(arguments)
+    return repeats or any(_is_copied(each, expressions) for each in arguments)
+
+
 def rewrite(call: FunctionCall) -> Callable[..., Any]:
     """The function that is differentiated for a call.
 
@@ -192,7 +219,7 @@ class Program:
 
     Attributes:
         inputs: the tensors with samples.
-        shared: the other tensors that carry a gradient to the parameters, as they were.
+        shared: the other tensors but for parameters, as they were; they are free of samples.
         dtype: the one with the fewest bits that it is computed in.
 
     Raises:
@@ -206,21 +233,37 @@ class Program:
         self._function = rewrite(call)
         self._is_input: list[bool] = []
         self._is_shared: list[bool] = []
-        for leaf in leaves:
+        self._copies: list[bool] = []
+        for place, leaf in enumerate(leaves):
             tensor = isinstance(leaf, Tensor)
             carries = tensor and self._collect(leaf, expressions)
-            self._is_shared.append(carries)
             free = tensor and (isinstance(owner_of(leaf), nn.Parameter) or expressions.is_free(leaf, owner_of(leaf)))
+            shared = carries or (free and not isinstance(leaf, nn.Parameter))
+            if shared:
+                self._copies.append(_is_copied(leaf, expressions))
+            if free and not carries:
+                leaves[place] = leaf.detach()
+            self._is_shared.append(shared)
             self._is_input.append(tensor and not carries and not free)
         self.inputs = [leaf for leaf, each in zip(leaves, self._is_input, strict=True) if each]
         self.shared = [leaf for leaf, each in zip(leaves, self._is_shared, strict=True) if each]
         every = (*outputs_of(call), *self.inputs, *self.shared, *(each.value for each in self._expressions.values()))
         self.dtype = min(
-            (each.dtype for each in every if each.is_floating_point()), key=lambda each: -torch.finfo(each).eps
+            (each.dtype for each in every if each.is_floating_point() or each.is_complex()),
+            key=lambda each: -torch.finfo(each).eps,
         )
-        self._leaves = [
-            None if is_input else leaf.detach() if isinstance(leaf, Tensor) and not shared else leaf
-            for leaf, is_input, shared in zip(leaves, self._is_input, self._is_shared, strict=True)
+        self._leaves = [None if is_input else leaf for leaf, is_input in zip(leaves, self._is_input, strict=True)]
+
+    @property
+    def has_copies(self) -> bool:
+        """Whether any of ``shared`` is made of several copies of the same."""
+        return any(self._copies)
+
+    def repeats(self, dim: int) -> list[bool]:
+        """Which of ``shared`` are copies of the same, one behind the other along a dimension as far as is known."""
+        return [
+            copied or (each.layout == torch.strided and each.dim() > dim and each.stride(dim) == 0)
+            for each, copied in zip(self.shared, self._copies, strict=True)
         ]
 
     def _collect(self, tensor: Tensor, expressions: Expressions) -> bool:
@@ -243,8 +286,20 @@ class Program:
                     self._collect(argument, expressions)
         return True
 
+    def check_memory(self) -> None:
+        """Raise where the call cannot be made again: `fully_shard` frees weights as soon as backward is through them.
+
+        Raises:
+            UnsupportedCall: where the memory of a tensor is gone.
+        """
+        calls = [known.call for known in self._expressions.values() if known.call is not None]
+        values = pytree.tree_leaves((self._leaves, *((call.args, call.kwargs) for call in calls)))
+        plain = [e for e in values if type(e) in (Tensor, nn.Parameter) and e.layout == torch.strided and e.numel()]
+        if not all(each.untyped_storage().size() for each in plain):
+            raise UnsupportedCall("is used by a call whose weights are sharded again before its samples are complete")
+
     def evaluate_shared(self, values: Mapping[int, Tensor], convert: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        """The tensors that are made of the parameters.
+        """The tensors that are free of samples, with other values of the parameters.
 
         Args:
             values: of the parameters, by their ids.

@@ -8,7 +8,7 @@ weight's, and the comparison with it finds that (`ngplus.capture.completeness`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,7 @@ class Batch:
         dim: of the output, and of the inputs that have them.
         size: b.
         inputs: which of the inputs have them.
-        shared: which of the tensors made of weights do.
+        shared: which of the tensors that are free of samples do.
     """
 
     dim: int
@@ -92,7 +92,7 @@ def parse_function(call: FunctionCall, sources: Sequence[Source], expressions: E
     def factors(inputs: list[Tensor], gradient: Tensor) -> FactorPair:
         return FunctionGradients(program, batch, sources, inputs, gradient).pair()
 
-    return DifferentiatedCall(OpCall(layer, program.inputs, factors, is_read=False), batch, program.dtype)
+    return DifferentiatedCall(OpCall(layer, program.inputs, factors, batch.size, is_read=False), batch, program.dtype)
 
 
 def find_batch(program: Program, sources: Sequence[Source], output: torch.Size, first: int) -> Batch | None:
@@ -118,20 +118,44 @@ def find_batch(program: Program, sources: Sequence[Source], output: torch.Size, 
             shared = program.evaluate_shared(values, to_meta)
         except _FAILURES:
             return None
-        for dim in sorted(range(len(output)), key=lambda each: (each != first, each)):
+        for dim, splits in _candidates(output, first, program):
             size = output[dim]
             has = [each.dim() > dim and each.shape[dim] == size for each in inputs]
-            of_shared = [each.dim() > dim and each.shape[dim] == size for each in shared]
+            split = [
+                it and each.dim() > dim and each.shape[dim] == size for each, it in zip(shared, splits, strict=True)
+            ]
+            if not any(has):
+                continue
             one = [each.narrow(dim, 0, 1) if it else each for each, it in zip(inputs, has, strict=True)]
-            for split in ([False] * len(shared), of_shared) if any(has) else ():
-                parts = [each.narrow(dim, 0, 1) if it else each for each, it in zip(shared, split, strict=True)]
-                try:
-                    found = program.run(one, parts, to_meta)
-                except _FAILURES:
-                    continue
-                if isinstance(found, Tensor) and found.shape == (*output[:dim], 1, *output[dim + 1 :]):
-                    return Batch(dim, size, has, split)
+            parts = [each.narrow(dim, 0, 1) if it else each for each, it in zip(shared, split, strict=True)]
+            try:
+                found = program.run(one, parts, to_meta)
+            except _FAILURES:
+                continue
+            if isinstance(found, Tensor) and found.shape == (*output[:dim], 1, *output[dim + 1 :]):
+                folded = size == 1 and program.has_copies  # a copy for each sample, and all samples in one
+                return None if folded else Batch(dim, size, has, split)
     return None
+
+
+def _candidates(output: torch.Size, first: int, program: Program) -> Iterator[tuple[int, list[bool]]]:
+    """The dimensions that may hold the samples, and which of ``shared`` have them too, in the order of trial.
+
+    Weights that are repeated have one copy a sample. Others are the same for all samples as long as that may be: along
+    the first dimension of several models' stacked weights the models are counted, and not the samples.
+    """
+    none, every = [False] * len(program.shared), [True] * len(program.shared)
+    others = [dim for dim in range(len(output)) if dim != first]
+    firsts = [first] if first < len(output) else []
+    for dim in firsts:
+        yield dim, none
+        if any(copies := program.repeats(dim)):
+            yield dim, copies
+            yield dim, every
+    long = [dim for dim in others if output[dim] > 1]
+    yield from ((dim, none) for dim in long)
+    yield from ((dim, every) for dim in (*firsts, *long))
+    yield from ((dim, splits) for dim in others if output[dim] == 1 for splits in (none, every))
 
 
 @dataclass(eq=False)
@@ -189,6 +213,7 @@ class FunctionGradients:
 
     def _differentiate(self, elements: Tensor) -> Sequence[Tensor]:
         """The gradients of the parameters, (c, *shape) each."""
+        self.program.check_memory()
         batch, at = self.batch, elements.clamp_min(0)
         inputs = [self._convert(each.detach()) for each in self.inputs]
         mapped = [each.movedim(batch.dim, 0)[at] for each, it in zip(inputs, batch.inputs, strict=True) if it]

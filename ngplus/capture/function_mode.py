@@ -16,7 +16,7 @@ from ngplus._torch_internals import is_transformed, undispatched
 from ngplus.capture.recurrent import RECURRENT_CALLS, RecurrentCall
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TimeMajor:
     """What is known inside of ``F.multi_head_attention_forward`` and of recurrent layers.
 
@@ -24,9 +24,13 @@ class TimeMajor:
 
     Attributes:
         batch: B.
+        dimensions: of the input that the module takes, with a batch.
+        input_shape: of the input, where it is the function's that is known, and not only the module's.
     """
 
     batch: int
+    dimensions: int
+    input_shape: torch.Size | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +113,7 @@ class CaptureMode(TorchFunctionMode):
         if func is F.multi_head_attention_forward:
             query = args[0] if args else kwargs["query"]
             batch = query.shape[1] if query.dim() == 3 else 1
-            return self._run_inside(partial(undispatched(func), *args, **kwargs), batch)
+            return self._run_inside(partial(undispatched(func), *args, **kwargs), TimeMajor(batch, 3, query.shape))
         if (parse := RECURRENT_CALLS.get(func)) is not None and not kwargs and self._awaits(_flatten(args)):
             return self._run_unfused(parse(*args))
         output = func(*args, **kwargs)
@@ -119,16 +123,17 @@ class CaptureMode(TorchFunctionMode):
 
     def _run_unfused(self, call: RecurrentCall) -> Any:
         """Run a recurrent layer step by step, so that its products are recorded."""
+        time_major = TimeMajor(call.batch, call.dimensions)
 
         def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            product: Tensor = self._run_inside(partial(F.linear, input, weight, bias), call.batch)
+            product: Tensor = self._run_inside(partial(F.linear, input, weight, bias), time_major)
             return product
 
         return call.run(linear)
 
-    def _run_inside(self, run: Callable[[], Any], batch: int) -> Any:
+    def _run_inside(self, run: Callable[[], Any], time_major: TimeMajor) -> Any:
         """Call with this mode on inside of it too, and its inputs known to be time-major."""
-        outer, self._time_major = self._time_major, TimeMajor(batch)
+        outer, self._time_major = self._time_major, time_major
         try:
             with self:
                 return run()

@@ -5,6 +5,9 @@ a decoder that is called on what its encoder returned, a cell called once a time
 of as many samples joins, as two heads on one trunk. Other calls, on two halves of a batch or on real and on generated
 images, see samples of their own.
 
+Inside of one call, several uses of a layer are by the same samples. That is doubtful where the call may go through its
+batch in a loop: where a layer gets single samples several times, or pieces that make up the rows of the call's input.
+
 The autograd graph tells which call was computed from which. It numbers the nodes that a thread makes in ascending
 order, so that each call owns the range of numbers between its start and its end, and the call that made a node is found
 by the node's number.
@@ -16,13 +19,93 @@ import bisect
 import itertools
 import threading
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from ngplus._torch_internals import frames, next_node_number, node_number
+from ngplus._torch_internals import backward_pass_number, frames, keyword_arguments, next_node_number, node_number
+from ngplus.layers import Layer
+
+if TYPE_CHECKING:
+    from ngplus.capture.function_mode import TimeMajor
+    from ngplus.config import ModelCallSamples
+
+SINGLE = (
+    "is called several times on single samples without a batch dimension inside one call of the model, which may be "
+    "samples or uses by one sample; give it a batch, call the model once a sample, set sample_index, or set "
+    'model_calls="apart" for the former'
+)
+"""Why nothing tells what the samples of a layer are that a model calls on one vector after another."""
+
+PIECES = (
+    "is called on pieces that make up the rows of the model's input, which may be samples of their own or uses by the "
+    'same samples; call the model piece by piece, set sample_index, or set model_calls="apart" or "joined"'
+)
+"""The same where a model cuts its batch up."""
+
+ROWS = (
+    "gets several rows inside a call of the model in which another layer gets one sample without a batch dimension, so "
+    "that they may be samples or positions of this one; give the model a batch, or set sample_index"
+)
+"""The same of the rows of a sequence without a batch dimension."""
+
+SIZES = (
+    "gets different numbers of samples inside one call of the model, which may be samples of their own or some of the "
+    'same ones; call the model once for each, set sample_index, or set model_calls="apart" for the former'
+)
+"""The same where a layer sees a batch, and then a part of it, or another batch."""
+
+AXIS = (
+    "gets its samples along another dimension than the model's input, attention or a recurrent layer in the same call; "
+    "set batch_dim to that of this layer's input, 1 for (T, B, C)"
+)
+"""Why a layer is left to the base whose samples the input, or another layer which knows its own, has elsewhere."""
+
+CHECKPOINTS = (
+    "is used several times, some of them in checkpoints with use_reentrant=True, which bring their gradients one after "
+    "the other, so that what belongs to a sample cannot be put together; take use_reentrant=False"
+)
+"""Why a layer is left to the base whose uses by the same samples are known one after the other alone."""
+
+DOUBTS = frozenset({SINGLE, PIECES, ROWS, SIZES, AXIS, CHECKPOINTS})
+"""Why a layer is left to the base of which nothing tells what its samples are."""
+
+
+def _lengths(inputs: Any) -> Sequence[int]:
+    """The shape of a call's first input, or how many tensors it is a list of.
+
+    Args:
+        inputs: the arguments of a call; where there are none, the keyword arguments count.
+
+    Returns:
+        Empty where it is neither.
+    """
+    first = next(iter(inputs or keyword_arguments().values()), None)
+    if isinstance(first, Mapping):
+        first = next(iter(first.values()), None)
+    if isinstance(first, Tensor):
+        return () if first.is_nested else first.shape
+    return (len(first),) if isinstance(first, (list, tuple)) else ()
+
+
+@dataclass(eq=False, slots=True)
+class _Uses:
+    """The uses of a layer by equally many samples inside one call.
+
+    Attributes:
+        unbatched: whether any of them had no batch dimension.
+        count: how many there are.
+        inside: the last one's attention or recurrent layer, whose uses of a weight count once.
+        leading: dimensions of the first one's input that may hold samples, where there are several.
+    """
+
+    unbatched: bool
+    count: int
+    inside: TimeMajor | None
+    leading: Sequence[int]
 
 
 @dataclass
@@ -32,33 +115,50 @@ class _Thread(threading.local):
     Attributes:
         number: of the call that is running.
         start: number of its first node.
+        backward: number of the backward pass that it is made in, or −1.
+        free: numbers of nodes that were made of weights alone.
         visited: nodes before it that `ModelCalls.trace` has come by.
         starts: first nodes of the calls that have returned, ascending.
         ends: for each of them, the node after its last and the call's number.
         frame: of a ``forward`` that was called directly, and the number of the calls inside of it.
+        uses: of layers in the call that is running, by the numbers of samples that they get.
+        sizes: the number of samples that each layer got first in it.
+        repeats: whether there are several of any.
+        batches: the numbers of samples that attention and recurrent layers got.
+        has_axes: whether an input of any layer has several dimensions that may hold samples.
     """
 
     number: int = 0
     start: int = 0
+    backward: int = -1
+    free: set[int] = field(default_factory=set)
     visited: set[int] = field(default_factory=set)
     starts: list[int] = field(default_factory=list)
     ends: list[tuple[int, int]] = field(default_factory=list)
     frame: tuple[types.FrameType, int] | None = None
+    uses: dict[tuple[Layer, int], _Uses] = field(default_factory=dict)
+    sizes: dict[Layer, int] = field(default_factory=dict)
+    repeats: bool = False
+    batches: set[int] = field(default_factory=set)
+    has_axes: bool = False
 
 
 class ModelCalls:
     """Numbers the outermost calls of a model, and finds which were computed from which.
 
     Args:
-        joined: whether all calls see the same samples, whatever the graph says.
+        samples: "separate", "joined" or "apart", see `NGPlus`.
     """
 
-    def __init__(self, joined: bool) -> None:
-        self._joined = joined
+    def __init__(self, samples: ModelCallSamples) -> None:
+        self._joined = samples == "joined"
+        self._told = samples != "separate"
         self._numbers = itertools.count(1)
         self._ancestors: dict[int, set[int]] = {}
         self._sizes: dict[int, set[int]] = {}
         self._roots: dict[int, dict[int, int]] = {}
+        self._doubts: dict[tuple[int, Layer], str] = {}
+        self._unbatched: set[int] = set()
         self._thread = _Thread()
         self._modules: frozenset[int] = frozenset()
         self._codes: frozenset[types.CodeType] = frozenset()
@@ -80,6 +180,8 @@ class ModelCalls:
         self._ancestors = {}
         self._sizes = {}
         self._roots = {}
+        self._doubts = {}
+        self._unbatched = set()
         self._thread = _Thread()
 
     def begin(self) -> None:
@@ -92,12 +194,25 @@ class ModelCalls:
             thread.number = next(self._numbers)
             # Kept until the next call or the backward pass, so that no other frame gets its place in memory.
             thread.frame = None if frame is None else (frame, thread.number)
-        thread.start = next_node_number()
+            thread.uses, thread.sizes, thread.repeats = {}, {}, False
+            thread.batches, thread.has_axes = set(), False
+        thread.start, thread.backward = next_node_number(), backward_pass_number()
         thread.visited = set()
 
-    def end(self) -> None:
-        """End the outermost call of this thread."""
+    def end(self, inputs: Sequence[Any], free: Iterable[Tensor]) -> None:
+        """End the outermost call of this thread.
+
+        Args:
+            inputs: what it was given.
+            free: tensors that it has made of weights alone, so that another call with them is not computed from it.
+        """
         thread = self._thread
+        thread.free.update(node_number(each.grad_fn) for each in free if each.grad_fn is not None)
+        lengths = _lengths(inputs) if thread.frame is None and (thread.repeats or thread.has_axes) else ()
+        if thread.repeats:
+            self._find_pieces(lengths)
+        if thread.has_axes:
+            self._find_other_axes(lengths)
         stop = next_node_number()
         if stop > thread.start:
             thread.starts.append(thread.start)
@@ -112,6 +227,11 @@ class ModelCalls:
         """Number of the call that is running on this thread."""
         return self._thread.number
 
+    @property
+    def backward(self) -> int:
+        """Number of the backward pass that it is made in, as those of reentrant checkpoints are, or −1."""
+        return self._thread.backward
+
     def trace(self, tensor: Tensor) -> None:
         """Find the earlier calls that ``tensor``, which the running call uses, was computed from."""
         node = tensor.grad_fn
@@ -125,8 +245,8 @@ class ModelCalls:
         while nodes:
             node = nodes.pop()
             number = node_number(node)
-            if number >= thread.start or number in thread.visited:  # a leaf has the largest number there is
-                continue
+            if number >= thread.start or number in thread.visited or number in thread.free:
+                continue  # a leaf has the largest number there is
             thread.visited.add(number)
             place = bisect.bisect_right(thread.starts, number) - 1
             if place >= 0 and number < thread.ends[place][0]:
@@ -136,12 +256,81 @@ class ModelCalls:
             else:
                 nodes.extend(before for before, _ in node.next_functions if before is not None)
 
-    def add_size(self, size: int) -> None:
-        """Note that a layer in the call that is running gets ``size`` samples."""
-        sizes = self._sizes.setdefault(self._thread.number, set())
+    def add_use(
+        self, layer: Layer, size: int, unbatched: bool, inside: TimeMajor | None, leading: Sequence[int]
+    ) -> None:
+        """Note a use of a layer in the call that is running.
+
+        Args:
+            layer: the layer.
+            size: how many samples it gets.
+            unbatched: whether it gets one without a batch dimension.
+            inside: the call of attention or of a recurrent layer that it is a part of, or None.
+            leading: dimensions of its input that may hold samples, where there are several.
+        """
+        thread = self._thread
+        if inside is not None:
+            thread.batches.add(inside.batch)
+        sizes = self._sizes.setdefault(thread.number, set())
         if size not in sizes:
             sizes.add(size)
             self._roots = {}
+        uses = thread.uses.get((layer, size))
+        if uses is None:
+            thread.uses[layer, size] = _Uses(unbatched, 1, inside, leading)
+            thread.has_axes |= len(leading) > 1
+            if thread.sizes.setdefault(layer, size) != size:
+                self._doubts[thread.number, layer] = SIZES
+        elif inside is None or inside is not uses.inside:
+            uses.count, uses.inside, thread.repeats = uses.count + 1, inside, True
+            if unbatched or uses.unbatched:
+                self._doubts[thread.number, layer] = SINGLE
+
+    def add_unbatched(self) -> None:
+        """Note that a layer of the call that is running, which knows its batch dimension, got a sample without one."""
+        self._unbatched.add(self._thread.number)
+
+    def _find_pieces(self, lengths: Sequence[int]) -> None:
+        """Find the layers that got pieces of the batch, of whose dimensions some has as many rows as all together."""
+        uses = self._thread.uses
+        totals: dict[Layer, int] = {}
+        for (layer, size), each in uses.items():
+            totals[layer] = totals.get(layer, 0) + size * each.count
+        cut = {
+            size
+            for (layer, size), each in uses.items()
+            if each.count > 1 and totals[layer] in (*lengths[:1], *lengths[layer.batch_dim : layer.batch_dim + 1])
+        }
+        for (layer, size), each in uses.items():
+            if each.count > 1 and size in cut:
+                self._doubts.setdefault((self._thread.number, layer), PIECES)
+
+    def _find_other_axes(self, lengths: Sequence[int]) -> None:
+        """Find the layers whose samples are along another dimension than one with as many samples as others got.
+
+        Those of the call's input are along its first dimension, unless the user says otherwise of a layer.
+        """
+        known = self._thread.batches
+        for (layer, size), each in self._thread.uses.items():
+            batches = (known or (set() if layer.batch_dim else set(lengths[:1]))) - {1}
+            if size > 1 and size not in batches and not batches.isdisjoint(each.leading):
+                self._doubts[self._thread.number, layer] = AXIS
+
+    def find_doubt(self, number: int, layer: Layer, size: int) -> str | None:
+        """Why nothing tells which samples a use is by.
+
+        Args:
+            number: of the call that it is in.
+            layer: whose use it is.
+            size: how many samples it gets.
+
+        Returns:
+            The reason, or None.
+        """
+        if size > 1 and number in self._unbatched:
+            return ROWS
+        doubt = self._doubts.get((number, layer))
+        return doubt if doubt is AXIS or not self._told else None
 
     def root(self, number: int, size: int) -> int:
         """The number that all calls share which see the same ``size`` samples as call ``number``."""
@@ -181,4 +370,4 @@ class ModelCalls:
         return found
 
 
-__all__ = ["ModelCalls"]
+__all__ = ["AXIS", "CHECKPOINTS", "DOUBTS", "PIECES", "ROWS", "SINGLE", "SIZES", "ModelCalls"]

@@ -40,6 +40,9 @@ class OpCall:
         layer: whose weight was used.
         source: what multiplied the weight: input, or indices.
         factors: takes ``source`` and the gradient of the call's output to `FactorPair`.
+        samples: how many the input has.
+        unbatched: whether that is one, without a batch dimension.
+        leading: dimensions of the input of which ``batch_dim`` says which one the samples are in.
         transposed: whether the input belongs to the matrix's rows and the output to its columns, as in x W.
         parts: takes ``source`` to the slices of its rows that have factors of their own; None for one pair of all.
         is_read: whether the factors are read off the call; they are not where its function is differentiated again.
@@ -48,6 +51,9 @@ class OpCall:
     layer: Layer
     source: Any
     factors: Callable[..., FactorPair]
+    samples: int
+    unbatched: bool = False
+    leading: Sequence[int] = ()
     transposed: bool = False
     parts: Callable[[Any], list[tuple[int, slice]]] | None = None
     is_read: bool = True
@@ -83,13 +89,21 @@ class WeightArgument:
         layer: whose weight it is.
         weight: the layer's weight, or a view of it.
         time_major: the attention or the recurrent layer that the call is a part of, or None.
-        input_shape: of the module's input, where the module flattens it before the call; else None.
+        input_shape: of the module's input, where the module changes it before the call; else None.
     """
 
     layer: Layer
     weight: Tensor
     time_major: TimeMajor | None
     input_shape: torch.Size | None
+
+    @property
+    def is_unbatched(self) -> bool:
+        """Whether attention or the recurrent layer that the call is a part of has no batch dimension."""
+        if self.time_major is None:
+            return False
+        shape = self.input_shape if self.time_major.input_shape is None else self.time_major.input_shape
+        return shape is not None and len(shape) < self.time_major.dimensions
 
 
 @dataclass(frozen=True)
@@ -154,7 +168,15 @@ def _parse_contraction(given: WeightArgument, contraction: Contraction) -> OpCal
     if isinstance(owner_of(contraction.other), nn.Parameter):
         raise UnsupportedCall("is multiplied by another parameter, which has no samples")
     factors = ContractionFactors.of(given.layer, given.weight, contraction, _appended_value(given.layer, None))
-    return OpCall(given.layer, contraction.other, factors.pair, factors.transposed)
+    samples = contraction.other.shape[factors.inside[0]]
+    return OpCall(given.layer, contraction.other, factors.pair, samples, transposed=factors.transposed)
+
+
+def _count_samples(input: Tensor, leading: Sequence[int], batch_dim: int) -> int:
+    """Length of a call's batch dimension, which is the only one of its leading dimensions or ``batch_dim`` of them."""
+    if input.is_nested:
+        return len(input)
+    return leading[batch_dim if len(leading) > 1 else 0] if leading else 1
 
 
 def _appended_value(layer: Layer, bias: Tensor | None) -> float | None:
@@ -247,8 +269,9 @@ def _parse_linear(given: WeightArgument, input: Tensor, bias: Tensor | None = No
         raise UnsupportedCall("is used transposed, with a bias that is a column of it")
     appended = _appended_value(layer, bias)
     leading = _leading_shape(given, input)
-    if time_major is None and (dimensions := len(leading or input.shape[:-1])) > 1:
-        _check_batch_dim(layer, input, dimensions)
+    rows = leading or input.shape[:-1]
+    if time_major is None and len(rows) > 1:
+        _check_batch_dim(layer, input, len(rows))
 
     def positions_last(tensor: Tensor) -> Tensor:
         """(b, 1, features, κ), whatever the layout of a linear layer's input or output."""
@@ -269,7 +292,10 @@ def _parse_linear(given: WeightArgument, input: Tensor, bias: Tensor | None = No
         rows = Dense(outside, first_row=part.first_row, full_size=part.full_size)
         return FactorPair(rows, Dense(inside, appended=appended), part.group)
 
-    return OpCall(layer, input, factors, part.transposed)
+    samples = _count_samples(input, rows, layer.batch_dim) if time_major is None else time_major.batch
+    unbatched = given.is_unbatched or not rows
+    named = rows if time_major is None and len(rows) > 1 and not input.is_nested else ()
+    return OpCall(layer, input, factors, samples, unbatched, named, part.transposed)
 
 
 def _leading_shape(given: WeightArgument, input: Tensor) -> torch.Size | None:
@@ -331,7 +357,7 @@ def _parse_convolution(
         columns = patches(batched(source), kernel, stride, dilation, zeros, groups, appended)
         return FactorPair(rows=rows, columns=columns)
 
-    return OpCall(layer, input, factors)
+    return OpCall(layer, input, factors, len(batched(input)), input.dim() == len(kernel) + 1)
 
 
 def _is_whole(weight: Tensor, layer: Layer) -> bool:
@@ -374,7 +400,7 @@ def _parse_transposed_convolution(
         rows = Dense(values.reshape(values.shape[0], groups, -1, values.shape[2]))
         return FactorPair(rows, patches(outputs, kernel, stride, dilation, tuple(zeros), groups, None))
 
-    return OpCall(layer, input, factors, transposed=True)
+    return OpCall(layer, input, factors, len(batched(input)), input.dim() == len(kernel) + 1, transposed=True)
 
 
 def _parse_grouped_mm(given: WeightArgument, input: Tensor, offs: Tensor | None = None, *_: Any, **__: Any) -> OpCall:
@@ -398,7 +424,7 @@ def _parse_grouped_mm(given: WeightArgument, input: Tensor, offs: Tensor | None 
         inside, outside = (Dense(each[:, None, :, None]) for each in (source, gradient))
         return FactorPair(inside, outside) if transposed else FactorPair(outside, inside)
 
-    return OpCall(layer, input, factors, transposed, parts)
+    return OpCall(layer, input, factors, len(input), transposed=transposed, parts=parts)
 
 
 def _per_direction(value: Any, kernel: tuple[int, ...]) -> tuple[int, ...]:
@@ -437,7 +463,8 @@ def _parse_bilinear(
         columns = KhatriRao(positions_last(inputs[0]), positions_last(inputs[1]), appended)
         return FactorPair(positions_last(gradient), columns)
 
-    return OpCall(layer, [input1, input2], factors)
+    samples = _count_samples(input1, input1.shape[:-1], layer.batch_dim)
+    return OpCall(layer, [input1, input2], factors, samples, input1.dim() == 1)
 
 
 def _parse_embedding(
@@ -468,7 +495,9 @@ def _parse_embedding(
         columns = Dense(gradient.mT.unsqueeze(1), appended=appended)  # (b, 1, d, κ)
         return FactorPair(rows=OneHot(index, rows_of_table, dtype), columns=columns)
 
-    return OpCall(layer, input, factors)
+    samples = _count_samples(input, input.shape, layer.batch_dim)
+    named = input.shape if input.dim() > 1 and not input.is_nested else ()
+    return OpCall(layer, input, factors, samples, input.dim() == 0, named)
 
 
 def _move_samples_first(index: Tensor, gradient: Tensor, batch_dim: int) -> tuple[Tensor, Tensor]:
@@ -520,7 +549,8 @@ def _parse_embedding_bag(
         rows = Bags(bags.index, bags.bag, weights, bags.bags, rows_of_table)
         return FactorPair(rows=rows, columns=Dense(gradient.reshape(rows.bags, 1, -1, 1), appended=appended))
 
-    return OpCall(layer, input, factors)
+    samples = len(input) if offsets is None else len(offsets) - include_last_offset
+    return OpCall(layer, input, factors, samples)
 
 
 def _list_members(index: Tensor, offsets: Tensor | None, include_last_offset: bool, table_size: int) -> Bags:

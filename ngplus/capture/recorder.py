@@ -16,7 +16,7 @@ from __future__ import annotations
 import random
 import threading
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -33,7 +33,7 @@ from ngplus.capture.contractions import NoSampleGradient, UnsupportedCall
 from ngplus.capture.expressions import CONSTANTS, Expressions, Source
 from ngplus.capture.function_gradients import parse_function
 from ngplus.capture.function_mode import CaptureMode, FunctionCall, owner_of
-from ngplus.capture.model_calls import ModelCalls
+from ngplus.capture.model_calls import CHECKPOINTS, DOUBTS, ModelCalls
 from ngplus.capture.op_handlers import OpCall, find_weights, parse_call
 from ngplus.capture.row_origins import RowOrigins
 from ngplus.capture.sample_index import SampleIndex
@@ -130,7 +130,7 @@ class Recorder:
         self._layers = {id(layer.weight): layer for layer in layers}
         self._model = model
         sharded = any(is_sharded(layer.weight) for layer in self._layers.values())
-        self._whole = WholeWeights(model, self._layers.values()) if sharded else None
+        self._whole = WholeWeights(model) if sharded else None
         self._sampling = sampling
         self._accumulator = accumulator
         self._stopwatch = stopwatch
@@ -139,10 +139,10 @@ class Recorder:
         self._modules: frozenset[int] = frozenset()
         self._awaited: frozenset[int] = frozenset()
         self._biases: dict[int, list[Layer]] = {}
-        self._flattening: dict[int, Layer] = {}
-        self._input_shapes: dict[Layer, torch.Size] = {}
+        self._shaping: dict[int, list[Layer]] = {}
+        self._input_shapes: dict[Layer, torch.Size | None] = {}
         self._outermost = _OutermostCall()
-        self._model_calls = ModelCalls(sampling.model_calls == "joined")
+        self._model_calls = ModelCalls(sampling.model_calls)
         self._expressions = Expressions()
         self._origins = RowOrigins() if any(layer.bare for layer in self._layers.values()) else None
         self._handles: list[RemovableHandle] = []
@@ -170,7 +170,10 @@ class Recorder:
             if layer.bias is not None:
                 self._biases.setdefault(id(layer.bias), []).append(layer)
         self._expressions = Expressions(modules.values())
-        self._flattening = {id(modules.get(layer.module)): layer for layer in self._layers.values() if layer.flattens}
+        self._shaping = {}
+        for layer in self._layers.values():
+            if layer.flattens or layer.knows_samples:
+                self._shaping.setdefault(id(modules.get(layer.module)), []).append(layer)
         self._forget()
         self._model_calls.follow(modules.values())
         if self.armed:
@@ -181,9 +184,9 @@ class Recorder:
             if (alive := recorder()) is not None:
                 alive._enter(module, args)
 
-        def leave(module: nn.Module, _args: Any, _output: Any) -> None:
+        def leave(module: nn.Module, args: tuple[Any, ...], _output: Any) -> None:
             if (alive := recorder()) is not None:
-                alive._leave(module)
+                alive._leave(module, args)
 
         self._handles = [
             nn.modules.module.register_module_forward_pre_hook(enter),
@@ -208,6 +211,8 @@ class Recorder:
     def _forget(self) -> None:
         """Forget forward passes too, and leave one that was cut short by something like `KeyboardInterrupt`."""
         self._records = {}
+        if self._whole is not None:
+            self._whole.forget()
         self._unsupported = {}
         self._input_shapes = {}
         self._model_calls.clear()
@@ -230,8 +235,9 @@ class Recorder:
     def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if is_joinable(module):
             self.joinables.add(module)
-        if (layer := self._flattening.get(id(module))) is not None and args and isinstance(args[0], Tensor):
-            self._input_shapes[layer] = args[0].shape
+        if (layers := self._shaping.get(id(module))) is not None:
+            shape = args[0].shape if args and isinstance(args[0], Tensor) else None
+            self._input_shapes.update(dict.fromkeys(layers, shape))
         outermost = self._outermost
         if outermost.module is module:
             outermost.depth += 1
@@ -247,7 +253,7 @@ class Recorder:
             self._model_calls.begin()
             mode.__enter__()  # type: ignore[no-untyped-call]
 
-    def _leave(self, module: nn.Module) -> None:
+    def _leave(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         outermost = self._outermost
         if outermost.module is not module or outermost.mode is None:
             return
@@ -255,7 +261,7 @@ class Recorder:
         if outermost.depth == 0:
             outermost.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             outermost.module = outermost.mode = None
-            self._model_calls.end()
+            self._model_calls.end(args, (each.value for each in self._expressions.known.values()))
             self._forget_call()
 
     def awaits(self, arguments: Iterable[Any]) -> bool:
@@ -400,15 +406,12 @@ class Recorder:
         if any(each.is_nested and each.layout != torch.jagged for each in call.tensors):
             raise UnsupportedCall("is used on a nested tensor whose layout is not torch.jagged")
         try:
-            op_call = parse_call(layer, call, argument, self._input_shapes.get(layer))
+            op_call = parse_call(layer, call, argument, self._input_shapes.get(self._original(layer)))
         except _UNREADABLE as error:
             raise UnsupportedCall(f"is used by {call.name} in a way that is not known ({error})") from error
         self._accumulator.check(op_call)
-        if call.time_major is not None:
-            batch_dim, size = 1, call.time_major.batch
-        else:
-            batch_dim, size = layer.batch_dim, _size(call.output, layer.batch_dim)
-        self._await_use(layer, call, op_call, op_call.source, batch_dim, size, call.output.dtype)
+        batch_dim = layer.batch_dim if call.time_major is None else 1
+        self._await_use(layer, call, op_call, op_call.source, batch_dim, call.output.dtype)
 
     def _record_function(self, call: FunctionCall, unread: _Unread) -> None:
         """Await the gradient of the output of a call that no handler reads, for every layer that it carries one to."""
@@ -424,8 +427,7 @@ class Recorder:
                 if any(each.is_nested for each in call.tensors):
                     raise UnsupportedCall(reasons.get(layer, f"is used by {call.name} on a nested tensor"))
                 again = parse_function(call, own, self._expressions)
-                batch = again.batch
-                self._await_use(layer, call, again.op_call, again.source, batch.dim, batch.size, again.dtype)
+                self._await_use(layer, call, again.op_call, again.source, again.batch.dim, again.dtype)
             except UnsupportedCall as reason:
                 self._record(layer).unsupported = reasons.get(layer, str(reason))
 
@@ -436,7 +438,6 @@ class Recorder:
         op_call: OpCall,
         source: Tensor,
         batch_dim: int,
-        size: int,
         dtype: torch.dtype,
     ) -> None:
         """Await the gradient of a call's output.
@@ -447,16 +448,25 @@ class Recorder:
             op_call: as it was parsed.
             source: what the samples are a dimension of.
             batch_dim: that dimension.
-            size: of it.
             dtype: that the call was computed in.
         """
-        index = None if call.time_major and layer.knows_samples else self.sample_index
+        index, size = self.sample_index, op_call.samples
+        if (
+            index is not None
+            and call.time_major
+            and layer.knows_samples
+            and not (size == 1 and index.is_one(layer.module))
+        ):
+            index = None
         origin = None if self._origins is None or not layer.bare else self._origins.find(source)
         named = index is not None and index.index_of(layer.module) is not None
         follows = origin is not None and not named and self._sampling.samples == "batch"
         if origin is not None and follows and batch_dim == 0 and layer.batch_dim < len(origin.leading):
             rows, size = origin.find_samples(layer.batch_dim)
             index = SampleIndex({"*": rows}, count=size)
+        self._model_calls.add_use(layer, size, op_call.unbatched, call.time_major, op_call.leading)
+        if op_call.unbatched and isinstance(source, Tensor) and source.dim() > 1:
+            self._model_calls.add_unbatched()
         self._await_gradient(
             layer,
             call,
@@ -468,18 +478,23 @@ class Recorder:
                 sample_index=index,
                 batch_dim=batch_dim,
                 size=size,
+                inside=call.time_major,
                 model_call=self._model_calls.current,
+                recomputed_in=self._model_calls.backward,
                 versions=record_versions(call),
             ),
         )
 
     def _await_gradient(self, layer: Layer, call: FunctionCall, use: WeightUse) -> None:
-        self._model_calls.add_size(use.size)
         record = self._record(layer, call.output)
         record.accumulator = use.accumulator  # of older uses too, if their graph is alive
         record.pending.add(use)
         hook = partial(_receive_gradient, weakref.ref(self), use)  # weakly: a loss that is kept would keep the recorder
-        _hooked_tensor(call.output).register_hook(hook)  # type: ignore[no-untyped-call]
+        output = _hooked_tensor(call.output)
+        if self._whole is None or use.call.is_read or output.grad_fn is None:
+            output.register_hook(hook)  # type: ignore[no-untyped-call]
+        else:  # the weights are needed, which a hook of `fully_shard` on the same tensor gathers before this one
+            output.grad_fn.register_prehook(partial(_receive_one, hook, output.output_nr))
 
     def _record(self, layer: Layer, output: Tensor | None = None) -> LayerRecord:
         """The record of a layer; a new one where there is none, or where the layer's matrix has another shape now."""
@@ -517,6 +532,7 @@ class Recorder:
         if record.backward_pass != backward_pass:
             self._reduce(record, record.captured)
             self._drop_stale(record)
+            self._check_checkpoint(record, use, backward_pass)
             record.backward_pass = backward_pass
         record.pending.discard(use)
         use.add_gradient(gradient)
@@ -575,6 +591,10 @@ class Recorder:
             else:
                 pairs = use.call.pairs(source, gradient.reshape(use.output_shape))
             numbers = None if index is None else index.index_of(record.layer.module)
+            if numbers is None and self._sampling.samples == "batch":
+                doubt = self._model_calls.find_doubt(use.model_call, record.layer, use.size)
+                if doubt is not None:
+                    raise UnsupportedCall(doubt)
             for pair, rows in pairs:
                 record.compare_use(pair, use.dtype, self._tuning)
                 if index is not None and numbers is not None:
@@ -592,6 +612,14 @@ class Recorder:
     def _samples_of(self, use: WeightUse) -> int:
         """A number that uses share which are by the same samples; those of other sizes may have it too."""
         return self._model_calls.root(use.model_call, use.size)
+
+    def _check_checkpoint(self, record: LayerRecord, use: WeightUse, backward_pass: int) -> None:
+        """Leave a layer to the base of which a backward pass brings some gradients in those of its checkpoints."""
+        outer_pass = backward_pass if use.recomputed_in < 0 else use.recomputed_in
+        together = self._sampling.samples == "batch" and self._sampling.model_calls != "apart"
+        if together and outer_pass == record.outer_pass:
+            record.unsupported = CHECKPOINTS
+        record.outer_pass = outer_pass
 
     def _drop_stale(self, record: LayerRecord) -> None:
         """Drop the sums of a backward pass whose gradients are gone: a skipped step, then ``model.zero_grad()``.
@@ -633,10 +661,14 @@ class Recorder:
 
     def _find_additions(self, record: LayerRecord, captured: Sequence[CapturedPair]) -> list[Addition]:
         """The uses by the same samples: of calls that see the same, those with equally many are."""
-        together: dict[tuple[int, int], list[FactorPair]] = {}
+        together: dict[tuple[object, int], list[FactorPair]] = {}
         for number, each in enumerate(captured):
-            apart = self._sampling.samples == "rows" or each.is_apart
-            key = (number, 0) if apart else (each.pair.rows.samples, self._samples_of(each.use))
+            if self._sampling.samples == "rows" or each.is_apart:
+                key: tuple[object, int] = number, 0
+            elif self._sampling.model_calls == "apart" and each.use.sample_index is None:
+                key = each.use.inside or number, 0
+            else:
+                key = each.pair.rows.samples, self._samples_of(each.use)
             together.setdefault(key, []).append(each.pair)
         return [Addition(record.layer, record.statistic, pairs) for pairs in together.values()]
 
@@ -659,9 +691,9 @@ class Recorder:
                     self._finish(record, use)
             self._reduce_all(records.values())
             self._unsupported = {
-                layer: f"{record.unsupported}, {self._accumulator.missing}"
+                layer: reason if reason in DOUBTS else f"{reason}, {self._accumulator.missing}"
                 for layer, record in records.items()
-                if record.unsupported is not None
+                if (reason := record.unsupported) is not None
             }
             self._unsupported.update(self._find_incomplete())
         collected = {
@@ -712,6 +744,11 @@ def _receive_gradient(recorder: weakref.ref[Recorder], use: WeightUse, gradient:
             alive.receive_gradient(use, gradient)
 
 
+def _receive_one(hook: Callable[[Tensor], None], place: int, gradients: tuple[Tensor | None, ...]) -> None:
+    if (gradient := gradients[place]) is not None:
+        hook(gradient)
+
+
 def _compare_gradient(recorder: weakref.ref[Recorder], layer: Layer, parameter: Tensor, gradient: Tensor) -> None:
     if (alive := recorder()) is not None:
         with alive._stopwatch.measure("curvature"):
@@ -729,13 +766,6 @@ def _remove(hooks: list[WeightHook]) -> None:
     for hook in hooks:
         hook.remove()
     hooks.clear()
-
-
-def _size(output: Tensor, batch_dim: int) -> int:
-    """Length of an output's batch dimension; a jagged one's is that of its list."""
-    if output.dim() <= batch_dim:
-        return 1
-    return len(output) if output.is_nested else output.shape[batch_dim]
 
 
 def _hooked_tensor(output: Tensor) -> Tensor:

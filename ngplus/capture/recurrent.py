@@ -84,6 +84,7 @@ class RecurrentCall:
         counts: (T, B), which samples have an input at which time; None for all.
         bidirectional: whether there are two directions a layer.
         dropout: share of a layer's outputs that the next one does not get; 0 in evaluation.
+        dimensions: of the input that the module takes, with a batch.
         finish: takes the outputs (T, B, H · directions) and the last states to what the call returns.
     """
 
@@ -95,6 +96,7 @@ class RecurrentCall:
     counts: Tensor | None = None
     bidirectional: bool = False
     dropout: float = 0.0
+    dimensions: int = 3
 
     @property
     def batch(self) -> int:
@@ -216,7 +218,7 @@ def _parse_cell(
 
     state = tuple(each.unsqueeze(0) for each in ((hx,) if isinstance(hx, Tensor) else hx))
     weights = Direction(input_weight, recurrent_weight, input_bias, recurrent_bias)
-    return RecurrentCall(step, input.unsqueeze(0), state, [weights], finish)
+    return RecurrentCall(step, input.unsqueeze(0), state, [weights], finish, dimensions=2)
 
 
 def _parser(parse: Callable[..., RecurrentCall], step: Step) -> Callable[..., RecurrentCall]:

@@ -73,6 +73,11 @@ class SampleIndex:
         largest = [index.max() for index in self.indices.values() if index.numel()]
         return 1 + int(torch.stack([each.cpu() for each in largest]).max()) if largest else 0
 
+    def is_one(self, module: str) -> bool:
+        """Whether a module's input is one sample, or none of any."""
+        index = self.index_of(module)
+        return index is not None and index.numel() == 1
+
     def index_of(self, module: str) -> Tensor | None:
         """The index for a module's input, if one of the patterns fits its name."""
         return next((index for pattern, index in self.indices.items() if fnmatchcase(module, pattern)), None)

@@ -39,7 +39,9 @@ class WeightUse:
         sample_index: which rows belong to which sample, or None.
         batch_dim: where the samples are.
         size: of that dimension.
+        inside: the attention or the recurrent layer that it is a part of, or None.
         model_call: number of the outermost call of the model that it is in.
+        recomputed_in: number of the backward pass that has made it, as a reentrant checkpoint's does, or −1.
         versions: of its arguments.
         gradient: of the output, while the graph is retained and more may come.
         returned: whether all of the gradient is back.
@@ -52,7 +54,9 @@ class WeightUse:
     sample_index: SampleIndex | None
     batch_dim: int
     size: int
+    inside: object
     model_call: int
+    recomputed_in: int
     versions: list[tuple[Tensor, int]]
     gradient: Tensor | None = None
     returned: bool = False
@@ -105,6 +109,7 @@ class LayerRecord:
         retained: uses whose gradients have come back through a graph that is retained.
         captured: factors that are to be summed.
         backward_pass: number of the pass that the latest gradient came in.
+        outer_pass: number of the one that this was a checkpoint's in, or of itself.
         discarded: whether gradients of an earlier backward pass were thrown away.
         unsupported: why the layer goes to the base, or None.
         accumulator: of the weight's gradient.
@@ -119,6 +124,7 @@ class LayerRecord:
     retained: set[WeightUse] = field(default_factory=set)
     captured: list[CapturedPair] = field(default_factory=list)
     backward_pass: int = -1
+    outer_pass: int = -1
     discarded: bool = False
     unsupported: str | None = None
     accumulator: Node | None = None

@@ -6,7 +6,6 @@ they are whole, plain ones, the same objects on every step. So a weight is looke
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -22,20 +21,17 @@ class WholeWeights:
 
     Args:
         model: while its parameters are sharded.
-        layers: of it.
     """
 
-    def __init__(self, model: nn.Module, layers: Iterable[Layer]) -> None:
-        both = [parameter for layer in layers for parameter in (layer.weight, layer.bias)]
-        wanted = {id(parameter) for parameter in both if parameter is not None and is_sharded(parameter)}
+    def __init__(self, model: nn.Module) -> None:
         self._places: dict[int, _Place] = {
             id(parameter): (module, name)
             for module in model.modules()
             for name, parameter in module._parameters.items()
-            if parameter is not None and id(parameter) in wanted
+            if parameter is not None and is_sharded(parameter)
         }
         self._sharded: dict[int, tuple[Tensor, int]] = {}
-        self._layers: dict[Layer, Layer] = {}
+        self._layers: dict[tuple[Layer, int, int], Layer] = {}
         self._originals: dict[Layer, Layer] = {}
 
     def find(self, parameter: Tensor) -> int:
@@ -60,13 +56,18 @@ class WholeWeights:
     def of_layer(self, layer: Layer) -> Layer:
         """The layer with the parameters that its module has now, while the module is called."""
         weight, bias = self._now(layer.weight), self._now(layer.bias)
-        known = self._layers.get(layer)
-        if known is not None and known.weight is weight and known.bias is bias:
+        # A recurrent module looks at its weights while they are replaced one by one: some are whole by then, some not.
+        key = layer, id(weight), id(bias)
+        if (known := self._layers.get(key)) is not None:
             return known
         assert weight is not None
-        self._layers[layer] = used = replace(layer, weight=weight, bias=bias)
+        self._layers[key] = used = replace(layer, weight=weight, bias=bias)
         self._originals[used] = layer
         return used
+
+    def forget(self) -> None:
+        """Forget the layers; the ids of their parameters stand for them only as long as they are kept here."""
+        self._layers, self._originals = {}, {}
 
     def original(self, used: Layer) -> Layer:
         """The layer that `of_layer` was given."""

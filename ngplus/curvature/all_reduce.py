@@ -26,6 +26,14 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def own_share(count: int) -> int:
+    """This process's share of ``count`` things; those that are left over go one each to the first processes."""
+    if (processes := world_size()) == 1:
+        return count
+    each, left = divmod(count, processes)
+    return each + (dist.get_rank() < left)
+
+
 def check_processes(name: str, properties: Sequence[str], weights: Mapping[str, Tensor], device: torch.device) -> None:
     """Make sure that every process is here, and trains the same layers, before anything is averaged.
 
@@ -307,6 +315,7 @@ __all__ = [
     "find_shared_bases",
     "invert_shared",
     "largest",
+    "own_share",
     "pack_triangles",
     "sum_over_processes",
     "unpack_triangles",

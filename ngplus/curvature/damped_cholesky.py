@@ -54,11 +54,14 @@ def invert(requests: Sequence[InverseRequest], tuning: Tuning = DEFAULT) -> None
 def _cut(requests: Sequence[InverseRequest], matrices: int) -> Iterator[list[InverseRequest]]:
     """Lists of so many matrices at most, or of one request."""
     batch: list[InverseRequest] = []
+    size = 0
     for request in requests:
-        if batch and sum(len(each.matrices) for each in (*batch, request)) > matrices:
+        count = len(request.matrices)
+        if batch and size + count > matrices:
             yield batch
-            batch = []
+            batch, size = [], 0
         batch.append(request)
+        size += count
     yield batch
 
 

@@ -81,10 +81,10 @@ def _dtype(member: PreconditionedLayer) -> torch.dtype:
 
 
 def _as_matrix(layer: Layer) -> Tensor:
-    """This process's part of the weight's gradient with its dimensions but the first made one, in its own memory."""
+    """This process's part of the weight's gradient as rows of its matrices, in its own memory."""
     assert layer.weight.grad is not None
-    gradient = local_part(layer.weight.grad)
-    return gradient.view(len(gradient), math.prod(gradient.shape[1:]))
+    gradient, each = local_part(layer.weight.grad), layer.rows_each
+    return gradient.view(len(gradient) * each, math.prod(gradient.shape[1:]) // each)
 
 
 def _multiply(member: PreconditionedLayer, matrix: Tensor, tuning: Tuning) -> Tensor:

@@ -152,7 +152,7 @@ class Sharding:
         bias = layer.trained_bias
         if _shard_dim(layer) != 0 or not (bias is None or len(bias) == len(layer.weight)):
             return False
-        return shape.side == "right" or -(-len(layer.weight) // self.size) % shape.rows == 0
+        return shape.side == "right" or -(-len(layer.weight) // self.size) * layer.rows_each % shape.rows == 0
 
     def multiplies_own_columns(self, layer: Layer, shape: MatrixShape) -> bool:
         """Whether each process that has the inverse can make the direction of its columns without any communication.
@@ -167,8 +167,13 @@ class Sharding:
         return shape.side == "left" and _shard_dim(layer) == 1 and layer.trained_bias is None
 
     def rows(self, layer: Layer) -> tuple[int, int]:
-        """The rows of a weight sharded by rows that this process has."""
-        return chunk(len(layer.weight), self.size)[self.rank]
+        """The rows of its matrices, one below the other, that this process has of a weight sharded by rows."""
+        return self._rows(layer)[self.rank]
+
+    def _rows(self, layer: Layer) -> list[tuple[int, int]]:
+        """The same for each rank."""
+        each = layer.rows_each
+        return [(start * each, stop * each) for start, stop in chunk(len(layer.weight), self.size)]
 
     def bias_start(self, layer: Layer) -> int:
         """Where the layer's first row is in what this process has of its bias; negative where it is before that."""
@@ -186,9 +191,9 @@ class Sharding:
             For each rank the block of the weight, and that of its trained bias.
         """
         weight, bias = layer.weight, layer.trained_bias
-        height, width = len(weight), layer.shape(None).columns - (bias is not None)
+        height, width = len(weight) * layer.rows_each, layer.shape(None).columns - (bias is not None)
         if _shard_dim(layer) == 0:
-            blocks = [[Block(rows, (0, width))] for rows in chunk(height, self.size)]
+            blocks = [[Block(rows, (0, width))] for rows in self._rows(layer)]
         else:
             inner = width // weight.shape[1]
             parts = chunk(weight.shape[1], self.size)
@@ -223,6 +228,19 @@ def _sharded(weight: Tensor) -> Any:
     return weight
 
 
+def find_cut_matrices(layers: Iterable[Layer]) -> list[Layer]:
+    """Find the batches of matrices of which each process has some rows of every one.
+
+    Args:
+        layers: of a model.
+
+    Returns:
+        Those that are sharded along another dimension than their first.
+    """
+    batches = [layer for layer in layers if layer.batched and layer.weight.dim() > 2]
+    return [layer for layer in batches if is_sharded(layer.weight) and _shard_dim(layer) > 0]
+
+
 def _shard_dim(layer: Layer) -> int:
     dim: int = _sharded(layer.weight).placements[-1].dim
     return dim
@@ -232,4 +250,4 @@ def _kept_elements(shape: MatrixShape) -> int:
     return shape.groups * shape.short**2
 
 
-__all__ = ["Block", "Inverses", "Sharding", "chunk"]
+__all__ = ["Block", "Inverses", "Sharding", "chunk", "find_cut_matrices"]

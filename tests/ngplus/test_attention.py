@@ -3,9 +3,10 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import flex_attention
 
 from tests.ngplus import oracle
-from tests.ngplus.cases import seed_cpu
+from tests.ngplus.cases import points, seed_cpu
 
 
 class Attention(nn.Module):
@@ -188,3 +189,30 @@ def test_biases_that_are_concatenated_and_split_again_stay_bias_columns(frozen):
     model = JoinedBiases(frozen)
     optimizer = oracle.check(model, torch.randn(5, 3, 4, dtype=torch.float64), batch_dim=1)
     assert {f"{name}.weight" for name in ("query", "key", "value", "out")} == set(optimizer.curvature)
+
+
+class Flexible(nn.Module):
+    """Attention by `flex_attention`, whose scores fall with the distance."""
+
+    def __init__(self):
+        super().__init__()
+        seed_cpu(0)
+        self.project, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+        self.double()
+
+    def forward(self, x):
+        q, k, v = self.project(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        mixed = flex_attention.flex_attention(q, k, v, lambda score, _batch, _head, i, j: score - 0.1 * (i - j).abs())
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+@pytest.fixture
+def trains_flex_attention(monkeypatch):
+    """torch has no fused kernel of it for CPUs, and refuses it there; what runs without a kernel runs there too."""
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without", "ignore:The .grad attribute of a Tensor that")
+def test_projections_around_flex_attention_match_the_oracle(trains_flex_attention):
+    optimizer = oracle.check(Flexible(), points(3, 5, 8))
+    assert set(optimizer.curvature) == {"project.weight", "out.weight"}

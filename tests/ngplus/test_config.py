@@ -59,7 +59,7 @@ REFUSED = {
     "model_calls": (
         {"model_calls": "one"},
         ValueError,
-        "model_calls must be one of 'separate', 'joined', got 'one'",
+        "model_calls must be one of 'separate', 'joined', 'apart', got 'one'",
     ),
     "partial_capture": (
         {"partial_capture": "no"},
@@ -268,8 +268,8 @@ def test_layers_of_unsupported_kinds_are_named_once_with_where_they_go():
     with pytest.warns(UserWarning, match="does not precondition") as caught:
         NGPlus(model, base=torch.optim.Adam, lr=0.1, function_fallback="base")
     assert [str(warning.message) for warning in caught] == [
-        "NG+ does not precondition the model itself (ModuleDict), mix.parametrizations.weight (ParametrizationList); "
-        "their parameters go to Adam untouched"
+        "NG+ does not precondition table (ModuleDict), mix.parametrizations.weight.original1 (ParametrizationList): "
+        'function_fallback="base" is for supported modules alone; they go to Adam untouched'
     ]
 
 

@@ -43,6 +43,9 @@ PRODUCTS = {
     "W.T @ x": ((3, 2, 4), (5, 6), lambda m, x: m.w.mT @ x.mT),
     "mm, W first": ((3, 4), (6, 5), lambda m, x: m.w.mm(x.T).T),
     "repeated W": ((3, 2, 4), (5, 6), lambda m, x: torch.bmm(x, m.w.expand(len(x), -1, -1))),
+    "the diagonal": ((3, 2, 4), (5, 5), lambda m, x: torch.einsum("bti,ii->bti", x, m.w)),
+    "the trace": ((3, 4), (5, 5), lambda m, x: torch.einsum("bi,oo->bi", x, m.w)),
+    "diagonals of heads": ((3, 2, 4), (2, 5, 5), lambda m, x: torch.einsum("bhi,hii->bhi", x, m.w)),
     "one of several": ((3, 2, 4), (4, 5, 6), lambda m, x: x @ m.w[1] + F.linear(x, m.w[3].mT)),
 }
 

@@ -37,6 +37,14 @@ def attend(m, x):
     return F.scaled_dot_product_attention(m.w.expand(len(x), -1, -1), x, x)
 
 
+def attend_to_both(m, x):
+    return F.scaled_dot_product_attention(x, *(each.expand(len(x), -1, -1) for each in (m.w, m.v)))
+
+
+def multiply_by_both(m, x):
+    return torch.baddbmm(x.new_ones(()), x.expand(2, *x.shape), torch.stack([m.w, m.v])).movedim(0, 1)
+
+
 # Shape of the input, shapes of parameters, the function.
 FUNCTIONS = {
     "positions": ((3, 2, 4), {"w": (1, 2, 5)}, lambda m, x: x + m.w),
@@ -49,8 +57,18 @@ FUNCTIONS = {
     "a product of two": ((3, 2, 4), {"w": (5, 2), "v": (2, 6)}, lambda m, x: x @ (m.w @ m.v)),
     "both halves of a split": ((3, 4), {"w": (10, 5)}, lambda m, x: F.linear(x, m.w.exp().chunk(2)[1])),
     "distances": ((3, 2, 4), {"w": (6, 5)}, lambda m, x: torch.cdist(x, m.w)),
+    "distances to copies": ((3, 2, 4), {"w": (6, 5)}, lambda m, x: torch.cdist(x, m.w.expand(len(x), -1, -1))),
+    "distances to a stack": ((3, 2, 4), {"w": (6, 5)}, lambda m, x: torch.cdist(x, torch.stack([m.w] * len(x)))),
+    "several models": ((3, 4), {"w": (5, 6), "v": (5, 6)}, multiply_by_both),
+    "as many models as samples": ((2, 4), {"w": (5, 6), "v": (5, 6)}, multiply_by_both),
     "bilinear": ((3, 2, 4), {"w": (3, 5, 5)}, lambda m, x: F.bilinear(x, x.tanh(), m.w)),
     "a query for each": ((3, 2, 4), {"w": (2, 5)}, attend),
+    "keys and values for all": ((3, 2, 4), {"w": (6, 5), "v": (6, 5)}, attend_to_both),
+    "a spectrum": (
+        (3, 4),
+        {"w": (2, 5)},
+        lambda m, x: torch.fft.irfft(torch.fft.rfft(x[:, None]) * torch.fft.rfft(m.w)),
+    ),
     "a query by a layer": ((3, 2, 4), {"w": (2, 4)}, lambda m, x: m.inlet(m.w.expand(len(x), -1, -1)) * x),
     "used twice": ((3, 2, 4), {"w": (2, 5)}, lambda m, x: (x + m.w).tanh() * m.w),
     "used both ways": ((3, 2, 4), {"w": (5, 5)}, lambda m, x: (x @ m.w).tanh() @ m.w.exp()),
@@ -67,6 +85,20 @@ def test_a_weight_in_any_function_matches_the_oracle(name):
     shape, shapes, function = FUNCTIONS[name]
     optimizer = oracle.check(Product(function, **shapes), points(*shape))
     assert set(optimizer.curvature) == {"inlet.weight", *shapes}
+
+
+def test_copies_of_a_weight_for_samples_that_are_one_go_to_the_base_with_a_warning():
+    """A convolution whose groups are the samples: its output has one sample, and a copy of the kernel for each."""
+
+    def fold(m, x):
+        return F.conv1d(x.flatten(0, 1)[None], m.w.repeat(len(x), 1, 1), groups=len(x)).unflatten(1, (len(x), -1))[0]
+
+    model, x = Product(fold, w=(6, 2, 2)), points(3, 2, 4)
+    optimizer = NGPlus(model, lr=1e-9, damping=0.3, update_every=1)
+    oracle.batch_loss(x)(model).backward()
+    with pytest.warns(UserWarning, match=r"^w is used by conv1d, where a single sample's gradient cannot be captured"):
+        optimizer.step()
+    assert set(optimizer.curvature) == {"inlet.weight"}
 
 
 class Standardized(nn.Conv2d):
@@ -265,7 +297,7 @@ def test_what_cannot_be_differentiated_sample_by_sample_goes_to_the_base_with_on
 
 def test_the_option_turns_it_off():
     model, x = Product(lambda m, x: torch.cdist(x, m.w) + m.inlet.weight.norm(), w=(6, 5)), points(3, 4)
-    with pytest.warns(UserWarning, match=r"does not precondition the model itself \(Product\); their"):
+    with pytest.warns(UserWarning, match=r"does not precondition w \(Product\): .* it goes"):
         optimizer = NGPlus(model, lr=1e-9, damping=0.3, update_every=1, function_fallback="base")
     oracle.energy(model(x)).backward()
     with pytest.warns(UserWarning, match=r"inlet\.weight is used by .*norm.*, where a single sample's gradient"):
@@ -276,7 +308,7 @@ def test_the_option_turns_it_off():
 @pytest.mark.parametrize("kind", [KFAC, SENG])
 def test_baselines_need_factors_and_leave_other_functions_to_the_base(kind):
     model, x = Product(lambda m, x: torch.cdist(x, m.w) + m.inlet.weight.norm(), w=(6, 5)), points(3, 4)
-    with pytest.warns(UserWarning, match=r"does not precondition the model itself \(Product\); their"):
+    with pytest.warns(UserWarning, match=r"does not precondition w \(Product\): .* it goes"):
         optimizer = kind(model, lr=1e-9, damping=0.3, update_every=1)
     oracle.energy(model(x)).backward()
     with pytest.warns(UserWarning, match=r"inlet\.weight is used by .*norm"):
@@ -375,7 +407,7 @@ def test_the_curvature_of_bare_parameters_is_saved_and_loaded_to_the_bit():
 
 def test_in_the_eigenbasis_bare_parameters_go_to_the_base_and_standardized_layers_do_not():
     model = nn.Sequential(Standardized(2, 3, 3, padding=1), Product(lambda m, x: x + m.w, w=(4, 5))).double()
-    with pytest.warns(UserWarning, match=r"does not precondition 1 \(Product\)"):
+    with pytest.warns(UserWarning, match=r"does not precondition 1\.w \(Product\): basis='eigen'"):
         optimizer = NGPlus(model, base=torch.optim.Adam, lr=1e-3, damping=1.0, update_every=1, basis="eigen")
     oracle.batch_loss(points(3, 2, 4, 4))(model).backward()
     optimizer.step()

@@ -1,12 +1,16 @@
 """Which calls of a model see the same samples: pieces of a batch, chains of calls, ``forward`` called directly."""
 
+import contextlib
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from ngplus import NGPlus
+from ngplus.capture.model_calls import AXIS, PIECES, ROWS, SINGLE, SIZES
 from tests.ngplus import oracle
-from tests.ngplus.cases import points, seed_cpu
+from tests.ngplus.cases import points, recorded_warnings, seed_cpu
 
 DAMPING = 0.3
 
@@ -154,3 +158,330 @@ def test_nothing_of_a_direct_forward_is_kept_after_backward():
     optimizer = NGPlus(model, lr=1e-9, update_every=1)
     oracle.energy(model.forward(x)).backward()
     assert optimizer._recorder._model_calls._thread.frame is None
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_calls_that_share_what_is_made_of_weights_alone_are_no_calls_of_each_other(cached):
+    """A parametrized weight that `cached` makes in the first call comes from no sample of it."""
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)), nn.Tanh(), nn.Linear(3, 2)).double()
+    x = points(6, 4)
+    gradients = oracle.energy_gradients(model, x)
+
+    def loss(m):
+        with nn.utils.parametrize.cached() if cached else contextlib.nullcontext():
+            return sum(oracle.energy(m(part)) for part in x.chunk(2)) / 6
+
+    with recorded_warnings() as messages:
+        optimizer = oracle.descend(model, loss, damping=DAMPING)
+    assert len(messages) == cached
+    assert ("0.parametrizations.weight.original1" in optimizer.curvature) != cached
+    right = {
+        matrix: each for matrix, each in oracle.directions(gradients, DAMPING).items() if matrix.weight == "2.weight"
+    }
+    assert oracle.error(model, right) <= 1e-10
+
+
+# Samples without a batch dimension -----------------------------------------------------------------------------------
+
+
+class Loop(nn.Module):
+    """Goes through its batch in a loop, one sample after another, with a batch dimension or without."""
+
+    def __init__(self, body, step=None):
+        super().__init__()
+        self.body, self.step, self.optimizer = body, step, None
+
+    def forward(self, batch):
+        outputs = []
+        for number in range(0, len(batch), self.step or 1):
+            if self.optimizer is not None:
+                self.optimizer.sample_index = torch.tensor([number])
+            outputs.append(self.body(batch[number : number + self.step] if self.step else batch[number]))
+        return torch.cat(outputs) if self.step else torch.stack(outputs)
+
+
+class OneOutput(nn.Module):
+    """The output, or the last of the outputs, of a layer that returns several things."""
+
+    def __init__(self, layer, features=3, mean=True):
+        super().__init__()
+        self.layer, self.head, self.mean = layer, nn.Linear(features, 2), mean
+
+    def forward(self, x):
+        y = self.layer(x, x, x)[0] if isinstance(self.layer, nn.MultiheadAttention) else self.layer(x)[0]
+        return self.head(y.mean(0) if self.mean else y)
+
+
+class Cell(nn.Module):
+    """A cell over the times of a sequence (T, 4)."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell = nn.GRUCell(4, 3)
+
+    def forward(self, x):
+        h = x.new_zeros(3)
+        for each in x:
+            h = self.cell(each, h)
+        return h
+
+
+class Both(nn.Module):
+    """A product of two linear functions of a vector."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Bilinear(4, 4, 3)
+
+    def forward(self, x):
+        return self.layer(x, x)
+
+
+UNBATCHED = {
+    "linear layers": (lambda: nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)), (5, 4)),
+    "a convolution": (lambda: nn.Sequential(nn.Conv2d(2, 3, 2), nn.Flatten(0), nn.Linear(27, 2)), (5, 2, 4, 4)),
+    "a transposed convolution": (lambda: nn.Sequential(nn.ConvTranspose1d(2, 3, 2), nn.Flatten(0)), (5, 2, 4)),
+    "an LSTM": (lambda: OneOutput(nn.LSTM(4, 3)), (5, 6, 4)),
+    "attention": (lambda: OneOutput(nn.MultiheadAttention(4, 2), features=4), (5, 6, 4)),
+    "a table": (lambda: nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 2)), None),
+    "a bilinear layer": (Both, (5, 4)),
+}
+
+
+def unbatched(name):
+    build, shape = UNBATCHED[name]
+    return build().double(), torch.tensor([3, 0, 3, 6, 1]) if shape is None else points(*shape)
+
+
+@pytest.mark.parametrize("name", UNBATCHED)
+def test_single_samples_in_calls_of_their_own_are_batches_of_one(name):
+    model, x = unbatched(name)
+    assert judge(lambda m, which: sum(oracle.energy(m(each)) for each in x[which]), 5, model) <= 1e-10
+
+
+def named_layers(run, model, reason, samples=5, **options):
+    """The layers that a warning for this reason leaves to the base in a step; every one but these must be right."""
+    losses = [(lambda m, i=i: run(m, slice(i, i + 1))) for i in range(samples)]
+    expected = oracle.directions(oracle.sample_gradients(model, losses), DAMPING)
+    with recorded_warnings() as messages:
+        optimizer = oracle.descend(model, lambda m: run(m, slice(None)) / samples, damping=DAMPING, **options)
+    right = {matrix: each for matrix, each in expected.items() if matrix.weight in optimizer.curvature}
+    assert not right or oracle.error(model, right) <= 1e-10
+    left = {matrix.weight for matrix in expected} - set(optimizer.curvature)
+    assert len(messages) == bool(left)
+    assert all(reason in message and name in message for message in messages for name in left)
+    return left
+
+
+@pytest.mark.parametrize("name", UNBATCHED)
+def test_single_samples_that_one_call_goes_through_in_a_loop_leave_their_layers_to_the_base(name):
+    body, x = unbatched(name)
+    left = named_layers(lambda m, which: oracle.energy(m(x[which])), Loop(body), SINGLE)
+    assert left == {matrix.weight for matrix in oracle.matrices(Loop(body))}
+
+
+@pytest.mark.parametrize(("step", "reason"), [(1, PIECES), (2, SIZES), (3, SIZES)])
+def test_pieces_that_a_call_cuts_its_batch_into_leave_their_layers_to_the_base(step, reason):
+    """Also where the last is shorter, and where a layer is used twice on each."""
+    x = points(5, 4)
+    body = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), twice := nn.Linear(4, 4), nn.Tanh(), twice).double()
+    left = named_layers(lambda m, which: oracle.energy(m(x[which])), Loop(body, step), reason)
+    assert left == {"body.0.weight", "body.2.weight"}
+
+
+def test_bags_of_offsets_are_samples_and_bags_one_by_one_are_not():
+    class Bag(nn.EmbeddingBag):
+        def forward(self, x):
+            return super().forward(x.flatten(), torch.arange(0, x.numel(), x.shape[1]))
+
+    x = torch.randint(7, (5, 3))
+    bag = Bag(7, 4, mode="sum").double()
+    assert judge(lambda m, which: oracle.energy(m(x[which])), 5, bag) <= 1e-10
+    assert named_layers(lambda m, which: oracle.energy(m(x[which])), Loop(bag, 1), PIECES) == {"body.weight"}
+
+
+def test_a_list_of_sequences_that_a_call_goes_through_leaves_its_layers_to_the_base():
+    sequences = [points(length, 1, 4) for length in (3, 5, 3)]
+    model = Loop(unbatched("an LSTM")[0])
+    left = named_layers(lambda m, which: oracle.energy(m(sequences[which])), model, PIECES, 3)
+    assert left == {"body.layer.weight_ih_l0", "body.layer.weight_hh_l0", "body.head.weight"}
+
+
+def test_a_cell_over_the_times_of_one_sequence_without_a_batch_can_be_numbered():
+    """Nothing tells times from samples; an index of one element does."""
+    x, model = points(3, 6, 4), Cell().double()
+
+    def run(m, which):
+        total = 0
+        for number in range(len(x))[which]:
+            if m is model:
+                optimizer.sample_index = torch.tensor([number])
+            total = total + oracle.energy(m(x[number]))
+        return total
+
+    assert named_layers(lambda m, w: sum(oracle.energy(m(each)) for each in x[w]), copy.deepcopy(model), SINGLE, 3)
+    expected = oracle.directions(
+        oracle.sample_gradients(model, [lambda m, i=i: run(m, slice(i, i + 1)) for i in range(3)]), DAMPING
+    )
+    optimizer = NGPlus(model, lr=1e-12, damping=DAMPING, update_every=1, loss_reduction=3)
+    (run(model, slice(None)) / 3).backward()
+    optimizer.step()
+    assert oracle.error(model, expected) <= 1e-9
+
+
+@pytest.mark.parametrize("name", UNBATCHED)
+def test_single_samples_in_a_loop_inside_a_call_can_be_numbered(name):
+    body, x = unbatched(name)
+    model = Loop(body)
+    expected = oracle.directions(oracle.energy_gradients(model, x), DAMPING)
+    model.optimizer = optimizer = NGPlus(model, lr=1e-12, damping=DAMPING, update_every=1, loss_reduction=5)
+    oracle.batch_loss(x)(model).backward()
+    optimizer.step()
+    assert oracle.error(model, expected) <= 1e-9
+
+
+def test_rows_in_a_call_with_a_sequence_without_a_batch_dimension_leave_their_layers_to_the_base():
+    """Attention takes (T, E) for one sample, and linear layers take it for T of them."""
+    x, model = points(3, 6, 4), nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0).double()
+
+    def run(m, which):
+        return sum(oracle.energy(m(each)) for each in x[which])
+
+    assert named_layers(run, model, ROWS, 3) == {"linear1.weight", "linear2.weight"}
+    assert not named_layers(lambda m, which: oracle.energy(m(x[which])), batch_first(model), ROWS, 3)
+
+
+def batch_first(model):
+    """The same layer, for sequences that are a batch."""
+    layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True).double()
+    layer.load_state_dict(model.state_dict())
+    return layer
+
+
+class Again(nn.Module):
+    """A layer that some of its samples use again, as those that have not come to an end yet."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4).double()
+
+    def forward(self, x):
+        x = self.layer(x).tanh()
+        return x.index_add(0, chosen := (x[:, 0] > 0).nonzero().squeeze(1), self.layer(x[chosen]))
+
+
+def test_a_layer_that_some_of_the_samples_use_again_goes_to_the_base():
+    x = points(5, 4)
+    assert named_layers(lambda m, which: oracle.energy(m(x[which])), Again(), SIZES) == {"layer.weight"}
+
+
+@pytest.mark.parametrize("name", UNBATCHED)
+def test_single_samples_in_a_loop_inside_a_call_are_apart_with_the_option_for_it(name):
+    body, x = unbatched(name)
+    assert judge(lambda m, which: oracle.energy(m(x[which])), 5, Loop(body), model_calls="apart") <= 1e-10
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+@pytest.mark.parametrize("wrap", [lambda m, x: oracle.energy(m(x)), lambda m, x: oracle.energy(m.forward(x))])
+def test_pieces_of_a_batch_are_apart_with_the_option_for_it(step, wrap):
+    x, body = points(5, 4), nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    assert judge(lambda m, which: wrap(m, x[which]), 5, Loop(body, step), model_calls="apart") <= 1e-10
+
+
+@pytest.mark.parametrize("options", [{"model_calls": "joined"}, {"samples": "rows"}])
+def test_several_uses_of_a_layer_on_one_vector_are_no_doubt_where_an_option_tells(options):
+    x, model = points(1, 4), Loop(nn.Linear(4, 3).double())
+    optimizer = oracle.descend(model, lambda m: oracle.energy(m(torch.cat([x, 2 * x]))), damping=DAMPING, **options)
+    assert "body.weight" in optimizer.curvature
+
+
+def test_frames_of_a_time_major_sequence_are_no_pieces():
+    """As many rows as the input has times, in other places: each step's rows are the same samples."""
+    x = points(4, 2, 3)  # (T, B, C)
+    cell = nn.ModuleDict({"x": nn.Linear(3, 4), "h": nn.Linear(4, 4, bias=False)}).double()
+
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell = cell
+
+        def forward(self, x):
+            h = x.new_zeros(x.shape[1], 4)
+            for each in x:
+                h = (self.cell["x"](each) + self.cell["h"](h)).tanh()
+            return h
+
+    assert judge(lambda m, which: oracle.energy(m(x[:, which])), 2, Recurrent()) <= 1e-10
+
+
+class Language(nn.Module):
+    """A recurrent language model on (T, B), or on (B, T)."""
+
+    def __init__(self, batch_first):
+        super().__init__()
+        self.table = nn.Embedding(9, 4)
+        self.layer = nn.LSTM(4, 3, batch_first=batch_first)
+        self.head = nn.Linear(3, 9)
+        self.double()
+
+    def forward(self, tokens):
+        return self.head(self.layer(self.table(tokens))[0])
+
+
+SEQUENCES = {
+    "recurrent": (Language, torch.randint(9, (6, 4), generator=torch.Generator().manual_seed(0)), "table head"),
+    "attention": (
+        lambda batch_first: nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=batch_first).double(),
+        points(6, 4, 4, seed=0),
+        "linear1 linear2",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SEQUENCES)
+@pytest.mark.parametrize("options", [{}, {"batch_dim": 1}])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_layers_whose_samples_lie_elsewhere_than_those_of_attention_and_recurrent_layers_go_to_the_base(
+    kind, options, batch_first
+):
+    build, x, names = SEQUENCES[kind]
+    x = x.transpose(0, 1) if batch_first else x  # four samples
+
+    def run(m, which):
+        return oracle.energy(m(x[which] if batch_first else x[:, which]))
+
+    left = named_layers(run, build(batch_first), AXIS, 4, **options)
+    agree = batch_first == (not options)
+    assert left == (set() if agree else {f"{name}.weight" for name in names.split()})
+
+
+class OverTimes(nn.Module):
+    """A linear layer over the times of (B, T, C) that has the samples second, given by name or in a dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Linear(3, 2)
+        self.double()
+
+    def forward(self, x=None, given=None):
+        return self.mix((given["x"] if x is None else x).permute(2, 0, 1))
+
+
+@pytest.mark.parametrize("call", [lambda m, x: m(x), lambda m, x: m(x=x), lambda m, x: m(given={"x": x})])
+@pytest.mark.parametrize("options", [{}, {"batch_dim": 1}])
+def test_a_layer_whose_samples_lie_elsewhere_than_those_of_the_input_goes_to_the_base(call, options):
+    x = points(5, 3, 4)
+    left = named_layers(
+        lambda m, which: sum(oracle.energy(each) for each in call(m, x[which]).unbind(1)), OverTimes(), AXIS, **options
+    )
+    assert left == (set() if options else {"mix.weight"})
+
+
+def test_pieces_of_a_batch_that_is_given_by_name_leave_their_layers_to_the_base():
+    class Named(Loop):
+        def forward(self, *, batch):
+            return super().forward(batch)
+
+    x = points(6, 4)
+    model = Named(nn.Sequential(nn.Linear(4, 3)).double(), 3)
+    assert named_layers(lambda m, which: oracle.energy(m(batch=x[which])), model, PIECES, 6) == {"body.0.weight"}

@@ -1,9 +1,11 @@
 """NG+ where schnetpack's users train: under Lightning, and with ``spktrain``."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,6 +27,7 @@ from experiments.integrations.schnetpack_task import NGPlusTask
 from experiments.records.provenance import REPOSITORY
 from ngplus import NGPlus
 from tests.experiments.cases import molecules
+from tests.pages import DOCS, find_code, find_commands
 
 # Lightning's, of its own code and of a model that schnetpack's task keeps among its hyperparameters.
 pytestmark = [
@@ -169,34 +172,44 @@ def test_a_checkpoint_is_gone_on_from(database, tmp_path):
     torch.testing.assert_close(weights(second.model), weights(whole.model), rtol=0, atol=0)
 
 
+def test_the_snippet_of_the_page_trains(database, tmp_path):
+    """Its hundred epochs are three, on a small model and database."""
+    (snippet,) = find_code(DOCS / "schnetpack.md", "python")
+    output = ModelOutput("energy_U0", loss_fn=torch.nn.MSELoss(), metrics={"mae": MeanAbsoluteError()})
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainers = SimpleNamespace(
+        Trainer=lambda max_epochs: pl.Trainer(max_epochs=max_epochs // 33, enable_checkpointing=False, **quiet)
+    )
+    names = {"model": model(), "outputs": [output], "data": data(database), "pytorch_lightning": trainers}
+    exec(snippet, names)
+    assert not torch.equal(weights(names["task"].model), weights(model()))
+
+
+def own_database(path):
+    """What the page says to change for a database of one's own, filled in, and that it has no energies of atoms."""
+    text = (DOCS / "schnetpack.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"Your own database: `([^`]*)`", text)
+    (without_atoms,) = re.findall(r"Without energies of\s+single atoms in it, also `([^`]*)`", text)
+    filled = line.replace("/path/to/my.db", str(path)).replace("=…", "={}").format(16, 4, 8)
+    return [*filled.split(), *without_atoms.split()]
+
+
 @pytest.mark.slow
-def test_spktrain_knows_ngplus(database, tmp_path):
-    command = [
-        *(
-            str(Path(sys.executable).with_name("spktrain")),
-            f"--config-dir={REPOSITORY / 'experiments' / 'integrations' / 'spktrain'}",
-        ),
-        *("experiment=qm9_atomwise", "data=custom", f"data.datapath={database}", "data.batch_size=8"),
-        *("data.num_train=16", "data.num_val=4", "data.num_test=4", "data.num_workers=0"),
-        *(
-            "+data.pin_memory=False",
-            "data.transforms.1.remove_atomrefs=False",
-            "model.postprocessors.1.add_atomrefs=False",
-        ),
-        *(
-            "model/representation=schnet",
-            "model.representation.n_atom_basis=8",
-            "model.representation.n_interactions=1",
-        ),
-        *("task/optimizer=ngplus", "task.optimizer_args.update_every=2", "trainer.max_epochs=2", "run.id=it"),
-        *("trainer.accelerator=cpu", "logger=csv", "++seed=1"),
-    ]
-    environment = os.environ | {
-        "PYTHONPATH": str(REPOSITORY),
-        "OMP_NUM_THREADS": "1",
-        "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1",
-    }
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+def test_spktrain_trains_as_the_page_says(database, tmp_path):
+    """From another folder, on a database of one's own, with a seed; smaller and for two epochs."""
+    (command,) = (each for each in find_commands(DOCS / "schnetpack.md") if each.words[0] == "spktrain")
+    words = [word.replace("=experiments/", f"={REPOSITORY}/experiments/") for word in command.words[1:]]
+    smaller = ["model.representation.n_atom_basis=8", "model.representation.n_interactions=1", "trainer.max_epochs=2"]
+    here = ["data.num_workers=0", "+data.pin_memory=False", "trainer.accelerator=cpu", "logger=csv", "run.id=it"]
+    environment = os.environ | dict(command.environment) | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [Path(sys.executable).with_name("spktrain"), *words, *own_database(database), "++seed=1", *smaller, *here],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     folder = tmp_path / "runs" / "it"
     assert (folder / "best_model").is_file()

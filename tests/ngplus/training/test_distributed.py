@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.nn.parallel import DistributedDataParallel
 
 from ngplus import NGPlus
+from tests.ngplus import oracle
 from tests.ngplus.cases import recorded_warnings, seed_cpu
 from tests.ngplus.training.problems import SETTINGS, Problem, attentive, convolutional, distance, flat, perceptron
 
@@ -69,6 +70,31 @@ def train_alone(problem, settings, steps=4):
 def test_two_processes_are_one_on_the_joint_batch(team, make, settings):
     together = agree(team.run(train_together, make, settings, {}))
     assert distance(together["model"], make().plain_run(4, **settings)) < 1e-10
+
+
+def step_with_few_samples(make, settings):
+    """The directions, which are left in ``.grad``."""
+    problem = make()
+    parallel = DistributedDataParallel(problem.model)
+    optimizer = NGPlus(problem.model, **{**SETTINGS, **settings})
+    problem.loss(parallel, share(problem)).backward()
+    optimizer.step()
+    return problem.model, {name: p.grad for name, p in problem.model.named_parameters()}
+
+
+@pytest.mark.parametrize(("most", "used"), [(1, [0]), (3, [0, 1, 3]), (100, range(6))])
+@pytest.mark.parametrize("solver", ["dense", "low_rank"])
+def test_the_samples_of_the_curvature_are_shared_out_over_the_processes(team, most, used, solver):
+    """Of six samples each process has three, and uses its share of the most, the first one more where it is odd."""
+    problem = perceptron()
+    samples = oracle.sample_gradients(problem.model, problem.sample_losses())
+    for model, directions in team.run(step_with_few_samples, perceptron, {"max_samples": most, "solver": solver}):
+        for name, parameter in model.named_parameters():
+            parameter.grad = directions[name]
+        for matrix, gradients in samples.items():
+            moment = oracle.second_moment([gradients[number] for number in used])
+            expected = oracle.direction(moment, sum(gradients) / 6, SETTINGS["damping"])
+            assert oracle.error(model, {matrix: expected}) < 1e-10
 
 
 @pytest.mark.parametrize(

@@ -518,7 +518,7 @@ def test_bare_parameters_go_to_the_base_with_a_warning():
     with recorded_warnings() as messages:
         optimizer = eigen(model)
     assert len(messages) == 1
-    assert "the model itself (Scaled)" in messages[0]
+    assert "matrices (Scaled): basis=" in messages[0]
     before = model.matrices.detach().clone()
     loss(model, points(8, 4)).backward()
     optimizer.step()

@@ -76,6 +76,54 @@ def depthwise(samples: int = 4) -> Problem:
     return Problem(model, torch.randn(samples, 6, 6).double(), torch.randn(samples, 2).double())
 
 
+class Mixer(nn.Module):
+    """Matrices of its own: positions, a product, a batch of three, and one that is differentiated again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions, self.scale = nn.Parameter(torch.randn(1, 5, 4)), nn.Parameter(torch.randn(4))
+        self.mix, self.heads = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(3, 4, 2))
+        self.centres = nn.Parameter(torch.randn(7, 6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.einsum("bti,io->bto", x + self.positions * self.scale.exp(), self.mix).tanh()
+        x = torch.einsum("bti,hio->btho", x, self.heads).flatten(2)
+        return torch.cdist(x, self.centres)
+
+
+class Bare(nn.Module):
+    """Matrices of no supported module, in a part of the model and in the model itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixer, self.matrix = Mixer(), nn.Parameter(torch.randn(7, 3))
+        self.head = nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head((self.mixer(x).mean(1) @ self.matrix).tanh())
+
+
+def bare(samples: int = 4) -> Problem:
+    seed_cpu(0)
+    return Problem(Bare().double(), torch.randn(samples, 5, 4).double(), torch.randn(samples, 3).double())
+
+
+class Recurrent(nn.Module):
+    """Two layers of an LSTM, of which one process has more rows than the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.head = nn.LSTM(4, 3, num_layers=2), nn.Linear(3, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.layers(x.transpose(0, 1))[0].mean(0))
+
+
+def recurrent(samples: int = 4) -> Problem:
+    seed_cpu(0)
+    return Problem(Recurrent().double(), torch.randn(samples, 5, 4).double(), torch.randn(samples, 2).double())
+
+
 @functools.cache
 def alone(make, steps=4, oracle=False, size=4, **settings):
     """The model after one process trained on the joint batch; by the oracle, one sample at a time."""
@@ -96,14 +144,14 @@ def assert_equals_one_process(outcomes, model):
 
 
 @pytest.mark.parametrize("inverses", INVERSES)
-@pytest.mark.parametrize("make", [perceptron, convolutional, attentive, tied, separate, depthwise])
+@pytest.mark.parametrize("make", [perceptron, convolutional, attentive, tied, separate, depthwise, bare, recurrent])
 def test_two_processes_with_shards_are_one_on_the_joint_batch(team, make, inverses):
     made = functools.partial(make, samples=4)
     outcomes = team.run(train_sharded, made, {"inverses": inverses, "momentum": 0.9}, {})
     assert_equals_one_process(outcomes, alone(make, momentum=0.9))
 
 
-@pytest.mark.parametrize("make", [perceptron, convolutional, attentive])
+@pytest.mark.parametrize("make", [perceptron, convolutional, attentive, bare, recurrent])
 def test_two_processes_with_shards_match_the_oracle_of_single_samples(team, make):
     outcomes = team.run(train_sharded, functools.partial(make, samples=4), {}, {})
     assert_equals_one_process(outcomes, alone(make, oracle=True))
@@ -119,7 +167,7 @@ def test_two_processes_with_shards_match_the_oracle_of_single_samples(team, make
         ({"replicas": 2, "placed": True}, "replicated"),
     ],
 )
-@pytest.mark.parametrize("make", [perceptron, convolutional, tied])
+@pytest.mark.parametrize("make", [perceptron, convolutional, tied, bare])
 def test_four_processes_in_one_or_two_mesh_dimensions_are_one_on_the_joint_batch(
     team_of_four, make, wrapping, inverses
 ):
@@ -145,6 +193,40 @@ def test_the_other_variants_are_one_process_on_the_joint_batch_too(team, make, s
     for inverses in ("replicated", "sharded"):
         outcomes = team.run(train_sharded, functools.partial(make, samples=4), {**settings, "inverses": inverses}, {})
         assert_equals_one_process(outcomes, alone(make, **settings))
+
+
+def message_of_a_batch_cut_inside():
+    model = shard(bare().model, shard_placement_fn=lambda p: Shard(1) if p.dim() == 3 and p.shape[1] == 4 else None)
+    with recorded_warnings() as messages:
+        optimizer = NGPlus(model, **SETTINGS)
+    return messages, [layer.name for layer in optimizer._layers]
+
+
+def test_a_batch_of_matrices_that_is_sharded_inside_them_goes_to_the_base_with_a_warning(team):
+    for messages, layers in team.run(message_of_a_batch_cut_inside):
+        assert len(messages) == 1
+        assert "mixer.heads (" in messages[0]
+        assert "let fully_shard shard it along dimension 0; it goes to SGD untouched" in messages[0]
+        assert "mixer.heads" not in layers
+        assert "mixer.mix" in layers
+
+
+def train_through_a_retained_graph():
+    problem = bare()
+    model = shard(problem.model)
+    optimizer = NGPlus(model, **SETTINGS)
+    problem.loss(model, own_samples(problem)).backward(retain_graph=True)
+    with recorded_warnings() as messages:
+        optimizer.step()
+    return messages, set(optimizer.curvature)
+
+
+def test_functions_that_are_differentiated_again_through_a_retained_graph_leave_their_weights_to_the_base(team):
+    for messages, curvature in team.run(train_through_a_retained_graph):
+        assert len(messages) == 1
+        assert "weights are sharded again before" in messages[0]
+        assert all(name in messages[0] for name in ("mixer.positions", "mixer.heads", "mixer.centres"))
+        assert curvature == {"mixer.mix", "matrix", "head.weight"}
 
 
 def train_in_small_exchanges(make):
@@ -235,7 +317,7 @@ def train_accumulating(make, syncs, policy):
 
 
 @pytest.mark.parametrize("syncs", [True, False])
-@pytest.mark.parametrize("make", [perceptron, attentive])
+@pytest.mark.parametrize("make", [perceptron, attentive, bare, recurrent])
 def test_accumulation_with_and_without_synchronizing_is_one_batch(team, make, syncs):
     assert_equals_one_process(team.run(train_accumulating, make, syncs, {}), alone(make, size=8))
 

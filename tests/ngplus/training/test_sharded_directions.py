@@ -18,12 +18,23 @@ from tests.ngplus.cases import seed_cpu
 
 pytestmark = pytest.mark.slow  # starting the processes is
 
-LAYERS = 60
+LAYERS = 80
+
+
+class Batch(nn.Module):
+    """A bare parameter: a matrix, a batch of them, or one with a dimension of one in front."""
+
+    def __init__(self, *shape):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape))
 
 
 def random_module(chosen):
-    """A linear layer or a convolution with up to 13 rows, some of which four processes cannot share evenly."""
+    """A module with up to 13 rows, some of which four processes cannot share evenly."""
     bias = chosen.random() < 0.6
+    if chosen.random() < 0.3:
+        first = chosen.choice([(), (1,), (chosen.randint(2, 9),)])
+        return Batch(*first, chosen.randint(2, 9), chosen.randint(2, 9))
     if chosen.random() < 0.5:
         return nn.Linear(chosen.randint(1, 13), chosen.randint(1, 13), bias=bias)
     groups = chosen.randint(1, 4)
@@ -32,7 +43,8 @@ def random_module(chosen):
 
 
 def shard_randomly(module, chosen):
-    second = module.weight.shape[1] % 4 == 0 and chosen.random() < 0.6
+    second = module.weight.shape[1] % 4 == 0 and chosen.random() < 0.9
+    second = second and not (isinstance(module, Batch) and module.weight.dim() > 2)
     fully_shard(module, shard_placement_fn=lambda p: Shard(1) if second and p.dim() > 1 else None)
 
 
@@ -43,7 +55,7 @@ def expected_directions(shape, stacks, weight, bias):
         G = torch.cat([G, bias.reshape(shape.groups, shape.rows, 1)], dim=2)
     [inverse] = stacks
     D = inverse @ G if shape.side == "left" else G @ inverse
-    columns = weight.numel() // weight.shape[0]
+    columns = weight.numel() // (shape.groups * shape.rows)
     return D[:, :, :columns].reshape(weight.shape), None if bias is None else D[:, :, -1].reshape(bias.shape)
 
 
@@ -55,7 +67,7 @@ def check_random_layers(inverses):
         module = random_module(chosen).double()
         whole = {name: torch.randn_like(p) for name, p in module.named_parameters()}
         shard_randomly(module, chosen)
-        [layer] = find_layers(module)
+        [layer] = find_layers(module, every_matrix=True)
         for name, parameter in module.named_parameters():
             parameter.grad = distribute_tensor(whole[name], parameter.device_mesh, parameter.placements)
         sharding, shape = Sharding(module.weight.device_mesh, inverses), layer.shape(None)

@@ -1,7 +1,13 @@
 """States of sharded models through `torch.distributed.checkpoint`, from some processes to more or fewer."""
 
+import contextlib
 import functools
 import itertools
+import os
+import re
+import runpy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +23,9 @@ from torch.distributed.checkpoint.state_dict import (
 
 from ngplus import NGPlus
 from tests.ngplus.training.problems import SETTINGS, attentive, convolutional, perceptron
-from tests.ngplus.training.processes import Team
+from tests.ngplus.training.processes import FRESH, START_SECONDS, Team
 from tests.ngplus.training.sharding import distance, own_samples, shard, whole_parameters
+from tests.ngplus.training.test_sharded import bare
 
 pytestmark = pytest.mark.slow  # starting the processes is
 
@@ -26,6 +33,7 @@ SAMPLES = 12
 CASES = {
     "momentum": (perceptron, {"momentum": 0.9, "ema": 0.5, "inverses": "sharded"}),
     "adam": (convolutional, {"base": torch.optim.Adam, "inverses": "auto"}),
+    "bare": (bare, {"ema": 0.5, "inverses": "sharded"}),
     "blocks": (attentive, {"base": torch.optim.AdamW, "block_size": 3, "inverses": "replicated"}),
 }
 FORMS = {"plain": {}, "flattened": {"flatten_optimizer_state_dict": True}}
@@ -159,3 +167,45 @@ def test_a_plain_state_of_other_processes_is_refused_with_what_shards_it_again(t
     teams[2].run(plain_state, str(tmp_path))
     [said] = teams[1].run(load_plain_state, str(tmp_path))
     assert "torch.distributed.checkpoint" in said
+
+
+SHARDED_PAGE = Path(__file__).parents[3] / "docs" / "sharded.md"
+
+
+def run_as_torchrun_does(script, folder, rank, world, port, steps):
+    """Run a script with the environment that torchrun gives it; what it prints goes to a file."""
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    sys.argv = [script, str(steps)]
+    with Path(f"{rank}.txt").open("a") as output, contextlib.redirect_stdout(output):
+        runpy.run_path(script, run_name="__main__")
+
+
+def run_script(script, folder, world, steps):
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    port = store.port
+    del store
+    arguments = [(str(script), str(folder), rank, world, port, steps) for rank in range(world)]
+    processes = [FRESH.Process(target=run_as_torchrun_does, args=each, daemon=True) for each in arguments]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(START_SECONDS)
+    assert [process.exitcode for process in processes] == [0] * world
+
+
+def test_the_script_of_the_page_goes_on_from_its_checkpoint_as_one_process_on_the_joint_batch(tmp_path):
+    """Four steps, and two more by other processes; six by one."""
+    [script] = re.findall(r"```python\n(.*?)```", SHARDED_PAGE.read_text(), flags=re.DOTALL)
+    (tmp_path / "train.py").write_text(script)
+    for name, world, steps in [("two", 2, 4), ("two", 2, 6), ("one", 1, 6)]:
+        (tmp_path / name).mkdir(exist_ok=True)
+        run_script(tmp_path / "train.py", tmp_path / name, world, steps)
+    two, one = (
+        [line.split() for line in (tmp_path / name / "0.txt").read_text().splitlines()] for name in ("two", "one")
+    )
+    assert [int(step) for step, _ in two] == [int(step) for step, _ in one] == list(range(6))
+    assert [float(loss) for _, loss in two] == pytest.approx([float(loss) for _, loss in one], rel=1e-5)

@@ -1,0 +1,1 @@
+"""Settings to start with, from a model and one batch."""
