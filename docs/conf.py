@@ -16,7 +16,11 @@ from sphinx.util import logging
 import ngplus
 
 REPOSITORY = Path(__file__).parents[1]
-REPORT = REPOSITORY / "results" / "report" / "index.html"
+# Pages that are no documents, and where they stand among those that are built.
+MADE = {
+    REPOSITORY / "results" / "report" / "index.html": "report/index.html",
+    REPOSITORY / "docs" / "challenge" / "lion.html": "challenge/lion.html",
+}
 
 logger = logging.getLogger(__name__)
 
@@ -80,17 +84,18 @@ class ShortenTestNames(SphinxPostTransform):
                 literal.replace_self(nodes.abbreviation("", "test", explanation=literal.astext()))
 
 
-class LinkToReport(SphinxPostTransform):
-    """A link to the report opens the page; links to other files of the repository offer a copy of the file."""
+class LinkToMade(SphinxPostTransform):
+    """A link to one of `MADE` opens the page; links to other files of the repository offer a copy of the file."""
 
     default_priority = 500
     formats = ("html",)
 
     def run(self, **kwargs: Any) -> None:
-        """Replace download links to the report in the current document."""
+        """Replace download links to them in the current document."""
         for download in list(self.document.findall(download_reference)):
-            if (REPOSITORY / "docs" / download["reftarget"]).resolve() == REPORT:
-                link = nodes.reference("", "", *download.children, refuri="report/index.html", internal=True)
+            place = MADE.get((REPOSITORY / "docs" / download["reftarget"]).resolve())
+            if place is not None:
+                link = nodes.reference("", "", *download.children, refuri=place, internal=True)
                 download.replace_self(link)
 
 
@@ -104,20 +109,20 @@ def close_examples(app: Sphinx, docname: str, source: list[str]) -> None:
     source[0] = source[0].replace("\n\n```\n", "\n```\n")
 
 
-def copy_report(app: Sphinx, error: Exception | None) -> None:
-    """Put the report beside the pages."""
-    if error is None:
-        target = Path(app.outdir) / "report"
-        target.mkdir(exist_ok=True)
-        shutil.copy(REPORT, target)
+def copy_made(app: Sphinx, error: Exception | None) -> None:
+    """Put them among the pages."""
+    for source, place in MADE.items() if error is None else ():
+        target = Path(app.outdir) / place
+        target.parent.mkdir(exist_ok=True)
+        shutil.copy(source, target)
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
     """Register what is defined here."""
     app.add_html_math_renderer("mathml", (write_mathml, None), (write_mathml, None))
-    app.add_post_transform(LinkToReport)
+    app.add_post_transform(LinkToMade)
     app.add_post_transform(ShortenTestNames)
     app.connect("source-read", close_examples)
     app.connect("autodoc-process-docstring", escape_bars)
-    app.connect("build-finished", copy_report)
+    app.connect("build-finished", copy_made)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

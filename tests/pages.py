@@ -9,7 +9,7 @@ REPOSITORY = Path(__file__).parents[1]
 DOCS = REPOSITORY / "docs"
 PAGES = [*sorted(REPOSITORY.glob("*.md")), *sorted(DOCS.glob("*.md")), REPOSITORY / "findings" / "README.md"]
 
-PROGRAMS = "python|make|torchrun|pip|bash|spktrain|fairseq-train|fairseq-generate|.venv/bin/pre-commit"
+PROGRAMS = "python|ngplus-bench|make|torchrun|pip|bash|spktrain|fairseq-train|fairseq-generate|.venv/bin/pre-commit"
 _FENCE = re.compile(r"^ *```([^\n]*)\n(.*?)^ *```$", flags=re.MULTILINE | re.DOTALL)
 _INDENTED = re.compile(r"(?:^ {4}\S.*\n(?:^(?: {4}.*)?\n)*)", flags=re.MULTILINE)
 _INLINE = re.compile(rf"`((?:{PROGRAMS}) [^`]*)`")

@@ -32,6 +32,11 @@ ELSEWHERE = [
     ("pip", "install", "."),
     ("pip", "install", "fairseq-fixed"),
     (".venv/bin/pre-commit", "install"),
+    # What the challenge's page begins and ends with: tests of a package's contents and of the template are their own.
+    ("python3.12", "-m", "venv", "suite"),
+    ("suite/bin/pip", "install", "--find-links", "dist", "ngplus[suite]"),
+    ("pip", "install", "./two-spirals"),
+    ("pytest", "two-spirals"),
 ]
 
 
@@ -74,6 +79,11 @@ def check_python(arguments):
 @of_program("python")
 def test_a_command_of_python_is_right(command):
     check_python(filled(command)[1:])
+
+
+@of_program("ngplus-bench", "suite/bin/ngplus-bench")
+def test_a_command_of_the_installed_suite_is_right(command):
+    check_experiments(filled(command)[1:])
 
 
 @of_program("torchrun")
@@ -120,7 +130,17 @@ def test_fairseq_knows_every_argument(command):
 
 
 def test_every_command_is_checked_by_some_test():
-    checked = {"python", "torchrun", "make", "bash", "fairseq-train", "fairseq-generate", "spktrain"}
+    checked = {
+        "python",
+        "ngplus-bench",
+        "suite/bin/ngplus-bench",
+        "torchrun",
+        "make",
+        "bash",
+        "fairseq-train",
+        "fairseq-generate",
+        "spktrain",
+    }
     assert [each for each in COMMANDS if each.words[0] not in checked and each.words not in ELSEWHERE] == []
     assert len(COMMANDS) > 50
 
