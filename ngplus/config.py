@@ -206,11 +206,14 @@ class Options(LayerwiseOptions):
         self._check_basis()
 
     def is_due(self, step: int, turn: int = 0) -> bool:
-        """Whether a step is a curvature step of the layers with this turn, see `find_turns`.
+        """Tell whether a step is a curvature step of the layers with this turn, see `find_turns`.
 
         Args:
             step: its number, from 0.
             turn: 0, if not ``staggered``.
+
+        Returns:
+            Whether it is.
         """
         early = (0,) if self.update_growth is None else early_updates(self.update_every, self.update_growth)
         return (step - early[-1]) % self.update_every == turn if step > early[-1] else step in early
