@@ -302,7 +302,7 @@ def model_and_params(
                 f"{tuple(given.shape)}: put it into a list"
             )
     if isinstance(model, nn.Module):
-        _check_ready(model)
+        check_ready(model)
         return model, list(model.parameters() if params is None else params)
     if needs_model:
         raise TypeError(
@@ -314,7 +314,16 @@ def model_and_params(
     return None, list(model)
 
 
-def _check_ready(model: nn.Module) -> None:
+def check_ready(model: nn.Module) -> None:
+    """Refuse a model whose calls cannot be captured, or whose parameters have no shape, memory or matrix.
+
+    Args:
+        model: any.
+
+    Raises:
+        TypeError: scripted, or wrapped in FullyShardedDataParallel.
+        ValueError: a parameter without a shape or without memory.
+    """
     if scripted := [name for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]:
         raise TypeError(
             f"{scripted[0] or 'the model'} is a torch.jit.ScriptModule, whose function calls cannot be captured: make "
@@ -427,6 +436,7 @@ __all__ = [
     "check_ema",
     "check_group",
     "check_positive",
+    "check_ready",
     "check_whole",
     "early_updates",
     "make_base",

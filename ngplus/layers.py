@@ -180,9 +180,15 @@ class Layer:
 
     @property
     def trained_bias(self) -> nn.Parameter | None:
-        """The bias, unless it is frozen; one that was frozen after it got a gradient is trained with it."""
+        """The bias, unless it is frozen and its weight is not.
+
+        One that was frozen after it got a gradient is trained with it. A layer that is frozen as a whole, without a
+        gradient, keeps the matrix that it has had, so that its curvature is saved meanwhile.
+        """
         bias = self.bias
-        return bias if bias is not None and (bias.requires_grad or bias.grad is not None) else None
+        if bias is None or bias.requires_grad or bias.grad is not None:
+            return bias
+        return bias if not self.weight.requires_grad and self.weight.grad is None else None
 
     @property
     def bias_slice(self) -> slice:

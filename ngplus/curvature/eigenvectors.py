@@ -84,7 +84,7 @@ def _decompose(S: Tensor) -> Tensor | None:
     for dtype in (S.dtype, torch.float64):
         try:
             vectors: Tensor = torch.linalg.eigh(S.to(dtype)).eigenvectors
-            return vectors.flip(-1).to(S.dtype)
+            return vectors.flip(-1).to(S.dtype).contiguous()
         except RuntimeError:  # torch.linalg.LinAlgError, or a device without float64
             continue
     return None

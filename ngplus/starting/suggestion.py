@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ngplus.config import check_count, check_positive
+from ngplus.config import check_count, check_positive, check_ready
 from ngplus.dtensors import is_sharded
+from ngplus.layerwise import LayerwiseOptimizer
 from ngplus.starting.measurement import Loss, MeasuredLayer, Measurement
 from ngplus.starting.rules import (
     Choice,
@@ -78,10 +79,12 @@ def suggest(
     """Suggest settings of `NGPlus` for a model, from one batch of its training, with the reason of each.
 
     The model is run forward two or three times and backward once or twice, and is left exactly as it was: parameters,
-    gradients, buffers, modes, hooks and random states. Where ``base`` scales entries by their second moments, its
-    learning rate stays; for `torch.optim.SGD` it is multiplied by ‖G‖/‖D‖, so that a first step is as long as it was. λ
-    is such that half of the weights are in layers whose `LayerState.share` is .75 or more; docs/five_minutes.md has
-    the records that this comes from.
+    gradients, buffers, modes, hooks and random states. An optimizer of it that exists already sees the runs as the
+    loop's own: call this before a step's forward pass, not between ``backward`` and ``step``.
+
+    Where ``base`` scales entries by their second moments, its learning rate stays; for `torch.optim.SGD` it is
+    multiplied by ‖G‖/‖D‖, so that a first step is as long as it was. λ is such that half of the weights are in layers
+    whose `LayerState.share` is .75 or more; docs/five_minutes.md has the records that this comes from.
 
     Args:
         model: to be trained, with the weights that training starts from.
@@ -180,6 +183,9 @@ def _check(model: Any, loss: Any, base: Any, lr: Any) -> None:
         )
     if base is not None and not (isinstance(base, type) and issubclass(base, Optimizer)):
         raise TypeError(f"base must be a torch.optim.Optimizer class, such as torch.optim.AdamW, got {base!r}")
+    if base is not None and issubclass(base, LayerwiseOptimizer):
+        raise TypeError(f"base must be what {base.__name__} is made around, such as torch.optim.AdamW, got {base!r}")
+    check_ready(model)
     if lr is not None and base is None:
         raise ValueError(f"lr={lr!r} is of an optimizer: give its class as base too, such as torch.optim.AdamW")
     if sharded := [name for name, parameter in model.named_parameters() if is_sharded(parameter)]:

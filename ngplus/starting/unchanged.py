@@ -7,15 +7,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
     """Restore on exit, after an error too, what running a model changes.
 
-    That is its gradients, the values of its buffers (running statistics), the mode of each module, and the random
-    states of torch, on the CPU and on the GPUs of its parameters, and of Python. Gradients are None inside.
+    That is its gradients, the values of its parameters (a table with ``max_norm`` changes its own), its buffers
+    (running statistics), those that it makes included, the mode of each module, and the random states of torch, on the
+    CPU and on the GPUs of its parameters, and of Python. Gradients are None inside.
 
     Args:
         model: any.
@@ -25,12 +26,9 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     """
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
-    buffers = [
-        (module, name, buffer, buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
+    parameters = [(each, _version(each), each.detach().clone()) for each in model.parameters()]
+    values = [(each, each.detach().clone()) for each in model.buffers()]  # which batch norms change uncounted
+    buffers = [(module, dict(module._buffers), set(module._non_persistent_buffers_set)) for module in model.modules()]
     state = random.getstate()
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     for parameter, _ in gradients:
@@ -44,10 +42,21 @@ def unchanged(model: nn.Module) -> Iterator[None]:
             parameter.grad = gradient
         for module, training in modes:
             module.training = training
+        for module, before, not_saved in buffers:
+            module._buffers.clear()
+            module._buffers.update(before)
+            module._non_persistent_buffers_set = not_saved
         with torch.no_grad():
-            for module, name, buffer, values in buffers:
-                buffer.copy_(values)
-                module._buffers[name] = buffer
+            for each, value in values:
+                each.copy_(value)
+            for each, version, value in parameters:
+                if _version(each) != version:  # what is copied into is changed for the graphs that are alive
+                    each.copy_(value)
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; one made in inference mode does not count."""
+    return -1 if tensor.is_inference() else tensor._version
 
 
 __all__ = ["unchanged"]

@@ -136,6 +136,30 @@ def test_a_bias_that_left_or_joined_its_matrix_is_no_hindrance(event, steps, cop
     assert trained.curvature["0.weight"].shape.columns == (4 if event == "frozen" else 5)
 
 
+@pytest.mark.parametrize("frozen", [("weight", "bias"), ("weight",), ("bias",)])
+@pytest.mark.parametrize("frozen_before", [False, True])
+def test_what_is_frozen_when_it_is_saved_keeps_its_curvature(frozen, frozen_before):
+    def freeze(model, flag):
+        for name in frozen:
+            getattr(model[0], name).requires_grad_(not flag)
+
+    model, other_model = mlp(4, 6, 3), mlp(4, 6, 3)
+    optimizer = NGPlus(model, lr=0.01, update_every=20)
+    train(model, optimizer, range(1))
+    freeze(model, True)
+    train(model, optimizer, range(1, 3))
+    other_model.load_state_dict(model.state_dict())
+    freeze(other_model, frozen_before)
+    other = NGPlus(other_model, lr=0.01, update_every=20)
+    freeze(other_model, True)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for each, its in ((model, optimizer), (other_model, other)):
+        freeze(each, False)
+        train(each, its, range(3, 6))
+    assert parameters_equal(model, other_model)
+    assert set(other.curvature) == {"0.weight", "2.weight"}
+
+
 def test_a_state_dict_does_not_change_with_later_steps():
     model = mlp(4, 6, 3)
     optimizer = optimizer_for(model, "ema")

@@ -78,6 +78,32 @@ def test_a_model_is_left_exactly_as_it_was_after_an_error():
     assert same(before, snapshot(model))
 
 
+class MakesABuffer(nn.Module):
+    """Fills one buffer, and registers another, when it is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", None)
+
+    def forward(self, x):
+        self.seen = x.detach()
+        self.register_buffer("later", x.detach())
+        return x
+
+
+def test_what_a_forward_pass_changes_is_as_it_was():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(30, 6, max_norm=0.5), nn.Flatten(), MakesABuffer(), nn.Linear(18, 3))
+    indices, labels = torch.randint(30, (16, 3)), torch.arange(16) % 3
+    before, version = {name: value.clone() for name, value in model.state_dict().items()}, model[3].weight._version
+    suggest(model, lambda: F.cross_entropy(model(indices), labels))
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert model[2].seen is None
+    assert model[3].weight._version == version
+
+
 def test_nothing_of_the_model_is_kept():
     gc.disable()
     try:
@@ -265,6 +291,9 @@ def test_images_are_started_on_sgd_and_all_else_on_adamw():
         ({"loss": lambda: torch.ones((), requires_grad=True) / 0}, ValueError, "loss returned inf"),
         ({"base": "adam"}, TypeError, "base must be a torch.optim.Optimizer class, .* got 'adam'"),
         ({"base": torch.optim.RMSprop}, ValueError, "lr cannot be guessed for base=RMSprop"),
+        ({"base": NGPlus, "lr": 0.1}, TypeError, "base must be what NGPlus is made around"),
+        ({"model": nn.LazyLinear(3)}, ValueError, "weight has no shape yet"),
+        ({"model": nn.Linear(4, 3, device="meta")}, ValueError, "weight is on the meta device"),
         ({"lr": 0.1}, ValueError, "lr=0.1 is of an optimizer: give its class as base too"),
         ({"lr": 0.0, "base": torch.optim.SGD}, ValueError, "lr must be a finite number > 0, got 0.0"),
         ({"steps": 0}, ValueError, "steps must be an integer ≥ 1 or None, got 0"),
