@@ -113,7 +113,7 @@ $(BENCHES:%=bench-%): bench-%: $(STAMP)
 	$(PYTHON) -m experiments.$(BENCH_$*) $(OPTIONS)
 
 # E.g. OPTIMIZER=pytorch_optimizer:Lion CHALLENGE_OPTIONS="--tasks schnet-qm9 --search lr=1e-4:1e-2:log".
-challenge: $(STAMP)  ## put OPTIMIZER (package.module:Class, ./file.py:Class) to the test, by default at scale tiny
+challenge: $(STAMP)  ## put OPTIMIZER (package.module:Class, ./file.py:Class) to the test
 	$(EXPERIMENTS) challenge $(OPTIMIZER) --scale $(SCALE) $(CHALLENGE_OPTIONS)
 
 report: $(STAMP)  ## build results/report/index.html from the records in REPORT=results

@@ -4,6 +4,9 @@ from experiments import tasks
 from experiments.config import recipe
 from experiments.training.run import RunOptions
 from tests.experiments.cases import toy
+from tests.experiments.cases.challenges import challenge, place, sign, task
+
+__all__ = ["challenge", "load", "options", "place", "recipes", "sign", "task"]
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import pickle
 import signal
 import time
 from pathlib import Path
@@ -67,8 +68,12 @@ def test_processes_of_a_job_train_together(submitted, load, options, tmp_path, m
     assert [e.eval_loss for e in two.epochs] == pytest.approx([e.eval_loss for e in one.epochs], rel=1e-4)
 
 
-def time_outs_left(job) -> int:
-    return DelayedSubmission.load(job.paths.submitted_pickle)._timeout_countdown
+def time_outs_left(job) -> int | None:
+    """None while the file is written again."""
+    try:
+        return DelayedSubmission.load(job.paths.submitted_pickle)._timeout_countdown
+    except (FileNotFoundError, EOFError, pickle.UnpicklingError):
+        return None
 
 
 @pytest.mark.slow
