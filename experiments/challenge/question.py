@@ -85,6 +85,8 @@ class Question:
             raise ValueError(f"trials = {self.trials}: must be at least 1, or 0 for no search")
         if self.threads < 1:
             raise ValueError(f"threads = {self.threads}: must be at least 1")
+        if not self.tasks:
+            raise ValueError("tasks = []: must be one task at least")
         for name in ("tasks", "seeds", "baselines"):
             if len(set(getattr(self, name))) < len(getattr(self, name)):
                 raise ValueError(f"{name} = {list(getattr(self, name))}: must be different from each other")
@@ -234,6 +236,7 @@ def parse_search(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
             ends = {"low": float(low), "high": float(rest[0])}
         except ValueError:
             raise UserError(f"--search {text!r}: must be name=low:high or name=low:high:log") from None
+        _refuse_second(found, name.strip(), f"--search {text!r}")
         found[name.strip()] = ends | {"log": True} if rest[1:] else ends
     return found
 
@@ -259,6 +262,7 @@ def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
         name, equals, value = text.partition("=")
         if not equals or not name.strip():
             raise UserError(f"--set {text!r}: must be name=value")
+        _refuse_second(found, name.strip(), f"--set {text!r}")
         try:
             found[name.strip()] = tomllib.loads(f"value = {value}")["value"]
         except tomllib.TOMLDecodeError:
@@ -279,3 +283,8 @@ def _read_code(table: Mapping[str, Any], path: Path) -> dict[str, str]:
 
 def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _refuse_second(found: Mapping[str, Any], name: str, where: str) -> None:
+    if name in found:
+        raise UserError(f"{where}: {name} is given twice")
