@@ -162,6 +162,17 @@ class Layer:
         columns += self.trained_bias is not None
         return MatrixShape(groups=groups, rows=rows, columns=columns, block_size=block_size)
 
+    def possible_shapes(self, block_size: int | None) -> list[MatrixShape]:
+        """`shape`, and with the bias counted where that is frozen with its weight.
+
+        As long as neither has a gradient, such a layer keeps the matrix that it has had, and its curvature with it.
+        """
+        shape = self.shape(block_size)
+        frozen = not self.weight.requires_grad and self.weight.grad is None
+        if self.bias is None or self.trained_bias is not None or not frozen:
+            return [shape]
+        return [shape, replace(shape, columns=shape.columns + 1)]
+
     @property
     def matrix(self) -> tuple[int, int, int]:
         """Groups, rows and columns of the weight, which is stored in this order."""
@@ -180,15 +191,9 @@ class Layer:
 
     @property
     def trained_bias(self) -> nn.Parameter | None:
-        """The bias, unless it is frozen and its weight is not.
-
-        One that was frozen after it got a gradient is trained with it. A layer that is frozen as a whole, without a
-        gradient, keeps the matrix that it has had, so that its curvature is saved meanwhile.
-        """
+        """The bias, unless it is frozen; one that was frozen after it got a gradient is trained with it."""
         bias = self.bias
-        if bias is None or bias.requires_grad or bias.grad is not None:
-            return bias
-        return bias if not self.weight.requires_grad and self.weight.grad is None else None
+        return bias if bias is not None and (bias.requires_grad or bias.grad is not None) else None
 
     @property
     def bias_slice(self) -> slice:

@@ -62,8 +62,11 @@ class LayerState:
         return self.preconditioner.share(self.damping)
 
     def fits(self, layer: Layer) -> bool:
-        """Whether this is of the layer's matrix as it is now: its bias may have been frozen, freed or added since."""
-        return layer.shape(self.shape.block_size) == self.shape
+        """Whether this is of the layer's matrix as it is now: its bias may have been frozen, freed or added since.
+
+        That of a layer that is frozen as a whole may be with its bias or without.
+        """
+        return self.shape in layer.possible_shapes(self.shape.block_size)
 
     def entries(self) -> Entries:
         """What is saved: tensors and numbers by name."""
@@ -145,7 +148,7 @@ def _check_shape(layer: Layer, groups: int, rows: int, columns: int, block_size:
     """The shape of a saved matrix, which is to be the layer's."""
     shape = MatrixShape(groups=groups, rows=rows, columns=columns, block_size=block_size or None)
     ours = layer.shape(shape.block_size)
-    if ours != shape:
+    if shape not in layer.possible_shapes(shape.block_size):
         raise ValueError(
             f"the state of {layer.name} is for a matrix {groups}×{rows}×{columns} (groups × rows × columns), "
             f"but the model's is {ours.groups}×{ours.rows}×{ours.columns}"

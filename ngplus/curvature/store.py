@@ -80,14 +80,19 @@ class CurvatureStore(ABC):
         Returns:
             Tensors and numbers by name.
         """
-        state, device = self.states.get(layer), layer.weight.device
-        if state is None or not state.fits(layer):
-            entries = empty_entries(layer.shape(self._block_size))
+        state, device, shape = self.states.get(layer), layer.weight.device, layer.shape(self._block_size)
+        is_sharded = self.sharding is not None and self.sharding.keeper(layer) is not None
+        if state is None or not state.fits(layer) or (is_sharded and state.shape != shape):
+            entries = empty_entries(shape)
         else:
             entries = state.entries()
         blank = self._blank_entries(layer)
-        if self.sharding is not None and self.sharding.keeper(layer) is not None:
+        if self.sharding is not None and is_sharded:
             return self._pack_shards(self.sharding, layer, entries, blank)
+        if (
+            state is not None and state.fits(layer) and state.shape != shape
+        ):  # of a layer that is frozen as a whole: in its own sizes
+            blank = {name: like for name, like in blank.items() if name not in entries}
         filled = {name: pad(entries.get(name), like, device) for name, like in blank.items()}
         others = {name: each.to(device) if isinstance(each, Tensor) else each for name, each in entries.items()}
         return {**others, **filled}

@@ -138,12 +138,16 @@ def test_a_bias_that_left_or_joined_its_matrix_is_no_hindrance(event, steps, cop
 
 @pytest.mark.parametrize("frozen", [("weight", "bias"), ("weight",), ("bias",)])
 @pytest.mark.parametrize("frozen_before", [False, True])
-def test_what_is_frozen_when_it_is_saved_keeps_its_curvature(frozen, frozen_before):
+@pytest.mark.parametrize("layer", [0, 2])  # whose longer side is the output, and the input
+@pytest.mark.parametrize("bias_is_trained", [True, False])
+def test_what_is_frozen_when_it_is_saved_keeps_its_curvature(frozen, frozen_before, layer, bias_is_trained):
     def freeze(model, flag):
         for name in frozen:
-            getattr(model[0], name).requires_grad_(not flag)
+            getattr(model[layer], name).requires_grad_(not flag and (name == "weight" or bias_is_trained))
 
     model, other_model = mlp(4, 6, 3), mlp(4, 6, 3)
+    for each in (model, other_model):
+        each[layer].bias.requires_grad_(bias_is_trained)
     optimizer = NGPlus(model, lr=0.01, update_every=20)
     train(model, optimizer, range(1))
     freeze(model, True)
