@@ -52,7 +52,8 @@ def test_an_estimate_is_near_what_a_run_takes(recipes, tmp_path, cpu_time):
     case = Case(task="toy", scale="tiny", optimizers=("ngplus",), epochs=4, changes=changes)
     frame = compare(case, rounds=3, options=Options(device="cpu", data_dir=tmp_path, steps=18, cpu_time=cpu_time))
     assert list(frame.seconds) == ["processor" if cpu_time else "wall"]
-    assert frame.ratio.between(1 / 1.6, 1.6).all(), frame
+    most = 1.6 if cpu_time else 3.0  # wall seconds are also those of what else runs on the machine
+    assert frame.ratio.between(1 / most, most).all(), frame
 
 
 def test_the_cases_that_are_checked_are_recipes_with_these_optimizers():
