@@ -67,7 +67,7 @@ def test_a_mistake_is_one_line_and_status_2(command, arguments, message):
 
 
 def test_a_small_file_by_hand_and_a_task_of_ones_own(command, monkeypatch, tmp_path):
-    from tests.experiments.challenge.conftest import run_here
+    from tests.experiments.cases.challenges import run_here
 
     monkeypatch.setattr(conduct, "run_in_processes", run_here)
     status, out, _ = command("new-task", "spirals")
