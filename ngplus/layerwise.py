@@ -456,7 +456,7 @@ class LayerwiseOptimizer(Inspection, SavedState, Optimizer, Joinable):
 
     @property
     def _is_due(self) -> bool:
-        """Whether the next step is a curvature step of all layers."""
+        """Whether the next step is a curvature step of all layers, or of those of the first turn."""
         return self._options.is_due(self._steps)
 
     def _layers_to_capture(self) -> list[Layer]:

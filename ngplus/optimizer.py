@@ -266,13 +266,17 @@ class NGPlus(LayerwiseOptimizer):
         shapes = [layer.shape(None) for layer in self._layers]
         sides = [sorted((shape.rows, shape.columns)) for shape in shapes]
         costs = [shape.groups * p * p * q for shape, (p, q) in zip(shapes, sides, strict=True)]
-        self._turns = dict(zip(self._layers, self._options.find_turns(costs), strict=True))
+        self._turns: dict[int, list[Layer]] = {}
+        for layer, turn in zip(self._layers, self._options.find_turns(costs), strict=True):
+            self._turns.setdefault(turn, []).append(layer)
 
     def _layers_to_capture(self) -> list[Layer]:
         """Those whose turn it is, and those that are captured again."""
         if not self._options.staggered:
             return super()._layers_to_capture()
-        due = [layer for layer in self._layers if self._options.is_due(self._steps, self._turns[layer])]
+        due = [
+            each for turn, layers in self._turns.items() if self._options.is_due(self._steps, turn) for each in layers
+        ]
         return list(dict.fromkeys([*due, *self._coverage.pending]))
 
     def _make_accumulator(self) -> Accumulator:

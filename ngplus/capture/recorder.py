@@ -451,12 +451,8 @@ class Recorder:
             dtype: that the call was computed in.
         """
         index, size = self.sample_index, op_call.samples
-        if (
-            index is not None
-            and call.time_major
-            and layer.knows_samples
-            and not (size == 1 and index.is_one(layer.module))
-        ):
+        knows_samples = layer.knows_samples and call.time_major is not None
+        if index is not None and knows_samples and (size != 1 or not index.is_one(layer.module)):
             index = None
         origin = None if self._origins is None or not layer.bare else self._origins.find(source)
         named = index is not None and index.index_of(layer.module) is not None

@@ -80,18 +80,15 @@ class CurvatureStore(ABC):
         Returns:
             Tensors and numbers by name.
         """
-        state, device, shape = self.states.get(layer), layer.weight.device, layer.shape(self._block_size)
-        is_sharded = self.sharding is not None and self.sharding.keeper(layer) is not None
-        if state is None or not state.fits(layer) or (is_sharded and state.shape != shape):
-            entries = empty_entries(shape)
-        else:
-            entries = state.entries()
+        kept, device, shape = self.states.get(layer), layer.weight.device, layer.shape(self._block_size)
+        sharding = self.sharding if self.sharding is not None and self.sharding.keeper(layer) is not None else None
+        if kept is not None and not (kept.fits(layer) if sharding is None else kept.shape == shape):
+            kept = None
+        entries = empty_entries(shape) if kept is None else kept.entries()
         blank = self._blank_entries(layer)
-        if self.sharding is not None and is_sharded:
-            return self._pack_shards(self.sharding, layer, entries, blank)
-        if (
-            state is not None and state.fits(layer) and state.shape != shape
-        ):  # of a layer that is frozen as a whole: in its own sizes
+        if sharding is not None:
+            return self._pack_shards(sharding, layer, entries, blank)
+        if kept is not None and kept.shape != shape:  # of a layer that is frozen as a whole: in its own sizes
             blank = {name: like for name, like in blank.items() if name not in entries}
         filled = {name: pad(entries.get(name), like, device) for name, like in blank.items()}
         others = {name: each.to(device) if isinstance(each, Tensor) else each for name, each in entries.items()}

@@ -23,6 +23,16 @@ def make(task):
     return lambda: entry.build({"batch_size": 32}, scale="tiny", data_dir=None)
 
 
+def write_changed(folder, old, new):
+    """The template's task with something else in it; returns its file."""
+    write_task("spirals", folder)
+    path = folder / "spirals" / "spirals.py"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    return path
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -36,11 +46,7 @@ def make(task):
     ],
 )
 def test_a_task_that_does_not_keep_to_the_protocol_is_told(tmp_path, old, new, message):
-    write_task("spirals", tmp_path)
-    path = tmp_path / "spirals" / "spirals.py"
-    text = path.read_text()
-    assert old in text
-    path.write_text(text.replace(old, new))
+    path = write_changed(tmp_path, old, new)
     with pytest.raises(ProtocolError, match=message):
         check_task(make(f"{path}:Spirals"))
 
@@ -54,9 +60,7 @@ def test_a_task_that_does_not_keep_to_the_protocol_is_told(tmp_path, old, new, m
     ],
 )
 def test_what_is_no_task_is_refused(tmp_path, old, new, message):
-    write_task("spirals", tmp_path)
-    path = tmp_path / "spirals" / "spirals.py"
-    path.write_text(path.read_text().replace(old, new, 1))
+    path = write_changed(tmp_path, old, new)
     with pytest.raises(UserError, match=message):
         find_task(f"{path}:Spirals")
 
