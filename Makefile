@@ -1,4 +1,4 @@
-# Everything a person types. `make help` lists it. SCALE is tiny, small or paper.
+# Everything a person types. `make help` lists it. SCALE is tiny, small, small-wide (the second round) or paper.
 
 SCALE ?= tiny
 VENV := .venv
@@ -38,6 +38,8 @@ TASK_iwslt14 := transformer-iwslt14
 TASK_dlrm := dlrm-criteo
 TASK_gpt := gpt-text
 DATA_matproj := materials-project
+# A scale without its suffix: small of small-wide.
+SIZE = $(firstword $(subst -, ,$(SCALE)))
 # What a task fetches first, by scale.
 FETCH_qm9_small := qm9
 FETCH_qm9_paper := qm9
@@ -76,7 +78,7 @@ reproduce: $(TASKS:%=reproduce-%)  ## train every task, by default at scale tiny
 
 ## reproduce-TASK: resnet50, qm9, matproj, iwslt14, dlrm, gpt: SCALE=tiny (minutes), small, paper
 $(TASKS:%=reproduce-%): reproduce-%: $(STAMP)
-	$(if $(FETCH_$*_$(SCALE)),$(EXPERIMENTS) data $(FETCH_$*_$(SCALE)))
+	$(if $(FETCH_$*_$(SIZE)),$(EXPERIMENTS) data $(FETCH_$*_$(SIZE)))
 	$(EXPERIMENTS) $(or $(TRAIN_$*),$(TRAIN)) $(TASK_$*) --scale $(SCALE) --results-dir $(RESULTS) $(RUN_OPTIONS)
 	$(EXPERIMENTS) table $(TASK_$*) --scale $(SCALE) --results-dir $(RESULTS)
 

@@ -12,6 +12,10 @@ settings are searched (`tuning_space`, `sensitivity_grid`). Every value is writt
 
     [optimizers.ngplus.base]
     kind = { value = "sgd", source = "the authors' published code" }
+
+A recipe that differs from another scale of the task in some values names that scale, and has these values alone:
+
+    extends = { value = "small", source = "this repository: the same task" }
 """
 
 import tomllib
@@ -33,6 +37,7 @@ from experiments.tasks.protocol import Split, Task
 
 RECIPES = Path(__file__).parent / "recipes"
 SCALES = ("tiny", "small", "paper")
+EXTENDS = "extends"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +121,18 @@ class OptimizerRecipe:
         if self.damping_schedule and not hasattr(self.settings, "damping"):
             raise ValueError(f"damping_schedule: {self.name} has no damping")
 
+    @property
+    def table(self) -> dict[str, Any]:
+        """All settings, defaults and schedules included."""
+        schedules = {"schedule": to_table(self.schedule), "damping_schedule": to_table(self.damping_schedule)}
+        return to_table(self.settings) | schedules
+
+    @property
+    def searchable(self) -> dict[str, Any]:
+        """`table` without the settings that make no difference to this optimizer."""
+        unused = getattr(self.settings, "unused", ())
+        return {key: value for key, value in self.table.items() if key not in unused}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -163,12 +180,10 @@ class Recipe:
 
     def manifest_settings(self, optimizer: str) -> dict[str, Any]:
         """All settings of one optimizer's runs, defaults included, as a run's manifest keeps them."""
-        chosen = self.optimizers[optimizer]
-        schedules = {"schedule": to_table(chosen.schedule), "damping_schedule": to_table(chosen.damping_schedule)}
         return {
             "task": to_table(self.task_settings),
             "run": to_table(self.run),
-            "optimizer": to_table(chosen.settings) | schedules,
+            "optimizer": self.optimizers[optimizer].table,
         }
 
 
@@ -190,7 +205,7 @@ def load_recipe(task: str, scale: str, *, overrides: Sequence[str] = (), folder:
     """
     entry = find_task(task)
     path = _find_recipe(entry.name, scale, folder or entry.recipes or RECIPES)
-    table = _read_toml(path)
+    table = _read_tables(path)
     for override in overrides:
         _override(table, override)
     sources = dict(_sources(table, path))
@@ -232,6 +247,36 @@ def _find_recipe(task: str, scale: str, folder: Path) -> Path:
     if scale not in there:
         raise SettingsError(f"scale = {scale!r}: {task} has no recipe for it; {list_allowed(there)}")
     return folder / task / f"{scale}.toml"
+
+
+def _read_tables(path: Path) -> dict[str, Any]:
+    """A recipe's tables, on top of those of the recipe that it extends."""
+    table = _read_toml(path)
+    if EXTENDS not in table:
+        return table
+    extended = table.pop(EXTENDS)
+    if not _is_sourced(extended):
+        raise SettingsError(f"{path}: {EXTENDS} = {extended!r}: has no source; must be written with value and source")
+    scale = extended["value"]
+    others = [name for name in list_scales(path.parent.name, path.parents[1]) if name != path.stem]
+    if scale not in others:
+        raise SettingsError(f"{path}: {EXTENDS} = {scale!r}: there is no such recipe here; {list_allowed(others)}")
+    below = _read_toml(path.with_name(f"{scale}.toml"))
+    if EXTENDS in below:
+        raise SettingsError(
+            f"{path}: {EXTENDS} = {scale!r}: must be a recipe that is whole, and {scale} extends another"
+        )
+    return _merge(below, table)
+
+
+def _merge(below: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    """Tables in which what `top` has takes the place of what `below` has, value by value."""
+    merged = dict(below)
+    for key, item in top.items():
+        both = isinstance(item, dict) and isinstance(below.get(key), dict)
+        whole = _is_sourced(item) or _is_sourced(below.get(key))
+        merged[key] = _merge(below[key], item) if both and not whole else item
+    return merged
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -308,7 +353,7 @@ def _search[T](
         return None
     if not isinstance(table, dict):
         raise SettingsError(f"{where} = {table!r}: must be a table")
-    return read(table, {name: each.settings for name, each in optimizers.items()}, run.epochs, where)
+    return read(table, {name: each.searchable for name, each in optimizers.items()}, run.epochs, where)
 
 
 def _optimizer(name: str, table: Any, path: Path) -> OptimizerRecipe:

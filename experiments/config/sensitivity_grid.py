@@ -69,12 +69,14 @@ class Sensitivity:
     grids: tuple[Grid, ...]
 
 
-def read_sensitivity(table: Mapping[str, Any], settings: Mapping[str, Any], epochs: int, where: str) -> Sensitivity:
+def read_sensitivity(
+    table: Mapping[str, Any], settings: Mapping[str, Mapping[str, Any]], epochs: int, where: str
+) -> Sensitivity:
     """Check a ``[sensitivity]`` table.
 
     Args:
         table: its values.
-        settings: each optimizer's settings, by name.
+        settings: by name of an optimizer the table of its settings that can be searched.
         epochs: of a run, which a cell has too if the table says nothing.
         where: the file and table, for error messages.
 
@@ -105,7 +107,7 @@ class _Table:
             raise ValueError("grids: must have one at least")
 
 
-def _grid(name: str, axes: Any, settings: Any, where: str) -> Grid:
+def _grid(name: str, axes: Any, settings: Mapping[str, Any], where: str) -> Grid:
     if not isinstance(axes, Mapping):
         raise SettingsError(f"{where} = {axes!r}: must be a table of lists")
     found = {}

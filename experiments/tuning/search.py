@@ -23,7 +23,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from scipy.stats.qmc import Sobol
 
 from experiments.config.recipe import Recipe
-from experiments.config.tuning_space import value_at
+from experiments.config.tuning_space import join_elements, value_at
 from experiments.dataclass_io import to_table
 from experiments.errors import UserError
 from experiments.records.run_record import End, Epoch, Manifest, Run, read_run, record_path, select_numeric_settings
@@ -103,7 +103,7 @@ class Search:
             number: under `STARTUP_TRIALS`.
         """
         with suppress(FloatingPointError):
-            self._run_trial(number, {key: _round(each) for key, each in self._first(number).items()}, ())
+            self._run_trial(number, self._values(self._drawn(self._first(number))), ())
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -130,7 +130,9 @@ class Search:
         settings = select_numeric_settings(
             trial_recipe(self.recipe, self.optimizer, {}).manifest_settings(self.optimizer)
         )
-        tuned = {f"optimizer.{key}" for key in self.space}
+        tuned = {
+            f"optimizer.{key}" for key in join_elements(self.recipe.optimizers[self.optimizer].table, self._current())
+        }
         question = {key: value for key, value in settings.items() if key not in tuned}
         question |= {f"tuning.{key}": to_table(where) for key, where in self.space.items()}
         asked = json.loads(json.dumps(question))
@@ -144,7 +146,7 @@ class Search:
 
     def _run_next(self, study: optuna.Study, number: int) -> None:
         trial = self._ask(study, number)
-        values = {key: self._suggest(trial, key) for key in self.space}
+        values = self._values({key: self._suggest(trial, key) for key in self.space})
         shown = ", ".join(f"{key} {value:g}" for key, value in values.items())
         print(f"{self.optimizer} trial {number}: {shown}", flush=True)
         callback = _PruningCallback(trial)
@@ -169,7 +171,7 @@ class Search:
         left = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         known = next((trial.params for trial in left if trial.params.keys() == self.space.keys()), None)
         if known is None and number < STARTUP_TRIALS:
-            known = self._first(number)
+            known = self._drawn(self._first(number))
         if known and not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
             study.enqueue_trial(known)
         for trial in left:
@@ -183,7 +185,7 @@ class Search:
         return self._spread(number) if number else self._current()
 
     def _current(self) -> dict[str, float]:
-        settings = to_table(self.recipe.optimizers[self.optimizer].settings)
+        settings = self.recipe.optimizers[self.optimizer].table
         return {key: where.clip(value_at(settings, key)) for key, where in self.space.items()}
 
     def _spread(self, number: int) -> dict[str, float]:
@@ -194,9 +196,17 @@ class Search:
             for (key, where), share in zip(self.space.items(), points[number - 1], strict=False)
         }
 
+    def _drawn(self, values: Mapping[str, float]) -> dict[str, float]:
+        """What stands for these values in the study."""
+        return {key: self.space[key].to_drawn(value) for key, value in values.items()}
+
     def _suggest(self, trial: Trial, key: str) -> float:
-        where = self.space[key]
-        return _round(trial.suggest_float(key, where.low, where.high, log=where.log))
+        where = self.space[key].drawn
+        return trial.suggest_float(key, where.low, where.high, log=where.log)
+
+    def _values(self, drawn: Mapping[str, float]) -> dict[str, float]:
+        """The settings that are tried."""
+        return {key: self.space[key].to_drawn(_round(each)) for key, each in drawn.items()}
 
     def _run_trial(self, number: int, values: Mapping[str, float], callbacks: Sequence["_PruningCallback"]) -> Run:
         recipe = trial_recipe(self.recipe, self.optimizer, values)
@@ -215,8 +225,7 @@ class Search:
     def _tried(self, number: int, trial: FrozenTrial) -> Tried:
         record = read_run(self._record(number))
         ended = trial.user_attrs.get("ended", trial.state.name.lower())
-        settings = {key: value_at(record.manifest.recipe["optimizer"], key) for key in self.space}
-        return Tried(number=number, ended=ended, settings=settings, run=record)
+        return Tried(number=number, ended=ended, settings=self._values(trial.params), run=record)
 
 
 class _PruningCallback:

@@ -10,7 +10,7 @@ import pandas as pd
 from experiments.analysis.figures import heatmaps
 from experiments.config.recipe import Recipe
 from experiments.config.sensitivity_grid import Grid, Sensitivity
-from experiments.config.tuning_space import value_at
+from experiments.config.tuning_space import short_name, value_at
 from experiments.dataclass_io import list_allowed
 from experiments.errors import UserError
 from experiments.launch.jobs import Job, run_jobs
@@ -72,22 +72,17 @@ def _write(cells: Sequence[tuple[Grid, Run]], recipe: Recipe, grids: Sequence[Gr
     rows, course = [], []
     for grid, run in cells:
         course = summarise_course(run)
-        settings = {_short(key): value_at(run.manifest.recipe["optimizer"], key) for key in grid.axes}
+        settings = {short_name(key): value_at(run.manifest.recipe["optimizer"], key) for key in grid.axes}
         rows.append({"grid": grid.name, "ended": run.end.reason, **settings, **course})
     table = _with_others(pd.DataFrame(rows), recipe, grids, csv)
     # Each grid has settings of its own, which would otherwise come last.
-    axes = [_short(key) for grid in _require_sensitivity(recipe).grids for key in grid.axes]
+    axes = [short_name(key) for grid in _require_sensitivity(recipe).grids for key in grid.axes]
     settings = [name for name in dict.fromkeys(axes) if name in table.columns]
     table = table[["grid", "ended", *settings, *course]]
     write_rows(table, csv)
     manifest = cells[0][1].manifest
     title = f"{manifest.task}, scale {manifest.scale}: {manifest.optimizer}, {manifest.dataset.name}"
     heatmaps.draw(csv, title, higher_is_better=manifest.metric.higher_is_better)
-
-
-def _short(key: str) -> str:
-    """The name of a setting's column."""
-    return key.rpartition(".")[2]
 
 
 def _with_others(table: pd.DataFrame, recipe: Recipe, grids: Sequence[Grid], csv: Path) -> pd.DataFrame:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 
+from experiments.config.tuning_space import short_name
 from experiments.records.run_record import Run
 from experiments.tuning.search import Tried
 
@@ -73,7 +74,7 @@ _TAIL = 6  # the columns of `summarise_course`
 
 
 def _row(tried: Tried) -> dict[str, Any]:
-    settings = {key.rpartition(".")[2]: value for key, value in tried.settings.items()}
+    settings = {short_name(key): value for key, value in tried.settings.items()}
     return {
         "optimizer": tried.run.manifest.optimizer,
         "trial": tried.number,

@@ -10,6 +10,7 @@ from experiments.errors import UserError
 from experiments.records.provenance import REPOSITORY
 from experiments.training.run import RunOptions
 from experiments.tuning.search import Search, Tried
+from experiments.tuning.trial import change_settings
 from experiments.tuning.trials_table import record_trials
 
 
@@ -41,8 +42,7 @@ def tune(
     with FileLock(folder / "write.lock"):
         record_trials(csv, optimizer, tried)
         if write:
-            values = {f"optimizers.{optimizer}.{key}": value for key, value in best.settings.items()}
-            write_values(recipe.path, values, source)
+            write_values(recipe.path, change_settings(recipe, optimizer, best.settings), source)
     shown = ", ".join(f"{key} {value:g}" for key, value in best.settings.items())
     print(f"{optimizer}: best of {len(tried)} trials is trial {best.number}: {shown}; all are in {csv}")
     return best

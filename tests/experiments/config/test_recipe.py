@@ -146,3 +146,58 @@ def test_every_recipe_here_is_whole(path):
 def test_the_run_settings_of_a_table_can_be_read_again(load):
     recipe = load()
     assert read_settings(type(recipe.run), recipe.manifest_settings("sgd")["run"], "here") == recipe.run
+
+
+def write_extending(recipes, text: str):
+    (recipes / "toy" / "tiny-wide.toml").write_text(text)
+
+
+def test_a_recipe_may_extend_another_scale_and_then_has_what_differs_alone(recipes):
+    write_extending(
+        recipes,
+        """
+extends = { value = "tiny", source = "the same task" }
+
+[run]
+epochs = { value = 5, source = "longer" }
+
+[optimizers.adam]
+
+[optimizers.ngplus.base]
+momentum = { value = 0.8, source = "tuned" }
+
+[optimizers.adam-more]
+lr = { value = 0.5, source = "untuned" }
+""",
+    )
+    recipe, whole = load_recipe("toy", "tiny-wide"), load_recipe("toy", "tiny")
+    assert (recipe.run.epochs, recipe.run.seeds) == (5, whole.run.seeds)
+    assert recipe.optimizers["adam"] == whole.optimizers["adam"]
+    assert recipe.optimizers["ngplus"].settings == NGPlusSettings(
+        lr=0.1, damping=0.5, update_every=4, base=SGDBase(momentum=0.8)
+    )
+    assert list(recipe.optimizers) == [*whole.optimizers, "adam-more"]
+    assert (recipe.sources["run.epochs"], recipe.sources["run.seeds"]) == ("longer", "made up")
+    assert recipe.override({"run.epochs": 7}).run.epochs == 7
+    assert list_scales("toy", recipes) == ["tiny", "tiny-wide"]
+
+
+@pytest.mark.parametrize(
+    ("extends", "message"),
+    [
+        ('"tiny"', "extends = 'tiny': has no source; must be written with value and source"),
+        ('{ value = "small", source = "x" }', "extends = 'small': there is no such recipe here; must be one of tiny"),
+        (
+            '{ value = "tiny-wide", source = "x" }',
+            "extends = 'tiny-wide': there is no such recipe here; must be one of",
+        ),
+        ('{ value = "tiny-more", source = "x" }', "must be a recipe that is whole, and tiny-more extends another"),
+    ],
+)
+def test_what_a_recipe_extends_is_another_whole_recipe_of_the_task(recipes, extends, message):
+    write_extending(recipes, f"extends = {extends}\n")
+    if "tiny-more" in extends:
+        (recipes / "toy" / "tiny-more.toml").write_text('extends = { value = "tiny", source = "x" }\n')
+    with pytest.raises(SettingsError) as error:
+        load_recipe("toy", "tiny-wide")
+    assert message in str(error.value)

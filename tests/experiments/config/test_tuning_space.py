@@ -1,7 +1,7 @@
 import pytest
 
 from experiments.config.recipe import RECIPES, list_scales, load_recipe
-from experiments.config.tuning_space import Range
+from experiments.config.tuning_space import Range, join_elements
 from experiments.dataclass_io import SettingsError
 from experiments.tasks import TASKS
 from tests.experiments.cases import toy
@@ -65,7 +65,11 @@ def test_a_share_of_a_range_is_taken_of_its_logarithm_where_told():
             "spaces.shared.damping: low = 3.0: must be less than high = 0.1",
         ),
         ("low = 0.001", "low = 0", "spaces.shared.lr: low = 0.0: must be positive where log = true"),
-        ("low = 0.001", "least = 0", "spaces.shared.lr: least = 0: unknown key; must be one of high, log, low"),
+        (
+            "low = 0.001",
+            "least = 0",
+            "spaces.shared.lr: least = 0: unknown key; must be one of complement, high, log, low",
+        ),
         ("value = { low = 0.1, high = 3 }", "value = 3", "spaces.shared.damping = 3: must be a table of low, high"),
     ],
 )
@@ -84,3 +88,28 @@ def test_the_recipes_here_search_every_optimizers_learning_rate_over_a_decade_or
         for space in tuning.spaces.values() if tuning else ():
             assert space["lr"].high >= 10 * space["lr"].low
             assert space["lr"].log
+
+
+def test_an_element_of_a_list_and_a_length_of_a_schedule_are_searched_by_their_dotted_names(write, load):
+    space = '"betas.1" = { value = { low = 0.9, high = 0.99 }, source = "x" }'
+    write("[tuning.spaces.adam]", f"{space}\n[tuning.spaces.adam]")
+    tuning = load().tuning
+    assert tuning.spaces["adam"]["betas.1"] == Range(low=0.9, high=0.99)
+    assert "betas.1" not in tuning.spaces["sgd"]
+
+
+def test_of_a_complement_the_distance_from_one_is_spread():
+    where = Range(low=0.9, high=0.999, log=True, complement=True)
+    assert where.drawn == Range(low=0.001, high=0.1, log=True)
+    assert where.interpolate(0.5) == pytest.approx(0.99)
+    assert (where.interpolate(0), where.interpolate(1)) == (0.9, 0.999)
+    assert where.to_drawn(where.to_drawn(0.95)) == 0.95
+    with pytest.raises(ValueError, match=r"high = 1: must be less than 1"):
+        Range(low=0.9, high=1, log=True, complement=True)
+
+
+def test_elements_are_joined_to_the_list_that_they_are_of():
+    table = {"lr": 0.1, "betas": [0.9, 0.999], "base": {"betas": (0.9, 0.98)}}
+    assert join_elements(table, {"lr": 0.2, "betas.1": 0.95}) == {"lr": 0.2, "betas": [0.9, 0.95]}
+    assert join_elements(table, {"betas.0": 0.8, "betas.1": 0.9}) == {"betas": [0.8, 0.9]}
+    assert join_elements(table, {"base.betas.0": 0.8}) == {"base.betas": [0.8, 0.98]}

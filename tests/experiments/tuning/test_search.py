@@ -211,3 +211,30 @@ def test_trials_recorded_without_numbers_keep_their_place(recipe, options, tmp_p
         "best_mse",
     ]
     assert table.lr.tolist() == [0.1, 0.1]
+
+
+def test_an_element_of_a_list_is_tuned_near_one_and_written_into_the_recipe(path, options, load, tmp_path):
+    where = "{ low = 0.9, high = 0.9995, log = true, complement = true }"
+    path.write_text(path.read_text() + f'"betas.1" = {{ value = {where}, source = "made up" }}\n')
+    tried = Search(load(), "adam", options, tmp_path / "tuning").run(7)
+    seconds = [each.settings["betas.1"] for each in tried]
+    assert seconds[0] == 0.999
+    assert all(0.9 <= each <= 0.9995 for each in seconds)
+    assert sum(each > 0.99293 for each in seconds[1:5]) == 2
+    for each in tried:
+        assert each.run.manifest.recipe["optimizer"]["betas"] == [0.9, each.settings["betas.1"]]
+    best = tune(load(), "adam", options, folder=tmp_path / "tuning", trials=7)
+    assert load().optimizers["adam"].settings.betas == (0.9, best.settings["betas.1"])
+    trials = pd.read_csv(options.results_dir / "toy" / "tiny" / "tuning.csv")
+    assert set(trials["betas.1"]) == set(seconds)
+
+
+def test_a_length_of_a_schedule_is_tuned_as_that_of_a_whole_run(path, options, load, tmp_path):
+    space = '"schedule.warmup_epochs" = { value = { low = 0.1, high = 1 }, source = "made up" }\n'
+    path.write_text(path.read_text() + f"[tuning.spaces.sgd]\n{space}")
+    recipe = load().override({"run.epochs": 8, "tuning.epochs": 2})
+    tried = Search(recipe, "sgd", options, tmp_path / "tuning").run(2)
+    assert tried[0].settings["schedule.warmup_epochs"] == 0.5
+    for each in tried:
+        whole = each.settings["schedule.warmup_epochs"]
+        assert each.run.manifest.recipe["optimizer"]["schedule"]["warmup_epochs"] == whole / 4
