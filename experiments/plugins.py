@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import importlib.util
+import itertools
 import sys
 import traceback
 from collections.abc import Mapping
@@ -122,7 +123,7 @@ def list_entry_points(group: str) -> dict[str, EntryPoint]:
 
 
 def describe_failure(error: BaseException) -> str:
-    """The last lines of an exception's own traceback.
+    """The last lines of an exception's own traceback, without the frames that lead to it from here.
 
     Args:
         error: as it was caught.
@@ -130,7 +131,11 @@ def describe_failure(error: BaseException) -> str:
     Returns:
         Some lines, each indented.
     """
-    text = "".join(traceback.format_exception(error)).rstrip().splitlines()
+    described = traceback.TracebackException.from_exception(error)
+    leading = (__file__, "<frozen importlib", importlib.__file__)
+    own = itertools.dropwhile(lambda frame: frame.filename.startswith(leading), described.stack)
+    described.stack = traceback.StackSummary.from_list(list(own))
+    text = "".join(described.format()).rstrip().splitlines()
     return "\n".join(f"  {line}" for line in text[-_LAST_LINES:])
 
 

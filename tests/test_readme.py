@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments.analysis.leaders import load_leaders, table
 from experiments.analysis.overview import overview
 from experiments.analysis.verdict_table import render
 from experiments.analysis.verdicts import judge_claims
@@ -13,6 +14,7 @@ from experiments.records.provenance import REPOSITORY
 
 README = REPOSITORY / "README.md"
 CLAIMS = REPOSITORY / "docs" / "claims.md"
+WHICH = REPOSITORY / "docs" / "which.md"
 PAGES = [*sorted(REPOSITORY.glob("*.md")), *sorted((REPOSITORY / "docs").glob("*.md"))]
 
 
@@ -37,6 +39,12 @@ def test_the_verdicts_on_the_page_of_claims_are_those_of_the_records():
 def test_the_overview_on_the_front_page_is_that_of_the_records():
     results = REPOSITORY / "results"
     assert block(README, "overview") == overview(results, listing.tasks_with_runs(results, "small"), "small")
+
+
+def test_the_leaders_on_their_page_are_those_of_the_records():
+    results = REPOSITORY / "results"
+    found = load_leaders(results, listing.tasks_with_runs(results, "small"), "small")
+    assert block(WHICH, "leaders") == table(found, "markdown")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

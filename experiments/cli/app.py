@@ -327,6 +327,22 @@ def overview_command(
     typer.echo(overview.overview(results_dir, _tasks_with_runs(results_dir, scale), scale, format_))
 
 
+@app.command("leaders")
+def leaders_command(
+    scale: Scale = "tiny", format_: TableFormat = "terminal", results_dir: ResultsDir = Path("results")
+) -> None:
+    """Print the best optimizers of every task that was run, and how far the first of them leads.
+
+    Writes a picture of the five best of each task, leaders.svg and .png, next to its runs. Never starts a run.
+    """
+    from experiments.analysis import leaders
+
+    found = leaders.load_leaders(results_dir, _tasks_with_runs(results_dir, scale), scale)
+    for each in found:
+        leaders.draw(each)
+    typer.echo(leaders.table(found, format_))
+
+
 @app.command("verdicts")
 def verdicts_command(
     format_: TableFormat = "terminal",

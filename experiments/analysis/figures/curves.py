@@ -1,6 +1,6 @@
 """Training and evaluation curves against epochs and against seconds, as SVG and PNG."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill
@@ -132,17 +132,21 @@ def _further(split: str, name: str) -> Panel:
     return Panel(label=label, value=lambda epoch: epoch.others.get(name), lower_is_better=False)
 
 
-def figure(comparable: Comparable, *, seconds: bool = True) -> Figure:
+def figure(comparable: Comparable, *, seconds: bool = True, only: Sequence[str] | None = None) -> Figure:
     """A row for the training loss, the metric and each further figure, against epochs and against seconds.
 
     Args:
         comparable: the runs of a task at a scale.
         seconds: whether those of all runs compare, and are drawn.
+        only: the optimizers to draw, in the order of the legend, and then the metric alone; all if left out.
 
     Returns:
         The figure.
     """
-    manifest, shown = comparable.runs[0].manifest, panels(comparable)
+    manifest, shown, runs = comparable.runs[0].manifest, panels(comparable), comparable.by_optimizer()
+    metric = shown[1]
+    if only is not None:
+        shown, runs = [metric], {name: runs[name] for name in only}
     made = Figure(figsize=(9.0, 3.1 * len(shown)), layout="constrained")
     FigureCanvasAgg(made)
     title = f"{manifest.task}, scale {manifest.scale}: {name_data(manifest.task, manifest.dataset.name)}"
@@ -150,13 +154,13 @@ def figure(comparable: Comparable, *, seconds: bool = True) -> Figure:
     labels = ("epochs", "seconds of training")[: 2 if seconds else 1]
     axes = made.subplots(len(shown), len(labels), sharex="col", sharey="row", squeeze=False)
     for row, panel in zip(axes, shown, strict=True):
-        _draw_row(row, comparable.by_optimizer(), panel)
+        _draw_row(row, runs, panel)
         row[0].set_ylabel(panel.label)
-    _mark_target(axes[1], comparable.target)
+    _mark_target(axes[shown.index(metric)], comparable.target)
     for ax, label in zip(axes[-1], labels, strict=True):
         ax.set_xlabel(label)
         ax.set_xlim(left=0)
-    legend_below(made, axes[0, 0], title=f"median and range of seeds ({_seeds(comparable)})")
+    legend_below(made, axes[0, 0], title=f"median and range of seeds ({_seeds(runs)})")
     return made
 
 
@@ -304,6 +308,6 @@ def _mark_target(row: np.ndarray, target: float | None) -> None:
     row[0].annotate(f"target {target:.4g}", (0.01, target), **place)
 
 
-def _seeds(comparable: Comparable) -> str:
-    counts = {len(own) for own in comparable.by_optimizer().values()}
+def _seeds(runs: Mapping[str, Sequence[Run]]) -> str:
+    counts = {len(own) for own in runs.values()}
     return str(counts.pop()) if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
