@@ -1,5 +1,6 @@
 """Where a run's numbers come from: the commit, the versions, the device."""
 
+import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -60,6 +61,16 @@ def device_name(device: str) -> str:
         What stands in a record.
     """
     return torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor()
+
+
+def machine_load() -> float | None:
+    """How busy the machine is: processes that run or wait, over the last minute, over its processors.
+
+    Returns:
+        1.0 where there is one for each processor; ``None`` where the system does not tell.
+    """
+    processors = os.cpu_count()
+    return os.getloadavg()[0] / processors if processors and hasattr(os, "getloadavg") else None
 
 
 def _processor() -> str:

@@ -130,11 +130,19 @@ class Resumed:
 
 @dataclass(frozen=True, kw_only=True)
 class End:
-    """The last line: all epochs done, or the loss stopped being a number."""
+    """The last line: all epochs done, or the loss stopped being a number.
+
+    Attributes:
+        reason: which of the two.
+        seconds: on the training clock.
+        load: how busy the machine was: the mean over the ends of epochs of `provenance.machine_load`. ``None`` where
+            that is not known, as in records made before it was written down.
+    """
 
     event: ClassVar = "end"
     reason: Literal["finished", "diverged"]
     seconds: float
+    load: float | None = None
 
 
 Event = Manifest | Epoch | Resumed | End

@@ -1,19 +1,20 @@
 """One run from start to end: what is there already, the record, the checkpoints, the epochs in between."""
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from experiments.config.recipe import Recipe
 from experiments.dataclass_io import list_allowed
 from experiments.errors import UserError
-from experiments.records.provenance import device_name, git_state, versions
+from experiments.records.provenance import device_name, git_state, machine_load, versions
 from experiments.records.record_writer import RecordWriter
 from experiments.records.run_record import (
     SCHEMA,
@@ -173,6 +174,7 @@ class _Run:
         )
         self.writer: RecordWriter | None = None
         self.callbacks: list[Callback] = []
+        self.loads: list[float] = []
 
     def go(self, record: Path, before: Run | None) -> None:
         """Run to the end."""
@@ -238,13 +240,19 @@ class _Run:
         training = self.training
         while training.position.epoch < self.manifest.epochs:
             train_loss = training.train_epoch(self.plan, self.callbacks)
+            if (load := machine_load()) is not None:
+                self.loads.append(load)
             evaluation = training.evaluate()
             self._write(training.measure(train_loss, evaluation))
             if not (math.isfinite(train_loss) and math.isfinite(evaluation.loss)):
-                return End(reason="diverged", seconds=training.clock.seconds)
+                return self._end("diverged")
             if self.options.checkpoints:
                 training.save(self.plan)
-        return End(reason="finished", seconds=training.clock.seconds)
+        return self._end("finished")
+
+    def _end(self, reason: Literal["finished", "diverged"]) -> End:
+        load = statistics.fmean(self.loads) if self.loads else None
+        return End(reason=reason, seconds=self.training.clock.seconds, load=load)
 
     def _write(self, event: Event) -> None:
         if self.writer:

@@ -79,6 +79,7 @@ def test_a_run_is_recorded_from_the_untrained_model_to_its_end(load, options):
     assert record.epochs[3].peak_memory_mb > 1
     assert record.end.reason == "finished"
     assert record.end.seconds == record.epochs[3].seconds > record.epochs[1].seconds > 0
+    assert record.end.load > 0
     assert record.manifest.target == 0.5
     assert record.manifest.recipe["optimizer"]["momentum"] == 0.9
     assert record.manifest.dataset == toy.Toy.dataset

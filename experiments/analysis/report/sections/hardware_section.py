@@ -62,4 +62,8 @@ def _notes(runs: Sequence[Run]) -> list[str]:
     resumed = sum(bool(run.resumed) for run in runs)
     if resumed:
         notes.append(f"{resumed} of {len(runs)} were interrupted and taken up again.")
+    loads = [run.end.load for run in runs if run.end and run.end.load is not None]
+    if loads:
+        span = f"{min(loads):.2g} to {max(loads):.2g}"
+        notes.append(f"Of {len(loads)} of {len(runs)} the machine's load is known: {span} processes to a processor.")
     return notes

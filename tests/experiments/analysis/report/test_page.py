@@ -219,3 +219,11 @@ def test_links_and_labels_lead_somewhere(results, page):
 
 def test_every_task_has_a_section():
     assert set(TITLES) == set(TASKS)
+
+
+def test_the_load_of_the_machine_is_said_of_the_runs_that_know_it(tmp_path):
+    paths = [write(tmp_path, "sgd", seed, [0.1, 0.2, 0.3, 0.7, 0.9]) for seed in (1, 2, 3)]
+    for path, load in zip(paths, (0.5, 1.25), strict=False):
+        path.write_text(path.read_text().replace('"finished"', f'"finished", "load": {load}'))
+    page = build(tmp_path).read_text()
+    assert "Of 2 of 3 the machine&#39;s load is known: 0.5 to 1.2 processes to a processor." in page
