@@ -131,8 +131,8 @@ def run_jobs(jobs: Sequence[Job], *, workers: int = 1, threads: int | None = Non
     """Run what is not finished; a run that fails does not stop the others.
 
     A single run, and every run under ``torchrun``, is run in this process, the others apart: see `run_in_processes`.
-    Of several, those that failed are named at the end, and the exit status is 1. Where one was finished with other
-    settings, none is started.
+    Of several, those that failed are named at the end, and the exit status is 1. Where one was finished, or begun
+    and interrupted, with other settings, none is started.
 
     Args:
         jobs: in the order in which they are started.
@@ -140,7 +140,7 @@ def run_jobs(jobs: Sequence[Job], *, workers: int = 1, threads: int | None = Non
         threads: CPU threads each; ``None`` for what the environment says.
 
     Raises:
-        OtherSettingsError: one was finished with other settings.
+        OtherSettingsError: one was finished, or begun and interrupted, with other settings.
     """
     if len(jobs) == 1 or "WORLD_SIZE" in os.environ:
         _run_here(jobs)

@@ -35,7 +35,7 @@ from experiments.training.trainer import CheckpointPlan, Training
 
 
 class OtherSettingsError(UserError):
-    """A run was finished with other settings than those that are asked for."""
+    """A run was finished, or begun and interrupted, with other settings than those that are asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +111,7 @@ def run(recipe: Recipe, optimizer: str, seed: int, options: RunOptions, callback
 
 
 def read_finished_run(recipe: Recipe, optimizer: str, seed: int, options: RunOptions) -> Run | None:
-    """The record of this run if it is finished and not to be run again.
+    """The record of this run if it is finished and not to be run again; one to go on with has the same settings.
 
     Args:
         recipe: what was run.
@@ -123,16 +123,18 @@ def read_finished_run(recipe: Recipe, optimizer: str, seed: int, options: RunOpt
         The record, ``None`` if there is something to run.
 
     Raises:
-        UserError: for an optimizer that the recipe does not have, a damaged record, or a run finished with
-            other settings.
+        UserError: for an optimizer that the recipe does not have, a damaged record, or a run finished, or begun and
+            interrupted, with other settings.
     """
     check_optimizer(recipe, optimizer)
     record = _record_path(recipe, optimizer, seed, options)
     before = None if options.force else _read_previous(record)
-    if before is None or before.end is None:
+    if before is None:
         return None
-    _check_settings(before, recipe.manifest_settings(optimizer))
-    return before
+    goes_on = options.checkpoints and _checkpoint_path(before.manifest, options).exists()
+    if before.end or goes_on:
+        _check_settings(before, recipe.manifest_settings(optimizer))
+    return before if before.end else None
 
 
 def check_optimizer(recipe: Recipe, optimizer: str) -> None:
@@ -150,6 +152,11 @@ def _record_path(recipe: Recipe, optimizer: str, seed: int, options: RunOptions)
     return record_path(options.results_dir, recipe.task, recipe.scale, optimizer, seed)
 
 
+def _checkpoint_path(manifest: Manifest, options: RunOptions) -> Path:
+    folder = options.checkpoint_dir or options.results_dir / "checkpoints"
+    return checkpoint_path(folder, manifest.task, manifest.scale, manifest.optimizer, manifest.seed)
+
+
 def _read_previous(record: Path) -> Run | None:
     """The record of a run as it was left, ``None`` if there is none with a whole line in it."""
     if not record.exists() or b"\n" not in record.read_bytes():
@@ -165,10 +172,8 @@ class _Run:
     ) -> None:
         self.given = callbacks
         self.training, self.manifest, self.options = training, manifest, options
-        folder = options.checkpoint_dir or options.results_dir / "checkpoints"
-        name = (manifest.task, manifest.scale, manifest.optimizer, manifest.seed)
         self.plan = CheckpointPlan(
-            path=checkpoint_path(folder, *name),
+            path=_checkpoint_path(manifest, options),
             every_s=options.checkpoint_every_s if options.checkpoints else math.inf,
             identity=_identity(manifest) | ({"sharded": True} if options.shard else {}),
         )
@@ -324,9 +329,10 @@ def _check_settings(before: Run, settings: Mapping[str, Any]) -> None:
         if there.get(key) != here.get(key)
     ]
     if different:
+        done, remedy = ("was finished", "run it again") if before.end else ("is unfinished, begun", "start over")
         raise OtherSettingsError(
-            f"{before.path}: was finished with other settings: {'; '.join(different)}; "
-            "run it again with --force, name a --variant to stand next to it, or give another --results-dir"
+            f"{before.path}: {done} with other settings: {'; '.join(different)}; "
+            f"{remedy} with --force, name a --variant to stand next to it, or give another --results-dir"
         )
 
 

@@ -1,3 +1,4 @@
+import itertools
 import subprocess
 import sys
 
@@ -5,11 +6,13 @@ import pytest
 
 from experiments.cli import app, listing
 from experiments.data_io.checksum import DataFileError
+from experiments.errors import UserError
 from experiments.launch import jobs
 from experiments.records.provenance import REPOSITORY
 from experiments.records.run_record import read_run
 from experiments.tasks import TASKS
 from experiments.tasks.datasets import PREPARE
+from tests.experiments.cases import toy
 
 pytestmark = pytest.mark.usefixtures("recipes")
 
@@ -60,6 +63,28 @@ def test_a_setting_of_a_finished_run_is_refused_before_anything_starts(command, 
     assert status == 2
     assert "sgd-seed0.jsonl: was finished with other settings: optimizer.lr was 0.1 and is 0.3" in err
     assert "--variant" in err
+
+
+def test_a_setting_of_an_interrupted_run_is_refused_before_anything_starts(command, monkeypatch, tmp_path):
+    where, own = ("--seed", 0, "--results-dir", tmp_path), ("--optimizer", "sgd")
+    with monkeypatch.context() as changes:
+        calls, loss = itertools.count(), toy.Toy.loss
+
+        def stop_half_way(*given):
+            if next(calls) == 8:
+                raise UserError("somebody stopped it")
+            return loss(*given)
+
+        changes.setattr(toy.Toy, "loss", stop_half_way)
+        assert command("run", "toy", *own, *where)[0] == 2
+    more = ("sweep", "toy", *own, "--seed", 0, "--seed", 1, "--results-dir", tmp_path)
+    with monkeypatch.context() as changes:
+        changes.setattr(jobs, "run_in_processes", lambda *_, **__: pytest.fail("started"))
+        status, _, err = command(*more, "--set", "optimizers.sgd.lr=0.3")
+    assert status == 2
+    assert "sgd-seed0.jsonl: is unfinished, begun with other settings: optimizer.lr was 0.1 and is 0.3" in err
+    assert "--variant" in err
+    assert command("run", "toy", *own, *where)[0] == 0
 
 
 def test_a_variant_stands_next_to_its_baseline(command, tmp_path):

@@ -282,7 +282,7 @@ def test_an_interrupted_run_does_not_go_on_with_other_settings(load, options, in
     break_off(interrupt, 9, load(), "sgd", options)
     path = options.results_dir / "toy" / "tiny" / "runs" / "sgd-seed0.jsonl"
     before = path.read_bytes()
-    with pytest.raises(UserError, match=r"is of another run: task\.hidden is None there and 7 here"):
+    with pytest.raises(UserError, match=r"is unfinished, begun with other settings: task\.hidden was not set and is 7"):
         run(load("task.hidden=7"), "sgd", 0, options)
     assert path.read_bytes() == before
     assert run(load("task.hidden=7"), "sgd", 0, dataclasses.replace(options, force=True)).end
