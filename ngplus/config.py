@@ -307,7 +307,8 @@ def model_and_params(
     if needs_model:
         raise TypeError(
             'curvature="per_sample" captures the uses of a model\'s layers: NGPlus needs an nn.Module, got '
-            f'{type(model).__name__}; curvature="mini_batch" takes parameters alone'
+            f"{type(model).__name__}: give the model, and its parameters or groups of them as params=; "
+            'curvature="mini_batch" takes parameters alone'
         )
     if params is not None:
         raise TypeError("params is for an nn.Module; without one, give the parameter groups as the first argument")

@@ -250,7 +250,7 @@ SETTINGS = {name for entry in registry.OPTIMIZERS.values() for name in entry.set
 def test_every_column_is_on_the_page_of_the_report(columns):
     page, named = (DOCS / "report.md").read_text(encoding="utf-8"), set()
     for line in page.splitlines():
-        words = re.findall(r"`(\w+)`", line.partition(" | ")[0])
+        words = re.findall(r"`([\w.]+)`", line.partition(" | ")[0])
         suffixes = [word for word in words if word.startswith("_")]
         named |= {*words, *(word + suffix for word in words for suffix in suffixes)}
     assert len(columns) > 5

@@ -14,12 +14,12 @@ from experiments.analysis.outcomes import Outcome, select_same_device, summarise
 from experiments.analysis.statistics import (
     MedianInterval,
     PairedTest,
+    TimesToTarget,
     holm,
     median_interval,
     paired_difference,
     paired_test,
 )
-from experiments.analysis.survival import TimesToTarget
 from experiments.records.run_record import Run
 
 # Between the devices of a row.

@@ -10,8 +10,7 @@ import numpy as np
 from experiments.analysis.claims import Comparison
 from experiments.analysis.comparable_runs import Comparable
 from experiments.analysis.outcomes import select_same_device, summarise_run
-from experiments.analysis.statistics import PairedDifference, paired_difference, paired_test
-from experiments.analysis.survival import TimesToTarget
+from experiments.analysis.statistics import PairedDifference, TimesToTarget, paired_difference, paired_test
 from experiments.records.claim_checks import Outcome as Word
 from experiments.records.run_record import Run
 

@@ -18,7 +18,8 @@ from experiments.dataclass_io import to_table
 from experiments.errors import UserError
 from experiments.launch.jobs import Job
 from experiments.launch.local import describe_seconds, run_in_processes
-from experiments.plugins import hash_file
+from experiments.optimizers.outside import OutsideOptimizer
+from experiments.plugins import PluginError, hash_file
 from experiments.records.provenance import RECORDED, versions
 from experiments.records.run_record import record_path
 from experiments.training.run import RunOptions
@@ -81,10 +82,11 @@ def conduct(question: Question, folder: Folder, options: Options, file: Challeng
     Raises:
         UserError: the optimizer cannot be had, a setting is not its own, the folder is another challenge's or in use.
     """
+    is_new = not folder.root.exists()
     with folder.locked():
         before = read_file(folder.file) if folder.file.exists() else None
         code = _place_code(question, folder, file, before)
-        challenger = load_challenger(question, folder.root)
+        challenger = _load_challenger(question, folder, is_new=is_new)
         if before:
             _check_same(question, before, folder)
         here = versions() | dict(challenger.plugin.versions)
@@ -102,6 +104,16 @@ def conduct(question: Question, folder: Folder, options: Options, file: Challeng
         result.write_result(folder.result, found)
         challenge_page.write_page(folder, found)
         return [f"{task}: {problem}" for task, problem in problems.items()]
+
+
+def _load_challenger(question: Question, folder: Folder, *, is_new: bool) -> OutsideOptimizer:
+    """The optimizer; of a challenge that cannot begin no folder is left."""
+    try:
+        return load_challenger(question, folder.root)
+    except PluginError as error:
+        if is_new:
+            shutil.rmtree(folder.root)
+        raise PluginError(str(error).replace(f"{folder.root}/", "")) from None
 
 
 def _place_code(

@@ -112,7 +112,12 @@ def challenge_command(
     typer.echo(f"{place.page}: where it wins, where it does not, how sure")
     if problems:
         typer.echo(
-            "\n".join([f"{len(problems)} tasks could not be done:", *(each.splitlines()[0] for each in problems)]),
+            "\n".join(
+                [
+                    f"{len(problems)} {'task' if len(problems) == 1 else 'tasks'} could not be done:",
+                    *(each.splitlines()[0] for each in problems),
+                ]
+            ),
             err=True,
         )
         raise typer.Exit(1)

@@ -243,15 +243,21 @@ def list_scales(task: str, folder: Path | None = None) -> list[str]:
 
 
 def _find_recipe(task: str, scale: str, folder: Path) -> Path:
-    there = list_scales(task, folder)
+    there, path = list_scales(task, folder), folder / task / f"{scale}.toml"
     if scale not in there:
+        if path.exists():
+            raise SettingsError(
+                f"{path}: a recipe {list_allowed(SCALES)}, or one of these with a suffix: {SCALES[0]}-fast"
+            )
         raise SettingsError(f"scale = {scale!r}: {task} has no recipe for it; {list_allowed(there)}")
-    return folder / task / f"{scale}.toml"
+    return path
 
 
 def _read_tables(path: Path) -> dict[str, Any]:
     """A recipe's tables, on top of those of the recipe that it extends."""
     table = _read_toml(path)
+    if below := [name for name, item in table.items() if isinstance(item, dict) and EXTENDS in item]:
+        raise SettingsError(f"{path}: {EXTENDS} is in the table [{below[0]}]: must stand above all tables")
     if EXTENDS not in table:
         return table
     extended = table.pop(EXTENDS)

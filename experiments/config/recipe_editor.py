@@ -2,7 +2,7 @@
 
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,33 @@ def write_values(path: Path, values: Mapping[str, float], source: str) -> None:
     partial.replace(path)
 
 
-def _set(lines: list[str], dotted: str, item: str, path: Path) -> None:
+def check_writable(path: Path, keys: Iterable[str]) -> None:
+    """Check that each value has a table to stand in, before it costs something to find it.
+
+    Args:
+        path: a recipe's file.
+        keys: dotted.
+
+    Raises:
+        SettingsError: for a table that is not in the file under a header of its own.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    for dotted in keys:
+        _find_table(lines, dotted, path)
+
+
+def _find_table(lines: list[str], dotted: str, path: Path) -> int:
+    """The number of the header's line."""
     table, _, key = dotted.rpartition(".")
     header = re.compile(rf"\[{re.escape(table)}\]\s*(#.*)?$")
     start = next((number for number, line in enumerate(lines) if header.match(line)), None)
     if start is None:
         raise SettingsError(f"{path}: there is no line [{table}], below which {key} would stand")
+    return start
+
+
+def _set(lines: list[str], dotted: str, item: str, path: Path) -> None:
+    start, key = _find_table(lines, dotted, path), dotted.rpartition(".")[2]
     end = next((number for number in range(start + 1, len(lines)) if lines[number].startswith("[")), len(lines))
     found = next((number for number in range(start, end) if re.match(rf"{re.escape(key)}\s*=", lines[number])), None)
     new = f"{key} = {item}\n"

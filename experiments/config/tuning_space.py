@@ -16,7 +16,7 @@ top of it. A setting that NG+ hands to its base is found there. An element of a 
     "betas.1" = { value = { low = 0.9, high = 0.9995, log = true, complement = true }, source = "this repository" }
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,7 +121,13 @@ def read_tuning(table: Mapping[str, Any], settings: Mapping[str, Mapping[str, An
         own = _ranges(read.spaces, name, where)
         for key in own:
             if locate(given, key) is None:
-                raise SettingsError(f"{where}: spaces.{name}: {key} is no setting of {name}")
+                raise SettingsError(
+                    f"{where}: spaces.{name}: {key} is no setting of {name}{_describe_list(given, key)}"
+                )
+        for key in shared | own:
+            if isinstance(elements := _value(given, key), list):
+                names = _name_elements(key, elements)
+                raise SettingsError(f"{where}: spaces.{name}: {key} is a list, {elements}: name an element, {names}")
         found = {locate(given, key): each for key, each in sorted((shared | own).items(), key=_learning_rate_first)}
         spaces[name] = {key: each for key, each in found.items() if key is not None}
     return Tuning(trials=read.trials, epochs=read.epochs, spaces=spaces)
@@ -144,6 +150,22 @@ def locate(settings: Mapping[str, Any], key: str) -> str | None:
             continue
         return dotted
     return None
+
+
+def _value(settings: Mapping[str, Any], key: str) -> Any:
+    place = locate(settings, key)
+    return None if place is None else value_at(settings, place)
+
+
+def _describe_list(settings: Mapping[str, Any], key: str) -> str:
+    """What a list has, where ``key`` is an element that it does not have."""
+    parent = key.rpartition(".")[0]
+    elements = _value(settings, parent) if parent else None
+    return f", whose {parent} has {_name_elements(parent, elements)}" if isinstance(elements, list) else ""
+
+
+def _name_elements(key: str, elements: Sequence[Any]) -> str:
+    return " or ".join(f'"{key}.{number}"' for number in range(len(elements)))
 
 
 def value_at(table: Mapping[str, Any], key: str) -> Any:

@@ -5,7 +5,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from experiments.config.recipe import Recipe
-from experiments.config.recipe_editor import write_values
+from experiments.config.recipe_editor import check_writable, write_values
 from experiments.errors import UserError
 from experiments.records.provenance import REPOSITORY
 from experiments.training.run import RunOptions
@@ -31,9 +31,13 @@ def tune(
         The best trial.
 
     Raises:
-        UserError: there is no space to search in, no trial came to its end, or another search is in the folder.
+        UserError: there is no space to search in, the recipe's file has no table to write to, no trial came to its
+            end, or another search is in the folder.
     """
-    tried = Search(recipe, optimizer, options, folder).run(recipe.tuning.trials if trials is None else trials)
+    search = Search(recipe, optimizer, options, folder)
+    if write:
+        check_writable(recipe.path, change_settings(recipe, optimizer, dict.fromkeys(search.space, 0.0)))
+    tried = search.run(recipe.tuning.trials if trials is None else trials)
     csv = options.results_dir / recipe.task / recipe.scale / "tuning.csv"
     best = pick_best(tried)
     source = (

@@ -235,7 +235,8 @@ def test_a_bare_tensor_is_no_list_of_its_rows(options):
 def test_parameters_without_a_model_need_the_mini_batch_form():
     model = nn.Linear(3, 2)
     with pytest.raises(
-        TypeError, match=r'"per_sample" captures the uses of a model.s layers: .* got generator; .*"mini_batch"'
+        TypeError,
+        match=r'"per_sample" captures the uses of a model.s layers: .* got generator: give the model, .*"mini_batch"',
     ):
         NGPlus(model.parameters())
     with pytest.raises(TypeError, match=r"params is for an nn\.Module"):

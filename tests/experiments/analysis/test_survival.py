@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from experiments.analysis.survival import TimesToTarget
+from experiments.analysis.statistics import TimesToTarget
 
 MISS = math.inf
 

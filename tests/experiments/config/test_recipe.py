@@ -192,6 +192,10 @@ lr = { value = 0.5, source = "untuned" }
             "extends = 'tiny-wide': there is no such recipe here; must be one of",
         ),
         ('{ value = "tiny-more", source = "x" }', "must be a recipe that is whole, and tiny-more extends another"),
+        (
+            '{ value = "tiny", source = "x" }\n[run]\nextends = "tiny"',
+            "extends is in the table [run]: must stand above",
+        ),
     ],
 )
 def test_what_a_recipe_extends_is_another_whole_recipe_of_the_task(recipes, extends, message):
@@ -201,3 +205,11 @@ def test_what_a_recipe_extends_is_another_whole_recipe_of_the_task(recipes, exte
     with pytest.raises(SettingsError) as error:
         load_recipe("toy", "tiny-wide")
     assert message in str(error.value)
+
+
+def test_a_file_that_is_called_otherwise_is_no_recipe(recipes):
+    (recipes / "toy" / "my-tiny.toml").write_text(toy.RECIPE)
+    with pytest.raises(
+        SettingsError, match=r"my-tiny.toml: a recipe must be one of paper, small, tiny, or one of these"
+    ):
+        load_recipe("toy", "my-tiny")

@@ -113,3 +113,20 @@ def test_elements_are_joined_to_the_list_that_they_are_of():
     assert join_elements(table, {"lr": 0.2, "betas.1": 0.95}) == {"lr": 0.2, "betas": [0.9, 0.95]}
     assert join_elements(table, {"betas.0": 0.8, "betas.1": 0.9}) == {"betas": [0.8, 0.9]}
     assert join_elements(table, {"base.betas.0": 0.8}) == {"base.betas": [0.8, 0.98]}
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("betas", 'spaces.adam: betas is a list, [0.9, 0.999]: name an element, "betas.0" or "betas.1"'),
+        ('"betas.5"', 'spaces.adam: betas.5 is no setting of adam, whose betas has "betas.0" or "betas.1"'),
+    ],
+)
+def test_a_list_is_searched_by_its_elements_alone(write, load, key, message):
+    write(
+        "[tuning.spaces.adam]\nlr",
+        f'[tuning.spaces.adam]\n{key} = {{ value = {{ low = 0.5, high = 0.9 }}, source = "x" }}\nlr',
+    )
+    with pytest.raises(SettingsError) as error:
+        load()
+    assert message in str(error.value)

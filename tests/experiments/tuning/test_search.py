@@ -6,6 +6,7 @@ import optuna
 import pandas as pd
 import pytest
 
+from experiments.config.recipe import load_recipe
 from experiments.errors import UserError
 from experiments.tuning.search import Search
 from experiments.tuning.trial import trial_recipe
@@ -238,3 +239,15 @@ def test_a_length_of_a_schedule_is_tuned_as_that_of_a_whole_run(path, options, l
     for each in tried:
         whole = each.settings["schedule.warmup_epochs"]
         assert each.run.manifest.recipe["optimizer"]["schedule"]["warmup_epochs"] == whole / 4
+
+
+def test_a_recipe_without_a_table_to_write_to_is_refused_before_any_trial(recipes, options, tmp_path):
+    (recipes / "toy" / "tiny.toml").write_text(toy.RECIPE + TUNING)
+    wide = recipes / "toy" / "tiny-wide.toml"
+    wide.write_text('extends = { value = "tiny", source = "x" }\n')
+    with pytest.raises(UserError, match=r"tiny-wide.toml: there is no line \[optimizers.adam\], below which lr would"):
+        tune(load_recipe("toy", "tiny-wide"), "adam", options, folder=tmp_path / "tuning", trials=1)
+    assert not (tmp_path / "tuning").exists()
+    wide.write_text(wide.read_text() + "[optimizers.adam]\n")
+    best = tune(load_recipe("toy", "tiny-wide"), "adam", options, folder=tmp_path / "tuning", trials=1)
+    assert load_recipe("toy", "tiny-wide").optimizers["adam"].settings.lr == best.settings["lr"]
