@@ -70,6 +70,12 @@ class ContractionFactors:
     scale: float
     appended: float | None
 
+    @property
+    def free(self) -> list[int]:
+        """The other tensor's dimensions that may hold the samples."""
+        first = 3 if self.grouped else 2
+        return [self.inside[0], *self.inside[first:]]
+
     @classmethod
     def of(cls, layer: Layer, weight: Tensor, contraction: Contraction, appended: float | None) -> ContractionFactors:
         """Find them.

@@ -76,7 +76,8 @@ class Expressions(threading.local):
     def __init__(self, modules: Iterable[nn.Module] = ()) -> None:
         self.static: set[int] = set()
         for module in modules:
-            self.static.update(map(id, module._parameters.values()), map(id, module._buffers.values()))
+            buffers = [each for each in module._buffers.values() if each is not None]  # which may be views themselves
+            self.static.update(map(id, module._parameters.values()), map(id, map(owner_of, buffers)), map(id, buffers))
         self.known: dict[int, Expression] = {}
 
     def clear(self) -> None:

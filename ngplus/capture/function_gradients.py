@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ngplus._torch_internals import quiet_vmap
@@ -24,6 +25,7 @@ from ngplus.factors.dense import Dense
 from ngplus.factors.factor import statistics_dtype
 from ngplus.factors.formed import Formed, pair_formed
 from ngplus.factors.pair import FactorPair
+from ngplus.layers import Layer
 
 _FAILURES = (RuntimeError, NotImplementedError, TypeError, IndexError, ValueError, AttributeError)
 """What a function may raise of inputs of another size."""
@@ -52,19 +54,13 @@ class DifferentiatedCall:
 
     Attributes:
         op_call: the call, with its inputs as source.
-        batch: where its samples are.
+        source: the first input that has the samples.
         dtype: the one with the fewest bits that it was computed in.
     """
 
     op_call: OpCall
-    batch: Batch
+    source: Tensor
     dtype: torch.dtype
-
-    @property
-    def source(self) -> Tensor:
-        """The first input that has the samples."""
-        inputs: list[Tensor] = self.op_call.source
-        return next(each for each, it in zip(inputs, self.batch.inputs, strict=True) if it)
 
 
 def parse_function(call: FunctionCall, sources: Sequence[Source], expressions: Expressions) -> DifferentiatedCall:
@@ -85,14 +81,25 @@ def parse_function(call: FunctionCall, sources: Sequence[Source], expressions: E
     if not isinstance(call.output, Tensor):
         raise UnsupportedCall(f"is used by {call.name}, which has no single output")
     program = Program(call, [source.parameter for source in sources], expressions)
-    batch = find_batch(program, sources, call.output.shape, layer.batch_dim)
+    batch = find_batch(program, sources, call.output.shape, _first_tried(layer, call))
     if batch is None:
         raise UnsupportedCall(f"is used by {call.name}")
 
     def factors(inputs: list[Tensor], gradient: Tensor) -> FactorPair:
         return FunctionGradients(program, batch, sources, inputs, gradient).pair()
 
-    return DifferentiatedCall(OpCall(layer, program.inputs, factors, batch.size, is_read=False), batch, program.dtype)
+    source = next(each for each, it in zip(program.inputs, batch.inputs, strict=True) if it)
+    op_call = OpCall(
+        layer, program.inputs, factors, batch.size, leading=source.shape[:-1], is_read=False, dim=batch.dim
+    )
+    return DifferentiatedCall(op_call, source, program.dtype)
+
+
+def _first_tried(layer: Layer, call: FunctionCall) -> int:
+    """The dimension that is tried first: in attention linear functions get (T, B, E), and others (B · heads, …)."""
+    if call.time_major is None:
+        return layer.batch_dim
+    return int(call.function is F.linear and call.output.dim() == 3)
 
 
 def find_batch(program: Program, sources: Sequence[Source], output: torch.Size, first: int) -> Batch | None:

@@ -64,13 +64,20 @@ AXIS = (
 )
 """Why a layer is left to the base whose samples the input, or another layer which knows its own, has elsewhere."""
 
+COUNT = (
+    "gets another number of samples than the model's input has in the same call, so that nothing tells which sample a "
+    "row belongs to; keep the batch a dimension of its own, first or at batch_dim, set sample_index, or set "
+    'samples="rows" where each row is a sample'
+)
+"""The same of a parameter whose rows are neither the input's samples nor followed from them."""
+
 CHECKPOINTS = (
     "is used several times, some of them in checkpoints with use_reentrant=True, which bring their gradients one after "
     "the other, so that what belongs to a sample cannot be put together; take use_reentrant=False"
 )
 """Why a layer is left to the base whose uses by the same samples are known one after the other alone."""
 
-DOUBTS = frozenset({SINGLE, PIECES, ROWS, SIZES, AXIS, CHECKPOINTS})
+DOUBTS = frozenset({SINGLE, PIECES, ROWS, SIZES, AXIS, COUNT, CHECKPOINTS})
 """Why a layer is left to the base of which nothing tells what its samples are."""
 
 
@@ -100,12 +107,14 @@ class _Uses:
         count: how many there are.
         inside: the last one's attention or recurrent layer, whose uses of a weight count once.
         leading: dimensions of the first one's input that may hold samples, where there are several.
+        as_many: whether they must be as many as the input's or attention's: of a bare parameter, or differentiated.
     """
 
     unbatched: bool
     count: int
     inside: TimeMajor | None
     leading: Sequence[int]
+    as_many: bool
 
 
 @dataclass
@@ -125,7 +134,7 @@ class _Thread(threading.local):
         sizes: the number of samples that each layer got first in it.
         repeats: whether there are several of any.
         batches: the numbers of samples that attention and recurrent layers got.
-        has_axes: whether an input of any layer has several dimensions that may hold samples.
+        has_axes: whether an input of any layer has several dimensions that may hold samples, or must have as many.
     """
 
     number: int = 0
@@ -257,7 +266,13 @@ class ModelCalls:
                 nodes.extend(before for before, _ in node.next_functions if before is not None)
 
     def add_use(
-        self, layer: Layer, size: int, unbatched: bool, inside: TimeMajor | None, leading: Sequence[int]
+        self,
+        layer: Layer,
+        size: int,
+        unbatched: bool,
+        inside: TimeMajor | None,
+        leading: Sequence[int],
+        as_many: bool,
     ) -> None:
         """Note a use of a layer in the call that is running.
 
@@ -267,6 +282,7 @@ class ModelCalls:
             unbatched: whether it gets one without a batch dimension.
             inside: the call of attention or of a recurrent layer that it is a part of, or None.
             leading: dimensions of its input that may hold samples, where there are several.
+            as_many: whether these must be as many as the input's or attention's.
         """
         thread = self._thread
         if inside is not None:
@@ -277,12 +293,13 @@ class ModelCalls:
             self._roots = {}
         uses = thread.uses.get((layer, size))
         if uses is None:
-            thread.uses[layer, size] = _Uses(unbatched, 1, inside, leading)
-            thread.has_axes |= len(leading) > 1
+            thread.uses[layer, size] = _Uses(unbatched, 1, inside, leading, as_many)
+            thread.has_axes |= as_many or len(leading) > 1
             if thread.sizes.setdefault(layer, size) != size:
                 self._doubts[thread.number, layer] = SIZES
         elif inside is None or inside is not uses.inside:
             uses.count, uses.inside, thread.repeats = uses.count + 1, inside, True
+            uses.as_many |= as_many
             if unbatched or uses.unbatched:
                 self._doubts[thread.number, layer] = SINGLE
 
@@ -308,29 +325,38 @@ class ModelCalls:
     def _find_other_axes(self, lengths: Sequence[int]) -> None:
         """Find the layers whose samples are along another dimension than one with as many samples as others got.
 
-        Those of the call's input are along its first dimension, unless the user says otherwise of a layer.
+        Those of the call's input are along its first dimension, unless the user says otherwise of a layer. What of a
+        bare parameter has another number of samples is doubtful wherever it comes from.
         """
         known = self._thread.batches
         for (layer, size), each in self._thread.uses.items():
-            batches = (known or (set() if layer.batch_dim else set(lengths[:1]))) - {1}
+            first = set(lengths[:1])
+            batches = (known or (set() if layer.batch_dim else first)) - {1}
             if size > 1 and size not in batches and not batches.isdisjoint(each.leading):
                 self._doubts[self._thread.number, layer] = AXIS
+            elif each.as_many:
+                numbers = known | first | set(lengths[layer.batch_dim : layer.batch_dim + 1])
+                if numbers - {1} and size not in numbers:
+                    self._doubts[self._thread.number, layer] = COUNT
 
-    def find_doubt(self, number: int, layer: Layer, size: int) -> str | None:
+    def find_doubt(self, number: int, layer: Layer, size: int, followed: bool) -> str | None:
         """Why nothing tells which samples a use is by.
 
         Args:
             number: of the call that it is in.
             layer: whose use it is.
             size: how many samples it gets.
+            followed: whether the sample of each of its rows was found by following them.
 
         Returns:
             The reason, or None.
         """
+        doubt = self._doubts.get((number, layer))
+        if followed:
+            return doubt if doubt in (AXIS, COUNT) else None
         if size > 1 and number in self._unbatched:
             return ROWS
-        doubt = self._doubts.get((number, layer))
-        return doubt if doubt is AXIS or not self._told else None
+        return doubt if doubt in (AXIS, COUNT) or not self._told else None
 
     def root(self, number: int, size: int) -> int:
         """The number that all calls share which see the same ``size`` samples as call ``number``."""
@@ -370,4 +396,4 @@ class ModelCalls:
         return found
 
 
-__all__ = ["AXIS", "CHECKPOINTS", "DOUBTS", "PIECES", "ROWS", "SINGLE", "SIZES", "ModelCalls"]
+__all__ = ["AXIS", "CHECKPOINTS", "COUNT", "DOUBTS", "PIECES", "ROWS", "SINGLE", "SIZES", "ModelCalls"]

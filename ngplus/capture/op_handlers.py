@@ -46,6 +46,7 @@ class OpCall:
         transposed: whether the input belongs to the matrix's rows and the output to its columns, as in x W.
         parts: takes ``source`` to the slices of its rows that have factors of their own; None for one pair of all.
         is_read: whether the factors are read off the call; they are not where its function is differentiated again.
+        dim: the dimension of the input that the samples are along.
     """
 
     layer: Layer
@@ -57,6 +58,7 @@ class OpCall:
     transposed: bool = False
     parts: Callable[[Any], list[tuple[int, slice]]] | None = None
     is_read: bool = True
+    dim: int = 0
 
     def release(self) -> None:
         """Let go of the input, and of what the factors are made with: a loss that is kept would keep them."""
@@ -168,8 +170,16 @@ def _parse_contraction(given: WeightArgument, contraction: Contraction) -> OpCal
     if isinstance(owner_of(contraction.other), nn.Parameter):
         raise UnsupportedCall("is multiplied by another parameter, which has no samples")
     factors = ContractionFactors.of(given.layer, given.weight, contraction, _appended_value(given.layer, None))
-    samples = contraction.other.shape[factors.inside[0]]
-    return OpCall(given.layer, contraction.other, factors.pair, samples, transposed=factors.transposed)
+    shape, dim = contraction.other.shape, factors.inside[0]
+    return OpCall(
+        given.layer,
+        contraction.other,
+        factors.pair,
+        shape[dim],
+        leading=[shape[each] for each in factors.free],
+        transposed=factors.transposed,
+        dim=dim,
+    )
 
 
 def _count_samples(input: Tensor, leading: Sequence[int], batch_dim: int) -> int:
@@ -295,7 +305,8 @@ def _parse_linear(given: WeightArgument, input: Tensor, bias: Tensor | None = No
     samples = _count_samples(input, rows, layer.batch_dim) if time_major is None else time_major.batch
     unbatched = given.is_unbatched or not rows
     named = rows if time_major is None and len(rows) > 1 and not input.is_nested else ()
-    return OpCall(layer, input, factors, samples, unbatched, named, part.transposed)
+    dim = layer.batch_dim if len(rows) > 1 else 0
+    return OpCall(layer, input, factors, samples, unbatched, named, part.transposed, dim=dim)
 
 
 def _leading_shape(given: WeightArgument, input: Tensor) -> torch.Size | None:

@@ -22,6 +22,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -144,7 +145,7 @@ class Recorder:
         self._outermost = _OutermostCall()
         self._model_calls = ModelCalls(sampling.model_calls)
         self._expressions = Expressions()
-        self._origins = RowOrigins() if any(layer.bare for layer in self._layers.values()) else None
+        self._origins = RowOrigins()
         self._handles: list[RemovableHandle] = []
         self._weight_hooks: list[WeightHook] = []
         self._hooked: set[tuple[Layer, int]] = set()
@@ -227,8 +228,7 @@ class Recorder:
     def _forget_call(self) -> None:
         """Forget what is known of tensors that the model's call has made."""
         self._expressions.clear()
-        if self._origins is not None:
-            self._origins.clear()
+        self._origins.clear()
 
     # Forward: calls of the model, and function calls in them ------------------------------------------------------
 
@@ -319,7 +319,7 @@ class Recorder:
                 expressions.drop(call)
             if unread is not None and unread.sources:
                 self._record_function(call, unread)
-        if self._origins is not None:
+        if not free:
             self._origins.follow(call)
 
     def _identify(self, tensor: Tensor) -> int:
@@ -427,7 +427,7 @@ class Recorder:
                 if any(each.is_nested for each in call.tensors):
                     raise UnsupportedCall(reasons.get(layer, f"is used by {call.name} on a nested tensor"))
                 again = parse_function(call, own, self._expressions)
-                self._await_use(layer, call, again.op_call, again.source, again.batch.dim, again.dtype)
+                self._await_use(layer, call, again.op_call, again.source, again.op_call.dim, again.dtype)
             except UnsupportedCall as reason:
                 self._record(layer).unsupported = reasons.get(layer, str(reason))
 
@@ -454,13 +454,15 @@ class Recorder:
         knows_samples = layer.knows_samples and call.time_major is not None
         if index is not None and knows_samples and (size != 1 or not index.is_one(layer.module)):
             index = None
-        origin = None if self._origins is None or not layer.bare else self._origins.find(source)
         named = index is not None and index.index_of(layer.module) is not None
-        follows = origin is not None and not named and self._sampling.samples == "batch"
-        if origin is not None and follows and batch_dim == 0 and layer.batch_dim < len(origin.leading):
-            rows, size = origin.find_samples(layer.batch_dim)
+        told = layer.bare or not op_call.is_read
+        followed = None
+        if told and not named and self._sampling.samples == "batch":
+            followed = self._find_rows(layer, call, op_call)
+        if followed is not None:
+            rows, size = followed
             index = SampleIndex({"*": rows}, count=size)
-        self._model_calls.add_use(layer, size, op_call.unbatched, call.time_major, op_call.leading)
+        self._model_calls.add_use(layer, size, op_call.unbatched, call.time_major, op_call.leading, told)
         if op_call.unbatched and isinstance(source, Tensor) and source.dim() > 1:
             self._model_calls.add_unbatched()
         self._await_gradient(
@@ -472,6 +474,7 @@ class Recorder:
                 dtype=dtype,
                 accumulator=torch.autograd.graph.get_gradient_edge(layer.weight).node,
                 sample_index=index,
+                is_followed=followed is not None,
                 batch_dim=batch_dim,
                 size=size,
                 inside=call.time_major,
@@ -480,6 +483,26 @@ class Recorder:
                 versions=record_versions(call),
             ),
         )
+
+    def _find_rows(self, layer: Layer, call: FunctionCall, op_call: OpCall) -> tuple[Tensor, int] | None:
+        """The sample of each row of a use whose rows are not the samples themselves, and how many samples there are.
+
+        What is differentiated inside of attention, where heads are folded into the batch behind the samples and times
+        in front of them, is told by its function.
+        """
+        if call.time_major is not None:
+            batch = max(1, call.time_major.batch)
+            copies, left = divmod(op_call.samples, batch)
+            if op_call.is_read or left or op_call.dim or copies < 2:
+                return None
+            rows = torch.arange(op_call.samples, device=call.output.device)
+            return (rows % batch if call.function is F.linear else rows // copies), batch
+        inputs = op_call.source if isinstance(op_call.source, list) else [op_call.source]
+        for origin in filter(None, map(self._origins.find, inputs)):
+            fits = (origin.dim, origin.size) == (op_call.dim, op_call.samples)
+            if fits and layer.batch_dim < len(origin.leading) and not origin.is_plain:
+                return origin.find_samples(layer.batch_dim)
+        return None
 
     def _await_gradient(self, layer: Layer, call: FunctionCall, use: WeightUse) -> None:
         record = self._record(layer, call.output)
@@ -587,8 +610,8 @@ class Recorder:
             else:
                 pairs = use.call.pairs(source, gradient.reshape(use.output_shape))
             numbers = None if index is None else index.index_of(record.layer.module)
-            if numbers is None and self._sampling.samples == "batch":
-                doubt = self._model_calls.find_doubt(use.model_call, record.layer, use.size)
+            if (numbers is None or use.is_followed) and self._sampling.samples == "batch":
+                doubt = self._model_calls.find_doubt(use.model_call, record.layer, use.size, use.is_followed)
                 if doubt is not None:
                     raise UnsupportedCall(doubt)
             for pair, rows in pairs:

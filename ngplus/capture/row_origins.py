@@ -1,14 +1,16 @@
 """Which samples the rows of a flattened batch belong to: tokens of sentences, and those of them that an expert gets.
 
-A router takes the tokens of all sentences as one long list, and each of its experts some of them. From the call that
-flattens them on, the list is followed through calls that keep its rows, and through indexing that picks some.
+A router takes the tokens of all sentences as one long list, and each of its experts some of them; attention written by
+hand folds its heads into the batch. From the call that flattens them on, or that moves the first dimension elsewhere,
+the rows are followed through calls that keep them, move their dimension or reshape it, and through indexing that picks
+some.
 """
 
 from __future__ import annotations
 
 import math
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,9 +19,13 @@ from torch import Tensor
 from ngplus.capture.expressions import outputs_of
 from ngplus.capture.function_mode import FunctionCall
 
-_FLATTENING = frozenset({Tensor.reshape, torch.reshape, Tensor.view, Tensor.flatten, torch.flatten})
-_REPEATING = frozenset({torch.repeat_interleave, Tensor.repeat_interleave})
+_RESHAPING = frozenset(
+    {Tensor.reshape, torch.reshape, Tensor.view, Tensor.flatten, torch.flatten, Tensor.unflatten, torch.unflatten}
+)
+_INTERLEAVING = frozenset({torch.repeat_interleave, Tensor.repeat_interleave})
+_REPEATING = frozenset({Tensor.repeat, Tensor.tile, torch.tile})
 _SPLITTING = frozenset({torch.split, Tensor.split, torch.chunk, Tensor.chunk})
+_SORTING = frozenset({torch.sort, Tensor.sort})
 _INDEXING = frozenset({Tensor.__getitem__})
 _PICKING = _INDEXING | {torch.index_select, Tensor.index_select}
 _MOVING = frozenset(
@@ -28,18 +34,35 @@ _MOVING = frozenset(
         torch.permute,
         Tensor.transpose,
         torch.transpose,
+        Tensor.swapaxes,
+        torch.swapaxes,
         Tensor.t,
         torch.t,
         Tensor.T.__get__,  # type: ignore[attr-defined]
         Tensor.mT.__get__,  # type: ignore[attr-defined]
         Tensor.movedim,
         torch.movedim,
+        Tensor.moveaxis,
+        torch.moveaxis,
+        Tensor.unsqueeze,
+        torch.unsqueeze,
+        Tensor.squeeze,
+        torch.squeeze,
+        Tensor.unbind,
+        torch.unbind,
+        Tensor.select,
+        torch.select,
+        Tensor.expand,
+    }
+)
+"""Functions whose output is a view with the same rows, maybe along another dimension."""
+
+_SHUFFLING = frozenset(
+    {
         Tensor.flip,
         torch.flip,
         Tensor.roll,
         torch.roll,
-        Tensor.sort,
-        torch.sort,
         Tensor.argsort,
         torch.argsort,
         Tensor.scatter,
@@ -59,11 +82,30 @@ class RowOrigin:
         value: the tensor, which is kept so that no other gets its id.
         leading: the dimensions that became one.
         rows: which of the flattened rows it has; None for all, in order.
+        dim: the dimension that the rows are along.
+        times: how often each row comes in a row; all of them may come again and again.
     """
 
     value: Tensor
     leading: tuple[int, ...]
     rows: Tensor | None = None
+    dim: int = 0
+    times: int = 1
+
+    @property
+    def size(self) -> int:
+        """Of the dimension."""
+        return self.value.shape[self.dim]
+
+    @property
+    def count(self) -> int:
+        """Of the rows, before they are repeated."""
+        return math.prod(self.leading) if self.rows is None else len(self.rows)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the rows are those of one dimension, in order."""
+        return len(self.leading) == 1 and self.rows is None and self.count == self.size
 
     def find_samples(self, batch_dim: int) -> tuple[Tensor, int]:
         """The sample of each row, and how many there are.
@@ -78,13 +120,23 @@ class RowOrigin:
         return self.all_rows() // math.prod(self.leading[batch_dim + 1 :]) % size, size
 
     def all_rows(self) -> Tensor:
-        """Which of the flattened rows it has."""
-        return torch.arange(len(self.value), device=self.value.device) if self.rows is None else self.rows
+        """Which of the flattened rows it has, as often as it has them."""
+        places = torch.arange(self.size, device=self.value.device)
+        places = places if self.count == self.size else places // self.times % self.count
+        return places if self.rows is None else self.rows[places]
 
-    def repeat(self, value: Tensor, times: int) -> RowOrigin:
-        """That of a tensor with each row so many times in a row."""
-        rows = self.rows if times == 1 else self.all_rows().repeat_interleave(times)
-        return RowOrigin(value, self.leading, rows)
+    def reshape(self, value: Tensor) -> RowOrigin | None:
+        """That of the same elements in another shape, where the sample is told by the index of one dimension."""
+        inner = math.prod(self.value.shape[self.dim + 1 :]) * self.times
+        after = value.numel()
+        for at, length in enumerate(value.shape):
+            before, after = after, after // length  # elements of one index of the dimensions to here, without and with
+            if inner % after == 0 and before % (inner * self.count) == 0:
+                return replace(self, value=value, dim=at, times=inner // after)
+        if self.rows is not None or len(self.leading) == 1:
+            return None
+        whole = replace(self, leading=self.leading[:-1], times=self.times * self.leading[-1])
+        return whole.reshape(value)
 
 
 class RowOrigins(threading.local):
@@ -104,62 +156,111 @@ class RowOrigins(threading.local):
     def follow(self, call: FunctionCall) -> None:
         """Note the origins of what a call returns."""
         function = call.function
-        if function in _FLATTENING and call.args and isinstance(call.output, Tensor):
-            self._flatten(call.args[0], call.output)
+        if not (call.args and isinstance(call.args[0], Tensor)):
+            if self._known:
+                self._keep(call)
+        elif function in _RESHAPING:
+            self._reshape(call.args[0], call.output)
+        elif function in _MOVING:
+            self._move(call)
         elif function in _PICKING:
             self._pick(call)
         elif self._known:
-            if function in _REPEATING:
+            if function in _INTERLEAVING or function in _REPEATING:
                 self._repeat(call)
             elif function in _SPLITTING:
                 self._split(call)
-            elif function not in _MOVING:
+            elif function in _SORTING:
+                self._sort(call)
+            elif function not in _SHUFFLING:
                 self._keep(call)
 
-    def _flatten(self, source: Tensor, output: Tensor) -> None:
+    def _reshape(self, source: Tensor, output: Tensor) -> None:
         """Of (d₁, d₂, …, features) to (d₁·d₂ …, features), or of rows that are followed already."""
-        joined = source.dim() - output.dim() + 1
-        fits = output.dim() and joined > 0 and source.shape[joined:] == output.shape[1:] and source.numel()
-        origin = self._known.get(id(source))
-        if not fits or (origin is None and joined == 1):
+        if not (output.dim() and source.numel() and source.numel() == output.numel()):
             return
+        if (origin := self._known.get(id(source))) is not None:
+            if (found := origin.reshape(output)) is not None:
+                self._known[id(output)] = found
+            return
+        rows, leading = len(output), []
+        for size in source.shape:
+            if rows % size or rows == 1:
+                break
+            leading.append(size)
+            rows //= size
+        if len(leading) > 1 or (leading and rows > 1):
+            self._known[id(output)] = RowOrigin(output, (*leading, rows) if rows > 1 else tuple(leading))
+
+    def _move(self, call: FunctionCall) -> None:
+        """Find the rows' dimension in views; those of a tensor that is not followed are along its first."""
+        source, outputs = call.args[0], list(outputs_of(call))
+        origin = self._known.get(id(source))
         if origin is None:
-            self._known[id(output)] = RowOrigin(output, tuple(source.shape[:joined]))
-        else:
-            self._known[id(output)] = origin.repeat(output, len(output) // len(source))
+            first = source.shape[:1], source.stride()[:1]
+            if source.dim() < 2 or all((each.shape[:1], each.stride()[:1]) == first for each in outputs):
+                return
+            origin = RowOrigin(source, tuple(source.shape[:1]))
+        marks = [int(dim == origin.dim) for dim in range(source.dim())]
+        marked = call.function(torch.empty_strided(source.shape, marks, device="meta"), *call.args[1:], **call.kwargs)
+        for output, view in zip(outputs, [marked] if isinstance(marked, Tensor) else marked, strict=True):
+            for dim, (size, stride) in enumerate(zip(view.shape, view.stride(), strict=True)):
+                if stride == 1 and size == origin.size:
+                    self._known[id(output)] = replace(origin, value=output, dim=dim)
+                    break
 
     def _repeat(self, call: FunctionCall) -> None:
-        """Each row several times in a row."""
-        origin = self._known.get(id(call.args[0])) if call.args else None
+        """Each row several times in a row, or all of them again and again."""
+        source, output = call.args[0], call.output
+        origin = self._known.get(id(source))
+        if origin is None:
+            return
+        if call.function in _REPEATING:
+            self._known[id(output)] = replace(origin, value=output, dim=origin.dim + output.dim() - source.dim())
+            return
         times = call.args[1] if len(call.args) > 1 else call.kwargs.get("repeats")
-        if origin is not None and isinstance(times, int) and len(call.output) == times * len(call.args[0]):
-            self._known[id(call.output)] = origin.repeat(call.output, times)
+        same = output.shape[: origin.dim] + output.shape[origin.dim + 1 :]
+        if same == source.shape[: origin.dim] + source.shape[origin.dim + 1 :] and isinstance(times, int):
+            self._known[id(output)] = replace(origin, value=output, times=origin.times * times)
 
     def _split(self, call: FunctionCall) -> None:
-        """Rows one after the other, where it is the first dimension that is split."""
-        origin = self._known.get(id(call.args[0])) if call.args else None
+        """Rows one after the other, where it is their dimension that is split."""
+        origin = self._known.get(id(call.args[0]))
         pieces = list(outputs_of(call))
-        if origin is None or sum(len(each) for each in pieces) != len(origin.value):
-            self._keep(call)
+        if origin is None or sum(each.shape[origin.dim] for each in pieces) != origin.size:
+            self._move(call)
             return
-        every = torch.split(origin.all_rows(), [len(each) for each in pieces])
+        every = torch.split(origin.all_rows(), [each.shape[origin.dim] for each in pieces])
         for piece, rows in zip(pieces, every, strict=True):
-            self._known[id(piece)] = RowOrigin(piece, origin.leading, rows)
+            self._known[id(piece)] = RowOrigin(piece, origin.leading, rows, origin.dim)
+
+    def _sort(self, call: FunctionCall) -> None:
+        """Rows in the order of a list of numbers, one a row."""
+        origin, (values, places) = self._known.get(id(call.args[0])), call.output
+        if origin is not None and values.dim() == 1:
+            self._known[id(values)] = RowOrigin(values, origin.leading, origin.all_rows()[places])
 
     def _pick(self, call: FunctionCall) -> None:
         """Some rows, which where nothing has flattened them are samples by themselves."""
         source, *indices = call.args
-        if not (indices and isinstance(source, Tensor) and isinstance(call.output, Tensor) and call.output.dim()):
+        if not (indices and isinstance(call.output, Tensor) and call.output.dim()):
             return
+        origin = self._known.get(id(source))
         if call.function in _INDEXING:
-            index = indices[0][0] if isinstance(indices[0], tuple) else indices[0]
+            every = indices[0] if isinstance(indices[0], tuple) else (indices[0],)
+            index = every[0] if every else None
+            is_view = all(each is None or each is ... or type(each) in (int, slice) for each in every)
+            if is_view and (origin is None or origin.dim or not isinstance(index, slice)):
+                self._move(call)
+                return
         else:
             index = indices[1] if len(indices) == 2 and indices[0] == 0 else None
-        origin = self._known.get(id(source))
         is_tensor = isinstance(index, Tensor) and index.dim() == 1 and source.dim() > 0
         if not is_tensor and not (isinstance(index, slice) and origin is not None):
             return
         origin = origin or RowOrigin(source, (len(source),))
+        if origin.dim:
+            return
         rows = origin.all_rows()[index.detach() if isinstance(index, Tensor) else index]
         if len(rows) == len(call.output):
             self._known[id(call.output)] = RowOrigin(call.output, origin.leading, rows)
@@ -169,8 +270,9 @@ class RowOrigins(threading.local):
         origins = [self._known[id(each)] for each in call.tensors if id(each) in self._known]
         for output in outputs_of(call) if origins else ():
             for origin in origins:
-                if output.dim() and len(output) == len(origin.value) and id(output) not in self._known:
-                    self._known[id(output)] = RowOrigin(output, origin.leading, origin.rows)
+                same = output.shape[: origin.dim + 1] == origin.value.shape[: origin.dim + 1]
+                if same and output.dim() > origin.dim and id(output) not in self._known:
+                    self._known[id(output)] = replace(origin, value=output)
                     break
 
 

@@ -37,6 +37,7 @@ class WeightUse:
         dtype: that it was computed in.
         accumulator: of the weight's gradient.
         sample_index: which rows belong to which sample, or None.
+        is_followed: whether that was found by following the rows, and not given by the user.
         batch_dim: where the samples are.
         size: of that dimension.
         inside: the attention or the recurrent layer that it is a part of, or None.
@@ -52,6 +53,7 @@ class WeightUse:
     dtype: torch.dtype
     accumulator: Node
     sample_index: SampleIndex | None
+    is_followed: bool
     batch_dim: int
     size: int
     inside: object
