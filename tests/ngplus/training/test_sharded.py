@@ -322,6 +322,25 @@ def test_accumulation_with_and_without_synchronizing_is_one_batch(team, make, sy
     assert_equals_one_process(team.run(train_accumulating, make, syncs, {}), alone(make, size=8))
 
 
+def train_reducing_over_replicas_last(make):
+    problem = make(samples=8)
+    model = shard(problem.model, replicas=2)
+    optimizer = NGPlus(problem.model, **SETTINGS)
+    start = own_samples(problem).start
+    for _ in range(4):
+        for part, last in ((slice(start, start + 1), False), (slice(start + 1, start + 2), True)):
+            model.set_requires_all_reduce(last)
+            (problem.loss(model, part) / 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"parameters": whole_parameters(model)}
+
+
+@pytest.mark.parametrize("make", [perceptron, attentive, bare, recurrent])
+def test_accumulation_that_reduces_over_replicas_at_the_end_is_one_batch(team_of_four, make):
+    assert_equals_one_process(team_of_four.run(train_reducing_over_replicas_last, make), alone(make, size=8))
+
+
 def train_with(make, change):
     problem = make(samples=4)
     start, own = own_samples(problem).start, own_samples(problem)
