@@ -224,7 +224,7 @@ class MatrixEntries:
     def _patch_entries(self, factor: Patches, column: int) -> Tensor:
         """Aᵢ[c, κ] of a column that counts the kernel's places, (samples, 1, κ)."""
         channel, place = divmod(column, math.prod(factor.kernel))
-        offset = []
+        offset: list[int] = []
         for size in reversed(factor.kernel):
             place, at = divmod(place, size)
             offset.insert(0, at)
