@@ -667,6 +667,28 @@ def test_processes_with_different_models_are_told_before_the_first_forward_pass(
         assert "process 1 alone has 0.weight (7, 4)" in said
 
 
+def different_settings():
+    rank, said = dist.get_rank(), []
+    for settings in (
+        {"update_every": 2 + rank},
+        {"ema": 0.5 * rank},
+        {"curvature": ("per_sample", "mini_batch")[rank]},
+    ):
+        model = shard(nn.Sequential(nn.Linear(4, 6)))
+        said.append(message_of(RuntimeError, lambda: NGPlus(model, **settings)))  # noqa: B023
+    model = shard(nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 6)))
+    model[0].weight.requires_grad_(rank == 0)
+    return [*said, message_of(RuntimeError, lambda: NGPlus(model))]
+
+
+def test_processes_with_other_settings_or_frozen_weights_are_told_before_the_first_forward_pass(team):
+    for interval, ema, curvature, frozen in team.run(different_settings):
+        assert "process 0 alone has update_every=2 and process 1 alone has update_every=3" in interval
+        assert "process 0 alone has ema=0.0 and process 1 alone has ema=0.5" in ema
+        assert "process 0 alone has curvature='per_sample' and process 1 alone" in curvature
+        assert "process 1 alone has 0.weight frozen" in frozen
+
+
 def test_inverses_of_a_model_that_is_not_sharded_have_no_choice():
     with pytest.raises(ValueError, match=r"inverses='sharded' is for a model that .* has sharded"):
         NGPlus(nn.Linear(2, 2), inverses="sharded")
