@@ -73,7 +73,7 @@ def _read_code(optimizer: str, file: ChallengeFile, path: Path | None) -> dict[s
     try:
         return {source.name: beside.read_bytes().decode("utf-8")}
     except (OSError, UnicodeDecodeError) as error:
-        raise PluginError(f"optimizer = {optimizer!r}: {beside} cannot be read: {error}") from None
+        raise PluginError(f"optimizer = {optimizer!r}: {beside} cannot be read: {error.strerror or error}") from None
 
 
 def _list_taken(question: Question) -> set[str]:
