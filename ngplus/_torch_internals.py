@@ -162,6 +162,29 @@ def find_absent(what: str, seconds: float) -> list[int]:
     return absent
 
 
+# Sharded models ----------------------------------------------------------------------------------------------------
+# With `FSDPModule.set_requires_all_reduce(False)` a backward pass brings no gradient to a parameter: fully_shard keeps
+# the sum over the shards' processes to itself, until a pass that reduces it over the replicas too.
+
+
+def find_kept_back(model: nn.Module) -> set[int]:
+    """The ids of a model's sharded parameters whose gradient `fully_shard` keeps back at the moment."""
+    from torch.distributed.fsdp import FSDPModule  # takes time to import, and a model that has it has imported it
+
+    groups = [
+        group
+        for module in model.modules()
+        if isinstance(module, FSDPModule)
+        for group in module._get_fsdp_state()._fsdp_param_groups
+    ]
+    return {
+        id(each.sharded_param)
+        for group in groups
+        if group._partial_reduce_output is not None
+        for each in group.fsdp_params
+    }
+
+
 # The compiler ------------------------------------------------------------------------------------------------------
 
 _set_frame_count = getattr(eval_frame, "set_fullgraph_compiled_frame_count", None)
@@ -183,6 +206,7 @@ __all__ = [
     "announce",
     "backward_pass_number",
     "find_absent",
+    "find_kept_back",
     "frames",
     "grouped_mm",
     "is_autocast_enabled",

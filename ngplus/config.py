@@ -7,7 +7,7 @@ import heapq
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any, Literal, cast, get_args
 
@@ -142,6 +142,10 @@ class LayerwiseOptions:
     def is_due(self, step: int) -> bool:
         """Whether a step is a curvature step of all layers."""
         return step % self.update_every == 0
+
+    def describe(self) -> list[str]:
+        """What must be the same on all processes, each as ``name=value``; the loss may have a divisor of its own."""
+        return [f"{each.name}={getattr(self, each.name)!r}" for each in fields(self) if each.name != "loss_reduction"]
 
     def __post_init__(self) -> None:
         self._check_counts("update_every", optional=False)

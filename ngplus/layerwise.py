@@ -134,7 +134,8 @@ class LayerwiseOptimizer(Inspection, SavedState, Optimizer, Joinable):
             )
         self._warn_of_unsupported_matrices()
         if self._sharding is not None and world_size() > 1:  # the forward pass would wait for weights of other shapes
-            check_processes(name, [layer.describe() for layer in self._layers], {}, self.join_device)
+            frozen = [f"{layer.name} frozen" for layer in self._layers if not layer.weight.requires_grad]
+            check_processes(name, [*self._describe(), *frozen], {}, self.join_device)
 
     # What a method defines ----------------------------------------------------------------------------------------
 
@@ -541,11 +542,15 @@ class LayerwiseOptimizer(Inspection, SavedState, Optimizer, Joinable):
         layers, compared = list(damping), self._weights_are_compared
         state = [f"made {self._steps} steps", "compared its weights" if compared else "not compared its weights"]
         weights = {} if compared else {each.name: each.weight for each in layers if not is_sharded(each.weight)}
-        properties = [*state, *(layer.describe() for layer in layers)]
-        check_processes(type(self).__name__, properties, weights, self.join_device)
+        check_processes(type(self).__name__, [*state, *self._describe(layers)], weights, self.join_device)
         self._weights_are_compared = True
         values = largest([damping[layer] if with_batch else 0.0 for layer in layers], self.join_device)
         return dict(zip(layers, values, strict=True))
+
+    def _describe(self, layers: Iterable[Layer] | None = None) -> list[str]:
+        """What must be the same on all processes: settings, and layers, by default all of them."""
+        known = self._layers if layers is None else layers
+        return [*self._options.describe(), *(layer.describe() for layer in known)]
 
     def join_hook(self, **_kwargs: Any) -> JoinHook:
         """For ``torch.distributed.algorithms.Join([model, optimizer])``, with the model first."""

@@ -9,8 +9,8 @@ from experiments.analysis.verdicts import headlines, tally
 from experiments.table_formats import Format, render_table
 
 WIDTH = 140
-_WHOLE = ("place", "claim", "paper", "ours", "measured on", "verdict", "why")
-_SHORT = ("claim", "paper", "ours", "measured on", "verdict")
+_WHOLE = ("id", "place", "claim", "paper", "ours", "measured on", "verdict", "why")
+_SHORT = ("id", "claim", "paper", "ours", "measured on", "verdict")
 
 
 def render(frame: pd.DataFrame, format: Format = "terminal", *, short: bool = False) -> str:

@@ -72,7 +72,9 @@ def _read_code(optimizer: str, file: ChallengeFile, path: Path | None) -> dict[s
     beside = path.parent / source if path and not source.exists() else source
     try:
         return {source.name: beside.read_bytes().decode("utf-8")}
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise PluginError(f"optimizer = {optimizer!r}: {beside} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
         raise PluginError(f"optimizer = {optimizer!r}: {beside} cannot be read: {error}") from None
 
 

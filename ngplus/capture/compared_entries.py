@@ -201,6 +201,8 @@ class MatrixEntries:
 
     def _column_entries(self, factor: Factor) -> Tensor:
         if isinstance(factor, Patches):
+            if len(self.offset) != len(factor.kernel):  # the kernel is a bare parameter, as a matrix first × rest
+                return torch.cat([self._patch_entries(factor, self.column + place) for place in range(self.count)], 1)
             return factor.at_offset(factor.images[:, self._channels(factor.channels)], self.offset)
         if isinstance(factor, KhatriRao):
             assert isinstance(factor.one, Dense)
@@ -218,6 +220,15 @@ class MatrixEntries:
         else:
             entries = factor.entries[:, 0, column : column + self.count * area : area]
         return entries.to(statistics_dtype(entries.dtype))
+
+    def _patch_entries(self, factor: Patches, column: int) -> Tensor:
+        """Aᵢ[c, κ] of a column that counts the kernel's places, (samples, 1, κ)."""
+        channel, place = divmod(column, math.prod(factor.kernel))
+        offset: list[int] = []
+        for size in reversed(factor.kernel):
+            place, at = divmod(place, size)
+            offset.insert(0, at)
+        return factor.at_offset(factor.images[:, channel : channel + 1], tuple(offset))
 
     def _channels(self, in_group: int) -> slice:
         """Which input channels they are, over all groups."""

@@ -352,7 +352,7 @@ def _parse_convolution(
     groups: int = 1,
 ) -> OpCall:
     layer, weight = given.layer, given.weight
-    if not _is_whole(weight, layer) or groups != layer.matrix[0]:
+    if not _is_kernel(weight, layer, groups):
         raise UnsupportedCall("is used by a convolution with other groups or a part of the weight")
     kernel = tuple(weight.shape[2:])
     stride, dilation = _per_direction(stride, kernel), _per_direction(dilation, kernel)
@@ -369,6 +369,11 @@ def _parse_convolution(
         return FactorPair(rows=rows, columns=columns)
 
     return OpCall(layer, input, factors, len(batched(input)), input.dim() == len(kernel) + 1)
+
+
+def _is_kernel(weight: Tensor, layer: Layer, groups: int) -> bool:
+    """Whether a convolution's weight is a layer's, and its matrices are those of the layer."""
+    return _is_whole(weight, layer) and layer.matrix == (groups, len(weight) // groups, weight[0].numel())
 
 
 def _is_whole(weight: Tensor, layer: Layer) -> bool:
@@ -390,7 +395,7 @@ def _parse_transposed_convolution(
 ) -> OpCall:
     """Parse the adjoint of a convolution: its input multiplies patches of the output's gradient."""
     layer, weight = given.layer, given.weight
-    if not _is_whole(weight, layer) or groups != layer.matrix[0]:
+    if not _is_kernel(weight, layer, groups):
         raise UnsupportedCall("is used by a transposed convolution with other groups or a part of the weight")
     kernel = tuple(weight.shape[2:])
     stride, dilation = _per_direction(stride, kernel), _per_direction(dilation, kernel)

@@ -646,13 +646,16 @@ class Recorder:
         Gradients of zeros, where sums are not zero, are gone too: ``set_to_none=False``. It synchronizes with the
         device, on the second backward pass of a curvature step and those after it. Of a sharded weight, whose zeros
         another process may not have, only a gradient that is nowhere is gone; `fully_shard` keeps one of another
-        dtype that awaits the next backward pass where nobody else finds it.
+        dtype that awaits the next backward pass where nobody else finds it, and one to be reduced over replicas.
         """
         if not (record.statistic.used or record.retained):
             return
         gradient = record.layer.weight.grad
         if (original := self._original(record.layer)) is not record.layer:
-            if gradient is None and original.weight.grad is None and original.weight.dtype == record.layer.weight.dtype:
+            assert self._whole is not None
+            may_be_gone = original.weight.dtype == record.layer.weight.dtype
+            is_nowhere = gradient is None and original.weight.grad is None
+            if may_be_gone and is_nowhere and not self._whole.is_kept_back(original, backward_pass_number()):
                 record.discard()
             return
         if gradient is None or (is_zero(gradient) and not record.statistic.is_zero()):

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
+from ngplus._torch_internals import find_kept_back
 from ngplus.dtensors import is_sharded
 from ngplus.layers import Layer
 
@@ -24,6 +25,7 @@ class WholeWeights:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self._model = model
         self._places: dict[int, _Place] = {
             id(parameter): (module, name)
             for module in model.modules()
@@ -33,6 +35,7 @@ class WholeWeights:
         self._sharded: dict[int, tuple[Tensor, int]] = {}
         self._layers: dict[tuple[Layer, int, int], Layer] = {}
         self._originals: dict[Layer, Layer] = {}
+        self._kept_back: tuple[int, set[int]] | None = None
 
     def find(self, parameter: Tensor) -> int:
         """The id of the sharded parameter that a whole one stands for, or of the parameter itself.
@@ -64,6 +67,20 @@ class WholeWeights:
         self._layers[key] = used = replace(layer, weight=weight, bias=bias)
         self._originals[used] = layer
         return used
+
+    def is_kept_back(self, layer: Layer, backward_pass: int) -> bool:
+        """Whether `fully_shard` keeps the gradient of a layer's weight back for a later backward pass.
+
+        Args:
+            layer: the optimizer's.
+            backward_pass: the number of the one that runs.
+
+        Returns:
+            Whether it has one, though ``.grad`` has none.
+        """
+        if self._kept_back is None or self._kept_back[0] != backward_pass:
+            self._kept_back = backward_pass, find_kept_back(self._model)
+        return id(layer.weight) in self._kept_back[1]
 
     def forget(self) -> None:
         """Forget the layers; the ids of their parameters stand for them only as long as they are kept here."""

@@ -109,7 +109,10 @@ def _elements(weight: Tensor) -> Tensor:
     return weight.detach().take(positions).float()
 
 
-_ONE_MODEL = "averages curvature over all processes of the default process group, which must train one model"
+_ONE_MODEL = (
+    "averages curvature over all processes of the default process group, which must train one model with the same "
+    "settings"
+)
 
 
 _NO_SHARDS = (

@@ -77,6 +77,12 @@ FUNCTIONS = {
     "a bias used once more": ((3, 4), {}, lambda m, x: x + m.inlet.bias.exp()),
     "a scaled addmm": ((3, 4), {"w": (5, 6)}, lambda m, x: torch.addmm(x[:, :1], x, m.w, alpha=2)),
     "a convolution of a bare kernel": ((3, 5, 4), {"w": (6, 5, 2)}, lambda m, x: F.conv1d(x, m.w)),
+    "of two dimensions": ((3, 5, 6, 4), {"w": (6, 5, 2, 3)}, lambda m, x: F.conv2d(x, m.w, stride=2, padding=1)),
+    "of three": ((3, 2, 4, 3, 4), {"w": (5, 2, 2, 3, 2)}, lambda m, x: F.conv3d(x, m.w)),
+    "one in groups": ((3, 6, 5, 4), {"w": (4, 3, 2, 2)}, lambda m, x: F.conv2d(x, m.w, groups=2)),
+    "one of each channel": ((3, 6, 5, 4), {"w": (6, 1, 3, 2)}, lambda m, x: F.conv2d(x, m.w, groups=6)),
+    "one of one channel": ((3, 1, 5, 4), {"w": (1, 1, 2, 3)}, lambda m, x: F.conv2d(x, m.w)),
+    "a transposed convolution": ((3, 5, 3, 4), {"w": (5, 6, 2, 3)}, lambda m, x: F.conv_transpose2d(x, m.w, stride=2)),
 }
 
 

@@ -321,7 +321,7 @@ def test_markdown_has_one_line_a_claim(tmp_path):
     frame = judge(tmp_path)
     lines = [line for line in verdict_table.render(frame, "markdown").splitlines() if line.startswith("|")]
     assert len(lines) == len(frame) + 2
-    assert {line.replace(r"\|", "").count("|") for line in lines} == {8}
+    assert {line.replace(r"\|", "").count("|") for line in lines} == {9}
 
 
 def test_another_format_is_refused(tmp_path):

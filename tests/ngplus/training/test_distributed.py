@@ -356,6 +356,21 @@ def test_reading_the_state_before_the_first_step_does_not_change_training(team):
     assert len(asked["curvature"]) == 2
 
 
+def train_with_other_intervals():
+    problem = perceptron(samples=2)
+    parallel = DistributedDataParallel(problem.model)
+    optimizer = NGPlus(parallel, lr=0.1, update_every=2 + dist.get_rank())
+    problem.loss(parallel, share(problem)).backward()
+    with pytest.raises(RuntimeError) as caught:
+        optimizer.step()
+    return str(caught.value)
+
+
+def test_processes_with_other_settings_are_told_on_the_first_step(team):
+    for said in team.run(train_with_other_intervals):
+        assert "process 0 alone has update_every=2 and process 1 alone has update_every=3" in said
+
+
 def train_unfactorisable():
     """Curvature of rank below its side, compared with which the damping is lost to rounding."""
     problem = perceptron(samples=2)

@@ -322,6 +322,25 @@ def test_accumulation_with_and_without_synchronizing_is_one_batch(team, make, sy
     assert_equals_one_process(team.run(train_accumulating, make, syncs, {}), alone(make, size=8))
 
 
+def train_reducing_over_replicas_last(make):
+    problem = make(samples=8)
+    model = shard(problem.model, replicas=2)
+    optimizer = NGPlus(problem.model, **SETTINGS)
+    start = own_samples(problem).start
+    for _ in range(4):
+        for part, last in ((slice(start, start + 1), False), (slice(start + 1, start + 2), True)):
+            model.set_requires_all_reduce(last)
+            (problem.loss(model, part) / 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"parameters": whole_parameters(model)}
+
+
+@pytest.mark.parametrize("make", [perceptron, attentive, bare, recurrent])
+def test_accumulation_that_reduces_over_replicas_at_the_end_is_one_batch(team_of_four, make):
+    assert_equals_one_process(team_of_four.run(train_reducing_over_replicas_last, make), alone(make, size=8))
+
+
 def train_with(make, change):
     problem = make(samples=4)
     start, own = own_samples(problem).start, own_samples(problem)
@@ -646,6 +665,28 @@ def test_processes_with_different_models_are_told_before_the_first_forward_pass(
     for said in team.run(different_models):
         assert "process 0 alone has 0.weight (6, 4)" in said
         assert "process 1 alone has 0.weight (7, 4)" in said
+
+
+def different_settings():
+    rank, said = dist.get_rank(), []
+    for settings in (
+        {"update_every": 2 + rank},
+        {"ema": 0.5 * rank},
+        {"curvature": ("per_sample", "mini_batch")[rank]},
+    ):
+        model = shard(nn.Sequential(nn.Linear(4, 6)))
+        said.append(message_of(RuntimeError, lambda: NGPlus(model, **settings)))  # noqa: B023
+    model = shard(nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 6)))
+    model[0].weight.requires_grad_(rank == 0)
+    return [*said, message_of(RuntimeError, lambda: NGPlus(model))]
+
+
+def test_processes_with_other_settings_or_frozen_weights_are_told_before_the_first_forward_pass(team):
+    for interval, ema, curvature, frozen in team.run(different_settings):
+        assert "process 0 alone has update_every=2 and process 1 alone has update_every=3" in interval
+        assert "process 0 alone has ema=0.0 and process 1 alone has ema=0.5" in ema
+        assert "process 0 alone has curvature='per_sample' and process 1 alone" in curvature
+        assert "process 1 alone has 0.weight frozen" in frozen
 
 
 def test_inverses_of_a_model_that_is_not_sharded_have_no_choice():

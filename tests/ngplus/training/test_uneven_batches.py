@@ -212,7 +212,7 @@ def test_layers_sharded_over_processes_are_refused(team, sizes):
     first, second = team.run(refused, sharded_by_zero, sizes)
     assert first == second
     assert (
-        "averages curvature over all processes of the default process group, which must train one model, but" in first
+        "averages curvature over all processes of the default process group, which must train one model with" in first
     )
     assert "ZeroRedundancyOptimizer" in first
     assert ("the values of group 0 parameter 0 differ" in first) == (sizes == (5, 5, 5))
