@@ -66,6 +66,14 @@ def is_transformed() -> bool:
     return tracing or torch._C._functorch.maybe_current_level() is not None
 
 
+def unwrap_transformed(tensor: Tensor) -> Tensor:
+    """The tensor that the transforms of `torch.func` around a call have wrapped."""
+    functorch: Any = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor
+
+
 @contextmanager
 def quiet_vmap() -> Iterator[None]:
     """Without vmap's warning of functions that it calls one element at a time."""

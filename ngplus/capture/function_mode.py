@@ -96,14 +96,19 @@ class CaptureMode(TorchFunctionMode):
     Args:
         record: takes the calls.
         awaits: whether the gradient of any of some arguments is awaited.
+        trains: whether any of some tensors is made of weights alone and carries them a gradient.
     """
 
     def __init__(
-        self, record: Callable[[FunctionCall], None], awaits: Callable[[Iterable[Any]], bool] = lambda _: False
+        self,
+        record: Callable[[FunctionCall], None],
+        awaits: Callable[[Iterable[Any]], bool] = lambda _: False,
+        trains: Callable[[Iterable[Any]], bool] = lambda _: False,
     ) -> None:
         super().__init__()
         self._record = record
         self._awaits = awaits
+        self._trains = trains
         self._time_major: TimeMajor | None = None
 
     def __torch_function__(
@@ -114,8 +119,12 @@ class CaptureMode(TorchFunctionMode):
             query = args[0] if args else kwargs["query"]
             batch = query.shape[1] if query.dim() == 3 else 1
             return self._run_inside(partial(undispatched(func), *args, **kwargs), TimeMajor(batch, 3, query.shape))
-        if (parse := RECURRENT_CALLS.get(func)) is not None and not kwargs and self._awaits(_flatten(args)):
-            return self._run_unfused(parse(*args))
+        if (parse := RECURRENT_CALLS.get(func)) is not None and not kwargs:
+            call = parse(*args)
+            if self._trains(map(owner_of, call.state)):  # what the state goes into is recorded too
+                return self._run_inside(lambda: parse(*args).run(F.linear), TimeMajor(call.batch, call.dimensions))
+            if self._awaits(_flatten(args)):
+                return self._run_unfused(call)
         output = func(*args, **kwargs)
         if not isinstance(output, _WITHOUT_TENSORS):
             self._record(FunctionCall(func, args, kwargs, output, self._time_major))

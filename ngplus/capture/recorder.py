@@ -26,12 +26,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ngplus._torch_internals import accumulates, backward_pass_number, is_current_mode, is_transformed, retains_graph
+from ngplus._torch_internals import (
+    accumulates,
+    backward_pass_number,
+    is_current_mode,
+    is_transformed,
+    retains_graph,
+    unwrap_transformed,
+)
 from ngplus.capture.accumulator import Accumulator, Addition, Sampling, Statistic, is_zero
 from ngplus.capture.compared_entries import ComparedEntries, choose_bias_entries, sample_entries
 from ngplus.capture.completeness import Comparison, read_values
 from ngplus.capture.contractions import NoSampleGradient, UnsupportedCall
-from ngplus.capture.expressions import CONSTANTS, Expressions, Source
+from ngplus.capture.expressions import CONSTANTS, Expressions, Source, outputs_of
 from ngplus.capture.function_gradients import parse_function
 from ngplus.capture.function_mode import CaptureMode, FunctionCall, owner_of
 from ngplus.capture.model_calls import CHECKPOINTS, DOUBTS, ModelCalls
@@ -248,7 +255,7 @@ class Recorder:
             and not is_transformed()
         ):
             alive = weakref.ref(self)
-            mode = CaptureMode(partial(_record_call, alive), partial(_awaits, alive))
+            mode = CaptureMode(partial(_record_call, alive), partial(_awaits, alive), partial(_trains, alive))
             outermost.module, outermost.depth, outermost.mode = module, 1, mode
             self._model_calls.begin()
             mode.__enter__()  # type: ignore[no-untyped-call]
@@ -272,14 +279,21 @@ class Recorder:
             if isinstance(each, nn.Parameter)
         )
 
+    def trains(self, arguments: Iterable[Any]) -> bool:
+        """Whether any of a call's arguments is a weight, or made of weights alone, and carries a gradient."""
+        tensors = [each for each in arguments if isinstance(each, Tensor) and each.requires_grad]
+        known = (self._expressions.find(each) for each in tensors)
+        return self.awaits(tensors) or any(each is not None and each.sources for each in known)
+
     def record_call(self, call: FunctionCall) -> None:
         """Record the uses of weights in a function call that the forward pass made."""
         expressions = self._expressions
         unread: _Unread | None = None
-        arguments, free = 0, True
+        arguments, free, transformed = 0, True, is_transformed()
         for argument in call.tensors:
             self._model_calls.trace(argument)
             arguments += 1
+            argument = unwrap_transformed(argument) if transformed else argument
             tensor = owner_of(argument)
             owner = id(tensor) if self._whole is None else self._whole.find(tensor)
             if owner in expressions.static:
@@ -312,7 +326,9 @@ class Recorder:
             for layer in unread.together:
                 if layer in unread.reasons and layer.trained_bias is not None:
                     unread.add(Source(layer, layer.trained_bias))
-        if free or (unread is not None and unread.is_view):
+        if unread is not None and unread.sources and is_transformed() and torch.is_grad_enabled():
+            self._record_function(call, unread)  # what it returns does not say that it carries a gradient
+        elif free or (unread is not None and unread.is_view):
             expressions.follow(call, unread.sources if unread is not None else {})
         else:
             if expressions.known:
@@ -416,7 +432,7 @@ class Recorder:
     def _record_function(self, call: FunctionCall, unread: _Unread) -> None:
         """Await the gradient of the output of a call that no handler reads, for every layer that it carries one to."""
         sources, reasons = unread.sources, unread.reasons
-        carries = isinstance(call.output, Tensor) and call.output.requires_grad
+        carries = any(each.requires_grad for each in outputs_of(call))
         if not (carries or is_transformed() or reasons):
             return
         for layer in {source.layer: None for source in sources.values()}:
@@ -426,6 +442,8 @@ class Recorder:
                     raise UnsupportedCall("is used inside a transform of torch.func")
                 if any(each.is_nested for each in call.tensors):
                     raise UnsupportedCall(reasons.get(layer, f"is used by {call.name} on a nested tensor"))
+                if not isinstance(call.output, Tensor):
+                    raise UnsupportedCall(f"is used by {call.name}, which returns several tensors")
                 again = parse_function(call, own, self._expressions)
                 self._await_use(layer, call, again.op_call, again.source, again.op_call.dim, again.dtype)
             except UnsupportedCall as reason:
@@ -758,6 +776,10 @@ def _record_call(recorder: weakref.ref[Recorder], call: FunctionCall) -> None:
 
 def _awaits(recorder: weakref.ref[Recorder], arguments: Iterable[Any]) -> bool:
     return (alive := recorder()) is not None and alive.armed and alive.awaits(arguments)
+
+
+def _trains(recorder: weakref.ref[Recorder], arguments: Iterable[Any]) -> bool:
+    return (alive := recorder()) is not None and alive.armed and alive.trains(arguments)
 
 
 def _receive_gradient(recorder: weakref.ref[Recorder], use: WeightUse, gradient: Tensor) -> None:

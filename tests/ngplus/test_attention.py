@@ -58,6 +58,49 @@ def test_attention_with_separate_projections_matches_the_oracle(batch_first, nee
     assert {f"attention.{name}_proj_weight" for name in "qkv"} <= set(optimizer.curvature)
 
 
+class Learned(nn.Module):
+    """Attention with a parameter in place of its queries, keys and values, or of its mask."""
+
+    def __init__(self, place, batch_first, need_weights):
+        super().__init__()
+        seed_cpu(0)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=batch_first)
+        self.p = nn.Parameter(torch.randn((2, 5, 5) if place == "masks of heads" else (5, 5 if place == "mask" else 4)))
+        self.place, self.need_weights = place, need_weights
+        self.double()
+
+    def forward(self, x):
+        batch_first, place, options = self.attention.batch_first, self.place, {"need_weights": self.need_weights}
+        batch = x.shape[0 if batch_first else 1]
+        if "mask" in place:
+            mask = self.p.repeat(batch, 1, 1) if place == "masks of heads" else self.p
+            return self.attention(x, x, x, attn_mask=mask, **options)
+        p = self.p.expand(batch, -1, -1) if batch_first else self.p[:, None].repeat(1, batch, 1)
+        return self.attention(*{"query": (p, x, x), "keys and values": (x, p, p)}[place], **options)
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("place", ["query", "keys and values", "mask", "masks of heads"])
+def test_what_attention_learns_in_place_of_an_input_matches_the_oracle(place, batch_first, need_weights):
+    batch_dim = 0 if batch_first else 1
+    shape = (3, 5, 4) if batch_first else (5, 3, 4)
+    for options in ({"batch_dim": batch_dim}, {"batch_dim": batch_dim, "block_size": 2}):
+        optimizer = oracle.check(Learned(place, batch_first, need_weights), points(*shape), **options)
+        assert set(optimizer.curvature) == {"p", "attention.in_proj_weight", "attention.out_proj.weight"}
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_parametrized_projections_of_attention_match_the_oracle(batch_first, need_weights):
+    model = Attention("self", {"need_weights": need_weights}, batch_first=batch_first)
+    nn.utils.parametrizations.weight_norm(model.attention, "in_proj_weight")
+    nn.utils.parametrizations.weight_norm(model.attention.out_proj)
+    model.double()
+    optimizer = oracle.check(model, points(3, 5, 4), batch_dim=0 if batch_first else 1)
+    assert {"attention.parametrizations.in_proj_weight.original1"} < set(optimizer.curvature)
+
+
 @pytest.mark.parametrize("options", [{}, SEPARATE])
 def test_attention_in_float32_matches_the_oracle(options):
     model = Attention("apart", dtype=torch.float32, batch_first=True, **options)

@@ -153,6 +153,138 @@ def test_rows_that_experts_get_belong_to_their_samples(in_groups):
     assert oracle.error(model, oracle.directions(gradients, 0.3)) <= (1e-5 if in_groups else 1e-10)
 
 
+class Bare(nn.Module):
+    """A function of the input and of bare parameters of these shapes, and of a linear layer."""
+
+    def __init__(self, function, **shapes):
+        super().__init__()
+        seed_cpu(0)
+        self.function, self.inlet = function, nn.Linear(8, 8)
+        for name, shape in shapes.items():
+            setattr(self, name, nn.Parameter(torch.randn(shape)))
+        self.double()
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def flatten_heads(x):
+    """(B, T, 8) to (B·T, 2, 4)."""
+    return x.reshape(-1, 2, 4)
+
+
+def fold_heads(x):
+    """(B, T, 8) to (B · 2, T, 4), as attention that is written by hand does."""
+    return x.view(len(x), -1, 2, 4).transpose(1, 2).reshape(len(x) * 2, -1, 4)
+
+
+def unfold_heads(x):
+    return x.view(-1, 2, *x.shape[1:]).transpose(1, 2).flatten(2)
+
+
+def attend_from_learned_queries(m, x):
+    keys = fold_heads(m.inlet(x))
+    scores = torch.bmm(fold_heads(m.w.expand(len(x), -1, -1)), keys.transpose(1, 2))
+    return unfold_heads(torch.bmm(scores.softmax(-1), keys))
+
+
+def attend_with_biases_of_heads(m, x):
+    keys = fold_heads(m.inlet(x))
+    scores = torch.baddbmm(m.w.repeat(len(x), 1, 1), keys, keys.transpose(1, 2))
+    return unfold_heads(scores.softmax(-1) @ keys)
+
+
+def attend_in_windows(m, x):
+    """Windows of 2 × 2 of (B, 4, 2, 8), whose scores get the same biases."""
+    windows = m.inlet(x).view(len(x), 2, 2, 1, 2, 8).permute(0, 1, 3, 2, 4, 5).reshape(-1, 4, 8)
+    q, k, v = windows.view(-1, 4, 1, 2, 4).expand(-1, -1, 3, -1, -1).permute(2, 0, 3, 1, 4)
+    return ((q @ k.mT + m.w).softmax(-1) @ v).view(len(x), -1)
+
+
+def sort_by_expert(m, x):
+    """Each token plus a row of its expert's, in the order of experts and back."""
+    rows = x.reshape(-1, 8)
+    experts, order = (rows[:, 0] > 0).long().sort(stable=True)
+    out = (rows[order] * m.w[experts]).tanh()
+    return torch.empty_like(out).index_copy(0, order, out).view_as(x)
+
+
+# Shape of the input, shapes of parameters, the function.
+FLATTENED = {
+    "bmm": (
+        (3, 5, 8),
+        {"w": (2, 4, 3)},
+        lambda m, x: torch.bmm(flatten_heads(x).permute(1, 0, 2), m.w).transpose(0, 1).reshape(len(x), -1),
+    ),
+    "baddbmm": (
+        (3, 5, 8),
+        {"w": (2, 4, 3), "v": (2, 3)},
+        lambda m, x: torch.baddbmm(m.v[:, None], flatten_heads(x).movedim(1, 0), m.w).movedim(1, 0).reshape(len(x), -1),
+    ),
+    "einsum": (
+        (3, 5, 8),
+        {"w": (2, 4, 3)},
+        lambda m, x: torch.einsum("nhd,hde->nhe", flatten_heads(x), m.w).reshape(len(x), -1),
+    ),
+    "elementwise": (
+        (3, 5, 8),
+        {"w": (2, 4)},
+        lambda m, x: (flatten_heads(x) * m.w).tanh().reshape(len(x), -1),
+    ),
+    "flattened after they were moved": (
+        (3, 5, 8),
+        {"w": (2, 4, 3)},
+        lambda m, x: (
+            torch.bmm(x.view(len(x), 5, 2, 4).permute(2, 0, 1, 3).reshape(2, -1, 4), m.w)
+            .view(2, len(x), -1)
+            .transpose(0, 1)
+        ),
+    ),
+    "flattened and back": (
+        (3, 5, 8),
+        {"w": (4, 3)},
+        lambda m, x: flatten_heads(x).transpose(0, 1).view(2, len(x), 5, 4).tanh().transpose(0, 1) @ m.w,
+    ),
+    "repeated for each of several matrices": (
+        (3, 5, 8),
+        {"w": (2, 8, 3)},
+        lambda m, x: torch.bmm(x.flatten(0, 1).repeat(2, 1).view(2, -1, 8), m.w).transpose(0, 1).reshape(len(x), -1),
+    ),
+    "repeated one by one": (
+        (3, 5, 8),
+        {"w": (2, 8)},
+        lambda m, x: (x.flatten(0, 1).repeat_interleave(2, dim=0) * m.w.repeat(5 * len(x), 1)).tanh().view(len(x), -1),
+    ),
+    "samples last": (
+        (3, 5, 8),
+        {"w": (3, 8)},
+        lambda m, x: (m.w @ x.permute(2, 1, 0).reshape(8, -1)).view(-1, len(x)).T,
+    ),
+    "learned queries": ((3, 5, 8), {"w": (1, 2, 8)}, attend_from_learned_queries),
+    "biases of heads": ((3, 5, 8), {"w": (2, 5, 5)}, attend_with_biases_of_heads),
+    "biases of windows": ((3, 4, 2, 8), {"w": (2, 4, 4)}, attend_in_windows),
+    "rows in the order of experts": ((3, 5, 8), {"w": (2, 8)}, sort_by_expert),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"max_samples": 2}])
+@pytest.mark.parametrize("name", FLATTENED)
+def test_rows_of_a_flattened_batch_belong_to_their_samples(name, options):
+    shape, shapes, function = FLATTENED[name]
+    optimizer = oracle.check(Bare(function, **shapes), points(*shape), **options)
+    assert set(shapes) <= set(optimizer.curvature)
+
+
+def test_rows_of_a_flattened_time_major_batch_belong_to_their_samples():
+    def multiply(m, x):
+        return (
+            torch.bmm(flatten_heads(torch.cdist(x, m.v)).transpose(0, 1), m.w).transpose(0, 1).reshape(*x.shape[:2], -1)
+        )
+
+    optimizer = oracle.check(Bare(multiply, w=(2, 4, 3), v=(8, 8)), points(5, 3, 8), batch_dim=1)
+    assert {"w", "v"} <= set(optimizer.curvature)
+
+
 def test_experts_of_rows_that_nothing_followed_count_rows_as_samples():
     model = Experts(False).double()
     x, expert = points(6, 1, 4), torch.tensor([[0], [2], [2], [0], [0], [2]])

@@ -270,6 +270,20 @@ def test_parametrized_layers_train_without_a_warning(norm):
     assert losses[-1] < losses[0]
 
 
+class Windowed(Product):
+    """A table of positions that is looked up by a buffer, which is a view of another tensor."""
+
+    def __init__(self):
+        super().__init__(lambda m, x: x @ x.mT + m.w[m.places].view(2, 2, 3).mean(2), w=(3, 3))
+        self.register_buffer("places", torch.tensor([[0, 1], [2, 0]]).flatten())
+
+
+def test_a_table_that_is_looked_up_by_a_view_matches_the_oracle():
+    model = Windowed()
+    assert model.places._base is not None
+    assert "w" in oracle.check(model, points(3, 2, 4)).curvature
+
+
 # Where it cannot be --------------------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ngplus import NGPlus
-from ngplus.capture.model_calls import AXIS, PIECES, ROWS, SINGLE, SIZES
+from ngplus.capture.model_calls import AXIS, COUNT, PIECES, ROWS, SINGLE, SIZES
 from tests.ngplus import oracle
 from tests.ngplus.cases import points, recorded_warnings, seed_cpu
 
@@ -475,6 +475,70 @@ def test_a_layer_whose_samples_lie_elsewhere_than_those_of_the_input_goes_to_the
         lambda m, which: sum(oracle.energy(each) for each in call(m, x[which]).unbind(1)), OverTimes(), AXIS, **options
     )
     assert left == (set() if options else {"mix.weight"})
+
+
+class Distances(nn.Module):
+    """Distances to points, or products with them, that see the batch second."""
+
+    def __init__(self, function):
+        super().__init__()
+        seed_cpu(0)
+        self.p, self.function = nn.Parameter(torch.randn(6, 4)), function
+        self.double()
+
+    def forward(self, x):
+        return self.function(x.transpose(0, 1), self.p).tanh().transpose(0, 1)
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_dim": 1}])
+@pytest.mark.parametrize("samples", [2, 5])
+@pytest.mark.parametrize(
+    "function", [torch.cdist, lambda x, p: x @ p.mT, lambda x, p: torch.einsum("tbi,oi->tbo", x, p)]
+)
+def test_a_parameter_in_any_function_whose_samples_lie_elsewhere_than_the_inputs_goes_to_the_base(
+    function, samples, options
+):
+    x = points(samples, 3, 4)
+    left = named_layers(lambda m, which: oracle.energy(m(x[which])), Distances(function), AXIS, samples, **options)
+    assert left == (set() if options else {"p"})
+
+
+class Counted(nn.Module):
+    """A parameter that sees other rows than the samples of the input."""
+
+    def __init__(self, function):
+        super().__init__()
+        seed_cpu(0)
+        self.p, self.function, self.head = nn.Parameter(torch.randn(4, 3)), function, nn.Linear(4, 3)
+        self.double()
+
+    def forward(self, x):
+        return self.function(x, self.p) + self.head(x)
+
+
+OTHER_COUNTS = {
+    "two views of each sample": lambda x, p: sum((torch.cat([x, x.cos()]) @ p).tanh().chunk(2)),
+    "their distances": lambda x, p: sum(torch.cdist(torch.cat([x, x.cos()]), p.mT).chunk(2)),
+    "one row for all": lambda x, p: (x[:1].detach() * 0 + 1) @ p,
+}
+
+
+@pytest.mark.parametrize("name", OTHER_COUNTS)
+def test_a_parameter_with_another_number_of_samples_than_the_input_goes_to_the_base(name):
+    x = points(4, 4)
+    left = named_layers(lambda m, which: oracle.energy(m(x[which])), Counted(OTHER_COUNTS[name]), COUNT, 4)
+    assert left == {"p"}
+
+
+@pytest.mark.parametrize("name", ["two views of each sample", "their distances"])
+def test_rows_of_another_number_can_be_numbered(name):
+    x, model = points(4, 4), Counted(OTHER_COUNTS[name])
+    expected = oracle.directions(oracle.energy_gradients(model, x), DAMPING)
+    optimizer = NGPlus(model, lr=1e-9, damping=DAMPING, update_every=1, loss_reduction=4)
+    optimizer.sample_index = {"": torch.arange(4).repeat(2)}
+    oracle.batch_loss(x)(model).backward()
+    optimizer.step()
+    assert oracle.error(model, expected) <= 1e-10
 
 
 def test_pieces_of_a_batch_that_is_given_by_name_leave_their_layers_to_the_base():

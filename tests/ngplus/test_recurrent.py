@@ -70,6 +70,63 @@ def test_other_kinds_match_the_oracle(make):
     oracle.check(make(), points(2, 3, 4), batch_dim=1)
 
 
+class Learned(nn.Module):
+    """A recurrent layer that starts from learned states, which all samples share."""
+
+    def __init__(self, kind, copy, **options):
+        super().__init__()
+        seed_cpu(0)
+        self.layer, self.copy = kind(4, 5, batch_first=True, **options), copy
+        rows = len([name for name in self.layer._parameters if name.startswith("weight_hh")])
+        self.h, self.c = (nn.Parameter(torch.randn(rows, 1, 5)) for _ in range(2))
+        self.double()
+
+    def forward(self, x):
+        h, c = (COPIES[self.copy](each, len(x)) for each in (self.h, self.c))
+        return self.layer(x, (h, c) if isinstance(self.layer, nn.LSTM) else h + c)[0]
+
+
+COPIES = {
+    "expand": lambda p, batch: p.expand(-1, batch, -1).contiguous(),
+    "repeat": lambda p, batch: p.repeat(1, batch, 1),
+    "cat": lambda p, batch: torch.cat([p] * batch, 1),
+    "add": lambda p, batch: p + torch.zeros(1, batch, 1, dtype=p.dtype),
+}
+
+
+@pytest.mark.parametrize("options", ["two layers, both directions", "two layers"])
+@pytest.mark.parametrize("copy", COPIES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_learned_initial_states_match_the_oracle(kind, copy, options):
+    model = Learned(KINDS[kind], copy, num_layers=2, bidirectional="both" in options)
+    optimizer = oracle.check(model, points(3, 3, 4))
+    assert set(optimizer.curvature) == {n for n, p in model.named_parameters() if p.dim() > 1}
+
+
+def test_learned_states_of_a_frozen_layer_match_the_oracle():
+    model = Learned(nn.LSTM, "repeat", num_layers=2)
+    model.layer.requires_grad_(False)
+    assert set(oracle.check(model, points(3, 3, 4)).curvature) == {"h", "c"}
+
+
+def test_a_learned_state_of_a_cell_matches_the_oracle():
+    class Start(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w, self.v = (nn.Parameter(torch.randn(shape)) for shape in ((2, 3), (3, 5)))
+            self.cell = nn.GRUCell(4, 5)
+            self.double()
+
+        def forward(self, x):
+            h = (self.w[:1] @ self.v).expand(len(x), -1)
+            for each in x.unbind(1):
+                h = self.cell(each, h)
+            return h
+
+    seed_cpu(0)
+    assert {"w", "v"} < set(oracle.check(Start(), points(3, 2, 4)).curvature)
+
+
 @pytest.mark.parametrize("samples", ["batch", "rows"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_packed_sequences_match_the_oracle(kind, samples):

@@ -321,6 +321,30 @@ def test_a_weight_inside_a_transform_of_the_models_own_goes_to_the_base_with_one
     assert set(optimizer.curvature) == {"outside.weight"}
 
 
+class Ensemble(nn.Module):
+    """Several linear functions by `torch.func.vmap` over a bare parameter, or over what is made of it."""
+
+    def __init__(self, prepare, inside) -> None:
+        super().__init__()
+        self.members, self.outside = nn.Parameter(torch.randn(2, 5, 3)), nn.Linear(5, 3)
+        self.prepare, self.inside = prepare, inside
+
+    def forward(self, x):
+        return self.outside(x) + torch.func.vmap(lambda w: x @ self.inside(w))(self.prepare(self.members)).sum(0)
+
+
+@pytest.mark.parametrize("inside", [lambda w: w, torch.exp])
+@pytest.mark.parametrize("prepare", [lambda w: w, torch.exp, lambda w: w.flip(0).mT.mT])
+def test_a_bare_parameter_inside_a_transform_goes_to_the_base_with_one_warning_at_once(prepare, inside):
+    seed_cpu(0)
+    problem = with_model(Ensemble(prepare, inside))
+    optimizer = NGPlus(problem.model, **SETTINGS)
+    with pytest.warns(UserWarning, match=r"members is used inside a transform of .*untouched") as caught:
+        problem.train(optimizer, 1)
+    assert len(caught) == 1
+    assert set(optimizer.curvature) == {"outside.weight"}
+
+
 def test_functional_call_with_the_models_own_parameters_is_captured():
     problem = perceptron()
     expected = problem.plain_run(3)
