@@ -98,6 +98,21 @@ def _lengths(inputs: Any) -> Sequence[int]:
     return (len(first),) if isinstance(first, (list, tuple)) else ()
 
 
+def find_counts(inputs: Any) -> set[int]:
+    """The numbers of samples that a call may have: the length of its first input, and those of tensors in a list.
+
+    Args:
+        inputs: the arguments of the call; where there are none, the keyword arguments count.
+
+    Returns:
+        Empty where nothing tells.
+    """
+    first = next(iter(inputs or keyword_arguments().values()), None)
+    members = first if isinstance(first, (list, tuple)) else ()
+    lengths = {len(each) for each in members if isinstance(each, Tensor) and each.dim()}
+    return lengths | set(_lengths(inputs)[:1])
+
+
 @dataclass(eq=False, slots=True)
 class _Uses:
     """The uses of a layer by equally many samples inside one call.
@@ -221,7 +236,7 @@ class ModelCalls:
         if thread.repeats:
             self._find_pieces(lengths)
         if thread.has_axes:
-            self._find_other_axes(lengths)
+            self._find_other_axes(lengths, find_counts(inputs) if lengths else set())
         stop = next_node_number()
         if stop > thread.start:
             thread.starts.append(thread.start)
@@ -322,7 +337,7 @@ class ModelCalls:
             if each.count > 1 and size in cut:
                 self._doubts.setdefault((self._thread.number, layer), PIECES)
 
-    def _find_other_axes(self, lengths: Sequence[int]) -> None:
+    def _find_other_axes(self, lengths: Sequence[int], counts: set[int]) -> None:
         """Find the layers whose samples are along another dimension than one with as many samples as others got.
 
         Those of the call's input are along its first dimension, unless the user says otherwise of a layer. What of a
@@ -330,12 +345,11 @@ class ModelCalls:
         """
         known = self._thread.batches
         for (layer, size), each in self._thread.uses.items():
-            first = set(lengths[:1])
-            batches = (known or (set() if layer.batch_dim else first)) - {1}
+            batches = (known or (set() if layer.batch_dim else set(lengths[:1]))) - {1}
             if size > 1 and size not in batches and not batches.isdisjoint(each.leading):
                 self._doubts[self._thread.number, layer] = AXIS
             elif each.as_many:
-                numbers = known | first | set(lengths[layer.batch_dim : layer.batch_dim + 1])
+                numbers = known | counts | set(lengths[layer.batch_dim : layer.batch_dim + 1])
                 if numbers - {1} and size not in numbers:
                     self._doubts[self._thread.number, layer] = COUNT
 
@@ -396,4 +410,4 @@ class ModelCalls:
         return found
 
 
-__all__ = ["AXIS", "CHECKPOINTS", "COUNT", "DOUBTS", "PIECES", "ROWS", "SINGLE", "SIZES", "ModelCalls"]
+__all__ = ["AXIS", "CHECKPOINTS", "COUNT", "DOUBTS", "PIECES", "ROWS", "SINGLE", "SIZES", "ModelCalls", "find_counts"]

@@ -41,7 +41,7 @@ from ngplus.capture.contractions import NoSampleGradient, UnsupportedCall
 from ngplus.capture.expressions import CONSTANTS, Expressions, Source, outputs_of
 from ngplus.capture.function_gradients import parse_function
 from ngplus.capture.function_mode import CaptureMode, FunctionCall, owner_of
-from ngplus.capture.model_calls import CHECKPOINTS, DOUBTS, ModelCalls
+from ngplus.capture.model_calls import CHECKPOINTS, DOUBTS, ModelCalls, find_counts
 from ngplus.capture.op_handlers import OpCall, find_weights, parse_call
 from ngplus.capture.row_origins import RowOrigins
 from ngplus.capture.sample_index import SampleIndex
@@ -258,6 +258,7 @@ class Recorder:
             mode = CaptureMode(partial(_record_call, alive), partial(_awaits, alive), partial(_trains, alive))
             outermost.module, outermost.depth, outermost.mode = module, 1, mode
             self._model_calls.begin()
+            self._origins.counts = find_counts(args)
             mode.__enter__()  # type: ignore[no-untyped-call]
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -335,7 +336,7 @@ class Recorder:
                 expressions.drop(call)
             if unread is not None and unread.sources:
                 self._record_function(call, unread)
-        if not free:
+        if not free and call.time_major is None:
             self._origins.follow(call)
 
     def _identify(self, tensor: Tensor) -> int:
@@ -480,7 +481,8 @@ class Recorder:
         if followed is not None:
             rows, size = followed
             index = SampleIndex({"*": rows}, count=size)
-        self._model_calls.add_use(layer, size, op_call.unbatched, call.time_major, op_call.leading, told)
+        as_many = told and self.sample_index is None
+        self._model_calls.add_use(layer, size, op_call.unbatched, call.time_major, op_call.leading, as_many)
         if op_call.unbatched and isinstance(source, Tensor) and source.dim() > 1:
             self._model_calls.add_unbatched()
         self._await_gradient(

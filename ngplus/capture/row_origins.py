@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 import threading
-from dataclasses import dataclass, replace
-from typing import Any
+import weakref
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,43 +70,57 @@ _SHUFFLING = frozenset(
         torch.scatter,
         Tensor.gather,
         torch.gather,
+        Tensor.take_along_dim,
+        torch.take_along_dim,
+        Tensor.index_copy,
+        torch.index_copy,
     }
 )
 """Functions whose output may have as many rows as an argument, and others."""
 
 
-@dataclass(frozen=True, eq=False)
-class RowOrigin:
+class RowOrigin(NamedTuple):
     """Where the rows of a tensor were before it was flattened.
 
     Attributes:
-        value: the tensor, which is kept so that no other gets its id.
+        reference: to the tensor.
+        shape: of it.
         leading: the dimensions that became one.
         rows: which of the flattened rows it has; None for all, in order.
         dim: the dimension that the rows are along.
         times: how often each row comes in a row; all of them may come again and again.
     """
 
-    value: Tensor
+    reference: weakref.ref[Tensor]
+    shape: torch.Size
     leading: tuple[int, ...]
     rows: Tensor | None = None
     dim: int = 0
     times: int = 1
 
+    @classmethod
+    def of(cls, value: Tensor, leading: Iterable[int], rows: Tensor | None = None, dim: int = 0) -> RowOrigin:
+        """That of a tensor with each row once."""
+        return cls(weakref.ref(value), value.shape, tuple(leading), rows, dim)
+
+    def move(self, value: Tensor, **changes: Any) -> RowOrigin:
+        """That of another tensor, with these attributes."""
+        return self._replace(reference=weakref.ref(value), shape=value.shape, **changes)
+
     @property
     def size(self) -> int:
         """Of the dimension."""
-        return self.value.shape[self.dim]
+        return self.shape[self.dim]
 
     @property
-    def count(self) -> int:
-        """Of the rows, before they are repeated."""
+    def length(self) -> int:
+        """Number of the rows, before they are repeated."""
         return math.prod(self.leading) if self.rows is None else len(self.rows)
 
     @property
     def is_plain(self) -> bool:
         """Whether the rows are those of one dimension, in order."""
-        return len(self.leading) == 1 and self.rows is None and self.count == self.size
+        return len(self.leading) == 1 and self.rows is None and self.length == self.size
 
     def find_samples(self, batch_dim: int) -> tuple[Tensor, int]:
         """The sample of each row, and how many there are.
@@ -121,28 +136,35 @@ class RowOrigin:
 
     def all_rows(self) -> Tensor:
         """Which of the flattened rows it has, as often as it has them."""
-        places = torch.arange(self.size, device=self.value.device)
-        places = places if self.count == self.size else places // self.times % self.count
+        value = self.reference()
+        device = self.rows.device if self.rows is not None else None if value is None else value.device
+        places = torch.arange(self.size, device=device)
+        places = places if self.length == self.size else places // self.times % self.length
         return places if self.rows is None else self.rows[places]
 
     def reshape(self, value: Tensor) -> RowOrigin | None:
         """That of the same elements in another shape, where the sample is told by the index of one dimension."""
-        inner = math.prod(self.value.shape[self.dim + 1 :]) * self.times
+        inner = math.prod(self.shape[self.dim + 1 :]) * self.times
         after = value.numel()
         for at, length in enumerate(value.shape):
             before, after = after, after // length  # elements of one index of the dimensions to here, without and with
-            if inner % after == 0 and before % (inner * self.count) == 0:
-                return replace(self, value=value, dim=at, times=inner // after)
+            if inner % after == 0 and before % (inner * self.length) == 0:
+                return self.move(value, dim=at, times=inner // after)
         if self.rows is not None or len(self.leading) == 1:
             return None
-        whole = replace(self, leading=self.leading[:-1], times=self.times * self.leading[-1])
+        whole = self._replace(leading=self.leading[:-1], times=self.times * self.leading[-1])
         return whole.reshape(value)
 
 
 class RowOrigins(threading.local):
-    """The origins of the tensors that the model's call which runs on this thread has made."""
+    """The origins of the tensors that the model's call which runs on this thread has made.
+
+    Attributes:
+        counts: the numbers of samples that the call may have.
+    """
 
     def __init__(self) -> None:
+        self.counts: set[int] = set()
         self._known: dict[int, RowOrigin] = {}
 
     def clear(self) -> None:
@@ -151,12 +173,13 @@ class RowOrigins(threading.local):
 
     def find(self, tensor: Any) -> RowOrigin | None:
         """The origin of a tensor's rows; None where they are as they came."""
-        return self._known.get(id(tensor)) if isinstance(tensor, Tensor) else None
+        origin = self._known.get(id(tensor))
+        return origin if origin is not None and origin.reference() is tensor else None  # another may have got its id
 
     def follow(self, call: FunctionCall) -> None:
         """Note the origins of what a call returns."""
         function = call.function
-        if not (call.args and isinstance(call.args[0], Tensor)):
+        if not (call.args and isinstance(call.args[0], Tensor) and call.args[0].layout == torch.strided):
             if self._known:
                 self._keep(call)
         elif function in _RESHAPING:
@@ -179,7 +202,7 @@ class RowOrigins(threading.local):
         """Of (d₁, d₂, …, features) to (d₁·d₂ …, features), or of rows that are followed already."""
         if not (output.dim() and source.numel() and source.numel() == output.numel()):
             return
-        if (origin := self._known.get(id(source))) is not None:
+        if (origin := self.find(source)) is not None:
             if (found := origin.reshape(output)) is not None:
                 self._known[id(output)] = found
             return
@@ -190,62 +213,72 @@ class RowOrigins(threading.local):
             leading.append(size)
             rows //= size
         if len(leading) > 1 or (leading and rows > 1):
-            self._known[id(output)] = RowOrigin(output, (*leading, rows) if rows > 1 else tuple(leading))
+            self._known[id(output)] = RowOrigin.of(output, [*leading, rows] if rows > 1 else leading)
 
     def _move(self, call: FunctionCall) -> None:
-        """Find the rows' dimension in views; those of a tensor that is not followed are along its first."""
+        """Find the rows' dimension in views; those of a tensor that is not followed are along its first, if all are.
+
+        A view keeps a dimension's length and stride, which no other has but in copies; there another tensor is viewed.
+        """
         source, outputs = call.args[0], list(outputs_of(call))
-        origin = self._known.get(id(source))
+        origin = self.find(source)
         if origin is None:
             first = source.shape[:1], source.stride()[:1]
-            if source.dim() < 2 or all((each.shape[:1], each.stride()[:1]) == first for each in outputs):
+            if (
+                source.dim() < 2
+                or len(source) not in self.counts
+                or all((each.shape[:1], each.stride()[:1]) == first for each in outputs)
+            ):
                 return
-            origin = RowOrigin(source, tuple(source.shape[:1]))
-        marks = [int(dim == origin.dim) for dim in range(source.dim())]
-        marked = call.function(torch.empty_strided(source.shape, marks, device="meta"), *call.args[1:], **call.kwargs)
-        for output, view in zip(outputs, [marked] if isinstance(marked, Tensor) else marked, strict=True):
-            for dim, (size, stride) in enumerate(zip(view.shape, view.stride(), strict=True)):
-                if stride == 1 and size == origin.size:
-                    self._known[id(output)] = replace(origin, value=output, dim=dim)
-                    break
+            origin = RowOrigin.of(source, source.shape[:1])
+        views = outputs
+        mark = source.shape[origin.dim], source.stride(origin.dim)
+        if mark[0] == 1 or list(zip(source.shape, source.stride(), strict=True)).count(mark) > 1:
+            marks = [int(dim == origin.dim) for dim in range(source.dim())]
+            view = call.function(torch.empty_strided(source.shape, marks, device="meta"), *call.args[1:], **call.kwargs)
+            mark, views = (mark[0], 1), [view] if isinstance(view, Tensor) else view
+        for output, view in zip(outputs, views, strict=True):
+            sizes = list(zip(view.shape, view.stride(), strict=True))
+            if mark in sizes:
+                self._known[id(output)] = origin.move(output, dim=sizes.index(mark))
 
     def _repeat(self, call: FunctionCall) -> None:
         """Each row several times in a row, or all of them again and again."""
         source, output = call.args[0], call.output
-        origin = self._known.get(id(source))
+        origin = self.find(source)
         if origin is None:
             return
         if call.function in _REPEATING:
-            self._known[id(output)] = replace(origin, value=output, dim=origin.dim + output.dim() - source.dim())
+            self._known[id(output)] = origin.move(output, dim=origin.dim + output.dim() - source.dim())
             return
         times = call.args[1] if len(call.args) > 1 else call.kwargs.get("repeats")
         same = output.shape[: origin.dim] + output.shape[origin.dim + 1 :]
         if same == source.shape[: origin.dim] + source.shape[origin.dim + 1 :] and isinstance(times, int):
-            self._known[id(output)] = replace(origin, value=output, times=origin.times * times)
+            self._known[id(output)] = origin.move(output, times=origin.times * times)
 
     def _split(self, call: FunctionCall) -> None:
         """Rows one after the other, where it is their dimension that is split."""
-        origin = self._known.get(id(call.args[0]))
+        origin = self.find(call.args[0])
         pieces = list(outputs_of(call))
         if origin is None or sum(each.shape[origin.dim] for each in pieces) != origin.size:
             self._move(call)
             return
         every = torch.split(origin.all_rows(), [each.shape[origin.dim] for each in pieces])
         for piece, rows in zip(pieces, every, strict=True):
-            self._known[id(piece)] = RowOrigin(piece, origin.leading, rows, origin.dim)
+            self._known[id(piece)] = RowOrigin.of(piece, origin.leading, rows, origin.dim)
 
     def _sort(self, call: FunctionCall) -> None:
         """Rows in the order of a list of numbers, one a row."""
-        origin, (values, places) = self._known.get(id(call.args[0])), call.output
+        origin, (values, places) = self.find(call.args[0]), call.output
         if origin is not None and values.dim() == 1:
-            self._known[id(values)] = RowOrigin(values, origin.leading, origin.all_rows()[places])
+            self._known[id(values)] = RowOrigin.of(values, origin.leading, origin.all_rows()[places])
 
     def _pick(self, call: FunctionCall) -> None:
         """Some rows, which where nothing has flattened them are samples by themselves."""
         source, *indices = call.args
         if not (indices and isinstance(call.output, Tensor) and call.output.dim()):
             return
-        origin = self._known.get(id(source))
+        origin = self.find(source)
         if call.function in _INDEXING:
             every = indices[0] if isinstance(indices[0], tuple) else (indices[0],)
             index = every[0] if every else None
@@ -258,21 +291,23 @@ class RowOrigins(threading.local):
         is_tensor = isinstance(index, Tensor) and index.dim() == 1 and source.dim() > 0
         if not is_tensor and not (isinstance(index, slice) and origin is not None):
             return
-        origin = origin or RowOrigin(source, (len(source),))
+        origin = origin or RowOrigin.of(source, source.shape[:1])
         if origin.dim:
             return
         rows = origin.all_rows()[index.detach() if isinstance(index, Tensor) else index]
         if len(rows) == len(call.output):
-            self._known[id(call.output)] = RowOrigin(call.output, origin.leading, rows)
+            self._known[id(call.output)] = RowOrigin.of(call.output, origin.leading, rows)
 
     def _keep(self, call: FunctionCall) -> None:
-        """Rows stay rows where there are as many as in an argument."""
-        origins = [self._known[id(each)] for each in call.tensors if id(each) in self._known]
+        """Rows stay rows where there are as many as in an argument, along the same dimension."""
+        origins = [origin for each in call.tensors if (origin := self.find(each)) is not None]
         for output in outputs_of(call) if origins else ():
+            shape = output.shape
             for origin in origins:
-                same = output.shape[: origin.dim + 1] == origin.value.shape[: origin.dim + 1]
-                if same and output.dim() > origin.dim and id(output) not in self._known:
-                    self._known[id(output)] = replace(origin, value=output)
+                first = origin.dim if len(shape) == len(origin.shape) else 0
+                if shape[first : origin.dim + 1] == origin.shape[first : origin.dim + 1] and len(shape) > origin.dim:
+                    if self.find(output) is None:  # what a call has changed in place has the rows that it had
+                        self._known[id(output)] = origin.move(output)
                     break
 
 

@@ -275,6 +275,23 @@ def test_rows_of_a_flattened_batch_belong_to_their_samples(name, options):
     assert set(shapes) <= set(optimizer.curvature)
 
 
+def test_heads_that_are_folded_into_the_batch_belong_to_their_samples_for_a_table_too():
+    """Also in a model without bare parameters."""
+
+    class Queries(nn.Module):
+        def __init__(self):
+            super().__init__()
+            seed_cpu(0)
+            self.inlet, self.table = nn.Linear(8, 8), nn.Embedding(2, 8)
+            self.double()
+
+        def forward(self, x):
+            self.w = self.table.weight.unsqueeze(0)
+            return attend_from_learned_queries(self, x)
+
+    assert set(oracle.check(Queries(), points(3, 5, 8)).curvature) == {"inlet.weight", "table.weight"}
+
+
 def test_rows_of_a_flattened_time_major_batch_belong_to_their_samples():
     def multiply(m, x):
         return (
