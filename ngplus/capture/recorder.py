@@ -443,6 +443,8 @@ class Recorder:
                     raise UnsupportedCall("is used inside a transform of torch.func")
                 if any(each.is_nested for each in call.tensors):
                     raise UnsupportedCall(reasons.get(layer, f"is used by {call.name} on a nested tensor"))
+                if any(each.layout != torch.strided for each in call.tensors):
+                    raise UnsupportedCall(reasons.get(layer, f"is used by {call.name} on a sparse tensor"))
                 if not isinstance(call.output, Tensor):
                     raise UnsupportedCall(f"is used by {call.name}, which returns several tensors")
                 again = parse_function(call, own, self._expressions)

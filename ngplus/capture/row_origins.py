@@ -216,19 +216,17 @@ class RowOrigins(threading.local):
             self._known[id(output)] = RowOrigin.of(output, [*leading, rows] if rows > 1 else leading)
 
     def _move(self, call: FunctionCall) -> None:
-        """Find the rows' dimension in views; those of a tensor that is not followed are along its first, if all are.
+        """Find the rows' dimension in views.
 
+        Those of a tensor that is not followed are along its first dimension, where that alone is as long as the batch.
         A view keeps a dimension's length and stride, which no other has but in copies; there another tensor is viewed.
         """
         source, outputs = call.args[0], list(outputs_of(call))
         origin = self.find(source)
         if origin is None:
             first = source.shape[:1], source.stride()[:1]
-            if (
-                source.dim() < 2
-                or len(source) not in self.counts
-                or all((each.shape[:1], each.stride()[:1]) == first for each in outputs)
-            ):
+            is_batch = source.dim() > 1 and [size in self.counts for size in source.shape[:2]] == [True, False]
+            if not is_batch or all((each.shape[:1], each.stride()[:1]) == first for each in outputs):
                 return
             origin = RowOrigin.of(source, source.shape[:1])
         views = outputs

@@ -275,6 +275,33 @@ def test_rows_of_a_flattened_batch_belong_to_their_samples(name, options):
     assert set(shapes) <= set(optimizer.curvature)
 
 
+class AfterTimeMajor(nn.Module):
+    """Rows of what attention or a recurrent layer returns, which see the batch second inside or outside."""
+
+    def __init__(self, layer):
+        super().__init__()
+        seed_cpu(0)
+        self.layer, self.w = layer, nn.Parameter(torch.randn(2, 2, 3))
+        self.double()
+
+    def forward(self, x):
+        batch_first = self.layer.batch_first
+        x = x if batch_first else x.transpose(0, 1)
+        x = self.layer(x, x, x)[0] if isinstance(self.layer, nn.MultiheadAttention) else self.layer(x)[0]
+        x = x if batch_first else x.transpose(0, 1)
+        return torch.einsum("nhd,hde->nhe", x.reshape(-1, 2, 2), self.w).reshape(len(x), -1)
+
+
+@pytest.mark.parametrize("times", [3, 5])
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("kind", [nn.MultiheadAttention, nn.GRU])
+def test_rows_behind_attention_and_recurrent_layers_belong_to_their_samples(kind, batch_first, times):
+    """Also where there are as many times as samples."""
+    seed_cpu(0)
+    model = AfterTimeMajor(kind(4, 2 if kind is nn.MultiheadAttention else 4, batch_first=batch_first))
+    assert "w" in oracle.check(model, points(3, times, 4)).curvature
+
+
 def test_heads_that_are_folded_into_the_batch_belong_to_their_samples_for_a_table_too():
     """Also in a model without bare parameters."""
 

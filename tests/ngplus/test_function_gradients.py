@@ -297,6 +297,7 @@ MIXING = {
     "a norm over the batch": ((6, 5), lambda m, x: F.layer_norm(x.T, x.T.shape, m.w.T).T),
     "a weight changed in place": ((5, 5), change_in_place),
     "dropout of a weight": ((5, 5), lambda m, x: x @ F.dropout(m.w, 0.5)),
+    "a sparse input": ((5, 5), lambda m, x: torch.sparse.mm(x.to_sparse(), m.w)),
     "two outputs": ((5, 5), lambda m, x: torch.ops.aten.native_layer_norm(x, (5,), m.w[0], None, 1e-5)[0]),
 }
 
