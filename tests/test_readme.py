@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from experiments.analysis import comparison_table
+from experiments.analysis.comparable_runs import load_comparable
+from experiments.analysis.comparison import summarise
 from experiments.analysis.leaders import load_leaders, table
 from experiments.analysis.overview import overview
 from experiments.analysis.verdict_table import render
@@ -14,6 +17,7 @@ from experiments.records.provenance import REPOSITORY
 
 README = REPOSITORY / "README.md"
 CLAIMS = REPOSITORY / "docs" / "claims.md"
+RESULTS = REPOSITORY / "docs" / "results.md"
 WHICH = REPOSITORY / "docs" / "which.md"
 PAGES = [*sorted(REPOSITORY.glob("*.md")), *sorted((REPOSITORY / "docs").glob("*.md"))]
 
@@ -45,6 +49,17 @@ def test_the_leaders_on_their_page_are_those_of_the_records():
     results = REPOSITORY / "results"
     found = load_leaders(results, listing.tasks_with_runs(results, "small"), "small")
     assert block(WHICH, "leaders") == table(found, "markdown")
+
+
+def test_the_tables_of_the_second_round_are_those_of_the_records():
+    results = REPOSITORY / "results"
+    tasks = listing.tasks_with_runs(results, "small-wide")
+    assert tasks == ["gpt-text"]
+    comparison = summarise(load_comparable(results, tasks[0], "small-wide"))
+    assert block(RESULTS, "second round on text") == comparison_table.render(comparison, "markdown")
+    assert block(RESULTS, "leaders of the second round") == table(
+        load_leaders(results, tasks, "small-wide"), "markdown"
+    )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
