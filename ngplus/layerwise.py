@@ -32,7 +32,7 @@ from ngplus.config import (
     make_base,
     model_and_params,
 )
-from ngplus.curvature.all_reduce import check_processes, largest, world_size
+from ngplus.curvature.all_reduce import check_processes, largest, name_lost_processes, world_size
 from ngplus.curvature.coverage import Coverage
 from ngplus.curvature.store import CurvatureStore
 from ngplus.curvature.update import LayerCurvature
@@ -407,7 +407,8 @@ class LayerwiseOptimizer(Inspection, SavedState, Optimizer, Joinable):
                 check.add_unchecked(self.param_groups)
                 raise_if_nonfinite(check, "gradient", self._named_parameters())
             if self._updates_curvature:
-                self._update_curvature(self._layers_to_capture())
+                with name_lost_processes(type(self).__name__):
+                    self._update_curvature(self._layers_to_capture())
             self._updates_curvature = False
             with self._stopwatch.measure("apply"):
                 self._apply_()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +58,7 @@ def check_processes(name: str, properties: Sequence[str], weights: Mapping[str, 
         is_complete = int(present) == dist.get_world_size()
     except RuntimeError as error:
         if absent := find_absent(str(digest), _ABSENT_AFTER):
-            raise RuntimeError(f"{name}: {_listed(absent)} did not come to this curvature step: {error}") from error
+            raise LostProcessError(f"{name}: {_listed(absent)} did not come to this curvature step: {error}") from error
         raise
     if not is_complete:
         raise RuntimeError(JOIN_BOTH.format(name=name))
@@ -68,6 +69,43 @@ def check_processes(name: str, properties: Sequence[str], weights: Mapping[str, 
     if weights and (differing := _find_different(weights, device)):
         others = f" and of {len(differing) - 1} more" if len(differing) > 1 else ""
         raise RuntimeError(f"{name} {_ONE_MODEL}, but the values of {differing[0]}{others} differ; {_NO_SHARDS}")
+
+
+class LostProcessError(RuntimeError):
+    """A process is gone; the message says which."""
+
+
+@contextmanager
+def name_lost_processes(name: str) -> Iterator[None]:
+    """Have an error of a collective say which processes have not been heard from since.
+
+    Every process that gets such an error says so to the others. Of more than three one may not have got it yet, as it
+    waits for another than the one that is gone.
+
+    Args:
+        name: of the optimizer.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        LostProcessError: a collective failed, and not on every process.
+    """
+    try:
+        yield
+    except LostProcessError:
+        raise
+    except RuntimeError as error:
+        if world_size() == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error).lower()):
+            raise
+        announce(_LOST)
+        if absent := find_absent(_LOST, _ABSENT_AFTER):
+            ended = f"{_listed(absent)} ended within this curvature step, or waits for one that did"
+            raise LostProcessError(f"{name}: {ended}: {error}") from error
+        raise
+
+
+_LOST = "lost another"
 
 
 def _listed(ranks: Sequence[int]) -> str:
@@ -312,12 +350,14 @@ def _pack_result(request: InverseRequest, mine: bool) -> Tensor:
 
 
 __all__ = [
+    "LostProcessError",
     "Share",
     "average_",
     "check_processes",
     "find_shared_bases",
     "invert_shared",
     "largest",
+    "name_lost_processes",
     "own_share",
     "pack_triangles",
     "sum_over_processes",

@@ -708,6 +708,26 @@ def die_in_a_curvature_step():
         optimizer.zero_grad()
 
 
+def end_inside_of_a_curvature_step(collectives):
+    """At so many of its collectives."""
+    problem = perceptron(samples=6)
+    model = shard(problem.model)
+    optimizer = NGPlus(model, **SETTINGS)
+    left, all_reduce = collectives, dist.all_reduce
+
+    def end(*given, **options):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise KeyboardInterrupt("killed")
+        return all_reduce(*given, **options)
+
+    problem.loss(model, own_samples(problem)).backward()
+    if dist.get_rank() == 1:
+        dist.all_reduce = end
+    optimizer.step()
+
+
 def stop_early():
     problem = perceptron(samples=4)
     model = shard(problem.model)
@@ -727,6 +747,12 @@ def test_others_end_with_an_error_where_one_process_dies_or_runs_out_of_batches(
     killed.close()
     assert "process 1 did not come to this curvature step" in first
     assert "process 1 did not come to this curvature step" in third
+    for collectives in (1, 4):
+        killed = Team(3, seconds=20)
+        first, _, third = killed.tracebacks(functools.partial(end_inside_of_a_curvature_step, collectives))
+        killed.close()
+        assert "process 1 ended within this curvature step, or waits for one that did" in first
+        assert "process 1 ended within this curvature step, or waits for one that did" in third
     waiting = Team(2, seconds=2)
     first, _ = waiting.tracebacks(stop_early)
     waiting.close()
