@@ -366,7 +366,9 @@ def test_a_checkpoint_of_another_vocabulary_is_refused_and_stays(tmp_path, make)
         run(recipe(280), "adamw", 1, options, [Kill()])
     (checkpoint,) = (tmp_path / "results").rglob("*.pt")
     before = checkpoint.read_bytes()
-    with pytest.raises(UserError, match=r"is unfinished, begun with other settings: .*task\.vocabulary was 280 and is 300"):
+    with pytest.raises(
+        UserError, match=r"is unfinished, begun with other settings: .*task\.vocabulary was 280 and is 300"
+    ):
         run(recipe(300), "adamw", 1, options)
     assert checkpoint.read_bytes() == before
     resumed = run(recipe(280), "adamw", 1, options)
