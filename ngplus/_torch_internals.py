@@ -229,5 +229,6 @@ __all__ = [
     "run_outside_of_graphs",
     "shares_memory",
     "undispatched",
+    "unwrap_transformed",
     "with_globals",
 ]

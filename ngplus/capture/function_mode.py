@@ -121,7 +121,7 @@ class CaptureMode(TorchFunctionMode):
             return self._run_inside(partial(undispatched(func), *args, **kwargs), TimeMajor(batch, 3, query.shape))
         if (parse := RECURRENT_CALLS.get(func)) is not None and not kwargs:
             call = parse(*args)
-            if self._trains(map(owner_of, call.state)):  # what the state goes into is recorded too
+            if self._trains(map(owner_of, call.state)):  # parsed again where what the state goes into is recorded
                 return self._run_inside(lambda: parse(*args).run(F.linear), TimeMajor(call.batch, call.dimensions))
             if self._awaits(_flatten(args)):
                 return self._run_unfused(call)

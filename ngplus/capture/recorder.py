@@ -22,7 +22,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -309,25 +308,26 @@ class Recorder:
             else:
                 free = False
         if self._accumulator.reads_any_function:
-            self._follow(call, unread, free and (arguments > 0 or call.function in CONSTANTS))
+            self._follow(call, unread, free and (arguments > 0 or call.function in CONSTANTS), transformed)
         elif unread is not None:
             for layer, reason in unread.reasons.items():
                 self._record(layer).unsupported = reason
 
-    def _follow(self, call: FunctionCall, unread: _Unread | None, free: bool) -> None:
+    def _follow(self, call: FunctionCall, unread: _Unread | None, free: bool, transformed: bool) -> None:
         """Note what is free of samples, and record what no handler reads.
 
         Args:
             call: the call.
             unread: what no handler reads of it.
             free: whether all of its arguments are free of samples.
+            transformed: whether it runs inside of a transform of `torch.func`.
         """
         expressions = self._expressions
         if unread is not None and unread.reasons:
             for layer in unread.together:
                 if layer in unread.reasons and layer.trained_bias is not None:
                     unread.add(Source(layer, layer.trained_bias))
-        if unread is not None and unread.sources and is_transformed() and torch.is_grad_enabled():
+        if transformed and unread is not None and unread.sources and torch.is_grad_enabled():
             self._record_function(call, unread)  # what it returns does not say that it carries a gradient
         elif free or (unread is not None and unread.is_view):
             expressions.follow(call, unread.sources if unread is not None else {})
@@ -479,7 +479,7 @@ class Recorder:
         told = layer.bare or not op_call.is_read
         followed = None
         if told and not named and self._sampling.samples == "batch":
-            followed = self._find_rows(layer, call, op_call)
+            followed = self._origins.find_samples(call, op_call, layer.batch_dim)
         if followed is not None:
             rows, size = followed
             index = SampleIndex({"*": rows}, count=size)
@@ -505,26 +505,6 @@ class Recorder:
                 versions=record_versions(call),
             ),
         )
-
-    def _find_rows(self, layer: Layer, call: FunctionCall, op_call: OpCall) -> tuple[Tensor, int] | None:
-        """The sample of each row of a use whose rows are not the samples themselves, and how many samples there are.
-
-        What is differentiated inside of attention, where heads are folded into the batch behind the samples and times
-        in front of them, is told by its function.
-        """
-        if call.time_major is not None:
-            batch = max(1, call.time_major.batch)
-            copies, left = divmod(op_call.samples, batch)
-            if op_call.is_read or left or op_call.dim or copies < 2:
-                return None
-            rows = torch.arange(op_call.samples, device=call.output.device)
-            return (rows % batch if call.function is F.linear else rows // copies), batch
-        inputs = op_call.source if isinstance(op_call.source, list) else [op_call.source]
-        for origin in filter(None, map(self._origins.find, inputs)):
-            fits = (origin.dim, origin.size) == (op_call.dim, op_call.samples)
-            if fits and layer.batch_dim < len(origin.leading) and not origin.is_plain:
-                return origin.find_samples(layer.batch_dim)
-        return None
 
     def _await_gradient(self, layer: Layer, call: FunctionCall, use: WeightUse) -> None:
         record = self._record(layer, call.output)

@@ -15,10 +15,12 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ngplus.capture.expressions import outputs_of
 from ngplus.capture.function_mode import FunctionCall
+from ngplus.capture.op_handlers import OpCall
 
 _RESHAPING = frozenset(
     {Tensor.reshape, torch.reshape, Tensor.view, Tensor.flatten, torch.flatten, Tensor.unflatten, torch.unflatten}
@@ -175,6 +177,34 @@ class RowOrigins(threading.local):
         """The origin of a tensor's rows; None where they are as they came."""
         origin = self._known.get(id(tensor))
         return origin if origin is not None and origin.reference() is tensor else None  # another may have got its id
+
+    def find_samples(self, call: FunctionCall, op_call: OpCall, batch_dim: int) -> tuple[Tensor, int] | None:
+        """Find the sample of each row of a use whose rows are not the samples themselves.
+
+        What is differentiated inside of attention, where heads are folded into the batch behind the samples and times
+        in front of them, is told by its function.
+
+        Args:
+            call: the call.
+            op_call: what was parsed of it.
+            batch_dim: the dimension, of those that became one, that has the samples.
+
+        Returns:
+            The samples' indices, and how many samples there are; None where nothing was followed.
+        """
+        if call.time_major is not None:
+            batch = max(1, call.time_major.batch)
+            copies, left = divmod(op_call.samples, batch)
+            if op_call.is_read or left or op_call.dim or copies < 2:
+                return None
+            rows = torch.arange(op_call.samples, device=call.output.device)
+            return (rows % batch if call.function is F.linear else rows // copies), batch
+        inputs = op_call.source if isinstance(op_call.source, list) else [op_call.source]
+        for origin in filter(None, map(self.find, inputs)):
+            fits = (origin.dim, origin.size) == (op_call.dim, op_call.samples)
+            if fits and batch_dim < len(origin.leading) and not origin.is_plain:
+                return origin.find_samples(batch_dim)
+        return None
 
     def follow(self, call: FunctionCall) -> None:
         """Note the origins of what a call returns."""
