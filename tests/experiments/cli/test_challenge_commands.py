@@ -54,7 +54,7 @@ def test_a_challenge_is_asked_as_it_is_typed(command, monkeypatch):
         ((), "error: optimizer: is missing: must be package.module:Class, ./file.py:Class or an entry point's name"),
         (("torch.optim:Adama",), "error: optimizer = 'torch.optim:Adama': there is no Adama in "),
         (("torch.nn:Linear",), "is no optimizer: must inherit from torch.optim.Optimizer, not from Module, object"),
-        (("./none.py:Lion",), "error: optimizer = './none.py:Lion': none.py cannot be read: "),
+        (("./none.py:Lion",), "error: optimizer = './none.py:Lion': none.py cannot be read: No such file or directory"),
         (("torch.optim:Adam", "--seeds", "one"), "error: --seeds 'one': must be integers with commas between"),
         (("--from", "none.toml"), "error: none.toml: cannot be read: No such file or directory"),
     ],
@@ -64,6 +64,26 @@ def test_a_mistake_is_one_line_and_status_2(command, arguments, message):
     assert status == 2
     assert message in err
     assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "message"),
+    [
+        ("import torch\n\nclass Lion(torch.optim.SGD):\n    pass\n", "Lionn", "there is no Lionn in "),
+        ("def make(model:\n    pass\n", "make", "SyntaxError: '(' was never closed"),
+        ("1 / 0\n", "make", "ZeroDivisionError: division by zero"),
+    ],
+)
+def test_an_optimizer_that_cannot_be_had_is_said_of_its_own_file_and_leaves_no_folder(
+    command, tmp_path, text, name, message
+):
+    (tmp_path / "mine.py").write_text(text)
+    status, _, err = command("challenge", f"./mine.py:{name}", "--tasks", "dlrm-criteo")
+    assert status == 2
+    assert message in err
+    assert "build/challenges" not in err.splitlines()[0]
+    assert "plugins.py" not in err
+    assert not list((tmp_path / "build" / "challenges").glob("*"))
 
 
 def test_a_small_file_by_hand_and_a_task_of_ones_own(command, monkeypatch, tmp_path):
