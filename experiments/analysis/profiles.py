@@ -136,12 +136,12 @@ def entrants(frame: pd.DataFrame, *, forms: bool = False) -> dict[str, pd.Series
         forms: whether `FORMS` enter too, under their whole names.
 
     Returns:
-        Rows by optimizer.
+        Rows by optimizer, in the order of the comparison.
     """
     rows = {row["optimizer"]: row for _, row in frame.iterrows()}
     reference = frame["reference"].iloc[0]
     found = {}
-    for family in {name.partition("-")[0] for name in rows}:
+    for family in dict.fromkeys(name.partition("-")[0] for name in rows):
         for name in (f"{family}-{reference}", family):
             if name in rows:
                 found[family] = rows[name]

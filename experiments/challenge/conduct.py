@@ -271,7 +271,7 @@ def _search(question: Question, folder: Folder, options: Options, entries: Seque
         if not entry.problem
         for job in _baseline_jobs(question, folder, options, entry)
     ]
-    what = f"{len(works)} searches and {len(baselines)} runs of baselines"
+    what = f"searches: {len(works)}, runs of baselines: {len(baselines)}"
     failed = _do([*works.values(), *(work for _, work in baselines)], question, folder, options, what)
     for entry in searched:
         if reason := failed.get(works[entry.recipe.task].name):

@@ -246,7 +246,7 @@ def choose_update_every(steps: int | None) -> Choice:
     least, most = INTERVALS
     return Choice(
         settings={"update_every": min(most, max(least, steps // UPDATES))},
-        reason=f"about {UPDATES} updates in {steps:,} steps, but {least} to {most}",
+        reason=f"1/{UPDATES} of {steps:,} steps, from {least} to {most}",
     )
 
 

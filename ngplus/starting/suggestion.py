@@ -89,7 +89,8 @@ def suggest(
     Args:
         model: to be trained, with the weights that training starts from.
         loss: takes nothing, runs the model forward on a batch of the usual size, and returns the loss that
-            ``backward`` is to be called on.
+            ``backward`` is to be called on; where gradients are accumulated, that of a micro-batch, not divided by
+            their number.
         base: the optimizer class that the model is trained with now; default: `torch.optim.SGD` with momentum .9 where
             most weights are convolutions, else `torch.optim.AdamW`.
         lr: the learning rate that ``base`` is used with now; default: a guess.

@@ -5,7 +5,9 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from experiments.analysis.profiles import COLUMNS, profile, score
+from experiments.analysis.comparable_runs import load_comparable
+from experiments.analysis.comparison import summarise
+from experiments.analysis.profiles import COLUMNS, entrants, profile, score
 from tests.experiments.cases.handwritten_records import HIT_1, HIT_2, HIT_4, MISS, SCALE, TASK, write_run
 
 TASKS = (TASK, "schnet-qm9", "dlrm-criteo")
@@ -96,6 +98,14 @@ def test_the_files_hold_the_same_table_and_are_the_same_when_made_again(results)
     read = pd.read_csv(paths[0])
     assert tuple(read.columns) == COLUMNS
     assert read.optimizer.tolist() == table.optimizer.tolist()
+
+
+def test_who_enters_comes_in_the_order_of_the_comparison(results):
+    for family in ("kfac", "lars", "muon", "seng", "shampoo", "soap"):
+        put(results, TASKS[1], family, "adam", HIT_2)
+    frame = summarise(load_comparable(results, TASKS[1], SCALE))
+    expected = ["adam", "kfac", "lars", "muon", "ngplus", "seng", "shampoo", "soap"]
+    assert list(entrants(frame)) == list(entrants(frame, forms=True)) == expected
 
 
 def test_by_seconds_only_what_ran_on_the_references_device_enters(results):
