@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,6 @@ from experiments.training.checkpoint import (
     set_rng_state,
 )
 from experiments.training.distributed import Workers
-from experiments.training.shards import ShardedParts, gather_model, shard_model
 from experiments.training.timing import Clock, OptimizerTimes, peak_memory_mb
 
 # Steps apart at which several processes agree whether a checkpoint is due: agreeing synchronizes with the device.
@@ -86,7 +86,7 @@ class Training:
         self.model = task.build_model().to(device)
         # The first worker evaluates by itself: a whole model of its own where that of training is sharded.
         self.evaluated = copy.deepcopy(self.model) if shard and workers.is_first else self.model
-        self.sharded = shard_model(self.model) if shard else None
+        self.sharded = _import_shards().shard_model(self.model) if shard else None
         self.optimizer = _build_optimizer(self.model, chosen, f"{recipe.path}: [optimizers.{name}]")
         if self.run.decay == "matrices":
             exempt_from_decay(self.optimizer, self.model)
@@ -133,7 +133,7 @@ class Training:
 
     def evaluate(self) -> Evaluation:
         """Loss and metric on the reported split; computed by the first worker, off the clock."""
-        state = None if self.sharded is None else gather_model(self.model)
+        state = None if self.sharded is None else _import_shards().gather_model(self.model)
 
         def first() -> Evaluation:
             if state is not None:
@@ -257,7 +257,7 @@ class Training:
         return self.workers.from_first(lambda: time.monotonic() - self._saved_at >= plan.every_s)
 
     def _parts(self) -> Checkpointed:
-        kind = Checkpointed if self.sharded is None else ShardedParts
+        kind = Checkpointed if self.sharded is None else _import_shards().ShardedParts
         return kind(model=self.model, optimizer=self.optimizer, schedules=self.schedules)
 
     def _autocast(self) -> torch.autocast:
@@ -286,6 +286,13 @@ def _averaged_weights(optimizer: Optimizer) -> Iterator[None]:
         yield
     finally:
         switched.train()
+
+
+def _import_shards() -> ModuleType:
+    """What trains a sharded model, which imports for half as long as torch."""
+    from experiments.training import shards
+
+    return shards
 
 
 def _seed_everything(seed: int) -> None:

@@ -20,7 +20,6 @@ from filelock import FileLock, Timeout
 from optuna.pruners import MedianPruner
 from optuna.samplers import TPESampler
 from optuna.trial import FrozenTrial, Trial, TrialState
-from scipy.stats.qmc import Sobol
 
 from experiments.config.recipe import Recipe
 from experiments.config.tuning_space import join_elements, value_at
@@ -190,6 +189,8 @@ class Search:
 
     def _spread(self, number: int) -> dict[str, float]:
         """Point `number` of a Sobol sequence, from 1; its first four have one in each quarter of every range."""
+        from scipy.stats.qmc import Sobol  # imports for half as long as torch, and most processes draw nothing
+
         points = Sobol(max(_DIMENSIONS, len(self.space)), seed=self.seed).random_base2(3)
         return {
             key: where.interpolate(share)
