@@ -263,16 +263,19 @@ def _search(question: Question, folder: Folder, options: Options, entries: Seque
         for trial in list_first_trials(searches[entry.recipe.task], entry.trials)
         if not _trial_is_over(folder, question, entry, trial.number)
     ]
-    _do(first, question, folder, options, f"the first trials of each search, {len(first)} in all")
-    works = {entry.recipe.task: _attempt(folder, searches[entry.recipe.task]) for entry in searched}
     baselines = [
         (entry, _attempt(folder, Train(job=job)))
         for entry in entries
         if not entry.problem
         for job in _baseline_jobs(question, folder, options, entry)
     ]
-    what = f"searches: {len(works)}, runs of baselines: {len(baselines)}"
-    failed = _do([*works.values(), *(work for _, work in baselines)], question, folder, options, what)
+    idle = -len(first) % options.workers if options.cluster is None else 0  # processors while the last of them run
+    ahead, others = ([work for _, work in part] for part in (baselines[:idle], baselines[idle:]))
+    what = f"the first trials of each search: {len(first)}, runs of baselines: {len(ahead)}"
+    failed = _do([*first, *ahead], question, folder, options, what)
+    works = {entry.recipe.task: _attempt(folder, searches[entry.recipe.task]) for entry in searched}
+    what = f"searches: {len(works)}, runs of baselines: {len(others)}"
+    failed |= _do([*works.values(), *others], question, folder, options, what)
     for entry in searched:
         if reason := failed.get(works[entry.recipe.task].name):
             entry.problem = f"the search failed: {reason}"

@@ -83,7 +83,7 @@ def run_here(works, **_):
 def challenge(place, task):
     """Conduct a challenge of an optimizer in ``mine.py``, or from elsewhere; returns its folder and the problems."""
 
-    def conduct_one(optimizer, name, *, root=None, path=None, settings=(), search=(), **given):
+    def conduct_one(optimizer, name, *, root=None, path=None, settings=(), search=(), workers=1, **given):
         spec = f"{place / 'mine.py'}:{optimizer}" if optimizer and ":" not in optimizer else optimizer
         asked = {
             "tasks": [task],
@@ -98,7 +98,7 @@ def challenge(place, task):
         folder = Folder((root or place / "build") / question.name)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(conduct, "run_in_processes", run_here)
-            return folder, conduct.conduct(question, folder, conduct.Options(device="cpu"), file)
+            return folder, conduct.conduct(question, folder, conduct.Options(device="cpu", workers=workers), file)
 
     return conduct_one
 

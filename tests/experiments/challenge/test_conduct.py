@@ -277,6 +277,18 @@ def test_recorded_baselines_are_taken_and_run_here_if_asked(challenge, sign, tmp
     assert reproducible_values(read_run(folder.results / name)) == reproducible_values(read_run(sign.results / name))
 
 
+@pytest.mark.parametrize(("workers", "ahead"), [(1, 0), (2, 1), (8, 2)])
+def test_a_processor_that_the_first_trials_leave_idle_runs_a_baseline(
+    challenge, sign, tmp_path, capsys, workers, ahead
+):
+    folder, problems = challenge(None, "sign", root=tmp_path, path=sign.file, workers=workers)
+    said = capsys.readouterr().out
+    assert f"the first trials of each search: 5, runs of baselines: {ahead}\n" in said
+    assert f"searches: 1, runs of baselines: {2 - ahead}\n" in said
+    assert problems == []
+    assert records(folder) == records(sign)
+
+
 def test_its_file_says_all_that_it_takes_to_run_it_again(sign):
     file = read_file(sign.file)
     assert file.asked["optimizer"] == "mine.py:Sign"
