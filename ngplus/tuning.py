@@ -29,6 +29,7 @@ class Tuning:
             inverse, 2p²q.
         low_rank_from: shortest side of a matrix for which (14) is cheaper than an inverse that is applied, and made, in
             one batch with others: below, the calls take longer than what they compute.
+        float64_above: Frobenius norm of UᵀU over λ above which (14) is made in float64.
         refine_above: ‖L‖/λ above which a low-rank direction is refined.
         cholesky_tries: how often the damping of a matrix that does not factorise is raised tenfold.
         capture_tries: steps in a row on which a layer without curvature that has a gradient is captured again.
@@ -56,6 +57,7 @@ class Tuning:
     short_vector: int = 2**12
     low_rank_up_to: float = 1 / 2
     low_rank_from: int = 65
+    float64_above: float = 2.0
     refine_above: float = 10.0
     cholesky_tries: int = 6
     capture_tries: int = 3

@@ -15,6 +15,9 @@ from ngplus.layers import MatrixShape, Side
 from ngplus.solvers.preconditioner import Entries, Preconditioner
 from ngplus.tuning import DEFAULT, Tuning
 
+_LEAST_SQUARE = 1e-20
+"""‖U‖² above which what underflows in float32 does not count."""
+
 
 @dataclass(eq=False)
 class LowRankInverse(Preconditioner):
@@ -131,28 +134,41 @@ def invert_low_rank(columns: Tensor, damping: float, tuning: Tuning = DEFAULT) -
     its ε, are left out, which on a network in training is often most of them. So are those whose s is the rounding of
     the largest: where ‖L‖/λ is huge it may be more than λ, or less than −λ.
 
+    This is done in float64, but in U's precision, in half the time, where ‖UᵀU‖ is a small multiple of λ: there its
+    rounding changes no s/(λ + s) by more than a few ε.
+
     Args:
         columns: U, (p, rank).
         damping: λ.
-        tuning: from which ‖L‖/λ on directions are refined.
+        tuning: up to which ‖UᵀU‖/λ its precision is U's, and from which ‖L‖/λ on directions are refined.
 
     Returns:
         The inverse; None where UᵀU is not finite.
     """
-    U = columns.to(factor_dtype(columns))
-    products = U.T @ U
-    if not bool(products.isfinite().all()):  # synchronizes, as for the explicit inverse
+    U, products, is_small = _multiply(columns, tuning.float64_above * damping)
+    if not (is_small or bool(products.isfinite().all())):  # synchronizes, as for the explicit inverse
         return None
     S, V = torch.linalg.eigh(products)
-    counts = S / (damping + S) > torch.finfo(columns.dtype).eps
-    rounding = S[-1:] * (S.numel() * torch.finfo(S.dtype).eps)
-    kept = counts & S.gt(rounding)
+    kept = S / (damping + S) > torch.finfo(columns.dtype).eps
+    if not is_small:
+        kept &= S.gt(S[-1:] * (S.numel() * torch.finfo(S.dtype).eps))
     S, V = S[kept], V[:, kept]
     W = (U @ V) / (damping + S).sqrt()
     refinement = None
-    if S.numel() and float(S[-1]) > tuning.refine_above * damping:
+    if not is_small and S.numel() and float(S[-1]) > tuning.refine_above * damping:
         refinement = torch.stack([1 / (damping + S), (damping + S) / S]).to(columns.dtype)
     return LowRankInverse(W.to(columns.dtype).contiguous(), damping, refinement)
+
+
+def _multiply(columns: Tensor, limit: float) -> tuple[Tensor, Tensor, bool]:
+    """U and UᵀU, in float64 unless ‖UᵀU‖ is at most ``limit``, and whether it is."""
+    square = float(torch.linalg.vector_norm(columns)) ** 2
+    if _LEAST_SQUARE < square <= limit * columns.shape[1] ** 0.5:  # over the root, it is at most ‖UᵀU‖
+        products = columns.T @ columns
+        if float(torch.linalg.vector_norm(products)) <= limit:
+            return columns, products, True
+    U = columns.to(factor_dtype(columns))
+    return U, U.T @ U, False
 
 
 def precondition_same_batch(columns: Tensor, sides: Tensor, damping: float) -> Tensor:
