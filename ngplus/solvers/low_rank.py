@@ -15,9 +15,6 @@ from ngplus.layers import MatrixShape, Side
 from ngplus.solvers.preconditioner import Entries, Preconditioner
 from ngplus.tuning import DEFAULT, Tuning
 
-_LEAST_SQUARE = 1e-20
-"""‖U‖² above which what underflows in float32 does not count."""
-
 
 @dataclass(eq=False)
 class LowRankInverse(Preconditioner):
@@ -163,7 +160,7 @@ def invert_low_rank(columns: Tensor, damping: float, tuning: Tuning = DEFAULT) -
 def _multiply(columns: Tensor, limit: float) -> tuple[Tensor, Tensor, bool]:
     """U and UᵀU, in float64 unless ‖UᵀU‖ is at most ``limit``, and whether it is."""
     square = float(torch.linalg.vector_norm(columns)) ** 2
-    if _LEAST_SQUARE < square <= limit * columns.shape[1] ** 0.5:  # over the root, it is at most ‖UᵀU‖
+    if square <= limit * columns.shape[1] ** 0.5:  # over the root, it is at most ‖UᵀU‖
         products = columns.T @ columns
         if float(torch.linalg.vector_norm(products)) <= limit:
             return columns, products, True

@@ -213,7 +213,7 @@ def graded(p, q, rank, seed):
     return (g * a.norm(dim=1, keepdim=True)).T / rank**0.5, g.T @ a / rank
 
 
-@pytest.mark.parametrize("ratio", [1.0, 9.0, 11.0, 1e2, 1e3, 1e4, 1e5])
+@pytest.mark.parametrize("ratio", [1e-3, 0.3, 1.0, 1.9, 9.0, 11.0, 1e2, 1e3, 1e4, 1e5])
 @pytest.mark.parametrize("rank", [7, 32, 64])
 @pytest.mark.parametrize("same", [True, False])
 @pytest.mark.parametrize("bias", [False, True])
@@ -243,6 +243,20 @@ def test_low_rank_is_as_exact_as_the_explicit_inverse(side, bias, same, rank, ra
         ):
             errors[name] += float((found.double() - exact).norm() / exact.norm()) / 3
     assert errors["low rank"] <= max(1.5 * errors["explicit inverse"], 1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1e-11, 1e-9, 1.0, 1e12])
+@pytest.mark.parametrize("ratio", [0.5, 1.9, 5.0])
+def test_low_rank_in_float32_is_exact_at_every_scale(scale, ratio):
+    """As far as float32 has numbers: of small ones the squares underflow, which float64 is there for."""
+    U, G = graded(64, 96, 20, seed=0)
+    L = U.double() @ U.double().T
+    unit = float(torch.linalg.matrix_norm(L, 2))
+    exact = torch.linalg.solve(L / unit + torch.eye(64, dtype=torch.float64) / ratio, G.double())
+    damping = scale**2 / ratio
+    direction = invert_low_rank(U / unit**0.5 * scale, damping).apply(G[None] * scale, None, "left")[0][0]
+    error = direction.double() * scale - exact
+    assert float(error.norm() / exact.norm()) <= 1e-6
 
 
 def test_refinement_of_a_low_rank_direction_is_saved_and_older_states_load_without_it():
