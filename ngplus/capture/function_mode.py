@@ -26,11 +26,13 @@ class TimeMajor:
         batch: B.
         dimensions: of the input that the module takes, with a batch.
         input_shape: of the input, where it is the function's that is known, and not only the module's.
+        is_sorted: whether its samples are those of a packed sequence, sorted by length.
     """
 
     batch: int
     dimensions: int
     input_shape: torch.Size | None = None
+    is_sorted: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +99,7 @@ class CaptureMode(TorchFunctionMode):
         record: takes the calls.
         awaits: whether the gradient of any of some arguments is awaited.
         trains: whether any of some tensors is made of weights alone and carries them a gradient.
+        trace: takes the arguments of a call that is made of others, which are handed on in its place.
     """
 
     def __init__(
@@ -104,11 +107,13 @@ class CaptureMode(TorchFunctionMode):
         record: Callable[[FunctionCall], None],
         awaits: Callable[[Iterable[Any]], bool] = lambda _: False,
         trains: Callable[[Iterable[Any]], bool] = lambda _: False,
+        trace: Callable[[Iterable[Any]], None] = lambda _: None,
     ) -> None:
         super().__init__()
         self._record = record
         self._awaits = awaits
         self._trains = trains
+        self._trace = trace
         self._time_major: TimeMajor | None = None
 
     def __torch_function__(
@@ -121,8 +126,9 @@ class CaptureMode(TorchFunctionMode):
             return self._run_inside(partial(undispatched(func), *args, **kwargs), TimeMajor(batch, 3, query.shape))
         if (parse := RECURRENT_CALLS.get(func)) is not None and not kwargs:
             call = parse(*args)
+            self._trace(args)
             if self._trains(map(owner_of, call.state)):  # parsed again where what the state goes into is recorded
-                return self._run_inside(lambda: parse(*args).run(F.linear), TimeMajor(call.batch, call.dimensions))
+                return self._run_inside(lambda: parse(*args).run(F.linear), self._inside(call))
             if self._awaits(_flatten(args)):
                 return self._run_unfused(call)
         output = func(*args, **kwargs)
@@ -130,9 +136,13 @@ class CaptureMode(TorchFunctionMode):
             self._record(FunctionCall(func, args, kwargs, output, self._time_major))
         return output
 
+    @staticmethod
+    def _inside(call: RecurrentCall) -> TimeMajor:
+        return TimeMajor(call.batch, call.dimensions, is_sorted=call.counts is not None)
+
     def _run_unfused(self, call: RecurrentCall) -> Any:
         """Run a recurrent layer step by step, so that its products are recorded."""
-        time_major = TimeMajor(call.batch, call.dimensions)
+        time_major = self._inside(call)
 
         def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             product: Tensor = self._run_inside(partial(F.linear, input, weight, bias), time_major)

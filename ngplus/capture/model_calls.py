@@ -23,6 +23,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
@@ -71,13 +72,20 @@ COUNT = (
 )
 """The same of a parameter whose rows are neither the input's samples nor followed from them."""
 
+ORDER = (
+    "gets the rows of the batch in several orders, as those of packed sequences are sorted by length, so that nothing "
+    "tells which of them are of the same sample; keep the order, pad sequences in place of packing them, or set "
+    'model_calls="joined" where row i of each use is of the same sample, "apart" where each row is one'
+)
+"""The same of a layer that is used several times on rows that were put in another order in between."""
+
 CHECKPOINTS = (
     "is used several times, some of them in checkpoints with use_reentrant=True, which bring their gradients one after "
     "the other, so that what belongs to a sample cannot be put together; take use_reentrant=False"
 )
 """Why a layer is left to the base whose uses by the same samples are known one after the other alone."""
 
-DOUBTS = frozenset({SINGLE, PIECES, ROWS, SIZES, AXIS, COUNT, CHECKPOINTS})
+DOUBTS = frozenset({SINGLE, PIECES, ROWS, SIZES, AXIS, COUNT, ORDER, CHECKPOINTS})
 """Why a layer is left to the base of which nothing tells what its samples are."""
 
 
@@ -98,6 +106,12 @@ def _lengths(inputs: Any) -> Sequence[int]:
     return (len(first),) if isinstance(first, (list, tuple)) else ()
 
 
+def _list_lengths(inputs: Sequence[Any]) -> set[int]:
+    """How many tensors each list among a call's arguments has, as of images of several sizes."""
+    lists = (each for each in (*inputs, *keyword_arguments().values()) if isinstance(each, list))
+    return {len(each) for each in lists if each and all(isinstance(member, Tensor) for member in each)}
+
+
 def find_counts(inputs: Any) -> set[int]:
     """The numbers of samples that a call may have: the length of its first input, and those of tensors in a list.
 
@@ -113,6 +127,17 @@ def find_counts(inputs: Any) -> set[int]:
     return lengths | set(_lengths(inputs)[:1])
 
 
+def _are_equal(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether both are the same rows in the same order; None is all of them, as they come."""
+    if one is other:
+        return True
+    one, other = (
+        torch.arange(len(there), device=there.device) if each is None and there is not None else each
+        for each, there in ((one, other), (other, one))
+    )
+    return one is not None and other is not None and torch.equal(one, other)
+
+
 @dataclass(eq=False, slots=True)
 class _Uses:
     """The uses of a layer by equally many samples inside one call.
@@ -123,6 +148,7 @@ class _Uses:
         inside: the last one's attention or recurrent layer, whose uses of a weight count once.
         leading: dimensions of the first one's input that may hold samples, where there are several.
         as_many: whether they must be as many as the input's or attention's: of a bare parameter, or differentiated.
+        rows: which rows of a batch the last one got, in their order; None for all, as they come.
     """
 
     unbatched: bool
@@ -130,6 +156,7 @@ class _Uses:
     inside: TimeMajor | None
     leading: Sequence[int]
     as_many: bool
+    rows: Tensor | None = None
 
 
 @dataclass
@@ -234,7 +261,7 @@ class ModelCalls:
         thread.free.update(node_number(each.grad_fn) for each in free if each.grad_fn is not None)
         lengths = _lengths(inputs) if thread.frame is None and (thread.repeats or thread.has_axes) else ()
         if thread.repeats:
-            self._find_pieces(lengths)
+            self._find_pieces(lengths, _list_lengths(inputs) if thread.frame is None else set())
         if thread.has_axes:
             self._find_other_axes(lengths, find_counts(inputs) if lengths else set())
         stop = next_node_number()
@@ -288,6 +315,7 @@ class ModelCalls:
         inside: TimeMajor | None,
         leading: Sequence[int],
         as_many: bool,
+        rows: Tensor | None = None,
     ) -> None:
         """Note a use of a layer in the call that is running.
 
@@ -298,6 +326,7 @@ class ModelCalls:
             inside: the call of attention or of a recurrent layer that it is a part of, or None.
             leading: dimensions of its input that may hold samples, where there are several.
             as_many: whether these must be as many as the input's or attention's.
+            rows: which rows of a batch it gets, in their order; None for all, as they come.
         """
         thread = self._thread
         if inside is not None:
@@ -308,13 +337,16 @@ class ModelCalls:
             self._roots = {}
         uses = thread.uses.get((layer, size))
         if uses is None:
-            thread.uses[layer, size] = _Uses(unbatched, 1, inside, leading, as_many)
+            thread.uses[layer, size] = _Uses(unbatched, 1, inside, leading, as_many, rows)
             thread.has_axes |= as_many or len(leading) > 1
             if thread.sizes.setdefault(layer, size) != size:
                 self._doubts[thread.number, layer] = SIZES
         elif inside is None or inside is not uses.inside:
             uses.count, uses.inside, thread.repeats = uses.count + 1, inside, True
             uses.as_many |= as_many
+            if not _are_equal(uses.rows, rows):
+                self._doubts[thread.number, layer] = ORDER
+            uses.rows = rows
             if unbatched or uses.unbatched:
                 self._doubts[thread.number, layer] = SINGLE
 
@@ -322,8 +354,13 @@ class ModelCalls:
         """Note that a layer of the call that is running, which knows its batch dimension, got a sample without one."""
         self._unbatched.add(self._thread.number)
 
-    def _find_pieces(self, lengths: Sequence[int]) -> None:
-        """Find the layers that got pieces of the batch, of whose dimensions some has as many rows as all together."""
+    def _find_pieces(self, lengths: Sequence[int], lists: set[int]) -> None:
+        """Find the layers that got pieces of the batch, of whose dimensions some has as many rows as all together.
+
+        Args:
+            lengths: of the call's first input.
+            lists: how many tensors lists among its arguments have.
+        """
         uses = self._thread.uses
         totals: dict[Layer, int] = {}
         for (layer, size), each in uses.items():
@@ -331,7 +368,7 @@ class ModelCalls:
         cut = {
             size
             for (layer, size), each in uses.items()
-            if each.count > 1 and totals[layer] in (*lengths[:1], *lengths[layer.batch_dim : layer.batch_dim + 1])
+            if each.count > 1 and totals[layer] in {*lengths[:1], *lengths[layer.batch_dim :][:1], *lists}
         }
         for (layer, size), each in uses.items():
             if each.count > 1 and size in cut:
@@ -343,15 +380,19 @@ class ModelCalls:
         Those of the call's input are along its first dimension, unless the user says otherwise of a layer. What of a
         bare parameter has another number of samples is doubtful wherever it comes from.
         """
-        known = self._thread.batches
+        known, number = self._thread.batches, self._thread.number
+        before = set().union(*(self._sizes.get(call, ()) for call in self._ancestors.get(number, ())))
         for (layer, size), each in self._thread.uses.items():
             batches = (known or (set() if layer.batch_dim else set(lengths[:1]))) - {1}
-            if size > 1 and size not in batches and not batches.isdisjoint(each.leading):
-                self._doubts[self._thread.number, layer] = AXIS
+            elsewhere = set() if size in batches else batches
+            if not (layer.batch_dim or size in known | before):
+                elsewhere = elsewhere | (before - {1})
+            if not elsewhere.isdisjoint(each.leading):
+                self._doubts[number, layer] = AXIS
             elif each.as_many:
                 numbers = known | counts | set(lengths[layer.batch_dim : layer.batch_dim + 1])
                 if numbers - {1} and size not in numbers:
-                    self._doubts[self._thread.number, layer] = COUNT
+                    self._doubts[number, layer] = COUNT
 
     def find_doubt(self, number: int, layer: Layer, size: int, followed: bool) -> str | None:
         """Why nothing tells which samples a use is by.
@@ -410,4 +451,16 @@ class ModelCalls:
         return found
 
 
-__all__ = ["AXIS", "CHECKPOINTS", "COUNT", "DOUBTS", "PIECES", "ROWS", "SINGLE", "SIZES", "ModelCalls", "find_counts"]
+__all__ = [
+    "AXIS",
+    "CHECKPOINTS",
+    "COUNT",
+    "DOUBTS",
+    "ORDER",
+    "PIECES",
+    "ROWS",
+    "SINGLE",
+    "SIZES",
+    "ModelCalls",
+    "find_counts",
+]

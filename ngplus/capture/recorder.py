@@ -16,7 +16,7 @@ from __future__ import annotations
 import random
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -39,8 +39,8 @@ from ngplus.capture.completeness import Comparison, read_values
 from ngplus.capture.contractions import NoSampleGradient, UnsupportedCall
 from ngplus.capture.expressions import CONSTANTS, Expressions, Source, outputs_of
 from ngplus.capture.function_gradients import parse_function
-from ngplus.capture.function_mode import CaptureMode, FunctionCall, owner_of
-from ngplus.capture.model_calls import CHECKPOINTS, DOUBTS, ModelCalls, find_counts
+from ngplus.capture.function_mode import CaptureMode, FunctionCall, TimeMajor, owner_of
+from ngplus.capture.model_calls import CHECKPOINTS, DOUBTS, ORDER, ModelCalls, find_counts
 from ngplus.capture.op_handlers import OpCall, find_weights, parse_call
 from ngplus.capture.row_origins import RowOrigins
 from ngplus.capture.sample_index import SampleIndex
@@ -254,9 +254,12 @@ class Recorder:
             and not is_transformed()
         ):
             alive = weakref.ref(self)
-            mode = CaptureMode(partial(_record_call, alive), partial(_awaits, alive), partial(_trains, alive))
+            mode = CaptureMode(
+                partial(_record_call, alive), partial(_awaits, alive), partial(_trains, alive), partial(_trace, alive)
+            )
             outermost.module, outermost.depth, outermost.mode = module, 1, mode
             self._model_calls.begin()
+            self.trace(args)
             self._origins.counts = find_counts(args)
             mode.__enter__()  # type: ignore[no-untyped-call]
 
@@ -270,6 +273,14 @@ class Recorder:
             outermost.module = outermost.mode = None
             self._model_calls.end(args, (each.value for each in self._expressions.known.values()))
             self._forget_call()
+
+    def trace(self, arguments: Iterable[Any]) -> None:
+        """Find the earlier calls that arguments were computed from, which no recorded function may take as they are."""
+        for each in arguments:
+            if isinstance(each, Tensor):
+                self._model_calls.trace(each)
+            elif isinstance(each, (list, tuple, Mapping)):
+                self.trace(each.values() if isinstance(each, Mapping) else each)
 
     def awaits(self, arguments: Iterable[Any]) -> bool:
         """Whether the gradient of any of a call's arguments is awaited."""
@@ -484,7 +495,8 @@ class Recorder:
             rows, size = followed
             index = SampleIndex({"*": rows}, count=size)
         as_many = told and self.sample_index is None
-        self._model_calls.add_use(layer, size, op_call.unbatched, call.time_major, op_call.leading, as_many)
+        picked = None if told or layer.batch_dim else self._origins.find_rows(source)
+        self._model_calls.add_use(layer, size, op_call.unbatched, call.time_major, op_call.leading, as_many, picked)
         if op_call.unbatched and isinstance(source, Tensor) and source.dim() > 1:
             self._model_calls.add_unbatched()
         self._await_gradient(
@@ -587,6 +599,8 @@ class Recorder:
                 self._capture(record, use, gradient)
             samples = self._samples_of(use)
             captured = [each for each in record.captured if self._samples_of(each.use) == samples]
+            if len(captured) > 1 and (self._sampling.samples, self._sampling.model_calls) == ("batch", "separate"):
+                _check_order([each.use.inside for each in captured])
             awaited = any(self._samples_of(each) == samples for each in (*record.pending, *record.retained))
             waits = len(record.captured) == 1 and self._accumulator.waits(record.captured[0].pair)
             if (self._sampling.samples == "rows" or not awaited) and not waits:
@@ -752,6 +766,12 @@ class Recorder:
         return incomplete
 
 
+def _check_order(inside: Sequence[TimeMajor | None]) -> None:
+    """Refuse uses by the same samples in several recurrent calls of which any is on packed sequences."""
+    if any(each is not None and each.is_sorted for each in inside) and len(set(map(id, inside))) > 1:
+        raise UnsupportedCall(ORDER)
+
+
 def _record_call(recorder: weakref.ref[Recorder], call: FunctionCall) -> None:
     if (alive := recorder()) is not None and alive.armed:
         with alive._stopwatch.measure("curvature"):
@@ -764,6 +784,11 @@ def _awaits(recorder: weakref.ref[Recorder], arguments: Iterable[Any]) -> bool:
 
 def _trains(recorder: weakref.ref[Recorder], arguments: Iterable[Any]) -> bool:
     return (alive := recorder()) is not None and alive.armed and alive.trains(arguments)
+
+
+def _trace(recorder: weakref.ref[Recorder], arguments: Iterable[Any]) -> None:
+    if (alive := recorder()) is not None and alive.armed:
+        alive.trace(arguments)
 
 
 def _receive_gradient(recorder: weakref.ref[Recorder], use: WeightUse, gradient: Tensor) -> None:

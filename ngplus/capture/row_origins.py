@@ -206,6 +206,11 @@ class RowOrigins(threading.local):
                 return origin.find_samples(batch_dim)
         return None
 
+    def find_rows(self, source: Any) -> Tensor | None:
+        """Which rows of a batch an input's first dimension has, in their order; None where they are as they came."""
+        origin = self.find(source)
+        return None if origin is None or origin.dim or len(origin.leading) != 1 else origin.rows
+
     def follow(self, call: FunctionCall) -> None:
         """Note the origins of what a call returns."""
         function = call.function

@@ -12,7 +12,7 @@ from torch.autograd.graph import Node
 
 from ngplus.capture.accumulator import Statistic
 from ngplus.capture.completeness import Comparison
-from ngplus.capture.function_mode import FunctionCall, owner_of
+from ngplus.capture.function_mode import FunctionCall, TimeMajor, owner_of
 from ngplus.capture.op_handlers import OpCall
 from ngplus.capture.sample_index import SampleIndex
 from ngplus.factors.formed import Formed
@@ -56,7 +56,7 @@ class WeightUse:
     is_followed: bool
     batch_dim: int
     size: int
-    inside: object
+    inside: TimeMajor | None
     model_call: int
     recomputed_in: int
     versions: list[tuple[Tensor, int]]

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ngplus import NGPlus
-from ngplus.capture.model_calls import AXIS, COUNT, PIECES, ROWS, SINGLE, SIZES
+from ngplus.capture.model_calls import AXIS, COUNT, ORDER, PIECES, ROWS, SINGLE, SIZES
 from tests.ngplus import oracle
 from tests.ngplus.cases import points, recorded_warnings, seed_cpu
 
@@ -549,3 +549,169 @@ def test_pieces_of_a_batch_that_is_given_by_name_leave_their_layers_to_the_base(
     x = points(6, 4)
     model = Named(nn.Sequential(nn.Linear(4, 3)).double(), 3)
     assert named_layers(lambda m, which: oracle.energy(m(batch=x[which])), model, PIECES, 6) == {"body.0.weight"}
+
+
+@pytest.mark.parametrize("place", ["second", "by name"])
+def test_a_list_of_pieces_is_found_at_any_place_among_the_arguments(place):
+    class Scaled(Loop):
+        def forward(self, scale, images):
+            return scale * super().forward(images)
+
+    images = [points(1, 4) for _ in range(3)]
+    model = Scaled(nn.Linear(4, 3).double())
+
+    def run(m, which):
+        return oracle.energy(m(0.5, images[which]) if place == "second" else m(scale=0.5, images=images[which]))
+
+    assert named_layers(run, model, PIECES, 3) == {"body.weight"}
+
+
+class Chunks(nn.Module):
+    """A recurrent layer with a head, called chunk by chunk with the state of the last."""
+
+    def __init__(self, kind):
+        super().__init__()
+        seed_cpu(0)
+        self.recurrent, self.head = kind(3, 4, batch_first=True), nn.Linear(4, 2)
+        self.double()
+
+    def forward(self, x, state=None):
+        outputs, state = self.recurrent(x, state)
+        return self.head(outputs), state
+
+
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM, nn.RNN])
+def test_a_recurrent_layer_called_chunk_by_chunk_has_one_sample_a_sequence(kind):
+    x = points(5, 6, 3)
+
+    def run(m, which):
+        state, outputs = None, []
+        for chunk in x[which].split(2, dim=1):
+            output, state = m(chunk, state)
+            outputs.append(output)
+        return oracle.energy(tuple(outputs))
+
+    assert judge(run, 5, Chunks(kind)) <= 1e-10
+
+
+class Doubled(torch.autograd.Function):
+    """Twice its input; no function mode sees it."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * gradient
+
+
+def test_calls_whose_first_function_nobody_sees_have_the_same_samples():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4).double()
+
+        def forward(self, given):
+            return self.linear(Doubled.apply(given["x"][0]).tanh())
+
+    def run(m, which):
+        y = x[which]
+        for _ in range(3):
+            y = m({"x": [y]})
+        return oracle.energy(y)
+
+    x = points(5, 4)
+    assert judge(run, 5, Block()) <= 1e-10
+
+
+class Last(nn.Module):
+    """A head on the last state of a recurrent layer, (1, B, H), or on (1, B, C) of its own making."""
+
+    def __init__(self, *, recurrent):
+        super().__init__()
+        self.body = nn.LSTM(4, 3, batch_first=True) if recurrent else nn.Linear(4, 3)
+        self.head = nn.Linear(3, 2)
+        self.double()
+
+    def forward(self, x):
+        if isinstance(self.body, nn.LSTM):
+            return self.head(self.body(x)[1][0])[0]
+        return self.head(self.body(x[:, 0]).tanh().unsqueeze(0))[0]
+
+
+@pytest.mark.parametrize(("recurrent", "options"), [(True, {}), (True, {"batch_dim": 1}), (False, {})])
+def test_a_batch_behind_a_dimension_of_one_leaves_its_layer_to_the_base(recurrent, options):
+    x = points(5, 3, 4)
+    left = named_layers(lambda m, which: oracle.energy(m(x[which])), Last(recurrent=recurrent), AXIS, **options)
+    assert left == (set() if options else {"head.weight"})
+
+
+@pytest.mark.parametrize("first", [nn.Linear(4, 3), nn.LSTM(4, 3, batch_first=True)])
+def test_a_call_that_has_the_samples_of_the_one_before_elsewhere_leaves_its_layer_to_the_base(first):
+    x = points(5, 2, 4)
+    model = nn.ModuleDict({"first": copy.deepcopy(first), "then": nn.Linear(3, 2)}).double()
+
+    def run(m, which):
+        made = m["first"](x[which])
+        made = made[0] if isinstance(made, tuple) else made
+        return oracle.energy(m["then"](made.transpose(0, 1)))
+
+    assert named_layers(run, model, AXIS) == {"then.weight"}
+
+
+class Pair(nn.Module):
+    """Both members of a pair go through one layer, the rows of the second in an order of their own."""
+
+    def __init__(self, *, packed):
+        super().__init__()
+        seed_cpu(0)
+        self.packed = packed
+        self.layer = nn.LSTM(4, 3, batch_first=True) if packed else nn.Linear(4, 3)
+        self.double()
+
+    def encode(self, x, lengths):
+        if not self.packed:
+            order = lengths.argsort()
+            return self.layer(x[order].tanh())[order.argsort()]
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        return self.layer(packed)[1][0][0]
+
+    def forward(self, one, other, lengths):
+        if self.packed:
+            return self.encode(one, lengths) * self.encode(other, 7 - lengths)
+        return self.layer(one) * self.encode(other, lengths)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_layer_that_gets_the_batch_in_several_orders_goes_to_the_base(packed):
+    x, lengths = points(2, 4, 6, 4), torch.tensor([3, 6, 2, 5])
+    model = Pair(packed=packed)
+    left = named_layers(lambda m, s: oracle.energy(m(x[0, s], x[1, s], lengths[s])), model, ORDER, 4)
+    assert left == ({"layer.weight_ih_l0", "layer.weight_hh_l0"} if packed else {"layer.weight"})
+
+
+def test_calls_on_packed_sequences_in_orders_of_their_own_leave_the_layer_to_the_base():
+    x, lengths = points(2, 4, 6, 4), torch.tensor([3, 6, 2, 5])
+    model = nn.ModuleDict({"one": Pair(packed=True), "head": nn.Linear(3, 2)}).double()
+    model["one"].forward = model["one"].encode
+
+    def run(m, s):
+        return oracle.energy(m["head"](m["one"](x[0, s], lengths[s]) * m["one"](x[1, s], 7 - lengths[s])))
+
+    assert named_layers(run, model, ORDER, 4) == {"one.layer.weight_ih_l0", "one.layer.weight_hh_l0"}
+
+
+def test_rows_in_another_order_than_they_came_are_samples_all_the_same():
+    """Where the layers behind get one order alone, and where an option tells what the samples are."""
+    x, order = points(5, 4), torch.tensor([3, 0, 4, 1, 2])
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    gradients = oracle.energy_gradients(model, x)
+    oracle.descend(model, lambda m: oracle.energy(m(x[order])) / 5, damping=DAMPING)
+    assert oracle.error(model, oracle.directions(gradients, DAMPING)) <= 1e-10
+    pair, lengths = Pair(packed=False), torch.tensor([3, 6, 2, 5])
+    with recorded_warnings() as messages:
+        optimizer = NGPlus(pair, lr=1e-3, damping=DAMPING, model_calls="joined")
+        oracle.energy(pair(*points(2, 4, 6, 4), lengths)).backward()
+        optimizer.step()
+    assert messages == []
