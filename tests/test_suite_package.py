@@ -24,7 +24,7 @@ def test_both_packages_are_of_one_version_and_need_each_other():
     assert OWN["project"]["optional-dependencies"]["suite"] == [f"ngplus-suite=={version}"]
     (needed,) = SUITE["project"]["dependencies"]
     assert needed.endswith(f"]=={version}")
-    assert OWN["project"]["dependencies"] == ["torch>=2.8"]
+    assert OWN["project"]["dependencies"] == ["torch>=2.12"]
 
 
 def test_its_command_is_the_command_line():
