@@ -129,13 +129,10 @@ def find_counts(inputs: Any) -> set[int]:
 
 def _are_equal(one: Tensor | None, other: Tensor | None) -> bool:
     """Whether both are the same rows in the same order; None is all of them, as they come."""
-    if one is other:
-        return True
-    one, other = (
-        torch.arange(len(there), device=there.device) if each is None and there is not None else each
-        for each, there in ((one, other), (other, one))
-    )
-    return one is not None and other is not None and torch.equal(one, other)
+    if one is None or other is None:
+        given = other if one is None else one
+        return given is None or torch.equal(given, torch.arange(len(given), device=given.device))
+    return one is other or torch.equal(one, other)
 
 
 @dataclass(eq=False, slots=True)

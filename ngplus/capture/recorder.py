@@ -599,8 +599,8 @@ class Recorder:
                 self._capture(record, use, gradient)
             samples = self._samples_of(use)
             captured = [each for each in record.captured if self._samples_of(each.use) == samples]
-            if len(captured) > 1 and (self._sampling.samples, self._sampling.model_calls) == ("batch", "separate"):
-                _check_order([each.use.inside for each in captured])
+            if self._sampling.samples == "batch" and self._sampling.model_calls == "separate":
+                _check_order({each.use.inside for each in captured})
             awaited = any(self._samples_of(each) == samples for each in (*record.pending, *record.retained))
             waits = len(record.captured) == 1 and self._accumulator.waits(record.captured[0].pair)
             if (self._sampling.samples == "rows" or not awaited) and not waits:
@@ -766,9 +766,9 @@ class Recorder:
         return incomplete
 
 
-def _check_order(inside: Sequence[TimeMajor | None]) -> None:
+def _check_order(inside: set[TimeMajor | None]) -> None:
     """Refuse uses by the same samples in several recurrent calls of which any is on packed sequences."""
-    if any(each is not None and each.is_sorted for each in inside) and len(set(map(id, inside))) > 1:
+    if len(inside) > 1 and any(each is not None and each.is_sorted for each in inside):
         raise UnsupportedCall(ORDER)
 
 
