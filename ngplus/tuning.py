@@ -29,7 +29,7 @@ class Tuning:
             inverse, 2p²q.
         low_rank_from: shortest side of a matrix for which (14) is cheaper than an inverse that is applied, and made, in
             one batch with others: below, the calls take longer than what they compute.
-        float64_above: Frobenius norm of UᵀU over λ above which (14) is made in float64.
+        float64_above: Frobenius norm of L, or of UᵀU, over λ above which an inverse is made in float64.
         refine_above: ‖L‖/λ above which a low-rank direction is refined.
         cholesky_tries: how often the damping of a matrix that does not factorise is raised tenfold.
         capture_tries: steps in a row on which a layer without curvature that has a gradient is captured again.
@@ -40,6 +40,8 @@ class Tuning:
         summed_weights: elements of its weight up to which they are.
         long_table: rows from which on one block of rows in sixteen is compared.
         inverted_elements: of the matrices that are inverted as one batch, which takes four times as many of float64.
+        inverted_block: side of a matrix up to which LAPACK inverts it faster than products do.
+        inverted_multiplications: bp³ of a batch from which on products do.
         exchanged_elements: of the gradients that a process with sharded weights sends at a time.
         averaged_elements: of the matrices that are averaged over processes at a time.
         replicated_from: ratio of a sharded weight's sides from which on every process keeps the inverse in any case.
@@ -68,6 +70,8 @@ class Tuning:
     summed_weights: int = 2**20
     long_table: int = 2**13
     inverted_elements: int = 2**24
+    inverted_block: int = 64
+    inverted_multiplications: int = 2**22
     exchanged_elements: int = 2**25
     averaged_elements: int = 2**25
     replicated_from: int = 16

@@ -330,7 +330,7 @@ def _join(factors: Sequence[Dense]) -> Dense:
     """Factors of equal sizes as one of all their positions."""
     if len(factors) == 1:
         return factors[0]
-    return replace(factors[0], entries=torch.cat([factor.entries for factor in factors], dim=3))
+    return replace(factors[0], entries=torch.cat([factor.entries.mT for factor in factors], dim=2).mT)
 
 
 def is_zero(tensor: Tensor) -> bool:

@@ -208,7 +208,7 @@ class Recorder:
         if self.armed:
             self._finalizer()
             self._handles = []
-        self._forget()
+            self._forget()
 
     def discard(self) -> None:
         """Forget what was summed so far, but not the forward passes whose backward is still to come."""

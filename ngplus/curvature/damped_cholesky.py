@@ -41,14 +41,28 @@ def invert(requests: Sequence[InverseRequest], tuning: Tuning = DEFAULT) -> None
 
     Args:
         requests: changed in place.
-        tuning: how often a damping is raised, and how large a batch is.
+        tuning: how often a damping is raised, how large a batch is, and up to which ‖L‖/λ its precision is L's.
     """
-    sizes: dict[tuple[int, torch.device], list[InverseRequest]] = {}
-    for request in requests:
-        sizes.setdefault((request.matrices.shape[-1], request.matrices.device), []).append(request)
-    for (side, _), together in sizes.items():
+    batches: dict[tuple[int, torch.dtype, torch.device, bool], list[InverseRequest]] = {}
+    well_conditioned = _find_well_conditioned(requests, tuning.float64_above)
+    for request, is_well_conditioned in zip(requests, well_conditioned, strict=True):
+        matrices = request.matrices
+        dtype = matrices.dtype if is_well_conditioned else factor_dtype(matrices)
+        key = matrices.shape[-1], dtype, matrices.device, is_well_conditioned
+        batches.setdefault(key, []).append(request)
+    for (side, dtype, _, is_well_conditioned), together in batches.items():
         for batch in _cut(together, max(1, tuning.inverted_elements // side**2)):
-            _invert_batch(batch, tuning.cholesky_tries)
+            if not (is_well_conditioned and _invert_in_blocks(batch, dtype, tuning)):
+                _invert_batch(batch, dtype, tuning.cholesky_tries)
+
+
+def _find_well_conditioned(requests: Sequence[InverseRequest], limit: float) -> list[bool]:
+    """Whether ‖L‖ ≤ limit·λ in the Frobenius norm, for all matrices of each request. Synchronizes once."""
+    if not requests:
+        return []
+    norms = [torch.linalg.vector_norm(request.matrices, dim=(1, 2)).amax() for request in requests]
+    largest = torch.stack([norm.to(norms[0].device, torch.float32) for norm in norms]).tolist()
+    return [norm <= limit * request.damping for norm, request in zip(largest, requests, strict=True)]
 
 
 def _cut(requests: Sequence[InverseRequest], matrices: int) -> Iterator[list[InverseRequest]]:
@@ -80,10 +94,10 @@ def invert_one(matrix: Tensor, damping: float) -> Tensor | None:
     return None if request.inverse is None or request.used_damping != damping else request.inverse[0]
 
 
-def _invert_batch(requests: Sequence[InverseRequest], tries: int) -> None:
-    counts = [len(request.matrices) for request in requests]
-    dampings = [request.damping for request, count in zip(requests, counts, strict=True) for _ in range(count)]
-    matrices = _join(requests)
+def _invert_batch(requests: Sequence[InverseRequest], dtype: torch.dtype, tries: int) -> None:
+    """Invert matrices of one size with Cholesky factors of ``dtype``, raising the damping of those without so often."""
+    dampings = [request.damping for request in requests for _ in request.matrices]
+    matrices = _join(requests, dtype)
     damping = matrices.new_tensor(dampings)
     factors, failed = _factorise(matrices, damping)
     failures: list[bool] = failed.tolist()
@@ -92,27 +106,31 @@ def _invert_batch(requests: Sequence[InverseRequest], tries: int) -> None:
         if not any(failures):
             break
         damping = torch.where(failed, damping * 10, damping)
-        factors[failed], failed_again = _factorise(_join(requests)[failed], damping[failed])
+        factors[failed], failed_again = _factorise(_join(requests, dtype)[failed], damping[failed])
         failed = failed.clone().masked_scatter_(failed, failed_again)
         failures, used = failed.tolist(), damping.tolist()
+    _assign(requests, torch.cholesky_inverse(factors), failures, used)
+
+
+def _assign(requests: Sequence[InverseRequest], inverses: Tensor, failures: Sequence[bool], used: list[float]) -> None:
+    """Give each request its inverses and the largest λ that they needed, unless one of them failed."""
     dtypes = {request.matrices.dtype for request in requests}
-    inverses = torch.cholesky_inverse(factors)
     inverses = inverses.to(dtypes.pop()) if len(dtypes) == 1 else inverses
     start = 0
-    for request, count, inverse in zip(requests, counts, torch.split(inverses, counts), strict=True):
-        stop = start + count
+    for request in requests:
+        stop = start + len(request.matrices)
         if not any(failures[start:stop]):
-            request.inverse = inverse.to(request.matrices.dtype)
+            request.inverse = inverses[start:stop].to(request.matrices.dtype)
             raised = max(used[start:stop], default=request.damping)
             request.used_damping = raised if raised > 2 * request.damping else request.damping  # λ in float32 is not λ
         start = stop
 
 
-def _join(requests: Sequence[InverseRequest]) -> Tensor:
-    """The matrices of all requests in the dtype of the factorisation, in memory of their own."""
+def _join(requests: Sequence[InverseRequest], dtype: torch.dtype) -> Tensor:
+    """The matrices of all requests in ``dtype``, in memory of their own."""
     stacks = [request.matrices for request in requests]
     joined = stacks[0] if len(stacks) == 1 else torch.cat(stacks)
-    return joined.to(factor_dtype(joined), copy=len(stacks) == 1)
+    return joined.to(dtype, copy=len(stacks) == 1)
 
 
 def _factorise(matrices: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,6 +140,43 @@ def _factorise(matrices: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     # An entry that is not finite makes the diagonal's of its row so too.
     finite = factors.diagonal(dim1=-2, dim2=-1).isfinite().all(dim=1)
     return factors, (info != 0) | ~finite
+
+
+def _invert_in_blocks(requests: Sequence[InverseRequest], dtype: torch.dtype, tuning: Tuning) -> bool:
+    """Invert well conditioned matrices of one size block by block, unless it is no faster or one is indefinite."""
+    dampings = [request.damping for request in requests for _ in request.matrices]
+    first, size = requests[0].matrices, requests[0].matrices.shape[-1]
+    large = size > tuning.inverted_block and len(dampings) * size**3 >= tuning.inverted_multiplications
+    if not (large and first.device.type == "cpu" and torch.get_float32_matmul_precision() == "highest"):
+        return False
+    matrices = _join(requests, dtype)
+    matrices.diagonal(dim1=-2, dim2=-1).add_(matrices.new_tensor(dampings).unsqueeze(-1))
+    if not _invert_blocks_(matrices, tuning.inverted_block):
+        return False
+    _assign(requests, matrices, [False] * len(dampings), dampings)
+    return True
+
+
+def _invert_blocks_(matrices: Tensor, block: int) -> bool:
+    """Overwrite (b, p, p) by its inverses, see the module; unless one is not positive definite, which spoils it."""
+    size = matrices.shape[-1]
+    if size <= block:
+        factors, info = torch.linalg.cholesky_ex(matrices)
+        matrices.copy_(torch.cholesky_inverse(factors))
+        return not bool(info.any())
+    half = size // 2
+    A, B, C = matrices[:, :half, :half], matrices[:, :half, half:], matrices[:, half:, half:]
+    if not _invert_blocks_(A, block):
+        return False
+    W = torch.bmm(A, B)
+    C.baddbmm_(B.mT, W, alpha=-1)
+    if not _invert_blocks_(C, block):
+        return False
+    WC = torch.bmm(W, C)
+    A.baddbmm_(WC, W.mT)
+    torch.neg(WC, out=B)
+    matrices[:, half:, :half] = B.mT
+    return True
 
 
 __all__ = ["InverseRequest", "invert", "invert_one"]

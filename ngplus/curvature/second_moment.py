@@ -184,7 +184,7 @@ def _multiply_by_gram(
     short: Sequence[Factor], long: Sequence[Factor], _shape: MatrixShape, _limit: int
 ) -> tuple[Tensor, Tensor]:
     columns = concatenate(short)  # (b, groups, p, κ)
-    return columns @ gram(long), columns
+    return (gram(long) @ columns.mT).mT, columns  # in whose memory a position's entries lie side by side
 
 
 def _form(short: Sequence[Factor], long: Sequence[Factor], shape: MatrixShape, limit: int) -> tuple[Tensor, Tensor]:
@@ -294,9 +294,9 @@ def _add_outer_(sums: list[Tensor], left: Tensor, right: Tensor, shape: MatrixSh
 
 
 def _add_products_(total: Tensor, left: Tensor, right: Tensor, beta: int) -> bool:
-    """Add Σᵢ left_i right_iᵀ for (b, p, c): without a copy where products are long, as one where they are short."""
-    if left.shape[2] == 1:
-        return add_lower_(total, left[:, :, 0].T, right[:, :, 0].T, beta=beta)
+    """Add Σᵢ left_i right_iᵀ for (b, p, c): as one product where that takes no copy."""
+    if left.shape[2] == 1 or all(each.mT.is_contiguous() for each in (left, right)):
+        left, right = (each.mT.flatten(0, 1).T for each in (left, right))
     return add_lower_(total, left, right, beta=beta)
 
 

@@ -86,4 +86,6 @@ def append_row(entries: Tensor, appended: float | None) -> Tensor:
     if appended is None:
         return entries
     row = entries.new_full((), appended).expand(*entries.shape[:2], 1, entries.shape[3])
+    if entries.stride(2) == 1:  # a position's entries lie side by side, and will
+        return torch.cat([entries.mT, row.mT], dim=3).mT
     return torch.cat([entries, row], dim=2)

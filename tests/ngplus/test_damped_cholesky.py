@@ -9,7 +9,7 @@ from torch import nn
 from ngplus import NGPlus
 from ngplus.curvature import damped_cholesky
 from ngplus.curvature.damped_cholesky import InverseRequest, invert, invert_one
-from ngplus.tuning import DEFAULT
+from ngplus.tuning import DEFAULT, Tuning
 from tests.ngplus.cases import recorded_warnings, seed_cpu
 
 
@@ -47,6 +47,64 @@ def test_single_precision_is_factorised_in_double():
     assert request.inverse.dtype == torch.float32
     expected = torch.linalg.inv(matrix[0].double() + 1e-9 * torch.eye(2, dtype=torch.float64))
     torch.testing.assert_close(request.inverse[0].double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [3, 65, 129, 200, 321])
+def test_well_conditioned_matrices_are_inverted_as_exactly_block_by_block(monkeypatch, dtype, size):
+    """‖L‖ is nearly 2λ or .2λ; against eigenvalues in float64."""
+    factorised = []
+    factorise = torch.linalg.cholesky_ex
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda a: factorised.append((len(a[0]), a.dtype)) or factorise(a))
+    matrices = semidefinite(3, size, dtype=torch.float64)
+    matrices *= 0.59 / torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True)
+    requests = [InverseRequest(matrices[:2].to(dtype), 0.3), InverseRequest(matrices[2:].to(dtype), 3.0)]
+    invert(requests, Tuning(inverted_multiplications=2**10))
+    for request in requests:
+        values, vectors = torch.linalg.eigh(request.matrices.double())
+        expected = (vectors / (request.damping + values).unsqueeze(1)) @ vectors.mT
+        allowed = 16 * torch.finfo(dtype).eps / request.damping
+        torch.testing.assert_close(request.inverse.double(), expected, rtol=0, atol=allowed)
+        assert request.inverse.dtype == dtype
+        assert request.used_damping == request.damping
+    assert {found for _, found in factorised} == {dtype}
+    assert max(length for length, _ in factorised) <= DEFAULT.inverted_block
+
+
+def test_each_matrix_is_inverted_in_the_precision_that_its_condition_needs(monkeypatch):
+    factorised = []
+    factorise = torch.linalg.cholesky_ex
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda a: factorised.append((len(a), a.dtype)) or factorise(a))
+    well, badly = torch.eye(2)[None] * 0.1, torch.ones(1, 2, 2)
+    requests = [InverseRequest(matrices, 0.1) for matrices in (well, badly, well, torch.cat([well, badly]))]
+    invert(requests)
+    assert sorted(factorised, key=str) == [(2, torch.float32), (3, torch.float64)]
+    for request in requests:
+        expected = torch.linalg.inv(request.matrices.double() + 0.1 * torch.eye(2, dtype=torch.float64))
+        torch.testing.assert_close(request.inverse.double(), expected, rtol=1e-6, atol=0)
+
+
+def test_blocks_of_a_matrix_that_is_not_definite_are_not_used():
+    """‖L‖ is less than 2λ, but L's smallest eigenvalue is −1.5λ."""
+    matrix = torch.zeros(1, 100, 100)
+    matrix[0, 70, 70] = -0.15
+    requests = [InverseRequest(matrix, 0.1), InverseRequest(torch.zeros(1, 100, 100), 0.1)]
+    invert(requests, Tuning(inverted_multiplications=0))
+    assert [request.used_damping for request in requests] == [1.0, 0.1]
+    torch.testing.assert_close(requests[0].inverse[0, 70, 70], torch.tensor(1 / 0.85))
+    torch.testing.assert_close(requests[1].inverse[0], torch.eye(100) * 10)
+
+
+def test_products_of_reduced_precision_make_no_inverse():
+    matrix = semidefinite(1, 100, dtype=torch.float32)
+    request = InverseRequest(matrix / matrix.norm(), 1.0)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        invert([request], Tuning(inverted_multiplications=0))
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    expected = torch.linalg.inv(request.matrices.double() + torch.eye(100, dtype=torch.float64))
+    torch.testing.assert_close(request.inverse.double(), expected, rtol=0, atol=1e-6)
 
 
 def test_a_matrix_that_is_not_definite_gets_ten_times_the_damping_until_it_is():
