@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -92,48 +92,64 @@ _WITHOUT_TENSORS = (int, float, torch.Size, torch.device, torch.dtype)
 """What calls that ask something of a tensor return: most calls of a small model do."""
 
 
+class CallObserver(Protocol):
+    """Who is told of function calls, and says which of them are to be taken apart."""
+
+    @property
+    def armed(self) -> bool:
+        """Whether there is anything to tell it."""
+        ...
+
+    def record_call(self, call: FunctionCall) -> None:
+        """Take a call that has been made."""
+        ...
+
+    def awaits(self, arguments: Iterable[Any]) -> bool:
+        """Whether the gradient of any of some arguments is awaited."""
+        ...
+
+    def trains(self, arguments: Iterable[Any]) -> bool:
+        """Whether any of some tensors is made of weights alone and carries them a gradient."""
+        ...
+
+    def trace(self, arguments: Iterable[Any]) -> None:
+        """Take the arguments of a call that is made of others, which are recorded in its place."""
+        ...
+
+
 class CaptureMode(TorchFunctionMode):
-    """Hands every function call that is made while it is on to ``record``.
+    """Tells an observer of every function call that is made while it is on.
 
     Args:
-        record: takes the calls.
-        awaits: whether the gradient of any of some arguments is awaited.
-        trains: whether any of some tensors is made of weights alone and carries them a gradient.
-        trace: takes the arguments of a call that is made of others, which are handed on in its place.
+        observer: gives the observer, or None where it is no more, as a weak reference does.
     """
 
-    def __init__(
-        self,
-        record: Callable[[FunctionCall], None],
-        awaits: Callable[[Iterable[Any]], bool] = lambda _: False,
-        trains: Callable[[Iterable[Any]], bool] = lambda _: False,
-        trace: Callable[[Iterable[Any]], None] = lambda _: None,
-    ) -> None:
+    def __init__(self, observer: Callable[[], CallObserver | None]) -> None:
         super().__init__()
-        self._record = record
-        self._awaits = awaits
-        self._trains = trains
-        self._trace = trace
+        self._observer = observer
         self._time_major: TimeMajor | None = None
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        observer = self._observer()
+        if observer is None or not observer.armed:
+            return func(*args, **kwargs)
         if func is F.multi_head_attention_forward:
             query = args[0] if args else kwargs["query"]
             batch = query.shape[1] if query.dim() == 3 else 1
             return self._run_inside(partial(undispatched(func), *args, **kwargs), TimeMajor(batch, 3, query.shape))
         if (parse := RECURRENT_CALLS.get(func)) is not None and not kwargs:
             call = parse(*args)
-            self._trace(args)
-            if self._trains(map(owner_of, call.state)):  # parsed again where what the state goes into is recorded
+            observer.trace(args)
+            if observer.trains(map(owner_of, call.state)):  # parsed again where what the state goes into is recorded
                 return self._run_inside(lambda: parse(*args).run(F.linear), self._inside(call))
-            if self._awaits(_flatten(args)):
+            if observer.awaits(_flatten(args)):
                 return self._run_unfused(call)
         output = func(*args, **kwargs)
         if not isinstance(output, _WITHOUT_TENSORS):
-            self._record(FunctionCall(func, args, kwargs, output, self._time_major))
+            observer.record_call(FunctionCall(func, args, kwargs, output, self._time_major))
         return output
 
     @staticmethod
@@ -160,4 +176,4 @@ class CaptureMode(TorchFunctionMode):
             self._time_major = outer
 
 
-__all__ = ["CaptureMode", "FunctionCall", "TimeMajor", "owner_of"]
+__all__ = ["CallObserver", "CaptureMode", "FunctionCall", "TimeMajor", "owner_of"]

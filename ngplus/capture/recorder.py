@@ -253,10 +253,7 @@ class Recorder:
             and torch.is_grad_enabled()
             and not is_transformed()
         ):
-            alive = weakref.ref(self)
-            mode = CaptureMode(
-                partial(_record_call, alive), partial(_awaits, alive), partial(_trains, alive), partial(_trace, alive)
-            )
+            mode = CaptureMode(weakref.ref(self))
             outermost.module, outermost.depth, outermost.mode = module, 1, mode
             self._model_calls.begin()
             self.trace(args)
@@ -298,6 +295,10 @@ class Recorder:
 
     def record_call(self, call: FunctionCall) -> None:
         """Record the uses of weights in a function call that the forward pass made."""
+        with self._stopwatch.measure("curvature"):
+            self._record_call(call)
+
+    def _record_call(self, call: FunctionCall) -> None:
         expressions = self._expressions
         unread: _Unread | None = None
         arguments, free, transformed = 0, True, is_transformed()
@@ -770,25 +771,6 @@ def _check_order(inside: set[TimeMajor | None]) -> None:
     """Refuse uses by the same samples in several recurrent calls of which any is on packed sequences."""
     if len(inside) > 1 and any(each is not None and each.is_sorted for each in inside):
         raise UnsupportedCall(ORDER)
-
-
-def _record_call(recorder: weakref.ref[Recorder], call: FunctionCall) -> None:
-    if (alive := recorder()) is not None and alive.armed:
-        with alive._stopwatch.measure("curvature"):
-            alive.record_call(call)
-
-
-def _awaits(recorder: weakref.ref[Recorder], arguments: Iterable[Any]) -> bool:
-    return (alive := recorder()) is not None and alive.armed and alive.awaits(arguments)
-
-
-def _trains(recorder: weakref.ref[Recorder], arguments: Iterable[Any]) -> bool:
-    return (alive := recorder()) is not None and alive.armed and alive.trains(arguments)
-
-
-def _trace(recorder: weakref.ref[Recorder], arguments: Iterable[Any]) -> None:
-    if (alive := recorder()) is not None and alive.armed:
-        alive.trace(arguments)
 
 
 def _receive_gradient(recorder: weakref.ref[Recorder], use: WeightUse, gradient: Tensor) -> None:

@@ -15,6 +15,27 @@ from tests.ngplus.allocations import peak_elements
 from tests.ngplus.cases import points, seed_cpu
 
 
+class Observer:
+    """A `CallObserver` that keeps all calls, and awaits every weight or none."""
+
+    armed = True
+
+    def __init__(self, is_awaited=True):
+        self.is_awaited, self.calls = is_awaited, []
+
+    def record_call(self, call):
+        self.calls.append(call)
+
+    def awaits(self, arguments):
+        return self.is_awaited
+
+    def trains(self, arguments):
+        return False
+
+    def trace(self, arguments):
+        pass
+
+
 class Recurrent(nn.Module):
     """A recurrent layer, from a state of its own or from zeros, and perhaps on a packed sequence."""
 
@@ -165,9 +186,9 @@ def test_cells_that_a_loop_calls_match_the_oracle(kind):
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_layer_run_step_by_step_returns_what_the_fused_call_does(kind, options, packed):
-    model, x = Recurrent(KINDS[kind], **OPTIONS[options]), points(4, 4, 4)
+    model, x, observer = Recurrent(KINDS[kind], **OPTIONS[options]), points(4, 4, 4), Observer()
     lengths = torch.tensor([4, 2, 3, 1]) if packed else None
-    with CaptureMode(lambda call: None, lambda arguments: True):
+    with CaptureMode(lambda: observer):
         stepwise = model(x, lengths)
     for found, expected in zip(stepwise, model(x, lengths), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
@@ -176,15 +197,12 @@ def test_a_layer_run_step_by_step_returns_what_the_fused_call_does(kind, options
 def test_dropout_between_layers_drops_its_share_on_curvature_steps():
     seed_cpu(0)
     layer = nn.LSTM(4, 200, num_layers=2, dropout=0.4).double()
-    shares = []
-
-    def look(call):
-        if call.name == "linear" and call.args[0].dim() == 3 and call.args[0].shape[2] == 200:
-            shares.append(float((call.args[0] == 0).double().mean()))
-
-    with CaptureMode(look, lambda arguments: True):
+    observer = Observer()
+    with CaptureMode(lambda: observer):
         layer(points(9, 20, 4))
         layer.eval()(points(9, 20, 4))
+    inputs = [call.args[0] for call in observer.calls if call.name == "linear"]
+    shares = [float((x == 0).double().mean()) for x in inputs if x.dim() == 3 and x.shape[2] == 200]
     assert shares == pytest.approx([0.4, 0.0], abs=0.02)
 
 
@@ -212,10 +230,10 @@ def test_baselines_have_the_factors_of_recurrent_layers(kind):
 
 def test_a_frozen_layer_stays_fused():
     model = nn.Sequential(nn.Linear(4, 4), Recurrent(nn.LSTM).requires_grad_(False)).double()
-    calls = []
-    with CaptureMode(lambda call: calls.append(call.name), lambda arguments: False):
+    observer = Observer(is_awaited=False)
+    with CaptureMode(lambda: observer):
         model(points(3, 2, 4))
-    assert "lstm" in calls
+    assert "lstm" in [call.name for call in observer.calls]
     optimizer = NGPlus(model, lr=1e-9, damping=0.3, update_every=1, batch_dim=1)
     oracle.batch_loss(points(3, 2, 4), batch_dim=1)(model).backward()
     optimizer.step()
