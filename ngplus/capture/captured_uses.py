@@ -1,0 +1,406 @@
+"""Uses of weights from the forward pass to the sums over their samples.
+
+A use waits for the gradient of its output, in a hook on it. When that comes back its factors are captured, compared
+with the gradient that the same backward pass brings to the weight, and summed as soon as the uses by the same samples
+are there, so that nothing is kept. Tensor hooks survive in-place activations, and a forward pass whose backward never
+comes leaves nothing behind, since everything hangs on its graph.
+"""
+
+from __future__ import annotations
+
+import random
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ngplus._torch_internals import accumulates, backward_pass_number, is_transformed, retains_graph
+from ngplus.capture.accumulator import Accumulator, Addition, Sampling, Statistic, is_zero
+from ngplus.capture.compared_entries import ComparedEntries, choose_bias_entries, sample_entries
+from ngplus.capture.completeness import Comparison, read_values
+from ngplus.capture.contractions import UnsupportedCall
+from ngplus.capture.function_mode import FunctionCall, TimeMajor
+from ngplus.capture.model_calls import CHECKPOINTS, DOUBTS, ORDER, ModelCalls
+from ngplus.capture.sample_index import SampleIndex
+from ngplus.capture.weight_use import CapturedPair, LayerRecord, WeightHook, WeightUse
+from ngplus.capture.whole_weights import WholeWeights
+from ngplus.curvature.all_reduce import world_size
+from ngplus.factors.pair import FactorPair
+from ngplus.guards.amp import without_autocast
+from ngplus.layers import Layer
+from ngplus.profiling import Stopwatch
+from ngplus.tuning import DEFAULT, Tuning
+
+INCOMPLETE = (
+    "has a gradient that is not the sum of its captured uses: it is used outside of the model's calls too "
+    "(in the training loop, through model.forward, in a torch.autograd.Function, as a penalty or in derivatives), or "
+    "goes into a function that mixes samples"
+)
+"""Why a layer is left to the base whose gradient has other sources than what was captured."""
+
+INCOMPLETE_BIAS = (
+    "has a bias whose gradient is not the sum of its captured uses: the bias is used outside of the model's calls too "
+    "(in the training loop, as a penalty or in derivatives)"
+)
+"""The same of its bias."""
+
+BY_HAND = (
+    "has a gradient that was put together by hand from several backward passes, some of which zero_grad has discarded"
+)
+"""Why all layers are left to the base where this is true of one of them."""
+
+UNREADABLE = (RuntimeError, NotImplementedError, TypeError, IndexError, AttributeError)
+"""What a handler may raise of a layout or a dtype that it does not expect; it must not end the backward pass."""
+
+
+class CapturedUses:
+    """The uses of a model's weights since the optimizer's last step, and what was summed of them.
+
+    Args:
+        layers: whose uses they are.
+        sampling: see `Sampling`.
+        accumulator: sums what is captured.
+        model_calls: which calls see the same samples.
+        whole: the whole weights of a sharded model; None of others.
+        stopwatch: gets the seconds spent on curvature.
+        tuning: of the comparison with the gradient.
+
+    Attributes:
+        weight_hooks: on the weights whose gradients are compared.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        sampling: Sampling,
+        accumulator: Accumulator,
+        model_calls: ModelCalls,
+        whole: WholeWeights | None,
+        stopwatch: Stopwatch,
+        tuning: Tuning = DEFAULT,
+    ) -> None:
+        self._layers = layers
+        self._sampling = sampling
+        self._accumulator = accumulator
+        self._model_calls = model_calls
+        self._whole = whole
+        self._stopwatch = stopwatch
+        self._tuning = tuning
+        self._records: dict[Layer, LayerRecord] = {}
+        self._hooked: set[tuple[Layer, int]] = set()
+        self._random = random.Random(0)
+        self.weight_hooks: list[WeightHook] = []
+
+    def discard(self) -> None:
+        """Forget what was summed so far, but not the uses whose gradients are still to come."""
+        for record in self._records.values():
+            record.discard()
+
+    def clear(self) -> None:
+        """Forget everything, and leave the weights as they were."""
+        self._records = {}
+        remove_hooks(self.weight_hooks)
+        self._hooked = set()
+
+    # Forward: what is awaited -------------------------------------------------------------------------------------
+
+    def refuse(self, layer: Layer, reason: str) -> None:
+        """Leave a layer to the base."""
+        self._record(layer).unsupported = reason
+
+    def await_gradient(self, layer: Layer, call: FunctionCall, use: WeightUse) -> None:
+        """Await the gradient of the output of a call that uses a layer's weight."""
+        record = self._record(layer, call.output)
+        record.accumulator = use.accumulator  # of older uses too, if their graph is alive
+        record.pending.add(use)
+        hook = partial(_receive_gradient, weakref.ref(self), use)  # weakly: a loss that is kept would keep this
+        output = _hooked_tensor(call.output)
+        if self._whole is None or use.call.is_read or output.grad_fn is None:
+            output.register_hook(hook)  # type: ignore[no-untyped-call]
+        else:  # the weights are needed, which a hook of `fully_shard` on the same tensor gathers before this one
+            output.grad_fn.register_prehook(partial(_receive_one, hook, output.output_nr))
+
+    def _record(self, layer: Layer, output: Tensor | None = None) -> LayerRecord:
+        """The record of a layer; a new one where there is none, or where the layer's matrix has another shape now."""
+        shape = layer.shape(self._sampling.block_size)
+        record = self._records.get(layer)
+        if record is None or record.statistic.shape != shape:
+            record = self._records[layer] = LayerRecord(layer, self._accumulator.statistic(shape))
+            if self._sampling.partial_capture == "base":
+                elements = 0 if output is None else output.values().numel() if output.is_nested else output.numel()
+                entries = sample_entries(layer, shape, elements, self._random, self._tuning)
+                record.comparison = self._start_comparison(layer, layer.weight, entries)
+                if layer.bias is not None and (bias_entries := choose_bias_entries(layer, entries)) is not None:
+                    record.bias_comparison = self._start_comparison(layer, layer.bias, bias_entries)
+                    if layer.bias.requires_grad and not is_transformed():
+                        record.bias_accumulator = torch.autograd.graph.get_gradient_edge(layer.bias).node
+        return record
+
+    def _start_comparison(self, layer: Layer, parameter: Tensor, entries: ComparedEntries) -> Comparison:
+        """Compare what is captured of a layer with the gradient that backward passes bring to one of its parameters."""
+        if parameter.requires_grad and (layer, id(parameter)) not in self._hooked:
+            self._hooked.add((layer, id(parameter)))
+            hook = partial(_compare_gradient, weakref.ref(self), layer, parameter)
+            self.weight_hooks.append(WeightHook(parameter, hook))
+        return Comparison(entries)
+
+    # Backward: gradients of outputs, and of weights ---------------------------------------------------------------
+
+    def receive_gradient(self, use: WeightUse, gradient: Tensor) -> None:
+        """Take the gradient of a call's output, in a backward pass that also reaches the weight."""
+        record = self._records.get(use.call.layer)
+        if use.returned or record is None or not accumulates(use.accumulator):
+            return
+        self._model_calls.release_frame()
+        backward_pass = backward_pass_number()
+        if record.backward_pass != backward_pass:
+            self._reduce(record, record.captured)
+            self._drop_stale(record)
+            self._check_checkpoint(record, use, backward_pass)
+            record.backward_pass = backward_pass
+        record.pending.discard(use)
+        use.add_gradient(gradient)
+        if retains_graph():
+            record.retained.add(use)
+        else:
+            self._finish(record, use)
+
+    def compare_gradient(self, layer: Layer, parameter: Tensor, gradient: Tensor) -> None:
+        """Take the gradient that a backward pass brings to a layer's weight or bias."""
+        record = self._records.get(layer)
+        if record is None or record.accumulator is None or record.unsupported is not None:
+            return
+        is_bias = parameter is not layer.weight
+        comparison = record.bias_comparison if is_bias else record.comparison
+        accumulator = record.bias_accumulator if is_bias else record.accumulator
+        if comparison is None or accumulator is None or not accumulates(accumulator):
+            return
+        if comparison.is_empty and parameter.grad is not None:
+            # What is there before the first backward pass of a captured use has another source, or is zero.
+            comparison.add_gradient(parameter.grad.detach())
+        comparison.add_gradient(gradient.detach() if gradient.requires_grad else gradient)
+
+    def _finish(self, record: LayerRecord, use: WeightUse) -> None:
+        """Capture the factors of a use whose gradient is complete, and sum those of the samples that are."""
+        record.retained.discard(use)
+        gradient = use.take_gradient()
+        try:
+            if gradient is not None and gradient.numel() and record.unsupported is None:
+                # An empty batch, or sequences of length zero, have nothing to sum.
+                self._capture(record, use, gradient)
+            samples = self._samples_of(use)
+            captured = [each for each in record.captured if self._samples_of(each.use) == samples]
+            if self._sampling.samples == "batch" and self._sampling.model_calls == "separate":
+                _check_order({each.use.inside for each in captured})
+            awaited = any(self._samples_of(each) == samples for each in (*record.pending, *record.retained))
+            waits = len(record.captured) == 1 and self._accumulator.waits(record.captured[0].pair)
+            if (self._sampling.samples == "rows" or not awaited) and not waits:
+                self._reduce(record, captured)
+        except UnsupportedCall as reason:
+            record.unsupported = str(reason)
+        except torch.OutOfMemoryError:
+            raise
+        except UNREADABLE as error:
+            record.unsupported = f"could not be read ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+        finally:
+            use.release()
+
+    def _capture(self, record: LayerRecord, use: WeightUse, gradient: Tensor) -> None:
+        if use.input_was_overwritten():
+            raise UnsupportedCall("had its input overwritten in place between forward and backward")
+        with torch.no_grad(), without_autocast([gradient.device.type]):
+            index, source = use.sample_index, use.call.source
+            if isinstance(source, Tensor) and source.is_nested:
+                if index is None and self._sampling.samples == "batch":
+                    index = SampleIndex.of_jagged(source)
+                pairs = use.call.pairs(source.values(), gradient.values())
+            else:
+                pairs = use.call.pairs(source, gradient.reshape(use.output_shape))
+            numbers = None if index is None else index.index_of(record.layer.module)
+            if (numbers is None or use.is_followed) and self._sampling.samples == "batch":
+                doubt = self._model_calls.find_doubt(use.model_call, record.layer, use.size, use.is_followed)
+                if doubt is not None:
+                    raise UnsupportedCall(doubt)
+            for pair, rows in pairs:
+                record.compare_use(pair, use.dtype, self._tuning)
+                if index is not None and numbers is not None:
+                    pair = self._regroup(record.layer, use, pair, index, numbers if rows is None else numbers[rows])
+                record.captured.append(CapturedPair(use, pair, rows is not None and numbers is None))
+
+    def _regroup(
+        self, layer: Layer, use: WeightUse, pair: FactorPair, index: SampleIndex, numbers: Tensor
+    ) -> FactorPair:
+        """A pair with its rows assigned to the samples that an index names."""
+        if not use.call.is_read and numbers.dim() > 1:  # differentiated element by element of the batch
+            numbers = numbers.movedim(min(use.batch_dim, numbers.dim() - 1), 0).flatten(1).amax(1)
+        return self._accumulator.regroup(pair, numbers, use.batch_dim, index.samples, layer.name)
+
+    def _samples_of(self, use: WeightUse) -> int:
+        """A number that uses share which are by the same samples; those of other sizes may have it too."""
+        return self._model_calls.root(use.model_call, use.size)
+
+    def _check_checkpoint(self, record: LayerRecord, use: WeightUse, backward_pass: int) -> None:
+        """Leave a layer to the base of which a backward pass brings some gradients in those of its checkpoints."""
+        outer_pass = backward_pass if use.recomputed_in < 0 else use.recomputed_in
+        together = self._sampling.samples == "batch" and self._sampling.model_calls != "apart"
+        if together and outer_pass == record.outer_pass:
+            record.unsupported = CHECKPOINTS
+        record.outer_pass = outer_pass
+
+    def _drop_stale(self, record: LayerRecord) -> None:
+        """Drop the sums of a backward pass whose gradients are gone: a skipped step, then ``model.zero_grad()``.
+
+        Gradients of zeros, where sums are not zero, are gone too: ``set_to_none=False``. It synchronizes with the
+        device, on the second backward pass of a curvature step and those after it. Of a sharded weight, whose zeros
+        another process may not have, only a gradient that is nowhere is gone; `fully_shard` keeps one of another
+        dtype that awaits the next backward pass where nobody else finds it, and one to be reduced over replicas.
+        """
+        if not (record.statistic.used or record.retained):
+            return
+        gradient = record.layer.weight.grad
+        if self._whole is not None and (original := self._whole.original(record.layer)) is not record.layer:
+            may_be_gone = original.weight.dtype == record.layer.weight.dtype
+            is_nowhere = gradient is None and original.weight.grad is None
+            if may_be_gone and is_nowhere and not self._whole.is_kept_back(original, backward_pass_number()):
+                record.discard()
+            return
+        if gradient is None or (is_zero(gradient) and not record.statistic.is_zero()):
+            record.discard()
+
+    def _reduce(self, record: LayerRecord, captured: Sequence[CapturedPair]) -> None:
+        """Sum the samples of ``captured``, which are among the record's."""
+        record.captured = [each for each in record.captured if each not in captured]
+        if captured and record.unsupported is None:
+            self._add_(record, self._find_additions(record, captured))
+
+    def _reduce_all(self, records: Iterable[LayerRecord]) -> None:
+        """Sum all that is captured, small layers together."""
+        additions: dict[LayerRecord, list[Addition]] = {}
+        for record in records:
+            if record.captured and record.unsupported is None:
+                additions[record] = self._find_additions(record, record.captured)
+            record.captured = []
+        single = [each[0] for each in additions.values() if len(each) == 1]
+        with torch.no_grad(), without_autocast({each.layer.weight.device.type for each in single}):
+            left = set(map(id, self._accumulator.add_together_(single))) if single else set()
+        for record, of_record in additions.items():
+            if len(of_record) > 1 or id(of_record[0]) in left:
+                self._add_(record, of_record)
+
+    def _find_additions(self, record: LayerRecord, captured: Sequence[CapturedPair]) -> list[Addition]:
+        """The uses by the same samples: of calls that see the same, those with equally many are."""
+        together: dict[tuple[object, int], list[FactorPair]] = {}
+        for number, each in enumerate(captured):
+            if self._sampling.samples == "rows" or each.is_apart:
+                key: tuple[object, int] = number, 0
+            elif self._sampling.model_calls == "apart" and each.use.sample_index is None:
+                key = each.use.inside or number, 0
+            else:
+                key = each.pair.rows.samples, self._samples_of(each.use)
+            together.setdefault(key, []).append(each.pair)
+        return [Addition(record.layer, record.statistic, pairs) for pairs in together.values()]
+
+    def _add_(self, record: LayerRecord, additions: Sequence[Addition]) -> None:
+        try:
+            with torch.no_grad(), without_autocast([record.layer.weight.device.type]):
+                for addition in additions:
+                    self._accumulator.add_(*addition)
+        except UnsupportedCall as reason:
+            record.unsupported = str(reason)
+
+    # The end of the step ------------------------------------------------------------------------------------------
+
+    def collect(self) -> tuple[dict[Layer, Statistic], dict[Layer, str]]:
+        """Sum what is left.
+
+        Returns:
+            What was summed of the layers whose gradients came back and are complete; and those that are left to the
+            base, with the reason.
+        """
+        records = self._records
+        for record in records.values():
+            for use in list(record.retained):
+                self._finish(record, use)
+        self._reduce_all(records.values())
+        unsupported = {
+            layer: reason if reason in DOUBTS else f"{reason}, {self._accumulator.missing}"
+            for layer, record in records.items()
+            if (reason := record.unsupported) is not None
+        }
+        unsupported.update(self._find_incomplete([r for layer, r in records.items() if layer not in unsupported]))
+        collected = {
+            layer: record.statistic
+            for layer, record in records.items()
+            if record.statistic.used and layer not in unsupported
+        }
+        return collected, unsupported
+
+    def _find_incomplete(self, records: Sequence[LayerRecord]) -> dict[Layer, str]:
+        """The layers whose gradient is not the sum of what was captured, with the reason. Synchronizes once."""
+        compared = [(record, comparison) for record in records for comparison in record.comparisons()]
+        doubtful = [
+            _doubtful_gradient(record) if comparison is record.comparison else None for record, comparison in compared
+        ]
+        values = read_values([each.vectors(gradient) for (_, each), gradient in zip(compared, doubtful, strict=True)])
+        incomplete: dict[Layer, str] = {}
+        for (record, comparison), gradient, known in zip(compared, doubtful, values, strict=True):
+            if gradient is not None and not comparison.is_multiple(known):
+                return dict.fromkeys(self._layers, BY_HAND)
+            if not comparison.is_empty and not comparison.is_complete(known):
+                reason = INCOMPLETE if comparison is record.comparison else INCOMPLETE_BIAS
+                incomplete.setdefault(record.layer, reason)
+        return incomplete
+
+
+def _check_order(inside: set[TimeMajor | None]) -> None:
+    """Refuse uses by the same samples in several recurrent calls of which any is on packed sequences."""
+    if len(inside) > 1 and any(each is not None and each.is_sorted for each in inside):
+        raise UnsupportedCall(ORDER)
+
+
+def _receive_gradient(uses: weakref.ref[CapturedUses], use: WeightUse, gradient: Tensor) -> None:
+    if (alive := uses()) is not None:
+        with alive._stopwatch.measure("curvature"):
+            alive.receive_gradient(use, gradient)
+
+
+def _receive_one(hook: Callable[[Tensor], None], place: int, gradients: tuple[Tensor | None, ...]) -> None:
+    if (gradient := gradients[place]) is not None:
+        hook(gradient)
+
+
+def _compare_gradient(uses: weakref.ref[CapturedUses], layer: Layer, parameter: Tensor, gradient: Tensor) -> None:
+    if (alive := uses()) is not None:
+        with alive._stopwatch.measure("curvature"):
+            alive.compare_gradient(layer, parameter, gradient)
+
+
+def _hooked_tensor(output: Tensor) -> Tensor:
+    """The tensor to hook for an output that may be a view of another shape, as those of linear layers on sequences are.
+
+    A view that is changed in place leaves the graph, and its hook with it; what it was a view of stays.
+    """
+    base = output._base
+    if base is None or base.numel() != output.numel() or not (base.is_contiguous() and output.is_contiguous()):
+        return output
+    return base
+
+
+def _doubtful_gradient(record: LayerRecord) -> Tensor | None:
+    """A layer's gradient, where some that came before it were thrown away, so that it may be made of those.
+
+    Several processes average their gradients, which are multiples of no single process's.
+    """
+    return record.layer.weight.grad if record.discarded and world_size() == 1 else None
+
+
+def remove_hooks(hooks: list[WeightHook]) -> None:
+    """Leave the weights as they were."""
+    for hook in hooks:
+        hook.remove()
+    hooks.clear()
+
+
+__all__ = ["UNREADABLE", "CapturedUses", "remove_hooks"]
