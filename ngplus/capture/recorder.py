@@ -312,7 +312,7 @@ class Recorder:
                 expressions.drop(call)
             if unread is not None and unread.sources:
                 self._record_function(call, unread)
-        if not free and call.time_major is None:
+        if self._sampling.samples == "batch" and not free and call.time_major is None:
             self._origins.follow(call)
 
     def _identify(self, tensor: Tensor) -> int:
