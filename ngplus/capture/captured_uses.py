@@ -22,7 +22,7 @@ from ngplus.capture.compared_entries import ComparedEntries, choose_bias_entries
 from ngplus.capture.completeness import Comparison, read_values
 from ngplus.capture.contractions import UnsupportedCall
 from ngplus.capture.function_mode import FunctionCall, TimeMajor
-from ngplus.capture.model_calls import CHECKPOINTS, DOUBTS, ORDER, ModelCalls
+from ngplus.capture.model_calls import CHECKPOINTS, DOUBTS, ORDER, PASSES, ModelCalls
 from ngplus.capture.sample_index import SampleIndex
 from ngplus.capture.weight_use import CapturedPair, LayerRecord, WeightHook, WeightUse
 from ngplus.capture.whole_weights import WholeWeights
@@ -50,6 +50,12 @@ BY_HAND = (
     "has a gradient that was put together by hand from several backward passes, some of which zero_grad has discarded"
 )
 """Why all layers are left to the base where this is true of one of them."""
+
+CHANGED = (
+    "has a gradient that was changed between the backward passes of a step, so that it is not the sum of what they "
+    "brought; scale the losses, or clip after the last of them"
+)
+"""Why a layer is left to the base whose accumulated gradient was scaled or clipped before all of it was there."""
 
 UNREADABLE = (RuntimeError, NotImplementedError, TypeError, IndexError, AttributeError)
 """What a handler may raise of a layout or a dtype that it does not expect; it must not end the backward pass."""
@@ -117,9 +123,9 @@ class CapturedUses:
         record.pending.add(use)
         hook = partial(_receive_gradient, weakref.ref(self), use)  # weakly: a loss that is kept would keep this
         output = _hooked_tensor(call.output)
-        if self._whole is None or use.call.is_read or output.grad_fn is None:
+        if output.grad_fn is None:
             output.register_hook(hook)  # type: ignore[no-untyped-call]
-        else:  # the weights are needed, which a hook of `fully_shard` on the same tensor gathers before this one
+        else:  # after all hooks on the tensor: those that change its gradient, and what gathers the weights of a shard
             output.grad_fn.register_prehook(partial(_receive_one, hook, output.output_nr))
 
     def _record(self, layer: Layer, output: Tensor | None = None) -> LayerRecord:
@@ -156,7 +162,9 @@ class CapturedUses:
         self._model_calls.release_frame()
         backward_pass = backward_pass_number()
         if record.backward_pass != backward_pass:
-            self._reduce(record, record.captured)
+            joined = self._sampling.model_calls == "joined"
+            complete = [each for each in record.captured if joined or not self._is_awaited(record, each.use)]
+            self._reduce(record, complete)
             self._drop_stale(record)
             self._check_checkpoint(record, use, backward_pass)
             record.backward_pass = backward_pass
@@ -189,14 +197,15 @@ class CapturedUses:
         try:
             if gradient is not None and gradient.numel() and record.unsupported is None:
                 # An empty batch, or sequences of length zero, have nothing to sum.
+                self._check_passes(record, use)
                 self._capture(record, use, gradient)
             samples = self._samples_of(use)
             captured = [each for each in record.captured if self._samples_of(each.use) == samples]
             if self._sampling.samples == "batch" and self._sampling.model_calls == "separate":
                 _check_order({each.use.inside for each in captured})
-            awaited = any(self._samples_of(each) == samples for each in (*record.pending, *record.retained))
+            awaited = self._is_awaited(record, use)
             waits = len(record.captured) == 1 and self._accumulator.waits(record.captured[0].pair)
-            if (self._sampling.samples == "rows" or not awaited) and not waits:
+            if not (awaited or waits):
                 self._reduce(record, captured)
         except UnsupportedCall as reason:
             record.unsupported = str(reason)
@@ -241,6 +250,13 @@ class CapturedUses:
         """A number that uses share which are by the same samples; those of other sizes may have it too."""
         return self._model_calls.root(use.model_call, use.size)
 
+    def _is_awaited(self, record: LayerRecord, use: WeightUse) -> bool:
+        """Whether the gradients of others by the same samples as a use are still to come."""
+        if self._sampling.samples == "rows":
+            return False
+        samples = self._samples_of(use)
+        return any(self._samples_of(each) == samples for each in (*record.pending, *record.retained))
+
     def _check_checkpoint(self, record: LayerRecord, use: WeightUse, backward_pass: int) -> None:
         """Leave a layer to the base of which a backward pass brings some gradients in those of its checkpoints."""
         outer_pass = backward_pass if use.recomputed_in < 0 else use.recomputed_in
@@ -248,6 +264,14 @@ class CapturedUses:
         if together and outer_pass == record.outer_pass:
             record.unsupported = CHECKPOINTS
         record.outer_pass = outer_pass
+
+    def _check_passes(self, record: LayerRecord, use: WeightUse) -> None:
+        """Refuse a use by samples of which others have been summed before it was made."""
+        if self._sampling.samples == "rows" or self._sampling.model_calls != "separate":
+            return
+        calls, samples = self._model_calls, self._samples_of(use)
+        if any(size == use.size and calls.root(number, size) == samples for number, size in record.summed):
+            raise UnsupportedCall(PASSES)
 
     def _drop_stale(self, record: LayerRecord) -> None:
         """Drop the sums of a backward pass whose gradients are gone: a skipped step, then ``model.zero_grad()``.
@@ -257,7 +281,7 @@ class CapturedUses:
         another process may not have, only a gradient that is nowhere is gone; `fully_shard` keeps one of another
         dtype that awaits the next backward pass where nobody else finds it, and one to be reduced over replicas.
         """
-        if not (record.statistic.used or record.retained):
+        if not (record.statistic.used or record.retained or record.captured):
             return
         gradient = record.layer.weight.grad
         if self._whole is not None and (original := self._whole.original(record.layer)) is not record.layer:
@@ -266,13 +290,16 @@ class CapturedUses:
             if may_be_gone and is_nowhere and not self._whole.is_kept_back(original, backward_pass_number()):
                 record.discard()
             return
-        if gradient is None or (is_zero(gradient) and not record.statistic.is_zero()):
+        if gradient is None or (is_zero(gradient) and (record.captured or not record.statistic.is_zero())):
             record.discard()
+        elif world_size() == 1 and not record.is_sum(gradient):
+            record.unsupported = CHANGED
 
     def _reduce(self, record: LayerRecord, captured: Sequence[CapturedPair]) -> None:
         """Sum the samples of ``captured``, which are among the record's."""
         record.captured = [each for each in record.captured if each not in captured]
         if captured and record.unsupported is None:
+            record.summed.update((each.use.model_call, each.use.size) for each in captured if not each.is_apart)
             self._add_(record, self._find_additions(record, captured))
 
     def _reduce_all(self, records: Iterable[LayerRecord]) -> None:
@@ -325,7 +352,7 @@ class CapturedUses:
                 self._finish(record, use)
         self._reduce_all(records.values())
         unsupported = {
-            layer: reason if reason in DOUBTS else f"{reason}, {self._accumulator.missing}"
+            layer: reason if reason in DOUBTS or reason == CHANGED else f"{reason}, {self._accumulator.missing}"
             for layer, record in records.items()
             if (reason := record.unsupported) is not None
         }

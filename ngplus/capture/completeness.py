@@ -123,6 +123,13 @@ class Comparison:
             *(math.prod(map(float, sizes)) for sizes in self._sizes)
         )
 
+    def is_sum(self, now: Tensor) -> bool:
+        """Whether the parameter's ``.grad`` is what the backward passes brought, but for rounding. Synchronizes."""
+        (values,) = read_values([[*self._gradient, _read(self._entries.of_gradient(now))]])
+        *brought, found = values
+        size = math.fsum(math.hypot(*each) for each in values)
+        return not (brought and math.dist(_total(brought), found) > self._tolerance * size)
+
     @property
     def _tolerance(self) -> float:
         reduced = _reduced_precision(self._device)

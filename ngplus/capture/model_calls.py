@@ -85,7 +85,14 @@ CHECKPOINTS = (
 )
 """Why a layer is left to the base whose uses by the same samples are known one after the other alone."""
 
-DOUBTS = frozenset({SINGLE, PIECES, ROWS, SIZES, AXIS, COUNT, ORDER, CHECKPOINTS})
+PASSES = (
+    "is used several times by the same samples, and their gradients come in several backward passes, the first of them "
+    "before the last use, so that what belongs to a sample cannot be put together; call backward once, on the sum of "
+    "the losses"
+)
+"""The same where the model's forward, or the loop, calls backward between the uses of one call of the model."""
+
+DOUBTS = frozenset({SINGLE, PIECES, ROWS, SIZES, AXIS, COUNT, ORDER, CHECKPOINTS, PASSES})
 """Why a layer is left to the base of which nothing tells what its samples are."""
 
 
@@ -156,39 +163,60 @@ class _Uses:
     rows: Tensor | None = None
 
 
+@dataclass(eq=False, slots=True)
+class _Call:
+    """An outermost call, as it goes on.
+
+    Attributes:
+        number: of the call.
+        lengths: of its first input.
+        lists: how many tensors lists among its arguments have.
+        counts: the numbers of samples that it may have.
+        uses: of layers in it, by the numbers of samples that they get.
+        sizes: the number of samples that each layer got first.
+        repeats: whether there are several uses of any.
+        batches: the numbers of samples that attention and recurrent layers got.
+        has_axes: whether an input of any layer has several dimensions that may hold samples, or must have as many.
+    """
+
+    number: int = 0
+    lengths: Sequence[int] = ()
+    lists: set[int] = field(default_factory=set)
+    counts: set[int] = field(default_factory=set)
+    uses: dict[tuple[Layer, int], _Uses] = field(default_factory=dict)
+    sizes: dict[Layer, int] = field(default_factory=dict)
+    repeats: bool = False
+    batches: set[int] = field(default_factory=set)
+    has_axes: bool = False
+
+    def find_numbers(self, layer: Layer) -> set[int]:
+        """The numbers of samples that a layer may get, as far as the call's input and its other layers tell."""
+        return self.batches | self.counts | set(self.lengths[layer.batch_dim : layer.batch_dim + 1])
+
+
 @dataclass
 class _Thread(threading.local):
     """What one thread has called.
 
     Attributes:
-        number: of the call that is running.
+        call: that is running, or the last one.
         start: number of its first node.
         backward: number of the backward pass that it is made in, or −1.
         free: numbers of nodes that were made of weights alone.
         visited: nodes before it that `ModelCalls.trace` has come by.
         starts: first nodes of the calls that have returned, ascending.
         ends: for each of them, the node after its last and the call's number.
-        frame: of a ``forward`` that was called directly, and the number of the calls inside of it.
-        uses: of layers in the call that is running, by the numbers of samples that they get.
-        sizes: the number of samples that each layer got first in it.
-        repeats: whether there are several of any.
-        batches: the numbers of samples that attention and recurrent layers got.
-        has_axes: whether an input of any layer has several dimensions that may hold samples, or must have as many.
+        frame: of a ``forward`` that was called directly, and the calls inside of it as one.
     """
 
-    number: int = 0
+    call: _Call = field(default_factory=_Call)
     start: int = 0
     backward: int = -1
     free: set[int] = field(default_factory=set)
     visited: set[int] = field(default_factory=set)
     starts: list[int] = field(default_factory=list)
     ends: list[tuple[int, int]] = field(default_factory=list)
-    frame: tuple[types.FrameType, int] | None = None
-    uses: dict[tuple[Layer, int], _Uses] = field(default_factory=dict)
-    sizes: dict[Layer, int] = field(default_factory=dict)
-    repeats: bool = False
-    batches: set[int] = field(default_factory=set)
-    has_axes: bool = False
+    frame: tuple[types.FrameType, _Call] | None = None
 
 
 class ModelCalls:
@@ -207,6 +235,7 @@ class ModelCalls:
         self._roots: dict[int, dict[int, int]] = {}
         self._doubts: dict[tuple[int, Layer], str] = {}
         self._unbatched: set[int] = set()
+        self._running: dict[int, _Call] = {}
         self._thread = _Thread()
         self._modules: frozenset[int] = frozenset()
         self._codes: frozenset[types.CodeType] = frozenset()
@@ -230,41 +259,45 @@ class ModelCalls:
         self._roots = {}
         self._doubts = {}
         self._unbatched = set()
+        self._running = {}
         self._thread = _Thread()
 
-    def begin(self) -> None:
-        """Start an outermost call on this thread."""
+    def begin(self, inputs: Sequence[Any]) -> None:
+        """Start an outermost call on this thread.
+
+        Args:
+            inputs: what it is given.
+        """
         thread = self._thread
         frame = self._find_forward_frame()
         if frame is not None and thread.frame is not None and thread.frame[0] is frame:
-            thread.number = thread.frame[1]
-        else:
-            thread.number = next(self._numbers)
+            thread.call = thread.frame[1]
+        elif frame is not None:
             # Kept until the next call or the backward pass, so that no other frame gets its place in memory.
-            thread.frame = None if frame is None else (frame, thread.number)
-            thread.uses, thread.sizes, thread.repeats = {}, {}, False
-            thread.batches, thread.has_axes = set(), False
+            thread.call = _Call(next(self._numbers))
+            thread.frame = frame, thread.call
+        else:
+            number = next(self._numbers)
+            thread.call = _Call(number, _lengths(inputs), _list_lengths(inputs), find_counts(inputs))
+            thread.frame = None
+        self._running[thread.call.number] = thread.call
         thread.start, thread.backward = next_node_number(), backward_pass_number()
         thread.visited = set()
 
-    def end(self, inputs: Sequence[Any], free: Iterable[Tensor]) -> None:
+    def end(self, free: Iterable[Tensor]) -> None:
         """End the outermost call of this thread.
 
         Args:
-            inputs: what it was given.
             free: tensors that it has made of weights alone, so that another call with them is not computed from it.
         """
         thread = self._thread
         thread.free.update(node_number(each.grad_fn) for each in free if each.grad_fn is not None)
-        lengths = _lengths(inputs) if thread.frame is None and (thread.repeats or thread.has_axes) else ()
-        if thread.repeats:
-            self._find_pieces(lengths, _list_lengths(inputs) if thread.frame is None else set())
-        if thread.has_axes:
-            self._find_other_axes(lengths, find_counts(inputs) if lengths else set())
+        self._find_doubts(thread.call)
+        self._running.pop(thread.call.number, None)
         stop = next_node_number()
         if stop > thread.start:
             thread.starts.append(thread.start)
-            thread.ends.append((stop, thread.number))
+            thread.ends.append((stop, thread.call.number))
 
     def release_frame(self) -> None:
         """Release the frame of a ``forward`` that was called directly, and of its variables."""
@@ -273,7 +306,13 @@ class ModelCalls:
     @property
     def current(self) -> int:
         """Number of the call that is running on this thread."""
-        return self._thread.number
+        return self._thread.call.number
+
+    def may_be_samples(self, layer: Layer, size: int) -> bool:
+        """Whether a layer may get so many samples in the call that is running, as far as anything tells."""
+        call = self._thread.call
+        numbers = set(call.lengths[layer.batch_dim :][:1]) if layer.batch_dim else call.counts
+        return not (known := numbers | call.batches) or size in known
 
     @property
     def backward(self) -> int:
@@ -300,7 +339,7 @@ class ModelCalls:
             if place >= 0 and number < thread.ends[place][0]:
                 call = thread.ends[place][1]
                 self._roots = {}
-                self._ancestors.setdefault(thread.number, set()).update({call}, self._ancestors.get(call, ()))
+                self._ancestors.setdefault(thread.call.number, set()).update({call}, self._ancestors.get(call, ()))
             else:
                 nodes.extend(before for before, _ in node.next_functions if before is not None)
 
@@ -325,71 +364,72 @@ class ModelCalls:
             as_many: whether these must be as many as the input's or attention's.
             rows: which rows of a batch it gets, in their order; None for all, as they come.
         """
-        thread = self._thread
+        call = self._thread.call
         if inside is not None:
-            thread.batches.add(inside.batch)
-        sizes = self._sizes.setdefault(thread.number, set())
+            call.batches.add(inside.batch)
+        sizes = self._sizes.setdefault(call.number, set())
         if size not in sizes:
             sizes.add(size)
             self._roots = {}
-        uses = thread.uses.get((layer, size))
+        uses = call.uses.get((layer, size))
         if uses is None:
-            thread.uses[layer, size] = _Uses(unbatched, 1, inside, leading, as_many, rows)
-            thread.has_axes |= as_many or len(leading) > 1
-            if thread.sizes.setdefault(layer, size) != size:
-                self._doubts[thread.number, layer] = SIZES
+            call.uses[layer, size] = _Uses(unbatched, 1, inside, leading, as_many, rows)
+            call.has_axes |= as_many or len(leading) > 1
+            if call.sizes.setdefault(layer, size) != size:
+                self._doubts[call.number, layer] = SIZES
         elif inside is None or inside is not uses.inside:
-            uses.count, uses.inside, thread.repeats = uses.count + 1, inside, True
+            uses.count, uses.inside, call.repeats = uses.count + 1, inside, True
             uses.as_many |= as_many
             if not _are_equal(uses.rows, rows):
-                self._doubts[thread.number, layer] = ORDER
+                self._doubts[call.number, layer] = ORDER
             uses.rows = rows
             if unbatched or uses.unbatched:
-                self._doubts[thread.number, layer] = SINGLE
+                self._doubts[call.number, layer] = SINGLE
 
     def add_unbatched(self) -> None:
         """Note that a layer of the call that is running, which knows its batch dimension, got a sample without one."""
-        self._unbatched.add(self._thread.number)
+        self._unbatched.add(self._thread.call.number)
 
-    def _find_pieces(self, lengths: Sequence[int], lists: set[int]) -> None:
-        """Find the layers that got pieces of the batch, of whose dimensions some has as many rows as all together.
+    def _find_doubts(self, call: _Call) -> None:
+        """Find the layers of which nothing tells what their samples are, by all that a call has done until now."""
+        if call.repeats:
+            self._find_pieces(call)
+        if call.has_axes:
+            self._find_other_axes(call)
 
-        Args:
-            lengths: of the call's first input.
-            lists: how many tensors lists among its arguments have.
-        """
-        uses = self._thread.uses
+    def _find_pieces(self, call: _Call) -> None:
+        """Find the layers that got pieces of the batch, of whose dimensions some has as many rows as all together."""
         totals: dict[Layer, int] = {}
-        for (layer, size), each in uses.items():
+        for (layer, size), each in call.uses.items():
             totals[layer] = totals.get(layer, 0) + size * each.count
         cut = {
             size
-            for (layer, size), each in uses.items()
-            if each.count > 1 and totals[layer] in {*lengths[:1], *lengths[layer.batch_dim :][:1], *lists}
+            for (layer, size), each in call.uses.items()
+            if each.count > 1
+            and totals[layer] in {*call.lengths[:1], *call.lengths[layer.batch_dim :][:1], *call.lists}
         }
-        for (layer, size), each in uses.items():
+        for (layer, size), each in call.uses.items():
             if each.count > 1 and size in cut:
-                self._doubts.setdefault((self._thread.number, layer), PIECES)
+                self._doubts.setdefault((call.number, layer), PIECES)
 
-    def _find_other_axes(self, lengths: Sequence[int], counts: set[int]) -> None:
+    def _find_other_axes(self, call: _Call) -> None:
         """Find the layers whose samples are along another dimension than one with as many samples as others got.
 
         Those of the call's input are along its first dimension, unless the user says otherwise of a layer. What of a
         bare parameter has another number of samples is doubtful wherever it comes from.
         """
-        known, number = self._thread.batches, self._thread.number
-        before = set().union(*(self._sizes.get(call, ()) for call in self._ancestors.get(number, ())))
-        for (layer, size), each in self._thread.uses.items():
-            batches = (known or (set() if layer.batch_dim else set(lengths[:1]))) - {1}
+        before = set().union(*(self._sizes.get(each, ()) for each in self._ancestors.get(call.number, ())))
+        for (layer, size), each in call.uses.items():
+            batches = (call.batches or (set() if layer.batch_dim else set(call.lengths[:1]))) - {1}
             elsewhere = set() if size in batches else batches
-            if not (layer.batch_dim or size in known | before):
+            if not (layer.batch_dim or size in call.batches | before):
                 elsewhere = elsewhere | (before - {1})
             if not elsewhere.isdisjoint(each.leading):
-                self._doubts[number, layer] = AXIS
+                self._doubts[call.number, layer] = AXIS
             elif each.as_many:
-                numbers = known | counts | set(lengths[layer.batch_dim : layer.batch_dim + 1])
+                numbers = call.find_numbers(layer)
                 if numbers - {1} and size not in numbers:
-                    self._doubts[number, layer] = COUNT
+                    self._doubts[call.number, layer] = COUNT
 
     def find_doubt(self, number: int, layer: Layer, size: int, followed: bool) -> str | None:
         """Why nothing tells which samples a use is by.
@@ -403,6 +443,8 @@ class ModelCalls:
         Returns:
             The reason, or None.
         """
+        if (running := self._running.get(number)) is not None:  # whose forward makes the backward pass
+            self._find_doubts(running)
         doubt = self._doubts.get((number, layer))
         if followed:
             return doubt if doubt in (AXIS, COUNT) else None
@@ -454,6 +496,7 @@ __all__ = [
     "COUNT",
     "DOUBTS",
     "ORDER",
+    "PASSES",
     "PIECES",
     "ROWS",
     "SINGLE",

@@ -219,7 +219,7 @@ class Recorder:
         ):
             mode = CaptureMode(weakref.ref(self))
             outermost.module, outermost.depth, outermost.mode = module, 1, mode
-            self._model_calls.begin()
+            self._model_calls.begin(args)
             self.trace(args)
             self._origins.counts = find_counts(args)
             mode.__enter__()  # type: ignore[no-untyped-call]
@@ -232,7 +232,7 @@ class Recorder:
         if outermost.depth == 0:
             outermost.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             outermost.module = outermost.mode = None
-            self._model_calls.end(args, (each.value for each in self._expressions.known.values()))
+            self._model_calls.end(each.value for each in self._expressions.known.values())
             self._forget_call()
 
     def trace(self, arguments: Iterable[Any]) -> None:
@@ -283,11 +283,16 @@ class Recorder:
                     free = free and expressions.is_free(argument, tensor)
             else:
                 free = False
+        free = free and (arguments > 0 or call.function in CONSTANTS)
         if self._accumulator.reads_any_function:
-            self._follow(call, unread, free and (arguments > 0 or call.function in CONSTANTS), transformed)
-        elif unread is not None:
-            for layer, reason in unread.reasons.items():
-                self._uses.refuse(layer, reason)
+            self._follow(call, unread, free, transformed)
+            return
+        for layer, reason in unread.reasons.items() if unread is not None else ():
+            self._uses.refuse(layer, reason)
+        if free:
+            expressions.follow(call, {})
+        else:
+            expressions.drop(call)
 
     def _follow(self, call: FunctionCall, unread: _Unread | None, free: bool, transformed: bool) -> None:
         """Note what is free of samples, and record what no handler reads.
@@ -406,6 +411,11 @@ class Recorder:
         batch_dim = layer.batch_dim if call.time_major is None else 1
         self._await_use(layer, call, op_call, op_call.source, batch_dim, call.output.dtype)
 
+    def _is_one_sample(self, layer: Layer, source: Any, size: int) -> bool:
+        """Whether a layer gets something free of samples, as positions, that is not as long as the batch."""
+        is_free = isinstance(source, Tensor) and self._expressions.is_free(source, owner_of(source))
+        return is_free and size > 1 and not self._model_calls.may_be_samples(layer, size)
+
     def _record_function(self, call: FunctionCall, unread: _Unread) -> None:
         """Await the gradient of the output of a call that no handler reads, for every layer that it carries one to."""
         sources, reasons = unread.sources, unread.reasons
@@ -454,8 +464,11 @@ class Recorder:
         named = index is not None and index.index_of(layer.module) is not None
         told = layer.bare or not op_call.is_read
         followed = None
-        if told and not named and self._sampling.samples == "batch":
-            followed = self._origins.find_samples(call, op_call, layer.batch_dim)
+        if not named and self._sampling.samples == "batch":
+            if told:
+                followed = self._origins.find_samples(call, op_call, layer.batch_dim)
+            elif call.time_major is None and self._is_one_sample(layer, source, size):
+                followed = torch.zeros(size, dtype=torch.long, device=call.output.device), 1
         if followed is not None:
             rows, size = followed
             index = SampleIndex({"*": rows}, count=size)

@@ -30,7 +30,12 @@ _REPEATING = frozenset({Tensor.repeat, Tensor.tile, torch.tile})
 _SPLITTING = frozenset({torch.split, Tensor.split, torch.chunk, Tensor.chunk})
 _SORTING = frozenset({torch.sort, Tensor.sort})
 _INDEXING = frozenset({Tensor.__getitem__})
-_PICKING = _INDEXING | {torch.index_select, Tensor.index_select}
+_SELECTING = frozenset({torch.index_select, Tensor.index_select})
+_FLIPPING = frozenset({Tensor.flip, torch.flip, Tensor.flipud, torch.flipud})
+_ROLLING = frozenset({Tensor.roll, torch.roll})
+_GATHERING = frozenset({Tensor.gather, torch.gather})
+_TAKING = frozenset({Tensor.take_along_dim, torch.take_along_dim})
+_PICKING = _INDEXING | _SELECTING | _FLIPPING | _ROLLING | _GATHERING | _TAKING
 _MOVING = frozenset(
     {
         Tensor.permute,
@@ -62,18 +67,10 @@ _MOVING = frozenset(
 
 _SHUFFLING = frozenset(
     {
-        Tensor.flip,
-        torch.flip,
-        Tensor.roll,
-        torch.roll,
         Tensor.argsort,
         torch.argsort,
         Tensor.scatter,
         torch.scatter,
-        Tensor.gather,
-        torch.gather,
-        Tensor.take_along_dim,
-        torch.take_along_dim,
         Tensor.index_copy,
         torch.index_copy,
     }
@@ -221,7 +218,7 @@ class RowOrigins(threading.local):
             self._reshape(call.args[0], call.output)
         elif function in _MOVING:
             self._move(call)
-        elif function in _PICKING:
+        elif function in _PICKING and call.args[0].dim():
             self._pick(call)
         elif self._known:
             if function in _INTERLEAVING or function in _REPEATING:
@@ -308,19 +305,24 @@ class RowOrigins(threading.local):
 
     def _pick(self, call: FunctionCall) -> None:
         """Some rows, which where nothing has flattened them are samples by themselves."""
-        source, *indices = call.args
-        if not (indices and isinstance(call.output, Tensor) and call.output.dim()):
+        source = call.args[0]
+        if not (isinstance(call.output, Tensor) and call.output.dim()):
             return
         origin = self.find(source)
         if call.function in _INDEXING:
-            every = indices[0] if isinstance(indices[0], tuple) else (indices[0],)
+            every = call.args[1] if isinstance(call.args[1], tuple) else (call.args[1],)
             index = every[0] if every else None
             is_view = all(each is None or each is ... or type(each) in (int, slice) for each in every)
             if is_view and (origin is None or origin.dim or not isinstance(index, slice)):
                 self._move(call)
                 return
+            if isinstance(index, list) or type(index).__module__ == "numpy":
+                index = torch.as_tensor(index, device=source.device)
         else:
-            index = indices[1] if len(indices) == 2 and indices[0] == 0 else None
+            index = _find_picked(call, source)
+            if index is None and call.function not in _GATHERING | _TAKING:  # another dimension than the rows'
+                self._keep(call)
+                return
         is_tensor = isinstance(index, Tensor) and index.dim() == 1 and source.dim() > 0
         if not is_tensor and not (isinstance(index, slice) and origin is not None):
             return
@@ -342,6 +344,46 @@ class RowOrigins(threading.local):
                     if self.find(output) is None:  # what a call has changed in place has the rows that it had
                         self._known[id(output)] = origin.move(output)
                     break
+
+
+def _find_picked(call: FunctionCall, source: Tensor) -> Tensor | None:
+    """Which rows of its first argument a call returns, in their order; None where nothing tells, or all as they are."""
+    function, first = call.function, (0, -source.dim())
+    if function in _FLIPPING:
+        dims = call.kwargs.get("dims", call.args[1:] or (0,))
+        return torch.arange(len(source), device=source.device).flip(0) if _one_of(first, dims) else None
+    if function in _ROLLING:
+        shifts, dims = (_flatten(_argument(call, place, name)) for place, name in ((1, "shifts"), (2, "dims")))
+        shift = sum(shift for shift, dim in zip(shifts, dims, strict=False) if dim in first)
+        return torch.arange(len(source), device=source.device).roll(shift) if _one_of(first, dims) else None
+    dim, index = (_argument(call, place, name) for place, name in ((1, "dim"), (2, "index")))
+    if function in _TAKING:
+        dim, index = _argument(call, 2, "dim"), _argument(call, 1, "indices")
+    if dim not in first or not isinstance(index, Tensor):
+        return None
+    if function in _SELECTING:
+        return index
+    rows = index.reshape(len(index), -1) if index.numel() else index
+    return rows[:, 0] if index.numel() and bool((rows == rows[:, :1]).all()) else None
+
+
+def _argument(call: FunctionCall, place: int, name: str) -> Any:
+    """A call's argument, by its place or by its name."""
+    return call.args[place] if len(call.args) > place else call.kwargs.get(name)
+
+
+def _flatten(numbers: Any) -> list[int]:
+    """Numbers that may come alone, as several arguments or as a list."""
+    if numbers is None:
+        return []
+    return (
+        [each for number in numbers for each in _flatten(number)] if isinstance(numbers, (list, tuple)) else [numbers]
+    )
+
+
+def _one_of(first: Iterable[int], dims: Any) -> bool:
+    """Whether the first dimension is among ``dims``."""
+    return not set(first).isdisjoint(_flatten(dims))
 
 
 __all__ = ["RowOrigin", "RowOrigins"]

@@ -110,6 +110,7 @@ class LayerRecord:
         pending: uses whose gradients have not come back.
         retained: uses whose gradients have come back through a graph that is retained.
         captured: factors that are to be summed.
+        summed: the numbers of the calls, and of samples, of those that have been.
         backward_pass: number of the pass that the latest gradient came in.
         outer_pass: number of the one that this was a checkpoint's in, or of itself.
         discarded: whether gradients of an earlier backward pass were thrown away.
@@ -125,6 +126,7 @@ class LayerRecord:
     pending: weakref.WeakSet[WeightUse] = field(default_factory=weakref.WeakSet)
     retained: set[WeightUse] = field(default_factory=set)
     captured: list[CapturedPair] = field(default_factory=list)
+    summed: set[tuple[int, int]] = field(default_factory=set)
     backward_pass: int = -1
     outer_pass: int = -1
     discarded: bool = False
@@ -163,11 +165,17 @@ class LayerRecord:
                     part[self.layer.bias_slice] = total[..., -1].flatten()
                 comparison.add_sum(part, squares, dtype)
 
+    def is_sum(self, gradient: Tensor) -> bool:
+        """Whether the weight's ``.grad`` is the sum of what backward passes brought; also where hooks may change it."""
+        hooks = self.layer.weight._backward_hooks or (), self.layer.weight._post_accumulate_grad_hooks or ()
+        return self.comparison is None or len(hooks[0]) > 1 or bool(hooks[1]) or self.comparison.is_sum(gradient)
+
     def discard(self) -> None:
         """Forget what came back, but not the uses whose gradients may still come."""
         self.discarded |= bool(self.statistic.used or self.captured or self.retained)
         self.statistic = type(self.statistic)(self.statistic.shape)
         self.captured = []
+        self.summed = set()
         if self.comparison is not None:
             self.comparison = self.comparison.empty()
         if self.bias_comparison is not None:

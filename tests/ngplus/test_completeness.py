@@ -11,6 +11,7 @@ from torch import nn
 from torch.func import functional_call
 
 from ngplus import NGPlus
+from ngplus.capture.captured_uses import CHANGED
 from ngplus.capture.compared_entries import MatrixEntries, MatrixSums, Spread, TableEntries, sample_entries
 from ngplus.capture.completeness import Comparison, read_values
 from ngplus.factors.dense import Dense
@@ -438,3 +439,68 @@ def test_spread_rows_are_found_in_every_large_slice(size):
                 found = list(range(first, first + length))[inside]
                 assert found == [n for n in numbers if first <= n < first + length]
                 assert not found or numbers[skipped] == found[0]
+
+
+def scaled(model):
+    for parameter in model.parameters():
+        parameter.grad.mul_(0.5)
+
+
+def zeroed(model):
+    model.zero_grad(set_to_none=False)
+
+
+def clipped_far(model):
+    nn.utils.clip_grad_norm_(model.parameters(), 1e9)
+
+
+@pytest.mark.parametrize(
+    ("between", "reason"),
+    [(scaled, CHANGED), (lambda m: clipped(m, None), CHANGED), (zeroed, None), (clipped_far, None)],
+)
+@pytest.mark.parametrize("index", [(4, 3), (2, 2, 2)])
+def test_gradients_that_are_changed_between_backward_passes_leave_their_layers_to_the_base(index, between, reason):
+    model, batches = Language(), [torch.randint(11, (size, 4)) for size in index]
+    optimizer = NGPlus(model, lr=1e-12, damping=DAMPING, update_every=1)
+    for number, batch in enumerate(batches):
+        if number == 1:
+            between(model)
+        oracle.energy(model(batch)).backward()
+    clipped(model, None)
+    with recorded_warnings() as messages:
+        optimizer.step()
+    assert [reason in message for message in messages] == ([True] if reason else [])
+    assert len(optimizer.curvature) == (0 if reason else 2)
+
+
+def test_a_hook_that_scales_every_gradient_of_a_weight_is_no_change_between_backward_passes():
+    model = Language()
+    optimizer = NGPlus(model, lr=1e-12, damping=DAMPING, update_every=1)
+    for parameter in model.parameters():
+        parameter.register_hook(lambda gradient: 0.5 * gradient)
+    for _ in range(2):
+        oracle.energy(model(torch.randint(11, (6, 4)))).backward()
+    with recorded_warnings() as messages:
+        optimizer.step()
+    assert messages == []
+    assert len(optimizer.curvature) == 2
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (5, 3, 4)])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_hook_on_a_layers_output_that_scales_its_gradient_is_a_part_of_the_loss(shape, in_place):
+    """As reinforcement learning has them, to scale the gradient of a state or of a value."""
+
+    class Halved(nn.Module):
+        def __init__(self):
+            super().__init__()
+            seed_cpu(0)
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            y = self.first(x)
+            if y.requires_grad:
+                y.register_hook(lambda gradient: 0.5 * gradient)
+            return self.second(y.tanh_() if in_place else y.tanh())
+
+    oracle.check(Halved().double(), points(*shape))

@@ -307,7 +307,7 @@ class SparseTables(nn.Module):
 
     def forward(self, index):
         bags = [table(index).tanh() for table in self.tables]
-        return sum(bags) + self.tables[3](index.flip(0)).tanh()
+        return sum(bags) + self.tables[3](index * 2 % 9).tanh()
 
 
 def test_rows_of_sparse_gradients_are_batched_and_stay_sparse(set_tuning):

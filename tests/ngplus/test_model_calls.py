@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ngplus import NGPlus
-from ngplus.capture.model_calls import AXIS, COUNT, ORDER, PIECES, ROWS, SINGLE, SIZES
+from ngplus.capture.model_calls import AXIS, COUNT, ORDER, PASSES, PIECES, ROWS, SINGLE, SIZES
 from tests.ngplus import oracle
 from tests.ngplus.cases import points, recorded_warnings, seed_cpu
 
@@ -715,3 +715,231 @@ def test_rows_in_another_order_than_they_came_are_samples_all_the_same():
         oracle.energy(pair(*points(2, 4, 6, 4), lengths)).backward()
         optimizer.step()
     assert messages == []
+
+
+class Towers(nn.Module):
+    """Two towers with one head, whose losses come apart."""
+
+    def __init__(self):
+        super().__init__()
+        seed_cpu(0)
+        self.one, self.other, self.head = nn.Linear(4, 5), nn.Linear(4, 5), nn.Linear(5, 3)
+        self.double()
+
+    def forward(self, x):
+        return self.head(self.one(x).tanh()), self.head(self.other(x).tanh())
+
+
+class Ahead(nn.Module):
+    """Two predictions of one head, on a trunk that gets its gradient after theirs."""
+
+    def __init__(self):
+        super().__init__()
+        seed_cpu(0)
+        self.trunk, self.heads, self.head = (
+            nn.Linear(4, 5),
+            nn.ModuleList(nn.Linear(5, 5) for _ in "ab"),
+            nn.Linear(5, 6),
+        )
+        self.double()
+
+    def forward(self, x):
+        self.made = self.trunk(x).tanh()
+        self.detached = self.made.detach().requires_grad_()
+        return [self.head(head(self.detached).tanh()) for head in self.heads]
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+@pytest.mark.parametrize("how", ["each", "retained", "each, from the last"])
+@pytest.mark.parametrize("build", [Towers, Ahead])
+def test_losses_of_one_call_may_have_backward_passes_of_their_own(build, how, pieces):
+    """The uses by one sample are put together, and those in another call of the model are not."""
+    model, x = build(), points(6, 4)
+    whole = copy.deepcopy(model)
+
+    def loss(m, rows):
+        losses = [oracle.energy(y) / 6 for y in m(rows)]
+        return losses[::-1] if how.endswith("last") else losses
+
+    def gradients():
+        found = []
+        for row in x.split(1):
+            whole.zero_grad()
+            made = loss(whole, row)
+            sum(made).backward()
+            if isinstance(whole, Ahead):
+                whole.made.backward(whole.detached.grad)
+            found.append({name: 6 * p.grad.clone() for name, p in whole.named_parameters()})
+        return found
+
+    optimizer = NGPlus(model, lr=1e-9, damping=DAMPING, update_every=1, ema=0.5)
+    for rows in x.chunk(pieces):
+        for each in loss(model, rows):
+            each.backward(retain_graph=how == "retained")
+        if isinstance(model, Ahead):
+            model.made.backward(model.detached.grad)
+    with recorded_warnings() as messages:
+        optimizer.step()
+    assert messages == []
+    samples = gradients()
+    for name, state in optimizer.curvature.items():
+        matrices = [torch.cat([g[name], g[name.replace("weight", "bias")].unsqueeze(1)], 1) for g in samples]
+        expected = sum(G @ G.T if state.shape.side == "left" else G.T @ G for G in matrices) / 6
+        torch.testing.assert_close(state.average[0][0], expected, rtol=1e-9, atol=1e-12)
+    assert len(optimizer.curvature) == len(list(model.parameters())) // 2
+
+
+class Chunked(nn.Module):
+    """A cell that goes through a sequence in two chunks, each with a backward pass in the middle of the call."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell = nn.RNNCell(3, 4).double()
+
+    def forward(self, x):
+        state = x.new_zeros(len(x), 4)
+        for chunk in x.chunk(2, dim=1):
+            state = state.detach()
+            for each in chunk.unbind(1):
+                state = self.cell(each, state)
+            (oracle.energy(state) / len(x)).backward()
+
+
+def test_backward_between_the_uses_of_one_call_leaves_their_layer_to_the_base():
+    model = Chunked()
+    optimizer = NGPlus(model, lr=1e-3, damping=DAMPING, update_every=1)
+    with recorded_warnings() as messages:
+        model(points(5, 4, 3))
+        optimizer.step()
+    (message,) = messages
+    assert "cell.weight_ih" in message
+    assert "cell.weight_hh" in message
+    assert PASSES in message
+    assert optimizer.curvature == {}
+
+
+class Step(nn.Module):
+    """A model that makes its own backward pass."""
+
+    def __init__(self, made):
+        super().__init__()
+        self.layer, self.made = nn.Linear(4, 3).double(), made
+
+    def forward(self, x):
+        (sum(oracle.energy(self.layer(part)) for part in self.made(x)) / len(x)).backward()
+
+
+@pytest.mark.parametrize(
+    ("made", "reason"),
+    [(lambda x: [x[:, 0]], None), (lambda x: x.chunk(2), PIECES), (lambda x: [x.transpose(0, 1)], AXIS)],
+)
+def test_doubts_are_known_where_a_model_makes_its_own_backward_pass(made, reason):
+    model = Step(made)
+    optimizer = NGPlus(model, lr=1e-3, damping=DAMPING, update_every=1)
+    with recorded_warnings() as messages:
+        model(points(6, 2, 4))
+        optimizer.step()
+    assert set(optimizer.curvature) == (set() if reason else {"layer.weight"})
+    assert [reason in message for message in messages] == ([True] if reason else [])
+
+
+class Reordered(nn.Module):
+    """Both members of a pair go through one layer, the second in another order."""
+
+    def __init__(self, reorder):
+        super().__init__()
+        seed_cpu(0)
+        self.layer, self.reorder = nn.Linear(4, 3).double(), reorder
+
+    def forward(self, one, other, order):
+        back = torch.arange(len(order))
+        made = self.layer(self.reorder(other, order))
+        places = self.reorder(back, order)
+        return self.layer(one) * made[places.argsort()]
+
+
+REORDERINGS = {
+    "a list": lambda x, order: x[order.tolist()],
+    "an array": lambda x, order: x[order.numpy()],
+    "by name": lambda x, order: x.index_select(dim=0, index=order),
+    "a function by name": lambda x, order: torch.index_select(x, dim=0, index=order),
+    "a negative dimension": lambda x, order: x.index_select(-x.dim(), order),
+    "flip": lambda x, order: x.flip(0),
+    "flip of several": lambda x, order: x.flip(dims=(0,)).tanh(),
+    "flipud": lambda x, order: torch.flipud(x),
+    "roll": lambda x, order: x.roll(1, 0),
+    "roll by name": lambda x, order: torch.roll(x, shifts=(2,), dims=(-x.dim(),)),
+    "gather": lambda x, order: x.gather(0, order.view(-1, *[1] * (x.dim() - 1)).expand_as(x)),
+    "take_along_dim": lambda x, order: torch.take_along_dim(x, order.view(-1, *[1] * (x.dim() - 1)), dim=0),
+}
+
+
+@pytest.mark.parametrize("name", REORDERINGS)
+def test_rows_are_followed_however_they_are_put_in_another_order(name):
+    x, order, model = points(2, 4, 4), torch.tensor([1, 2, 3, 0]), Reordered(REORDERINGS[name])
+    optimizer = NGPlus(model, lr=1e-3, damping=DAMPING, update_every=1)
+    with recorded_warnings() as messages:
+        oracle.energy(model(x[0], x[1], order)).backward()
+        optimizer.step()
+    assert [ORDER in message for message in messages] == [True]
+    assert optimizer.curvature == {}
+
+
+@pytest.mark.parametrize(
+    "flip", [lambda x: x.flip(-1), lambda x: torch.roll(x, 1, 1), lambda x: x.roll((1, 2), (1, 2))]
+)
+def test_entries_of_a_row_in_another_order_are_no_other_rows(flip):
+    model, x = Reordered(lambda x, order: flip(x) if x.dim() > 1 else x[order]), points(5, 6, 4)
+    assert judge(lambda m, which: oracle.energy(m(x[which], x[which], torch.arange(len(x[which])))), 5, model) <= 1e-10
+
+
+class Positions(nn.Module):
+    """A language model whose table of positions, and prompts, are looked up once for the whole batch."""
+
+    def __init__(self, shape):
+        super().__init__()
+        seed_cpu(0)
+        self.tokens, self.positions, self.head = nn.Embedding(7, 4), nn.Embedding(6, 4), nn.Linear(4, 4)
+        self.prompts, self.shape = nn.Linear(4, 4), shape
+        self.register_buffer("prompt", points(3, 4))
+        self.register_buffer("place", torch.arange(6))
+        self.double()
+
+    def forward(self, tokens):
+        length = tokens.shape[1]
+        places = self.place[:length] if self.shape == "a buffer" else torch.arange(length)
+        if self.shape == "each pair":
+            places = (places[:, None] - places).abs()
+        elif self.shape == "a batch of one":
+            places = places.unsqueeze(0)
+        elif self.shape == "expanded":
+            places = places.expand(len(tokens), -1)
+        found = self.positions(places)
+        prompts = self.prompts(self.prompt[None] if self.shape == "a batch of one" else self.prompt)
+        return self.head(self.tokens(tokens) + (found.sum(-2) if self.shape == "each pair" else found)).tanh() + (
+            prompts.sum(-2) if prompts.dim() == 2 else prompts.sum(-2).unsqueeze(1)
+        )
+
+
+@pytest.mark.parametrize("fallback", ["vmap", "base"])
+@pytest.mark.parametrize("shape", ["a sequence", "a buffer", "a batch of one", "each pair", "expanded"])
+def test_what_is_looked_up_once_for_the_batch_is_one_sample(shape, fallback):
+    """Its gradient is the batch's; where every sample looks it up they are samples all the same."""
+    model, tokens = Positions(shape), torch.randint(7, (4, 5))
+    whole = copy.deepcopy(model)
+    oracle.energy(whole(tokens)).backward()
+    optimizer = NGPlus(model, lr=1e-9, damping=DAMPING, update_every=1, ema=0.5, function_fallback=fallback)
+    (oracle.energy(model(tokens)) / 4).backward()
+    with recorded_warnings() as messages:
+        optimizer.step()
+    assert messages == []
+    for layer, name in ((whole.positions, "positions.weight"), (whole.prompts, "prompts.weight")):
+        G = layer.weight.grad / 4
+        if name.startswith("prompts"):
+            G = torch.cat([G, layer.bias.grad.unsqueeze(1) / 4], 1)
+        state = optimizer.curvature[name]
+        expected = G @ G.T if state.shape.side == "left" else G.T @ G
+        if shape == "expanded" and name.startswith("positions"):
+            samples = oracle.sample_gradients(whole, oracle.sample_losses(tokens))
+            expected = sum((G.mT @ G)[0] for each, s in samples.items() if each.weight == name for G in s) / 4
+        torch.testing.assert_close(state.average[0][0], expected, rtol=1e-9, atol=1e-12)
