@@ -35,7 +35,6 @@ class Tuning:
         capture_tries: steps in a row on which a layer without curvature that has a gradient is captured again.
         compared_entries: most entries of a layer's gradient that are compared with its captured uses.
         compared_products: products of a use beyond which fewer entries are compared, two at the least.
-        compared_sums: sums over all entries of a gradient that are compared, where all are.
         summed_outputs: elements of a linear layer's output up to which all entries of its gradient are compared.
         summed_weights: elements of its weight up to which they are.
         long_table: rows from which on one block of rows in sixteen is compared.
@@ -65,7 +64,6 @@ class Tuning:
     capture_tries: int = 3
     compared_entries: int = 8
     compared_products: int = 2**12
-    compared_sums: int = 4
     summed_outputs: int = 2**16
     summed_weights: int = 2**20
     long_table: int = 2**13

@@ -267,7 +267,7 @@ class CapturedUses:
 
     def _check_passes(self, record: LayerRecord, use: WeightUse) -> None:
         """Refuse a use by samples of which others have been summed before it was made."""
-        if self._sampling.samples == "rows" or self._sampling.model_calls != "separate":
+        if not record.summed or self._sampling.samples == "rows" or self._sampling.model_calls != "separate":
             return
         calls, samples = self._model_calls, self._samples_of(use)
         if any(size == use.size and calls.root(number, size) == samples for number, size in record.summed):

@@ -2,9 +2,9 @@
 
 A use that was not captured changes all entries of the gradient G, as a rule, so that a few entries (r, c) of the matrix
 tell: Σᵢ Σ_κ Gᵢ[r, κ] Aᵢ[c, κ] against G[r, c]. Of a table, where such a use may reach few rows, a sixteenth of the rows
-or more count together, with random signs s: Σᵢ Σ_κ (sᵀGᵢ)[κ] Aᵢ[c, κ] against (sᵀG)[c]. Of a linear layer whose output
-is small all rows and columns do, in a few sums with signs T for the columns: (Σᵢ Σ_κ (sᵀGᵢ)[κ] Aᵢ[·, κ]) T against
-sᵀG T.
+or more count together, with random coefficients s: Σᵢ Σ_κ (sᵀGᵢ)[κ] Aᵢ[c, κ] against (sᵀG)[c]. Of a linear layer whose
+output is small all rows and columns do, in a few sums with coefficients S for the rows and T for the columns:
+(Σᵢ Σ_κ (SᵀGᵢ)[·, κ] Aᵢ[·, κ]ᵀ) T against SᵀG T.
 
 A bias, which is one more column of its layer's matrix, is compared by itself in the same rows.
 
@@ -257,7 +257,7 @@ class MatrixEntries:
 
 
 PERIOD = 2**16
-"""Rows of a table after which their signs are the same again."""
+"""Rows of a table after which their coefficients are the same again."""
 
 
 BLOCK = 16
@@ -265,30 +265,34 @@ BLOCK = 16
 
 
 @functools.cache
-def _signs(long: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """±1 at random for each row of a table, of two periods; for a long one 0 where the row does not count."""
+def _coefficients(long: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """For each row of a table, of two periods: ½ to 1½ with either sign; 0 for rows of a long one that do not count.
+
+    Numbers, and not the signs alone, since two rows of signs are often the same where a matrix is small.
+    """
     generator = torch.Generator().manual_seed(0)
-    signs = torch.randint(0, 2, (PERIOD,), generator=generator) * 2 - 1
+    coefficients = torch.randint(0, 2, (PERIOD,), generator=generator) * 2.0 - 1
+    coefficients *= 0.5 + torch.rand(PERIOD, generator=generator)
     if long:
         counts = torch.randint(0, 16, (PERIOD // BLOCK,), generator=generator) == 0
-        signs *= counts.repeat_interleave(BLOCK)
-    return signs.to(device, dtype).repeat(2)
+        coefficients *= counts.repeat_interleave(BLOCK)
+    return coefficients.to(device, dtype).repeat(2)
 
 
 @functools.cache
 def _counting_rows(device: torch.device) -> Tensor:
     """The rows of a period of a long table that count, ascending."""
-    return _signs(True, torch.float32, device)[:PERIOD].nonzero().flatten()
+    return _coefficients(True, torch.float32, device)[:PERIOD].nonzero().flatten()
 
 
 @dataclass(kw_only=True, slots=True)
 class TableEntries:
-    """Sums with random signs over rows of a table, in neighbouring columns.
+    """Sums with random coefficients over rows of a table, in neighbouring columns.
 
     Attributes:
         count: of the columns.
         column: the first.
-        shift: of the rows' signs.
+        shift: of the rows' coefficients.
         height: rows of the table.
         long: whether a sixteenth of the rows counts, in place of all.
     """
@@ -309,7 +313,7 @@ class TableEntries:
 
     def reduce_rows(self, pair: FactorPair) -> UseRows:
         """sᵀGᵢ."""
-        return UseRows(self._signed_rows(pair.rows))
+        return UseRows(self._combine_rows(pair.rows))
 
     def of_use(self, rows: UseRows, pair: FactorPair) -> UseEntries:
         """Σᵢ Σ_κ (sᵀGᵢ)[κ] Aᵢ[c, κ]; softmax over a long table, whose rows add up to zero, hardly cancels in them."""
@@ -323,30 +327,30 @@ class TableEntries:
         """Of the rows that count."""
         return 1 / 16 if self.long else 1.0
 
-    def _signed_rows(self, factor: Factor) -> Tensor:
+    def _combine_rows(self, factor: Factor) -> Tensor:
         """sᵀGᵢ, (samples·κ,)."""
         if isinstance(factor, OneHot):
-            return self._signs(factor.index.flatten(), factor.dtype)
+            return self._coefficients(factor.index.flatten(), factor.dtype)
         if isinstance(factor, Bags):
-            signs = self._signs(factor.index, factor.weight.dtype) * factor.weight
-            return signs.new_zeros(factor.bags).index_add_(0, factor.bag, signs)
+            coefficients = self._coefficients(factor.index, factor.weight.dtype) * factor.weight
+            return coefficients.new_zeros(factor.bags).index_add_(0, factor.bag, coefficients)
         assert isinstance(factor, Dense)
         entries, first = _in_rows(factor.entries), factor.first_row
-        rows, signs = self._counting(first, entries.shape[1], entries.dtype, entries.device)
-        return (entries if rows is None else entries.index_select(1, rows)) @ signs
+        rows, coefficients = self._counting(first, entries.shape[1], entries.dtype, entries.device)
+        return (entries if rows is None else entries.index_select(1, rows)) @ coefficients
 
     def of_gradient(self, gradient: Tensor) -> Tensor:
         """(sᵀG)[c]."""
         dtype = statistics_dtype(gradient.dtype)
         if gradient.layout == torch.sparse_coo and gradient.sparse_dim() == 1:
-            signs, values = self._signs(gradient._indices()[0], dtype), gradient._values()
+            coefficients, values = self._coefficients(gradient._indices()[0], dtype), gradient._values()
         else:
             values = gradient if gradient.layout == torch.strided else gradient.to_dense()
-            rows, signs = self._counting(0, len(values), dtype, values.device)
+            rows, coefficients = self._counting(0, len(values), dtype, values.device)
             values = values if rows is None else values.index_select(0, rows)
         values = _for_statistics(self._columns(values))
         with without_autocast([values.device.type]):
-            return signs @ values
+            return coefficients @ values
 
     def _columns(self, rows: Tensor) -> Tensor:
         """Those that are compared."""
@@ -355,47 +359,70 @@ class TableEntries:
     def _counting(
         self, first: int, count: int, dtype: torch.dtype, device: torch.device
     ) -> tuple[Tensor | None, Tensor]:
-        """Those of the ``count`` rows from ``first`` on that count, from there, and their signs; None for all."""
+        """Those of ``count`` rows from ``first`` on that count, from there, and their coefficients; None for all."""
         if not self.long:
             return None, _window(self.shift + first, count, dtype, device)
         rows = (_counting_rows(device) - (self.shift + first)) & (PERIOD - 1)
         if count > PERIOD:
             rows = (torch.arange(0, count, PERIOD, device=device).unsqueeze(1) + rows).flatten()
         rows = rows[rows < count]
-        return rows, self._signs(rows + first, dtype)
+        return rows, self._coefficients(rows + first, dtype)
 
-    def _signs(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    def _coefficients(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
         rows = rows if self.height <= PERIOD else rows & (PERIOD - 1)
-        return _signs_after(self.shift, self.long, dtype, rows.device).index_select(0, rows)
+        return _coefficients_after(self.shift, self.long, dtype, rows.device).index_select(0, rows)
 
 
 @dataclass(kw_only=True, slots=True)
-class MatrixSums(TableEntries):
-    """Sums with random signs over all rows of a matrix and over all of its columns, of the same rows' signs.
+class MatrixSums:
+    """Sums with random coefficients over all rows of a matrix and over all of its columns.
+
+    Each of two vectors s of coefficients for the rows comes with two for the columns. One s would too often be nearly
+    orthogonal to what a single sample brings, which is of rank one.
 
     Attributes:
         count: of the sums.
-        column: shift of the columns' signs.
-        shift: of the rows' signs.
+        row: shift of the rows' coefficients.
+        column: shift of the columns' coefficients.
         height: rows of the matrix.
-        long: False.
     """
 
+    count: int
+    row: int
+    column: int
+    height: int
+
     @classmethod
-    def sample_sums(cls, layer: Layer, count: int, generator: random.Random) -> MatrixSums:
-        """``count`` sums."""
-        column, shift = _SHIFTS[generator.randrange(len(_SHIFTS))], _SHIFTS[generator.randrange(len(_SHIFTS))]
-        return cls(count=count, column=column, shift=shift, height=len(layer.weight), long=False)
+    def sample(cls, layer: Layer, generator: random.Random) -> MatrixSums:
+        """Four sums."""
+        row, column = (_SHIFTS[generator.randrange(len(_SHIFTS))] for _ in range(2))
+        return cls(count=4, row=row, column=column, height=len(layer.weight))
 
     def reduce_rows(self, pair: FactorPair) -> UseRows:
-        """sᵀGᵢ, and the norm of Gᵢ's entries; of indices that of their signs."""
+        """SᵀGᵢ, (samples·κ, 2), and the norm of Gᵢ's entries; of indices that of their coefficients."""
         rows = pair.rows
-        sums = self._signed_rows(rows)
+        sums = self._combine_rows(rows)
         size: Tensor = torch.linalg.vector_norm(rows.entries if isinstance(rows, Dense) else sums)
         return UseRows(sums, size=size)
 
+    def _combine_rows(self, factor: Factor) -> Tensor:
+        if isinstance(factor, Dense):
+            entries = _in_rows(factor.entries)
+            return entries @ self.row_coefficients(entries.shape[1], entries, factor.first_row)
+        if isinstance(factor, OneHot):
+            return self.row_coefficients(self.height, factor).index_select(0, factor.index.flatten())
+        assert isinstance(factor, Bags)
+        coefficients = self.row_coefficients(self.height, factor.weight).index_select(
+            0, factor.index
+        ) * factor.weight.unsqueeze(1)
+        return coefficients.new_zeros(factor.bags, 2).index_add_(0, factor.bag, coefficients)
+
+    def row_coefficients(self, rows: int, like: Tensor | Factor, first: int = 0) -> Tensor:
+        """S, (rows, 2), from the row ``first`` on, of a tensor's or a factor's kind."""
+        return _coefficient_columns(self.row + first, rows, 2, like.dtype, like.device)
+
     def of_use(self, rows: UseRows, pair: FactorPair) -> UseEntries:
-        """(Σᵢ Σ_κ (sᵀGᵢ)[κ] Aᵢ[·, κ]) T, where a column of T has the signs of one sum.
+        """(Σᵢ Σ_κ (SᵀGᵢ)[·, κ] Aᵢ[·, κ]ᵀ) T, where a column of T has the coefficients of the columns.
 
         Its size is that of G and A, not of their sums, which cancel: the rows of a softmax's gradient add up to zero.
         """
@@ -403,21 +430,21 @@ class MatrixSums(TableEntries):
         assert isinstance(columns, Dense)
         entries = _in_rows(columns.entries)
         sizes = rows.size, torch.linalg.vector_norm(entries), max(1, len(entries)) ** -0.5
-        return UseEntries(self._sum_columns(rows.values @ entries), 0, sizes)
+        return UseEntries(self._sum_columns(rows.values.T @ entries), 0, sizes)
 
     def of_gradient(self, gradient: Tensor) -> Tensor:
-        """The entries of sᵀG T."""
+        """The entries of SᵀG T."""
         values = _for_statistics(gradient if gradient.layout == torch.strided else gradient.to_dense())
         with without_autocast([values.device.type]):
-            return self._sum_columns(_signs_from(self.shift, values.shape[0], values.dtype, values.device) @ values)
+            return self._sum_columns(self.row_coefficients(len(values), values).T @ values)
 
     def bias_entries(self, layer: Layer) -> ComparedEntries:
-        """The sum over the layer's bias with the signs of the rows."""
-        return BiasSum(sums=self, part=layer.bias_slice)
+        """The sums over the layer's bias with the coefficients of the rows."""
+        return BiasSums(sums=self, part=layer.bias_slice)
 
     def _sum_columns(self, values: Tensor) -> Tensor:
         """The sums over all columns, (count,)."""
-        return values @ _sign_columns(self.column, values.shape[0], self.count, values.dtype, values.device)
+        return (values @ _coefficient_columns(self.column, values.shape[1], 2, values.dtype, values.device)).flatten()
 
 
 def _in_rows(entries: Tensor) -> Tensor:
@@ -464,11 +491,11 @@ class BiasEntries:
 
 
 @dataclass(kw_only=True, slots=True)
-class BiasSum:
-    """The sum over a bias with random signs.
+class BiasSums:
+    """The sums over a bias with random coefficients.
 
     Attributes:
-        sums: of the matrix, over the same rows with the same signs.
+        sums: of the matrix, over the same rows with the same coefficients.
         part: of the bias parameter that is the layer's.
     """
 
@@ -477,24 +504,24 @@ class BiasSum:
 
     @property
     def count(self) -> int:
-        """One sum."""
-        return 1
+        """Two sums."""
+        return 2
 
     def reduce_rows(self, pair: FactorPair) -> UseRows:
-        """That of the matrix."""
+        """Those of the matrix."""
         return self.sums.reduce_rows(pair)
 
     def of_use(self, rows: UseRows, pair: FactorPair) -> UseEntries:
-        """Σᵢ Σ_κ (sᵀGᵢ)[κ] times the constant that the use multiplies the bias by; its size is that of the rows."""
+        """Σᵢ Σ_κ (SᵀGᵢ)[·, κ] times the constant that the use multiplies the bias by; its size is that of the rows."""
         factor = _bias_factor(pair.columns)
-        total = rows.values.sum()
+        total = rows.values.sum(dim=0)
         return UseEntries(total if factor == 1.0 else total * factor, 0, (rows.size, factor))
 
     def of_gradient(self, gradient: Tensor) -> Tensor:
-        """The sum over the bias's gradient."""
+        """The sums over the bias's gradient."""
         values = _for_statistics(gradient if self.part.stop - self.part.start == len(gradient) else gradient[self.part])
         with without_autocast([values.device.type]):
-            return torch.dot(values, _signs_from(self.sums.shift, values.shape[0], values.dtype, values.device))
+            return torch.mv(self.sums.row_coefficients(len(values), values).T, values)
 
 
 def _bias_factor(columns: Factor) -> float:
@@ -504,33 +531,33 @@ def _bias_factor(columns: Factor) -> float:
 
 
 _SHIFTS = range(0, PERIOD, 1021)
-"""Where the signs of a matrix's rows and columns may start: so few that what is made of them can be kept."""
+"""Where the coefficients of a matrix's rows and columns may start: so few that what is made of them can be kept."""
 
 
 def _window(start: int, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The signs of ``count`` rows or columns from ``start`` on."""
-    signs, start = _signs(False, dtype, device), start % PERIOD
+    """The coefficients of ``count`` rows or columns from ``start`` on."""
+    coefficients, start = _coefficients(False, dtype, device), start % PERIOD
     if start + count <= 2 * PERIOD:
-        return signs[start : start + count]
-    return signs[torch.arange(start, start + count, device=device) & (PERIOD - 1)]
+        return coefficients[start : start + count]
+    return coefficients[torch.arange(start, start + count, device=device) & (PERIOD - 1)]
 
 
 @functools.lru_cache(maxsize=2**10)
-def _signs_after(start: int, long: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The signs of a table's rows from ``start`` on."""
-    return _signs(long, dtype, device)[start:]
+def _coefficients_after(start: int, long: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The coefficients of a table's rows from ``start`` on."""
+    return _coefficients(long, dtype, device)[start:]
 
 
-_signs_from = functools.lru_cache(maxsize=2**13)(_window)
+_coefficients_from = functools.lru_cache(maxsize=2**13)(_window)
 """The same, kept: of a matrix's sums it is a view."""
 
 
 @functools.lru_cache(maxsize=2**13)
-def _sign_columns(start: int, length: int, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(length, count) signs for ``count`` sums: those of one are those of another from another column on."""
+def _coefficient_columns(start: int, length: int, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(length, count) coefficients for ``count`` sums: those of one are those of another from another column on."""
     between = PERIOD // 8 + 1
-    signs = _signs_from(start, length + (count - 1) * between, dtype, device)
-    return signs.as_strided((length, count), (1, between), signs.storage_offset())
+    coefficients = _coefficients_from(start, length + (count - 1) * between, dtype, device)
+    return coefficients.as_strided((length, count), (1, between), coefficients.storage_offset())
 
 
 def sample_entries(
@@ -552,7 +579,7 @@ def sample_entries(
     most = min(tuning.compared_entries, max(2, tuning.compared_products // products))
     small = output_size <= tuning.summed_outputs and layer.weight.numel() <= tuning.summed_weights
     if layer.weight.dim() == 2 and not layer.row_sparse and small and max(layer.weight.shape) <= PERIOD // 2:
-        return MatrixSums.sample_sums(layer, tuning.compared_sums, generator)
+        return MatrixSums.sample(layer, generator)
     if layer.row_sparse:
         return TableEntries.sample(layer, most, tuning.long_table, generator)
     return MatrixEntries.sample(layer, shape, most, generator)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ngplus.capture.compared_entries import BiasSum, ComparedEntries, MatrixSums, UseRows
+from ngplus.capture.compared_entries import BiasSums, ComparedEntries, MatrixSums, UseRows
 from ngplus.devices import factor_dtype, reads_without_sync
 from ngplus.factors.factor import statistics_dtype
 from ngplus.factors.pair import FactorPair
@@ -88,7 +88,7 @@ class Comparison:
             squares: the sum of squares of all their entries, a scalar.
             dtype: that the use was computed in.
         """
-        share = 1.0 if isinstance(self._entries, MatrixSums | BiasSum) else self._entries.count / gradient.numel()
+        share = 1.0 if isinstance(self._entries, MatrixSums | BiasSums) else self._entries.count / gradient.numel()
         self._captured.append(_read(self._entries.of_gradient(gradient)))
         self._sizes.append(((squares * share).sqrt(),))
         self._dtypes.add(dtype)

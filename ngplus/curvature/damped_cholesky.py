@@ -96,7 +96,7 @@ def invert_one(matrix: Tensor, damping: float) -> Tensor | None:
 
 def _invert_batch(requests: Sequence[InverseRequest], dtype: torch.dtype, tries: int) -> None:
     """Invert matrices of one size with Cholesky factors of ``dtype``, raising the damping of those without so often."""
-    dampings = [request.damping for request in requests for _ in request.matrices]
+    dampings = [request.damping for request in requests for _ in range(request.matrices.shape[0])]
     matrices = _join(requests, dtype)
     damping = matrices.new_tensor(dampings)
     factors, failed = _factorise(matrices, damping)
@@ -118,7 +118,7 @@ def _assign(requests: Sequence[InverseRequest], inverses: Tensor, failures: Sequ
     inverses = inverses.to(dtypes.pop()) if len(dtypes) == 1 else inverses
     start = 0
     for request in requests:
-        stop = start + len(request.matrices)
+        stop = start + request.matrices.shape[0]
         if not any(failures[start:stop]):
             request.inverse = inverses[start:stop].to(request.matrices.dtype)
             raised = max(used[start:stop], default=request.damping)
@@ -144,7 +144,7 @@ def _factorise(matrices: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
 
 def _invert_in_blocks(requests: Sequence[InverseRequest], dtype: torch.dtype, tuning: Tuning) -> bool:
     """Invert well conditioned matrices of one size block by block, unless it is no faster or one is indefinite."""
-    dampings = [request.damping for request in requests for _ in request.matrices]
+    dampings = [request.damping for request in requests for _ in range(request.matrices.shape[0])]
     first, size = requests[0].matrices, requests[0].matrices.shape[-1]
     large = size > tuning.inverted_block and len(dampings) * size**3 >= tuning.inverted_multiplications
     if not (large and first.device.type == "cpu" and torch.get_float32_matmul_precision() == "highest"):

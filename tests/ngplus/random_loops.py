@@ -43,7 +43,7 @@ class FusedHead(torch.autograd.Function):
         return gradient @ weight, gradient.flatten(0, -2).T @ hidden.to(weight.dtype).flatten(0, -2)
 
 
-READ = ["linear", "relu", "twice", "branches", "slices", "einsum", "left"]
+READ = ["linear", "in place", "twice", "branches", "slices", "einsum", "left"]
 DIFFERENTIATED = ["sines", "distances", "norm"]
 BLOCKS = [*READ, *DIFFERENTIATED]
 """How a layer is used: by calls that are read, or by functions that are differentiated again."""
@@ -167,7 +167,8 @@ class Net(nn.Module):
             return torch.cdist(x, layer.weight) * layer.bias.cos()
         if kind == "norm":
             return (layer(x) / layer.weight.norm()).tanh()
-        return F.relu(layer(x), inplace=True) if kind == "relu" else layer(x).tanh()
+        # Without a kink, at which what bfloat16 rounds would be on either side.
+        return F.elu(layer(x), inplace=True) if kind == "in place" else layer(x).tanh()
 
     def forward(self, x: Tensor) -> Tensor:
         """The output; where the loop makes it, the hidden state."""

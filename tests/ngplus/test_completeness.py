@@ -397,6 +397,21 @@ def test_what_is_added_to_a_gradient_is_found(name, seed, output_size):
         assert comparison.is_complete(values) == (complete or not entries.of_gradient(gradient).any())
 
 
+def test_what_a_single_sample_adds_to_a_small_layer_hardly_ever_hides():
+    """Of rank one, and as large as what is captured; compared in bfloat16 one vector for the rows would miss 90."""
+    (layer,) = find_layers(nn.Linear(4, 5))
+    dice, missed = random.Random(0), 0
+    seed_cpu(0)
+    for _ in range(2000):
+        entries = sample_entries(layer, layer.shape(None), 1, dice)
+        parts = [FactorPair(Dense(torch.randn(1, 1, 5, 1)), Dense(torch.randn(1, 1, 4, 1))) for _ in "ab"]
+        comparison = Comparison(entries)
+        comparison.add_use(comparison.reduce_rows(parts[0]), parts[0], torch.bfloat16)
+        comparison.add_gradient(sum(part.rows.entries[0, 0] @ part.columns.entries[0, 0].T for part in parts))
+        missed += comparison.is_complete(read_values([comparison.vectors(None)])[0])
+    assert missed <= 30, missed
+
+
 @pytest.mark.parametrize("output_size", [0, 10**6])
 def test_slices_of_a_weight_are_compared_at_their_place(output_size):
     layer = find_layers(nn.MultiheadAttention(4, 2).double())[0]
