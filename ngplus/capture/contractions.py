@@ -2,8 +2,8 @@
 
 Dimensions have labels, as in `einsum`. Of a matrix W[r, c] one label is summed over and the other is left in the
 output: the factors (8) are then the other tensor and the output's gradient. A batch of matrices W[g, r, c] has its
-first label in all. What is left over is in the other tensor and in the output: one of these dimensions holds the
-samples, the rest are positions.
+first label in all; where one of them lacks it, all matrices get the same of it. What is left over is in the other
+tensor and in the output: one of these dimensions holds the samples, the rest are positions.
 """
 
 from __future__ import annotations
@@ -57,24 +57,26 @@ class ContractionFactors:
     Attributes:
         inside: how the other tensor's dimensions are ordered: samples, groups, features, then positions.
         outside: the same of the output's.
-        grouped: whether there is a dimension of groups.
+        groups: how many matrices there are, where the weight has a dimension of them, else 0.
         transposed: whether the other tensor belongs to the matrix's rows.
         scale: of the product.
         appended: see `Dense`.
+        spread: of the other tensor and the output, whether it lacks the dimension of groups, which is put in front.
     """
 
     inside: list[int]
     outside: list[int]
-    grouped: bool
+    groups: int
     transposed: bool
     scale: float
     appended: float | None
+    spread: tuple[bool, bool]
 
     @property
     def free(self) -> list[int]:
-        """The other tensor's dimensions that may hold the samples."""
-        first = 3 if self.grouped else 2
-        return [self.inside[0], *self.inside[first:]]
+        """The other tensor's dimensions that may hold the samples, the one that does first."""
+        free = [self.inside[0], *self.inside[3 if self.groups else 2 :]]
+        return [each - self.spread[0] for each in free]
 
     @classmethod
     def of(cls, layer: Layer, weight: Tensor, contraction: Contraction, appended: float | None) -> ContractionFactors:
@@ -92,10 +94,12 @@ class ContractionFactors:
         Raises:
             UnsupportedCall: where the product is no matrix product for each sample.
         """
-        inside, outside = contraction.inside, contraction.outside
         if len(set(contraction.weight)) < len(contraction.weight):
             raise UnsupportedCall("is used in a product with its diagonal alone")
         groups, rows, columns = _matrix_labels(layer, weight, contraction.weight)
+        sides = contraction.inside, contraction.outside
+        spread = tuple(bool(groups) and groups not in side for side in sides)
+        inside, outside = (groups + side if lacks else side for side, lacks in zip(sides, spread, strict=True))
         transposed = rows in inside
         summed, left = (rows, columns) if transposed else (columns, rows)
         others = [label for label in inside if label not in (*groups, summed)]
@@ -108,16 +112,17 @@ class ContractionFactors:
         )
         if not fits:
             raise UnsupportedCall("is used in a product that is no matrix product for each sample")
-        at = inside[layer.batch_dim] if layer.batch_dim < len(inside) else ""
+        at = sides[0][layer.batch_dim] if layer.batch_dim < len(sides[0]) else ""
         samples = at if at in others else others[0]
         positions = [label for label in others if label != samples]
         return cls(
             [inside.index(label) for label in (samples, *groups, summed, *positions)],
             [outside.index(label) for label in (samples, *groups, left, *positions)],
-            bool(groups),
+            layer.matrix[0] if groups else 0,
             transposed,
             contraction.scale,
             appended,
+            (spread[0], spread[1]),
         )
 
     def pair(self, source: Tensor, gradient: Tensor) -> FactorPair:
@@ -130,16 +135,16 @@ class ContractionFactors:
         Returns:
             The pair.
         """
-        inside = self._order(source, self.inside)
-        outside = self._order(gradient if self.scale == 1 else gradient * self.scale, self.outside)
+        inside = self._order(source, self.inside, self.spread[0])
+        outside = self._order(gradient if self.scale == 1 else gradient * self.scale, self.outside, self.spread[1])
         if self.transposed:
             return FactorPair(Dense(inside), Dense(outside, appended=self.appended))
         return FactorPair(Dense(outside), Dense(inside, appended=self.appended))
 
-    def _order(self, tensor: Tensor, order: list[int]) -> Tensor:
+    def _order(self, tensor: Tensor, order: list[int], spread: bool) -> Tensor:
         """(b, groups, features, κ)."""
-        ordered = tensor.permute(order)
-        ordered = ordered if self.grouped else ordered.unsqueeze(1)
+        ordered = (tensor.expand(self.groups, *tensor.shape) if spread else tensor).permute(order)
+        ordered = ordered if self.groups else ordered.unsqueeze(1)
         return ordered.unsqueeze(-1) if ordered.dim() == 3 else ordered.flatten(3)
 
 

@@ -170,7 +170,7 @@ def _parse_contraction(given: WeightArgument, contraction: Contraction) -> OpCal
     if isinstance(owner_of(contraction.other), nn.Parameter):
         raise UnsupportedCall("is multiplied by another parameter, which has no samples")
     factors = ContractionFactors.of(given.layer, given.weight, contraction, _appended_value(given.layer, None))
-    shape, dim = contraction.other.shape, factors.inside[0]
+    shape, dim = contraction.other.shape, factors.free[0]
     return OpCall(
         given.layer,
         contraction.other,
