@@ -436,7 +436,8 @@ class Recorder:
                 again = parse_function(call, own, self._expressions)
                 self._await_use(layer, call, again.op_call, again.source, again.op_call.dim, again.dtype)
             except UnsupportedCall as reason:
-                self._uses.refuse(layer, reasons.get(layer, str(reason)))
+                has_weight = any(source.parameter is layer.weight for source in own)
+                self._uses.refuse(layer, str(reason) if has_weight else reasons.get(layer, str(reason)))
 
     def _await_use(
         self,

@@ -18,7 +18,7 @@ from ngplus.factors.pair import FactorPair, sample_long_side
 from ngplus.layers import MatrixShape
 from tests.ngplus import oracle
 from tests.ngplus.allocations import peak_elements
-from tests.ngplus.cases import points, seed_cpu
+from tests.ngplus.cases import points, recorded_warnings, seed_cpu
 from tests.ngplus.test_contractions import Product
 
 
@@ -457,3 +457,18 @@ def test_projections_around_attention_match_the_oracle(options):
         return F.scaled_dot_product_attention(q, k, v, **options)
 
     oracle.check(Attention(attend).double(), points(3, 5, 8))
+
+
+def test_a_function_of_a_weight_that_is_not_differentiated_is_the_reason_also_beside_a_bias():
+    """Fake quantization, which ``torch.func.vmap`` does not know."""
+
+    class Quantized(nn.Linear):
+        def forward(self, x):
+            return F.linear(x, torch.fake_quantize_per_tensor_affine(self.weight, 0.1, 0, -128, 127), self.bias)
+
+    model = Quantized(4, 3)
+    optimizer = NGPlus(model, lr=1e-3, damping=0.3, update_every=1)
+    oracle.energy(model(torch.randn(5, 4))).backward()
+    with recorded_warnings() as messages:
+        optimizer.step()
+    assert ["weight is used by linear" in message for message in messages] == [True]
