@@ -74,6 +74,17 @@ def unwrap_transformed(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def node_of(tensor: Tensor) -> Node | None:
+    """What made a tensor, or None.
+
+    Of a view that was made without grad mode and whose base was changed in place since, torch refuses to tell: nothing.
+    """
+    try:
+        return tensor.grad_fn
+    except RuntimeError:
+        return None
+
+
 @contextmanager
 def quiet_vmap() -> Iterator[None]:
     """Without vmap's warning of functions that it calls one element at a time."""

@@ -22,7 +22,7 @@ from ngplus.capture.compared_entries import ComparedEntries, choose_bias_entries
 from ngplus.capture.completeness import Comparison, read_values
 from ngplus.capture.contractions import UnsupportedCall
 from ngplus.capture.function_mode import FunctionCall, TimeMajor
-from ngplus.capture.model_calls import CHECKPOINTS, DOUBTS, ORDER, PASSES, ModelCalls
+from ngplus.capture.model_calls import CHECKPOINTS, DOUBTS, ORDER, PASSES, SIZES, ModelCalls
 from ngplus.capture.sample_index import SampleIndex
 from ngplus.capture.weight_use import CapturedPair, LayerRecord, WeightHook, WeightUse
 from ngplus.capture.whole_weights import WholeWeights
@@ -97,6 +97,7 @@ class CapturedUses:
         self._records: dict[Layer, LayerRecord] = {}
         self._hooked: set[tuple[Layer, int]] = set()
         self._random = random.Random(0)
+        self._doubted: set[Layer] = set()
         self.weight_hooks: list[WeightHook] = []
 
     def discard(self) -> None:
@@ -136,13 +137,18 @@ class CapturedUses:
             record = self._records[layer] = LayerRecord(layer, self._accumulator.statistic(shape))
             if self._sampling.partial_capture == "base":
                 elements = 0 if output is None else output.values().numel() if output.is_nested else output.numel()
-                entries = sample_entries(layer, shape, elements, self._random, self._tuning)
+                doubted = self._original(layer) in self._doubted
+                entries = sample_entries(layer, shape, elements, self._random, self._tuning, doubted=doubted)
                 record.comparison = self._start_comparison(layer, layer.weight, entries)
                 if layer.bias is not None and (bias_entries := choose_bias_entries(layer, entries)) is not None:
                     record.bias_comparison = self._start_comparison(layer, layer.bias, bias_entries)
                     if layer.bias.requires_grad and not is_transformed():
                         record.bias_accumulator = torch.autograd.graph.get_gradient_edge(layer.bias).node
         return record
+
+    def _original(self, layer: Layer) -> Layer:
+        """The optimizer's layer, of a sharded model too."""
+        return layer if self._whole is None else self._whole.original(layer)
 
     def _start_comparison(self, layer: Layer, parameter: Tensor, entries: ComparedEntries) -> Comparison:
         """Compare what is captured of a layer with the gradient that backward passes bring to one of its parameters."""
@@ -198,6 +204,7 @@ class CapturedUses:
             if gradient is not None and gradient.numel() and record.unsupported is None:
                 # An empty batch, or sequences of length zero, have nothing to sum.
                 self._check_passes(record, use)
+                self._check_shared(record, use)
                 self._capture(record, use, gradient)
             samples = self._samples_of(use)
             captured = [each for each in record.captured if self._samples_of(each.use) == samples]
@@ -273,6 +280,19 @@ class CapturedUses:
         if any(size == use.size and calls.root(number, size) == samples for number, size in record.summed):
             raise UnsupportedCall(PASSES)
 
+    def _check_shared(self, record: LayerRecord, use: WeightUse) -> None:
+        """Refuse a layer that a call uses on the batch and on what is free of samples, where both have a gradient."""
+        if use.is_shared:
+            record.shared.add(use.model_call)
+        if not record.shared or self._sampling.model_calls != "separate":
+            return
+        others = {each.use.model_call for each in record.captured if not each.use.is_shared}
+        others.update(number for number, _ in record.summed)
+        if not use.is_shared:
+            others.add(use.model_call)
+        if not record.shared.isdisjoint(others):
+            raise UnsupportedCall(SIZES)
+
     def _drop_stale(self, record: LayerRecord) -> None:
         """Drop the sums of a backward pass whose gradients are gone: a skipped step, then ``model.zero_grad()``.
 
@@ -284,7 +304,8 @@ class CapturedUses:
         if not (record.statistic.used or record.retained or record.captured):
             return
         gradient = record.layer.weight.grad
-        if self._whole is not None and (original := self._whole.original(record.layer)) is not record.layer:
+        if (original := self._original(record.layer)) is not record.layer:
+            assert self._whole is not None
             may_be_gone = original.weight.dtype == record.layer.weight.dtype
             is_nowhere = gradient is None and original.weight.grad is None
             if may_be_gone and is_nowhere and not self._whole.is_kept_back(original, backward_pass_number()):
@@ -299,7 +320,8 @@ class CapturedUses:
         """Sum the samples of ``captured``, which are among the record's."""
         record.captured = [each for each in record.captured if each not in captured]
         if captured and record.unsupported is None:
-            record.summed.update((each.use.model_call, each.use.size) for each in captured if not each.is_apart)
+            of_batch = (each.use for each in captured if not (each.is_apart or each.use.is_shared))
+            record.summed.update((use.model_call, use.size) for use in of_batch)
             self._add_(record, self._find_additions(record, captured))
 
     def _reduce_all(self, records: Iterable[LayerRecord]) -> None:
@@ -378,6 +400,7 @@ class CapturedUses:
             if not comparison.is_empty and not comparison.is_complete(known):
                 reason = INCOMPLETE if comparison is record.comparison else INCOMPLETE_BIAS
                 incomplete.setdefault(record.layer, reason)
+                self._doubted.add(self._original(record.layer))
         return incomplete
 
 

@@ -23,6 +23,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ngplus.curvature.second_moment import form_gradients
 from ngplus.factors.dense import Dense
 from ngplus.factors.embedding import Bags, OneHot
 from ngplus.factors.factor import Factor, statistics_dtype
@@ -524,6 +525,102 @@ class BiasSums:
             return torch.mv(self.sums.row_coefficients(len(values), values).T, values)
 
 
+@dataclass(kw_only=True, slots=True)
+class WholeSums:
+    """Sums with random coefficients over all entries of a gradient of any shape, which is formed for that.
+
+    That costs about as much as the backward pass takes for the gradient: for stacks of small matrices, and for layers
+    whose gradient has had other sources.
+
+    Attributes:
+        count: of the sums.
+        start: shift of the coefficients.
+        groups: how many matrices there are.
+        columns: of each, without the bias's.
+        limit: elements of temporaries.
+    """
+
+    count: int
+    start: int
+    groups: int
+    columns: int
+    limit: int
+
+    @classmethod
+    def sample(cls, layer: Layer, generator: random.Random, limit: int) -> WholeSums:
+        """Four sums."""
+        start = _SHIFTS[generator.randrange(len(_SHIFTS))]
+        return cls(count=4, start=start, groups=layer.matrix[0], columns=layer.matrix[2], limit=limit)
+
+    def reduce_rows(self, pair: FactorPair) -> UseRows:
+        """Σᵢ 𝒢ᵢ, (groups, m, n), and the root of the sum of squares of all 𝒢ᵢ's entries."""
+        rows, columns = pair.rows, pair.columns
+        groups = 1 if pair.group is not None else self.groups
+        total = torch.zeros(groups, rows.size, columns.size, dtype=rows.dtype, device=rows.device)
+        squares = total.new_zeros(())
+        step = max(1, self.limit // max(1, total.numel()))
+        for start in range(0, rows.samples, step):
+            part = form_gradients(
+                [rows.slice(start, start + step)], [columns.slice(start, start + step)], groups, self.limit
+            )
+            total += part.sum(dim=0)
+            squares += torch.linalg.vector_norm(part).square()
+        return UseRows(total, size=squares.sqrt())
+
+    def of_use(self, rows: UseRows, pair: FactorPair) -> UseEntries:
+        """The sums over Σᵢ 𝒢ᵢ."""
+        values = rows.values[..., : self.columns]
+        first = 0 if pair.group is None else pair.group * values.numel()
+        return UseEntries(self.sum_entries(values, first), 0, (rows.size,))
+
+    def of_gradient(self, gradient: Tensor) -> Tensor:
+        """The sums over a gradient."""
+        return self.sum_entries(_for_statistics(gradient if gradient.layout == torch.strided else gradient.to_dense()))
+
+    def bias_entries(self, layer: Layer) -> ComparedEntries:
+        """The sums over the layer's bias."""
+        return WholeBias(sums=self, part=layer.bias_slice)
+
+    def sum_entries(self, values: Tensor, first: int = 0) -> Tensor:
+        """The sums over entries in their order, of which there are others in front."""
+        flat = values.reshape(-1)
+        shifts = [self.start + first + number * (PERIOD // 8 + 1) for number in range(self.count)]
+        with without_autocast([flat.device.type]):
+            return torch.stack(
+                [torch.dot(flat, _window(shift, len(flat), flat.dtype, flat.device)) for shift in shifts]
+            )
+
+
+@dataclass(kw_only=True, slots=True)
+class WholeBias:
+    """The sums over a bias, of a weight that is compared in `WholeSums`.
+
+    Attributes:
+        sums: of the weight.
+        part: of the bias parameter that is the layer's.
+    """
+
+    sums: WholeSums
+    part: slice
+
+    @property
+    def count(self) -> int:
+        """As many as of the weight."""
+        return self.sums.count
+
+    def reduce_rows(self, pair: FactorPair) -> UseRows:
+        """Those of the matrix."""
+        return self.sums.reduce_rows(pair)
+
+    def of_use(self, rows: UseRows, pair: FactorPair) -> UseEntries:
+        """The sums over the last column of Σᵢ 𝒢ᵢ."""
+        return UseEntries(self.sums.sum_entries(rows.values[..., -1]), 0, (rows.size,))
+
+    def of_gradient(self, gradient: Tensor) -> Tensor:
+        """The sums over the bias's gradient."""
+        return self.sums.sum_entries(_for_statistics(gradient[self.part]))
+
+
 def _bias_factor(columns: Factor) -> float:
     """1 where a use adds the bias, else 0."""
     assert isinstance(columns, Dense | Patches | KhatriRao)
@@ -561,7 +658,13 @@ def _coefficient_columns(start: int, length: int, count: int, dtype: torch.dtype
 
 
 def sample_entries(
-    layer: Layer, shape: MatrixShape, output_size: int, generator: random.Random, tuning: Tuning = DEFAULT
+    layer: Layer,
+    shape: MatrixShape,
+    output_size: int,
+    generator: random.Random,
+    tuning: Tuning = DEFAULT,
+    *,
+    doubted: bool = False,
 ) -> ComparedEntries:
     """Sample which entries of a layer's gradient are compared.
 
@@ -571,6 +674,7 @@ def sample_entries(
         output_size: elements of the output of its first use.
         generator: samples them.
         tuning: how many they are.
+        doubted: whether its gradient has had other sources before, so that all of it is compared.
 
     Returns:
         The entries.
@@ -578,10 +682,17 @@ def sample_entries(
     products = max(1, output_size // max(1, layer.matrix[1]))
     most = min(tuning.compared_entries, max(2, tuning.compared_products // products))
     small = output_size <= tuning.summed_outputs and layer.weight.numel() <= tuning.summed_weights
-    if layer.weight.dim() == 2 and not layer.row_sparse and small and max(layer.weight.shape) <= PERIOD // 2:
+    if (
+        layer.weight.dim() == 2
+        and not (layer.row_sparse or doubted)
+        and small
+        and max(layer.weight.shape) <= PERIOD // 2
+    ):
         return MatrixSums.sample(layer, generator)
     if layer.row_sparse:
         return TableEntries.sample(layer, most, tuning.long_table, generator)
+    if doubted or (layer.batched and small):
+        return WholeSums.sample(layer, generator, tuning.curvature_chunk(layer.weight.device))
     return MatrixEntries.sample(layer, shape, most, generator)
 
 
@@ -595,8 +706,9 @@ def choose_bias_entries(layer: Layer, entries: ComparedEntries) -> ComparedEntri
     Returns:
         The entries; None where the bias is no column of the matrix, or is not trained.
     """
-    if layer.trained_bias is None or not isinstance(entries, MatrixEntries | MatrixSums):
+    if layer.trained_bias is None or isinstance(entries, TableEntries):
         return None
+    assert isinstance(entries, MatrixEntries | MatrixSums | WholeSums)
     return entries.bias_entries(layer)
 
 
@@ -606,6 +718,7 @@ __all__ = [
     "MatrixSums",
     "Spread",
     "TableEntries",
+    "WholeSums",
     "choose_bias_entries",
     "sample_entries",
 ]

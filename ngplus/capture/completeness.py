@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ngplus.capture.compared_entries import BiasSums, ComparedEntries, MatrixSums, UseRows
+from ngplus.capture.compared_entries import BiasSums, ComparedEntries, MatrixSums, UseRows, WholeBias, WholeSums
 from ngplus.devices import factor_dtype, reads_without_sync
 from ngplus.factors.factor import statistics_dtype
 from ngplus.factors.pair import FactorPair
@@ -33,6 +33,10 @@ rounded."""
 
 _REDUCED = 1.5e-2
 """The same for float32 where torch may compute its products in TF32 or bfloat16."""
+
+
+_OF_ALL = MatrixSums | BiasSums | WholeSums | WholeBias
+"""What is compared in sums over all of a gradient."""
 
 
 class Comparison:
@@ -88,7 +92,7 @@ class Comparison:
             squares: the sum of squares of all their entries, a scalar.
             dtype: that the use was computed in.
         """
-        share = 1.0 if isinstance(self._entries, MatrixSums | BiasSums) else self._entries.count / gradient.numel()
+        share = 1.0 if isinstance(self._entries, _OF_ALL) else self._entries.count / gradient.numel()
         self._captured.append(_read(self._entries.of_gradient(gradient)))
         self._sizes.append(((squares * share).sqrt(),))
         self._dtypes.add(dtype)

@@ -60,7 +60,9 @@ class FunctionCall:
 
     @cached_property
     def tensors(self) -> list[Tensor]:
-        """The tensors among its arguments, those in lists and tuples too."""
+        """The tensors among its arguments, those in lists and tuples too, whose values count."""
+        if self.function in _LIKE_ANOTHER and self.args:
+            return [self.args[0]]
         return [each for each in _flatten((*self.args, *self.kwargs.values())) if isinstance(each, Tensor)]
 
     def passes_gradient_to(self, argument: Tensor) -> bool:
@@ -87,6 +89,9 @@ def owner_of(tensor: Tensor) -> Tensor:
     """What the tensor is a view of, or itself."""
     return tensor if tensor._base is None else tensor._base
 
+
+_LIKE_ANOTHER = frozenset({Tensor.to, Tensor.type_as, Tensor.expand_as, Tensor.view_as, Tensor.reshape_as})
+"""Functions of one tensor, which may be given another to tell a dtype, a device or a shape by."""
 
 _WITHOUT_TENSORS = (int, float, torch.Size, torch.device, torch.dtype)
 """What calls that ask something of a tensor return: most calls of a small model do."""

@@ -27,7 +27,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from ngplus._torch_internals import backward_pass_number, frames, keyword_arguments, next_node_number, node_number
+from ngplus._torch_internals import (
+    backward_pass_number,
+    frames,
+    keyword_arguments,
+    next_node_number,
+    node_number,
+    node_of,
+)
 from ngplus.layers import Layer
 
 if TYPE_CHECKING:
@@ -291,7 +298,7 @@ class ModelCalls:
             free: tensors that it has made of weights alone, so that another call with them is not computed from it.
         """
         thread = self._thread
-        thread.free.update(node_number(each.grad_fn) for each in free if each.grad_fn is not None)
+        thread.free.update(node_number(node) for node in map(node_of, free) if node is not None)
         self._find_doubts(thread.call)
         self._running.pop(thread.call.number, None)
         stop = next_node_number()
@@ -321,7 +328,7 @@ class ModelCalls:
 
     def trace(self, tensor: Tensor) -> None:
         """Find the earlier calls that ``tensor``, which the running call uses, was computed from."""
-        node = tensor.grad_fn
+        node = node_of(tensor)
         if node is not None and node_number(node) < self._thread.start:
             self._find_ancestors(node)
 

@@ -464,18 +464,19 @@ class Recorder:
             index = None
         named = index is not None and index.index_of(layer.module) is not None
         told = layer.bare or not op_call.is_read
-        followed = None
+        followed, is_shared = None, False
         if not named and self._sampling.samples == "batch":
             if told:
                 followed = self._origins.find_samples(call, op_call, layer.batch_dim)
             elif call.time_major is None and self._is_one_sample(layer, source, size):
-                followed = torch.zeros(size, dtype=torch.long, device=call.output.device), 1
+                followed, is_shared = (torch.zeros(size, dtype=torch.long, device=call.output.device), 1), True
         if followed is not None:
             rows, size = followed
             index = SampleIndex({"*": rows}, count=size)
         as_many = told and self.sample_index is None
         picked = None if told or layer.batch_dim else self._origins.find_rows(source)
-        self._model_calls.add_use(layer, size, op_call.unbatched, call.time_major, op_call.leading, as_many, picked)
+        if not is_shared:
+            self._model_calls.add_use(layer, size, op_call.unbatched, call.time_major, op_call.leading, as_many, picked)
         if op_call.unbatched and isinstance(source, Tensor) and source.dim() > 1:
             self._model_calls.add_unbatched()
         self._uses.await_gradient(
@@ -488,6 +489,7 @@ class Recorder:
                 accumulator=torch.autograd.graph.get_gradient_edge(layer.weight).node,
                 sample_index=index,
                 is_followed=followed is not None,
+                is_shared=is_shared,
                 batch_dim=batch_dim,
                 size=size,
                 inside=call.time_major,

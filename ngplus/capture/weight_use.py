@@ -38,6 +38,7 @@ class WeightUse:
         accumulator: of the weight's gradient.
         sample_index: which rows belong to which sample, or None.
         is_followed: whether that was found by following the rows, and not given by the user.
+        is_shared: whether it is on something free of samples, and by one sample, the batch.
         batch_dim: where the samples are.
         size: of that dimension.
         inside: the attention or the recurrent layer that it is a part of, or None.
@@ -54,6 +55,7 @@ class WeightUse:
     accumulator: Node
     sample_index: SampleIndex | None
     is_followed: bool
+    is_shared: bool
     batch_dim: int
     size: int
     inside: TimeMajor | None
@@ -111,6 +113,7 @@ class LayerRecord:
         retained: uses whose gradients have come back through a graph that is retained.
         captured: factors that are to be summed.
         summed: the numbers of the calls, and of samples, of those that have been.
+        shared: the numbers of the calls of those that are by the batch as one sample.
         backward_pass: number of the pass that the latest gradient came in.
         outer_pass: number of the one that this was a checkpoint's in, or of itself.
         discarded: whether gradients of an earlier backward pass were thrown away.
@@ -127,6 +130,7 @@ class LayerRecord:
     retained: set[WeightUse] = field(default_factory=set)
     captured: list[CapturedPair] = field(default_factory=list)
     summed: set[tuple[int, int]] = field(default_factory=set)
+    shared: set[int] = field(default_factory=set)
     backward_pass: int = -1
     outer_pass: int = -1
     discarded: bool = False
@@ -175,7 +179,7 @@ class LayerRecord:
         self.discarded |= bool(self.statistic.used or self.captured or self.retained)
         self.statistic = type(self.statistic)(self.statistic.shape)
         self.captured = []
-        self.summed = set()
+        self.summed, self.shared = set(), set()
         if self.comparison is not None:
             self.comparison = self.comparison.empty()
         if self.bias_comparison is not None:

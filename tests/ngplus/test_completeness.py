@@ -519,3 +519,70 @@ def test_a_hook_on_a_layers_output_that_scales_its_gradient_is_a_part_of_the_los
             return self.second(y.tanh_() if in_place else y.tanh())
 
     oracle.check(Halved().double(), points(*shape))
+
+
+class Stack(nn.Module):
+    """A stack of matrices."""
+
+    def __init__(self, groups=4, rows=8, columns=8):
+        super().__init__()
+        seed_cpu(0)
+        self.w = nn.Parameter(torch.randn(groups, rows, columns) * 0.3)
+
+    def forward(self, x):
+        return torch.einsum("bgk,gik->bgi", x, self.w)
+
+
+PENALTIES = {
+    "a column": lambda w: w[:, :, 0],
+    "a row of each": lambda w: w[:, 1],
+    "one matrix": lambda w: w[2],
+    "an entry": lambda w: w[1, 2, 3],
+}
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+@pytest.mark.parametrize("shape", [(3, 3, 4), (4, 8, 8), (8, 16, 16)])
+def test_a_use_of_a_part_of_a_small_stack_of_matrices_is_found(shape, name):
+    model = Stack(*shape).double()
+    optimizer = NGPlus(model, lr=1e-12, damping=DAMPING, update_every=1)
+    part = PENALTIES[name](model.w)
+    (oracle.energy(model(points(5, shape[0], shape[2]))) / 5 + part.square().sum()).backward()
+    with pytest.warns(UserWarning, match=f"^w {REASON}"):
+        optimizer.step()
+    assert optimizer.curvature == {}
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: nn.Conv1d(6, 16, 3),
+        lambda: nn.Conv2d(8, 16, 3, groups=4, bias=False),
+        lambda: nn.Conv2d(4, 8, 3, padding="same", padding_mode="circular"),
+        lambda: nn.ConvTranspose1d(6, 8, 3),
+        lambda: nn.Linear(40, 2000),
+        lambda: nn.Bilinear(3, 4, 5),
+    ],
+)
+def test_a_layer_that_was_found_to_have_other_uses_does_not_come_back_while_it_has_them(build):
+    """All of its gradient is compared from then on; without the other use it has its curvature again."""
+    model = nn.Sequential(build())
+    layer = model[0]
+    optimizer = NGPlus(model, lr=1e-12, damping=DAMPING, update_every=1)
+    inputs = [(3,), (4,)] if isinstance(layer, nn.Bilinear) else [(40,)]
+    if not isinstance(layer, nn.Linear | nn.Bilinear):
+        inputs = [(layer.in_channels, *[7] * (layer.weight.dim() - 2))]
+    has_curvature = []
+    for step in range(40):
+        x = [torch.randn(5, *shape) for shape in inputs]
+        y = layer(*x) if len(x) > 1 else model(*x)
+        other = layer.weight[0].square().sum() if step < 30 else 0.0
+        (y.square().mean() + other).backward()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            optimizer.step()
+        optimizer.zero_grad()
+        has_curvature.append(bool(optimizer.curvature))
+    found = has_curvature.index(False)
+    assert not any(has_curvature[found:30])
+    assert all(has_curvature[30:])

@@ -205,6 +205,7 @@ def test_a_group_and_a_scheduler_may_set_the_damping_to_a_number_of_any_kind(kin
     optimizer.step()
     assert optimizer.curvature["weight"].damping == 0.25
     optimizer.param_groups[0]["damping"] = kind(0.75)
+    optimizer.zero_grad()
     model(torch.randn(4, 3)).sum().backward()
     optimizer.step()
     assert optimizer.curvature["weight"].damping == 0.75

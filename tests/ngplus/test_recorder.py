@@ -15,6 +15,7 @@ from torch.nn.modules import module as nn_module
 
 from ngplus import NGPlus
 from ngplus.baselines import KFAC, SENG
+from ngplus.capture.model_calls import SIZES
 from tests.ngplus import oracle
 from tests.ngplus.cases import mlp, points, recorded_warnings, seed_cpu
 
@@ -564,3 +565,74 @@ def test_a_model_can_be_copied_while_it_is_captured(way):
         copied = torch.load(file, weights_only=False)
     assert torch.equal(copied(x), model(x))
     optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "view", [lambda w: w.view(len(w), -1), lambda w: w.T.mT, lambda w: w[:], lambda w: w.chunk(1)[0]]
+)
+def test_a_weight_may_be_changed_in_place_in_the_forward_pass_after_a_view_of_it(view):
+    """A bound on the norm of its rows, without grad mode."""
+
+    class Bounded(nn.Linear):
+        def forward(self, x):
+            with torch.no_grad():
+                rows = view(self.weight)
+                self.weight.div_(rows.norm(dim=1, keepdim=True).clamp_min(1))
+                rows.norm()
+            return F.linear(x, self.weight, self.bias)
+
+    model = nn.Sequential(Bounded(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    with torch.no_grad():
+        model[0].weight /= 10  # within the bound already, so that a step is all that moves it
+    oracle.check(model, points(5, 4))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, w: x + w[:, :5].to(x),
+        lambda x, w: x + w[:, :5].type_as(x),
+        lambda x, w: torch.cat([w.repeat(len(x), 1, 1).to(x), x], 1),
+    ],
+)
+def test_a_tensor_that_tells_a_dtype_alone_is_no_argument(call):
+    class Added(nn.Module):
+        def __init__(self):
+            super().__init__()
+            seed_cpu(0)
+            self.inlet, self.w = nn.Linear(4, 6), nn.Parameter(torch.randn(1, 7, 6))
+
+        def forward(self, x):
+            return call(self.inlet(x), self.w).tanh()
+
+    optimizer = oracle.check(Added().double(), points(3, 5, 4))
+    assert set(optimizer.curvature) == {"inlet.weight", "w"}
+
+
+class Merged(nn.Module):
+    """A low-rank change of a frozen layer, scaled by the norm of both, as DoRA has it."""
+
+    def __init__(self, detached):
+        super().__init__()
+        seed_cpu(0)
+        self.frozen, self.detached = nn.Linear(6, 8).requires_grad_(False), detached
+        self.a, self.b = nn.Linear(6, 2, bias=False), nn.Linear(2, 8, bias=False)
+        self.double()
+
+    def forward(self, x):
+        norm = (self.frozen.weight + self.b(self.a(torch.eye(6, dtype=x.dtype))).T).norm(dim=1)
+        return (self.frozen(x) + self.b(self.a(x))) / (norm.detach() if self.detached else norm)
+
+
+def test_uses_on_constants_whose_gradient_never_comes_are_none():
+    assert set(oracle.check(Merged(detached=True), points(4, 6)).curvature) == {"a.weight", "b.weight"}
+
+
+def test_a_layer_on_the_batch_and_on_constants_goes_to_the_base_where_both_have_a_gradient():
+    model = Merged(detached=False)
+    optimizer = NGPlus(model, lr=1e-3, damping=0.3, update_every=1)
+    oracle.energy(model(points(4, 6))).backward()
+    with recorded_warnings() as messages:
+        optimizer.step()
+    assert [SIZES in message for message in messages] == [True]
+    assert optimizer.curvature == {}
