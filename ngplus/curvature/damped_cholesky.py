@@ -96,7 +96,7 @@ def invert_one(matrix: Tensor, damping: float) -> Tensor | None:
 
 def _invert_batch(requests: Sequence[InverseRequest], dtype: torch.dtype, tries: int) -> None:
     """Invert matrices of one size with Cholesky factors of ``dtype``, raising the damping of those without so often."""
-    dampings = [request.damping for request in requests for _ in range(request.matrices.shape[0])]
+    dampings = _repeat_dampings(requests)
     matrices = _join(requests, dtype)
     damping = matrices.new_tensor(dampings)
     factors, failed = _factorise(matrices, damping)
@@ -126,6 +126,11 @@ def _assign(requests: Sequence[InverseRequest], inverses: Tensor, failures: Sequ
         start = stop
 
 
+def _repeat_dampings(requests: Sequence[InverseRequest]) -> list[float]:
+    """λ of each matrix."""
+    return [request.damping for request in requests for _ in range(request.matrices.shape[0])]
+
+
 def _join(requests: Sequence[InverseRequest], dtype: torch.dtype) -> Tensor:
     """The matrices of all requests in ``dtype``, in memory of their own."""
     stacks = [request.matrices for request in requests]
@@ -144,7 +149,7 @@ def _factorise(matrices: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
 
 def _invert_in_blocks(requests: Sequence[InverseRequest], dtype: torch.dtype, tuning: Tuning) -> bool:
     """Invert well conditioned matrices of one size block by block, unless it is no faster or one is indefinite."""
-    dampings = [request.damping for request in requests for _ in range(request.matrices.shape[0])]
+    dampings = _repeat_dampings(requests)
     first, size = requests[0].matrices, requests[0].matrices.shape[-1]
     large = size > tuning.inverted_block and len(dampings) * size**3 >= tuning.inverted_multiplications
     if not (large and first.device.type == "cpu" and torch.get_float32_matmul_precision() == "highest"):
