@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ngplus._torch_internals import accumulates, backward_pass_number, is_transformed, retains_graph
+from ngplus._torch_internals import accumulates, accumulator_of, backward_pass_number, is_transformed, retains_graph
 from ngplus.capture.accumulator import Accumulator, Addition, Sampling, Statistic, is_zero
 from ngplus.capture.compared_entries import ComparedEntries, choose_bias_entries, sample_entries
 from ngplus.capture.completeness import Comparison, read_values
@@ -143,7 +143,7 @@ class CapturedUses:
                 if layer.bias is not None and (bias_entries := choose_bias_entries(layer, entries)) is not None:
                     record.bias_comparison = self._start_comparison(layer, layer.bias, bias_entries)
                     if layer.bias.requires_grad and not is_transformed():
-                        record.bias_accumulator = torch.autograd.graph.get_gradient_edge(layer.bias).node
+                        record.bias_accumulator = accumulator_of(layer.bias)
         return record
 
     def _original(self, layer: Layer) -> Layer:
@@ -259,7 +259,7 @@ class CapturedUses:
 
     def _is_awaited(self, record: LayerRecord, use: WeightUse) -> bool:
         """Whether the gradients of others by the same samples as a use are still to come."""
-        if self._sampling.samples == "rows":
+        if self._sampling.samples == "rows" or not (record.pending or record.retained):
             return False
         samples = self._samples_of(use)
         return any(self._samples_of(each) == samples for each in (*record.pending, *record.retained))

@@ -347,7 +347,7 @@ class TableEntries:
             coefficients, values = self._coefficients(gradient._indices()[0], dtype), gradient._values()
         else:
             values = gradient if gradient.layout == torch.strided else gradient.to_dense()
-            rows, coefficients = self._counting(0, len(values), dtype, values.device)
+            rows, coefficients = self._counting(0, values.shape[0], dtype, values.device)
             values = values if rows is None else values.index_select(0, rows)
         values = _for_statistics(self._columns(values))
         with without_autocast([values.device.type]):
@@ -362,7 +362,7 @@ class TableEntries:
     ) -> tuple[Tensor | None, Tensor]:
         """Those of ``count`` rows from ``first`` on that count, from there, and their coefficients; None for all."""
         if not self.long:
-            return None, _window(self.shift + first, count, dtype, device)
+            return None, _coefficients_from(self.shift + first, count, dtype, device)
         rows = (_counting_rows(device) - (self.shift + first)) & (PERIOD - 1)
         if count > PERIOD:
             rows = (torch.arange(0, count, PERIOD, device=device).unsqueeze(1) + rows).flatten()
@@ -397,7 +397,7 @@ class MatrixSums:
     def sample(cls, layer: Layer, generator: random.Random) -> MatrixSums:
         """Four sums."""
         row, column = (_SHIFTS[generator.randrange(len(_SHIFTS))] for _ in range(2))
-        return cls(count=4, row=row, column=column, height=len(layer.weight))
+        return cls(count=4, row=row, column=column, height=layer.weight.shape[0])
 
     def reduce_rows(self, pair: FactorPair) -> UseRows:
         """SᵀGᵢ, (samples·κ, 2), and the norm of Gᵢ's entries; of indices that of their coefficients."""
@@ -437,7 +437,7 @@ class MatrixSums:
         """The entries of SᵀG T."""
         values = _for_statistics(gradient if gradient.layout == torch.strided else gradient.to_dense())
         with without_autocast([values.device.type]):
-            return self._sum_columns(self.row_coefficients(len(values), values).T @ values)
+            return self._sum_columns(self.row_coefficients(values.shape[0], values).T @ values)
 
     def bias_entries(self, layer: Layer) -> ComparedEntries:
         """The sums over the layer's bias with the coefficients of the rows."""

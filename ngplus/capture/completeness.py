@@ -35,6 +35,8 @@ _REDUCED = 1.5e-2
 """The same for float32 where torch may compute its products in TF32 or bfloat16."""
 
 
+_CPU = torch.device("cpu")
+
 _OF_ALL = MatrixSums | BiasSums | WholeSums | WholeBias
 """What is compared in sums over all of a gradient."""
 
@@ -53,7 +55,7 @@ class Comparison:
         self._captured: list[Tensor | list[float]] = []
         self._sizes: list[tuple[Tensor | float, ...]] = []
         self._gradient: list[Tensor | list[float]] = []
-        self._device = torch.device("cpu")
+        self._device = _CPU
         self._dtypes: set[torch.dtype] = set()
 
     def empty(self) -> Comparison:

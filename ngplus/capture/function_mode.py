@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from functools import cached_property, partial
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -35,7 +35,7 @@ class TimeMajor:
     is_sorted: bool = False
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class FunctionCall:
     """A call of a torch function.
 
@@ -45,6 +45,7 @@ class FunctionCall:
         kwargs: its arguments by name.
         output: what it returned.
         time_major: the attention or the recurrent layer that it is a part of, or None.
+        tensors: those among its arguments, in lists and tuples too, whose values count.
     """
 
     function: Callable[..., Any]
@@ -52,18 +53,19 @@ class FunctionCall:
     kwargs: dict[str, Any]
     output: Any
     time_major: TimeMajor | None
+    tensors: list[Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.function in _LIKE_ANOTHER and self.args:
+            self.tensors = [self.args[0]]
+        else:
+            arguments = (*self.args, *self.kwargs.values()) if self.kwargs else self.args
+            self.tensors = [each for each in _flatten(arguments) if isinstance(each, Tensor)]
 
     @property
     def name(self) -> str:
         """Of the function, for messages."""
         return getattr(self.function, "__name__", str(self.function))
-
-    @cached_property
-    def tensors(self) -> list[Tensor]:
-        """The tensors among its arguments, those in lists and tuples too, whose values count."""
-        if self.function in _LIKE_ANOTHER and self.args:
-            return [self.args[0]]
-        return [each for each in _flatten((*self.args, *self.kwargs.values())) if isinstance(each, Tensor)]
 
     def passes_gradient_to(self, argument: Tensor) -> bool:
         """Whether a gradient can come back through its output, which is not only a view of ``argument``."""
@@ -77,12 +79,13 @@ class FunctionCall:
         return is_transformed() and torch.is_grad_enabled()
 
 
-def _flatten(arguments: Iterable[Any]) -> Iterator[Any]:
-    for argument in arguments:
-        if isinstance(argument, (list, tuple)):
-            yield from argument
-        else:
-            yield argument
+def _flatten(arguments: Sequence[Any]) -> Sequence[Any]:
+    """The arguments, and of lists and tuples what is in them."""
+    if not any(isinstance(each, (list, tuple)) for each in arguments):
+        return arguments
+    return [
+        each for argument in arguments for each in (argument if isinstance(argument, (list, tuple)) else (argument,))
+    ]
 
 
 def owner_of(tensor: Tensor) -> Tensor:

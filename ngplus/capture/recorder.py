@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ngplus._torch_internals import (
+    accumulator_of,
     is_current_mode,
     is_transformed,
     unwrap_transformed,
@@ -486,7 +487,7 @@ class Recorder:
                 call=op_call,
                 output_shape=call.output.shape,
                 dtype=dtype,
-                accumulator=torch.autograd.graph.get_gradient_edge(layer.weight).node,
+                accumulator=accumulator_of(layer.weight),
                 sample_index=index,
                 is_followed=followed is not None,
                 is_shared=is_shared,
