@@ -18,14 +18,15 @@ from torch import Tensor
 
 from ngplus._torch_internals import accumulates, accumulator_of, backward_pass_number, is_transformed, retains_graph
 from ngplus.capture.accumulator import Accumulator, Addition, Sampling, Statistic, is_zero
-from ngplus.capture.compared_entries import ComparedEntries, choose_bias_entries, sample_entries
-from ngplus.capture.completeness import Comparison, read_values
 from ngplus.capture.contractions import UnsupportedCall
 from ngplus.capture.function_mode import FunctionCall, TimeMajor
 from ngplus.capture.model_calls import CHECKPOINTS, DOUBTS, ORDER, PASSES, SIZES, ModelCalls
 from ngplus.capture.sample_index import SampleIndex
 from ngplus.capture.weight_use import CapturedPair, LayerRecord, WeightHook, WeightUse
 from ngplus.capture.whole_weights import WholeWeights
+from ngplus.comparison.completeness import Comparison, read_values
+from ngplus.comparison.entries import ComparedEntries
+from ngplus.comparison.sampling import choose_bias_entries, sample_entries
 from ngplus.curvature.all_reduce import world_size
 from ngplus.factors.pair import FactorPair
 from ngplus.guards.amp import without_autocast

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from ngplus.capture.accumulator import Statistic
-from ngplus.capture.completeness import Comparison
 from ngplus.capture.function_mode import FunctionCall, TimeMajor, owner_of
 from ngplus.capture.op_handlers import OpCall
 from ngplus.capture.sample_index import SampleIndex
+from ngplus.comparison.completeness import Comparison
 from ngplus.factors.formed import Formed
 from ngplus.factors.pair import FactorPair
 from ngplus.layers import Layer

@@ -12,8 +12,11 @@ from torch.func import functional_call
 
 from ngplus import NGPlus
 from ngplus.capture.captured_uses import CHANGED
-from ngplus.capture.compared_entries import MatrixEntries, MatrixSums, Spread, TableEntries, sample_entries
-from ngplus.capture.completeness import Comparison, read_values
+from ngplus.comparison.completeness import Comparison, read_values
+from ngplus.comparison.matrix_entries import MatrixEntries, Spread
+from ngplus.comparison.matrix_sums import MatrixSums
+from ngplus.comparison.sampling import sample_entries
+from ngplus.comparison.table_entries import TableEntries
 from ngplus.factors.dense import Dense
 from ngplus.factors.embedding import Bags, OneHot
 from ngplus.factors.im2col import Patches

@@ -19,7 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ngplus.capture.compared_entries import BiasSums, ComparedEntries, MatrixSums, UseRows, WholeBias, WholeSums
+from ngplus.comparison.entries import ComparedEntries, UseRows
+from ngplus.comparison.matrix_sums import BiasSums, MatrixSums
+from ngplus.comparison.whole_sums import WholeBias, WholeSums
 from ngplus.devices import factor_dtype, reads_without_sync
 from ngplus.factors.factor import statistics_dtype
 from ngplus.factors.pair import FactorPair
