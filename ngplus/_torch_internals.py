@@ -80,6 +80,11 @@ def is_transformed() -> bool:
     return tracing or torch._C._functorch.maybe_current_level() is not None
 
 
+def is_dual() -> bool:
+    """Whether what is called now may be differentiated forward, which functions with a backward pass alone refuse."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
 def unwrap_transformed(tensor: Tensor) -> Tensor:
     """The tensor that the transforms of `torch.func` around a call have wrapped."""
     functorch: Any = torch._C._functorch
@@ -245,6 +250,7 @@ __all__ = [
     "grouped_mm",
     "is_autocast_enabled",
     "is_current_mode",
+    "is_dual",
     "is_in_fullgraph",
     "is_transformed",
     "keyword_arguments",

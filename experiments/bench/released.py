@@ -4,7 +4,6 @@ Always the left matrix L, also where m > n, and always from every sample's gradi
 reference for that cost; nothing trains with it.
 """
 
-import time
 from functools import partial
 from typing import Self
 
@@ -52,14 +51,10 @@ class ReleasedCurvature:
 
     Args:
         model: whose backward it is.
-
-    Attributes:
-        seconds: spent on building so far.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self.seconds = 0.0
 
     def __enter__(self) -> Self:
         layers = [module for module in self._model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
@@ -75,12 +70,4 @@ class ReleasedCurvature:
 
     @torch.no_grad()
     def _build(self, layer: nn.Conv2d | nn.Linear, inputs: Tensor, gradient: Tensor) -> None:
-        start = _now(gradient)
         released_moments(layer, inputs, gradient)
-        self.seconds += _now(gradient) - start
-
-
-def _now(tensor: Tensor) -> float:
-    if tensor.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter()

@@ -23,6 +23,7 @@ from ngplus.capture.contractions import UnsupportedCall
 from ngplus.capture.op_handlers import OpCall
 from ngplus.capture.sample_index import drop_uncounted_rows
 from ngplus.curvature.damped_cholesky import InverseRequest
+from ngplus.curvature.gradient_sum import GradientSum
 from ngplus.curvature.layer_state import LayerState
 from ngplus.curvature.second_moment import drop_tiny
 from ngplus.curvature.update import InverseCurvature
@@ -186,6 +187,7 @@ class FactorAccumulator(Accumulator):
 
     statistic = FactorStatistic
     missing = "for which K-FAC has no factors"
+    sums_gradients = False
     adds_together = False
 
     def __init__(
@@ -217,13 +219,16 @@ class FactorAccumulator(Accumulator):
         """Every row that counts as a sample: the factors sum over rows, whatever sample they belong to."""
         return drop_uncounted_rows(pair, index, batch_dim, name)
 
-    def add_(self, layer: Layer, statistic: Statistic, pairs: Sequence[FactorPair]) -> None:
+    def add_(
+        self, layer: Layer, statistic: Statistic, pairs: Sequence[FactorPair], total: GradientSum | None = None
+    ) -> None:
         """Add the factors of uses by the same samples, in place.
 
         Args:
             layer: the layer.
             statistic: its sums so far.
             pairs: factors of the uses.
+            total: nothing that is found here.
 
         Raises:
             UnsupportedCall: of an embedding that is multiplied, or a matrix that is looked up.

@@ -19,6 +19,7 @@ from ngplus.capture.loss_reduction import LossReduction
 from ngplus.config import LayerwiseOptions, NonFinite, Params, Samples
 from ngplus.curvature.all_reduce import world_size
 from ngplus.curvature.damped_cholesky import InverseRequest, invert_one
+from ngplus.curvature.gradient_sum import GradientSum
 from ngplus.curvature.layer_state import LayerState
 from ngplus.curvature.update import InverseCurvature, LayerCurvature
 from ngplus.factors.pair import FactorPair, sample_indices
@@ -63,9 +64,10 @@ class SampleAccumulator(Accumulator):
     """Keeps the gradients of single samples as factors."""
 
     statistic = SampleStatistic
+    sums_gradients = False
     adds_together = False
 
-    def _add_used_(self, statistic: Statistic, pairs: list[FactorPair]) -> None:
+    def _add_used_(self, statistic: Statistic, pairs: list[FactorPair], total: GradientSum | None = None) -> None:
         assert isinstance(statistic, SampleStatistic)
         statistic.gathered.append(gather(pairs, statistic.shape.groups, self._tuning))
 

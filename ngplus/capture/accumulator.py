@@ -15,6 +15,7 @@ from ngplus.capture.op_handlers import OpCall
 from ngplus.capture.sample_index import drop_uncounted_rows, group_rows
 from ngplus.config import FunctionFallback, LayerwiseOptions, ModelCallSamples, PartialCapture, Samples
 from ngplus.curvature.all_reduce import own_share
+from ngplus.curvature.gradient_sum import GradientSum
 from ngplus.curvature.second_moment import add_stacks_, multiply_columns, scale_columns, second_moment
 from ngplus.curvature.small_layers import group_equal, is_small, second_moments
 from ngplus.dtensors import local_part
@@ -136,11 +137,13 @@ class Addition(NamedTuple):
         layer: the layer.
         statistic: its sums so far.
         pairs: factors of uses by the same samples; with ``samples="rows"`` of one use.
+        total: gets Σᵢ 𝒢ᵢ of the only use, where it is of use and found on the way.
     """
 
     layer: Layer
     statistic: Statistic
     pairs: Sequence[FactorPair]
+    total: GradientSum | None = None
 
 
 class Accumulator:
@@ -158,6 +161,8 @@ class Accumulator:
     statistic: ClassVar[type[Statistic]] = Statistic
     missing: ClassVar[str] = "where a single sample's gradient cannot be captured"
     """What a layer lacks that is not supported, for messages."""
+    sums_gradients: ClassVar[bool] = True
+    """Whether it may find Σᵢ 𝒢ᵢ on the way, see `Addition`."""
     adds_together: ClassVar[bool] = True
     """Whether its statistic is the sum of products of 𝒢ᵢ with itself, which those of several layers may share."""
 
@@ -201,19 +206,25 @@ class Accumulator:
             return drop_uncounted_rows(pair, index, batch_dim, name)
         return group_rows(pair, index, batch_dim, samples, name)
 
-    def add_(self, layer: Layer, statistic: Statistic, pairs: Sequence[FactorPair]) -> None:
+    def add_(
+        self, layer: Layer, statistic: Statistic, pairs: Sequence[FactorPair], total: GradientSum | None = None
+    ) -> None:
         """Add to a layer's statistic, in place.
 
         Args:
             layer: the layer.
             statistic: its sums so far.
             pairs: factors of uses by the same samples; with ``samples="rows"`` of one use.
+            total: see `Addition`.
 
         Raises:
             UnsupportedCall: of uses that have no statistic together.
         """
         if used := self._take_used_(statistic, pairs):
-            self._add_used_(statistic, used if len(used) == 1 else _join_single_positions(used))
+            is_whole = len(used) == 1 and used[0] is pairs[0]
+            self._add_used_(
+                statistic, used if len(used) == 1 else _join_single_positions(used), total if is_whole else None
+            )
 
     def waits(self, pair: FactorPair) -> bool:
         """Whether a use is so small that it is worth keeping until the step, to be added with other layers'."""
@@ -273,7 +284,7 @@ class Accumulator:
         limit = self._limit
         return samples if limit is None else max(0, min(samples, limit - statistic.used))
 
-    def _add_used_(self, statistic: Statistic, pairs: list[FactorPair]) -> None:
+    def _add_used_(self, statistic: Statistic, pairs: list[FactorPair], total: GradientSum | None = None) -> None:
         if pairs[0].group is not None or (len(pairs) > 1 and any(pair.group is not None for pair in pairs)):
             self._add_groups_(statistic, pairs)
             return
@@ -287,7 +298,8 @@ class Accumulator:
         statistic.densify_()
         if not rank_one and (size := self.sampling.sketch_size) is not None and size < shape.long:
             pairs = [sample_long_side(shape, p, sample_indices(shape.long, size, self._generator)) for p in pairs]
-        statistic.add_(second_moment(shape, pairs, self._tuning))
+            total = None
+        statistic.add_(second_moment(shape, pairs, self._tuning, total))
 
     def _add_groups_(self, statistic: Statistic, pairs: list[FactorPair]) -> None:
         """Add what single ones of the layer's matrices were multiplied by, each to its own sum."""

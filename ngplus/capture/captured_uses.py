@@ -176,6 +176,8 @@ class CapturedUses:
             self._check_checkpoint(record, use, backward_pass)
             record.backward_pass = backward_pass
         record.pending.discard(use)
+        if use.total is not None and use.gradient is None:
+            use.total.start(gradient, backward_pass)
         use.add_gradient(gradient)
         if retains_graph():
             record.retained.add(use)
@@ -350,7 +352,8 @@ class CapturedUses:
             else:
                 key = each.pair.rows.samples, self._samples_of(each.use)
             together.setdefault(key, []).append(each.pair)
-        return [Addition(record.layer, record.statistic, pairs) for pairs in together.values()]
+        total = captured[0].use.total if len(captured) == 1 else None
+        return [Addition(record.layer, record.statistic, pairs, total) for pairs in together.values()]
 
     def _add_(self, record: LayerRecord, additions: Sequence[Addition]) -> None:
         try:

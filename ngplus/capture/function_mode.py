@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ngplus._torch_internals import is_transformed, undispatched
+from ngplus.capture.products import Product, find_product
 from ngplus.capture.recurrent import RECURRENT_CALLS, RecurrentCall
+from ngplus.curvature.gradient_sum import GradientSum
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +47,7 @@ class FunctionCall:
         kwargs: its arguments by name.
         output: what it returned.
         time_major: the attention or the recurrent layer that it is a part of, or None.
+        total: gives the weight's gradient in the backward pass, where that is found on the way; or None.
         tensors: those among its arguments, in lists and tuples too, whose values count.
     """
 
@@ -53,6 +56,7 @@ class FunctionCall:
     kwargs: dict[str, Any]
     output: Any
     time_major: TimeMajor | None
+    total: GradientSum | None = None
     tensors: list[Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -112,6 +116,10 @@ class CallObserver(Protocol):
         """Take a call that has been made."""
         ...
 
+    def sums_gradients_of(self, product: Product, time_major: TimeMajor | None) -> bool:
+        """Whether the gradient of a product's weight may be found on the way to the curvature."""
+        ...
+
     def awaits(self, arguments: Iterable[Any]) -> bool:
         """Whether the gradient of any of some arguments is awaited."""
         ...
@@ -155,9 +163,15 @@ class CaptureMode(TorchFunctionMode):
                 return self._run_inside(lambda: parse(*args).run(F.linear), self._inside(call))
             if observer.awaits(_flatten(args)):
                 return self._run_unfused(call)
-        output = func(*args, **kwargs)
+        total: GradientSum | None = None
+        product = find_product(func, args, kwargs)
+        if product is not None and observer.sums_gradients_of(product, self._time_major):
+            total = GradientSum()
+            output = product.run(total)
+        else:
+            output = func(*args, **kwargs)
         if not isinstance(output, _WITHOUT_TENSORS):
-            observer.record_call(FunctionCall(func, args, kwargs, output, self._time_major))
+            observer.record_call(FunctionCall(func, args, kwargs, output, self._time_major, total))
         return output
 
     @staticmethod

@@ -24,7 +24,9 @@ from torch.utils.hooks import RemovableHandle
 
 from ngplus._torch_internals import (
     accumulator_of,
+    is_autocast_enabled,
     is_current_mode,
+    is_dual,
     is_transformed,
     unwrap_transformed,
 )
@@ -33,9 +35,10 @@ from ngplus.capture.captured_uses import UNREADABLE, CapturedUses, remove_hooks
 from ngplus.capture.contractions import NoSampleGradient, UnsupportedCall
 from ngplus.capture.expressions import CONSTANTS, Expressions, Source, outputs_of
 from ngplus.capture.function_gradients import parse_function
-from ngplus.capture.function_mode import CaptureMode, FunctionCall, owner_of
+from ngplus.capture.function_mode import CaptureMode, FunctionCall, TimeMajor, owner_of
 from ngplus.capture.model_calls import ModelCalls, find_counts
 from ngplus.capture.op_handlers import OpCall, find_weights, parse_call
+from ngplus.capture.products import Product
 from ngplus.capture.row_origins import RowOrigins
 from ngplus.capture.sample_index import SampleIndex
 from ngplus.capture.weight_use import WeightHook, WeightUse, record_versions
@@ -257,6 +260,24 @@ class Recorder:
         tensors = [each for each in arguments if isinstance(each, Tensor) and each.requires_grad]
         known = (self._expressions.find(each) for each in tensors)
         return self.awaits(tensors) or any(each is not None and each.sources for each in known)
+
+    def sums_gradients_of(self, product: Product, time_major: TimeMajor | None) -> bool:
+        """Whether the gradient of a product's weight may be found on the way to the curvature.
+
+        Where a sample has few positions its gradient is not formed, see `ngplus.curvature.second_moment`.
+        """
+        layer = self._layers.get(id(product.weight))
+        if layer is None or self._whole is not None or id(product.weight) not in self._awaited:
+            return False
+        positions = product.count_positions(layer.batch_dim if time_major is None else 1)
+        return (
+            4 * positions >= min(layer.matrix[1:])
+            and self._accumulator.sums_gradients
+            and self._sampling.samples == "batch"
+            and product.weight.requires_grad
+            and torch.is_grad_enabled()
+            and not (is_transformed() or is_dual() or is_autocast_enabled())
+        )
 
     def record_call(self, call: FunctionCall) -> None:
         """Record the uses of weights in a function call that the forward pass made."""
@@ -493,6 +514,7 @@ class Recorder:
                 is_shared=is_shared,
                 batch_dim=batch_dim,
                 size=size,
+                total=call.total if index is None else None,
                 inside=call.time_major,
                 model_call=self._model_calls.current,
                 recomputed_in=self._model_calls.backward,

@@ -15,6 +15,7 @@ from ngplus.capture.function_mode import FunctionCall, TimeMajor, owner_of
 from ngplus.capture.op_handlers import OpCall
 from ngplus.capture.sample_index import SampleIndex
 from ngplus.comparison.completeness import Comparison
+from ngplus.curvature.gradient_sum import GradientSum
 from ngplus.factors.formed import Formed
 from ngplus.factors.pair import FactorPair
 from ngplus.layers import Layer
@@ -41,6 +42,7 @@ class WeightUse:
         is_shared: whether it is on something free of samples, and by one sample, the batch.
         batch_dim: where the samples are.
         size: of that dimension.
+        total: gets Σᵢ 𝒢ᵢ in the backward pass, or None.
         inside: the attention or the recurrent layer that it is a part of, or None.
         model_call: number of the outermost call of the model that it is in.
         recomputed_in: number of the backward pass that has made it, as a reentrant checkpoint's does, or −1.
@@ -58,6 +60,7 @@ class WeightUse:
     is_shared: bool
     batch_dim: int
     size: int
+    total: GradientSum | None
     inside: TimeMajor | None
     model_call: int
     recomputed_in: int

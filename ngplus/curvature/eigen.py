@@ -15,6 +15,7 @@ from ngplus.capture.contractions import UnsupportedCall
 from ngplus.config import Options
 from ngplus.curvature.all_reduce import find_shared_bases, pack_triangles, unpack_triangles, world_size
 from ngplus.curvature.eigenvectors import BasisRequest, find_bases
+from ngplus.curvature.gradient_sum import GradientSum
 from ngplus.curvature.layer_state import LayerState
 from ngplus.curvature.second_moment import form_gradients, second_moment
 from ngplus.curvature.update import LayerCurvature
@@ -58,13 +59,16 @@ class ModeAccumulator(Accumulator):
         super().__init__(sampling, generator, tuning)
         self._options = options
 
-    def add_(self, layer: Layer, statistic: Statistic, pairs: Sequence[FactorPair]) -> None:
+    def add_(
+        self, layer: Layer, statistic: Statistic, pairs: Sequence[FactorPair], total: GradientSum | None = None
+    ) -> None:
         """Add to a layer's statistic, in place; see `Accumulator.add_`.
 
         Args:
             layer: the layer.
             statistic: its sums so far.
             pairs: factors of uses by the same samples.
+            total: see `Addition`.
 
         Raises:
             UnsupportedCall: of a use that multiplies by one of several matrices.
@@ -73,19 +77,23 @@ class ModeAccumulator(Accumulator):
         if any(pair.group is not None for pair in pairs):
             raise UnsupportedCall("is one of several matrices of a weight")
         statistic.modes = find_modes(layer, self._options.sides, self._options.max_side)
-        super().add_(layer, statistic, pairs)
+        super().add_(layer, statistic, pairs, total)
 
-    def _add_used_(self, statistic: Statistic, pairs: list[FactorPair]) -> None:
+    def _add_used_(self, statistic: Statistic, pairs: list[FactorPair], total: GradientSum | None = None) -> None:
         assert isinstance(statistic, ModeStatistic)
         assert statistic.modes is not None
-        statistic.add_(sum_sample_products(statistic.shape, statistic.modes, pairs, self._tuning))
+        statistic.add_(sum_sample_products(statistic.shape, statistic.modes, pairs, self._tuning, total))
 
 
 _SIDES: dict[Mode, Side] = {"output": "left", "input": "right"}
 
 
 def sum_sample_products(
-    shape: MatrixShape, modes: Modes, pairs: Sequence[FactorPair], tuning: Tuning = DEFAULT
+    shape: MatrixShape,
+    modes: Modes,
+    pairs: Sequence[FactorPair],
+    tuning: Tuning = DEFAULT,
+    total: GradientSum | None = None,
 ) -> list[Tensor]:
     """Σᵢ of the products of 𝒢ᵢ as a matrix with one mode first, for every mode that is kept.
 
@@ -94,12 +102,15 @@ def sum_sample_products(
         modes: of the layer.
         pairs: the factors of all uses by the same samples.
         tuning: sizes of temporaries.
+        total: gets Σᵢ 𝒢ᵢ where 𝒢ᵢ is formed; of one pair.
 
     Returns:
         A tensor (groups, d, d) for each of ``modes.kept``.
     """
     if modes.kernel == 1:
-        return [second_moment(replace(shape, chosen_side=_SIDES[mode]), pairs, tuning)[0] for mode in modes.kept]
+        sides = [replace(shape, chosen_side=_SIDES[mode]) for mode in modes.kept]
+        totals = [total] + [None] * len(sides)
+        return [second_moment(side, pairs, tuning, each)[0] for side, each in zip(sides, totals, strict=False)]
     rows, columns = [pair.rows for pair in pairs], [pair.columns for pair in pairs]
     limit = tuning.curvature_chunk(rows[0].device)
     step = max(1, limit // max(1, shape.groups * shape.rows * shape.columns))
@@ -109,6 +120,9 @@ def sum_sample_products(
         G = form_gradients(
             [f.slice(start, stop) for f in rows], [f.slice(start, stop) for f in columns], shape.groups, limit
         )
+        if total is not None:
+            total.add_(G, "left")
+            total.complete = stop == rows[0].samples
         products = multiply_modes(modes, G.transpose(0, 1).reshape(modes.groups, -1, modes.inputs, modes.kernel))
         sums = [total.add_(product) for total, product in zip(sums, products, strict=True)] if sums else products
     return sums

@@ -14,6 +14,7 @@ through Gram   S (AᵀA) Sᵀ                             gram + 2κ²p + 2κp²
 direct         (S Aᵀ)(S Aᵀ)ᵀ                          2κpq + 2p²q              κ large
 =============  =====================================  =======================  ==================
 
+Where the backward pass can take Σᵢ 𝒢ᵢ for the weight's gradient (`GradientSum`), the direct way saves it 2κpq.
 Gradients that come whole (`Formed`) go the direct way, without the product with the identity, their other factor.
 """
 
@@ -27,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ngplus.curvature.gradient_sum import GradientSum
 from ngplus.devices import reads_without_sync
 from ngplus.factors.dense import Dense
 from ngplus.factors.factor import Factor
@@ -40,13 +42,14 @@ from ngplus.tuning import DEFAULT, Tuning
 Way = Literal["scaled", "gram", "direct"]
 
 
-def cheapest_way(shape: MatrixShape, short: Sequence[Factor], long: Sequence[Factor]) -> Way:
+def cheapest_way(shape: MatrixShape, short: Sequence[Factor], long: Sequence[Factor], *, sums: bool = False) -> Way:
     """Find the way with the fewest operations a sample; see the module's table.
 
     Args:
         shape: of the layer's matrix.
         short: the factors of its short side, one a use.
         long: the factors of its long side.
+        sums: whether Σᵢ 𝒢ᵢ is of use, so that to form 𝒢ᵢ saves the backward pass as many operations.
 
     Returns:
         The way.
@@ -57,16 +60,20 @@ def cheapest_way(shape: MatrixShape, short: Sequence[Factor], long: Sequence[Fac
     if any(isinstance(factor, Identity) for factor in (*short, *long)):
         return "direct"
     through_gram = sum(f.gram_cost() for f in long) * len(long) + 2 * kappa**2 * p + 2 * kappa * p**2
-    return "gram" if through_gram < 2 * kappa * p * q + 2 * p**2 * q else "direct"
+    forming = 0 if sums else 2 * kappa * p * q
+    return "gram" if through_gram < forming + 2 * p**2 * q else "direct"
 
 
-def second_moment(shape: MatrixShape, pairs: Sequence[FactorPair], tuning: Tuning = DEFAULT) -> list[Tensor]:
+def second_moment(
+    shape: MatrixShape, pairs: Sequence[FactorPair], tuning: Tuning = DEFAULT, total: GradientSum | None = None
+) -> list[Tensor]:
     """Σᵢ 𝒢ᵢ𝒢ᵢᵀ of (4), or Σᵢ 𝒢ᵢᵀ𝒢ᵢ of (5), block by block.
 
     Args:
         shape: of the layer's matrix.
         pairs: the factors of all uses by the same samples.
         tuning: sizes of temporaries.
+        total: gets Σᵢ 𝒢ᵢ where 𝒢ᵢ is formed; of one pair.
 
     Returns:
         One tensor (blocks, size, size) for each entry of ``shape.stack_shapes``.
@@ -74,7 +81,7 @@ def second_moment(shape: MatrixShape, pairs: Sequence[FactorPair], tuning: Tunin
     if shape.side == "right" and (disjoint := _split_disjoint_rows(pairs)):
         return add_stacks_([second_moment(shape, together, tuning) for together in disjoint])
     short, long = map(list, zip(*(orient(shape, pair) for pair in pairs), strict=True))
-    way = cheapest_way(shape, short, long)
+    way = cheapest_way(shape, short, long, sums=total is not None)
     limit = tuning.curvature_chunk(short[0].device)
     scaled_limit = max(2 * limit, shape.groups * shape.short * shape.long)  # smaller products take longer in all
     step = max(1, (scaled_limit if way == "scaled" else limit) // _elements_per_sample(shape, way, short, long))
@@ -86,7 +93,11 @@ def second_moment(shape: MatrixShape, pairs: Sequence[FactorPair], tuning: Tunin
         chunk = short, long
         if stop - start < samples:
             chunk = [f.slice(start, stop) for f in short], [f.slice(start, stop) for f in long]
-        is_halved |= _add_outer_(sums, *_WAYS[way](*chunk, shape, limit), shape, beta=min(start, 1))
+        left, right = _WAYS[way](*chunk, shape, limit)
+        if total is not None and way == "direct":
+            total.add_(left, shape.side)
+            total.complete = stop == samples
+        is_halved |= _add_outer_(sums, left, right, shape, beta=min(start, 1))
     if is_halved:
         mirror_(sums[0][0])
     return sums

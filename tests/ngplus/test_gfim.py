@@ -29,8 +29,8 @@ def ways(monkeypatch):
     taken = []
     choose = module.cheapest_way
 
-    def recorded(*args):
-        taken.append(choose(*args))
+    def recorded(*args, **kwargs):
+        taken.append(choose(*args, **kwargs))
         return taken[-1]
 
     monkeypatch.setattr(module, "cheapest_way", recorded)
@@ -165,7 +165,7 @@ def test_chunks_of_positions_of_sampled_columns_and_of_several_uses(limit, monke
     ]
     sampled = MatrixShape(groups=2, rows=4, columns=11)
     whole = sum(use.rows.dense() @ use.columns.dense().mT for use in uses)
-    monkeypatch.setattr(module, "cheapest_way", lambda *_: "direct")
+    monkeypatch.setattr(module, "cheapest_way", lambda *_, **__: "direct")
     for each in (shape, sampled):
         (ours,) = second_moment(each, uses, Tuning(curvature_chunk_cpu=limit))
         torch.testing.assert_close(ours, (whole @ whole.mT).sum(dim=0), rtol=1e-12, atol=1e-10)
@@ -219,7 +219,7 @@ def test_a_layer_used_with_any_numbers_of_positions_by_either_way(way, inside, o
     model = ManyUses(inside, outside, bias)
     xs = [torch.randn(3, k, inside, dtype=torch.float64) for k in positions]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "cheapest_way", lambda *_: way)
+        patch.setattr(module, "cheapest_way", lambda *_, **__: way)
         oracle.check(model, *xs)
 
 

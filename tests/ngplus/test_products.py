@@ -1,0 +1,250 @@
+"""On a curvature step a weight's gradient is the sum of the samples' gradients, which is not computed twice."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ngplus import NGPlus
+from ngplus.curvature import second_moment as module
+from ngplus.curvature.gradient_sum import GradientSum
+from tests.ngplus import oracle
+from tests.ngplus.cases import seed_cpu
+
+CASES = {
+    "left": (partial(nn.Conv2d, 3, 4, 3), (5, 3, 9, 8)),
+    "right": (partial(nn.Conv2d, 2, 20, 2), (5, 2, 9, 8)),
+    "no bias": (partial(nn.Conv2d, 3, 4, 3, bias=False), (5, 3, 9, 8)),
+    "groups": (partial(nn.Conv2d, 4, 6, 3, groups=2), (5, 4, 9, 8)),
+    "depthwise": (partial(nn.Conv2d, 4, 4, 3, groups=4), (5, 4, 9, 8)),
+    "stride, padding": (partial(nn.Conv2d, 3, 4, 3, stride=(2, 1), padding=(1, 2)), (5, 3, 9, 8)),
+    "dilation": (partial(nn.Conv2d, 3, 4, 3, dilation=2), (5, 3, 9, 8)),
+    "same": (partial(nn.Conv2d, 3, 4, 3, padding="same"), (5, 3, 9, 8)),
+    "signal": (partial(nn.Conv1d, 3, 4, 3), (5, 3, 30)),
+    "volume": (partial(nn.Conv3d, 2, 3, 2, padding=1), (5, 2, 4, 5, 3)),
+    "unbatched": (partial(nn.Conv2d, 3, 4, 3), (3, 9, 8)),
+    "linear": (partial(nn.Linear, 6, 5), (5, 40, 6)),
+    "linear, right": (partial(nn.Linear, 4, 7), (5, 40, 4)),
+    "linear, no bias": (partial(nn.Linear, 6, 5, bias=False), (5, 40, 6)),
+    "linear, two dimensions of positions": (partial(nn.Linear, 6, 5), (5, 4, 10, 6)),
+    "linear, few positions": (partial(nn.Linear, 6, 5), (5, 1, 6)),
+    "linear, rows": (partial(nn.Linear, 6, 5), (5, 6)),
+}
+SUMMED = [name for name in CASES if name not in ("same", "unbatched", "linear, few positions", "linear, rows")]
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """The sums that backward passes took."""
+    found = []
+    take = GradientSum.take
+
+    def recorded(*args):
+        if (total := take(*args)) is not None:
+            found.append(total.clone())
+        return total
+
+    monkeypatch.setattr(GradientSum, "take", recorded)
+    return found
+
+
+@pytest.fixture
+def formed(monkeypatch):
+    """Have every sample's gradient formed, whatever costs least."""
+    monkeypatch.setattr(module, "cheapest_way", lambda *_, **__: "direct")
+
+
+def pair(make):
+    """A layer and its copy, in float64."""
+    seed_cpu(0)
+    layer = make().double()
+    return layer, copy.deepcopy(layer)
+
+
+def optimize(model, **options):
+    return NGPlus(model, lr=1e-3, damping=0.1, update_every=1, **options)
+
+
+def assert_same_gradients(model, plain):
+    for parameter, expected in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, expected.grad, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("limit", [2**24, 1], ids=["at once", "a sample at a time"])
+@pytest.mark.parametrize("name", CASES)
+def test_a_curvature_steps_gradients_are_those_of_a_plain_step(name, limit, formed, taken, set_tuning):
+    set_tuning(curvature_chunk_cpu=limit)
+    make, shape = CASES[name]
+    layer, plain = pair(make)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    other = x.detach().clone().requires_grad_()
+    _optimizer = optimize(layer, batch_dim=0)
+    F.relu_(layer(x)).square().mean().backward()
+    F.relu(plain(other)).square().mean().backward()
+    assert_same_gradients(layer, plain)
+    torch.testing.assert_close(x.grad, other.grad, rtol=1e-12, atol=1e-14)
+    assert len(taken) == (name in SUMMED)
+
+
+@pytest.mark.parametrize("name", SUMMED)
+def test_the_step_is_the_oracles(name, formed, taken):
+    make, shape = CASES[name]
+    layer, _ = pair(make)
+    oracle.check(layer, torch.randn(shape, dtype=torch.float64))
+    assert taken
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"basis": "eigen", "curvature": "per_sample", "sides": "both"},
+        {"basis": "eigen", "curvature": "per_sample", "sides": "short"},
+        {"block_size": 3},
+        {"max_samples": 3},
+        {"solver": "sketched", "sketch_size": 5},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["left", "groups", "linear, right"])
+def test_options_of_what_is_built(name, options, formed):
+    make, shape = CASES[name]
+    layer, plain = pair(make)
+    base = {"base": torch.optim.Adam} if "basis" in options else {"damping": 0.1}
+    _optimizer = NGPlus(layer, lr=1e-3, update_every=1, **base, **options)
+    x = torch.randn(shape, dtype=torch.float64)
+    layer(x).square().mean().backward()
+    plain(x).square().mean().backward()
+    assert_same_gradients(layer, plain)
+
+
+@pytest.mark.parametrize("make", [partial(nn.Conv2d, 3, 4, 3, padding=1), partial(nn.Linear, 8, 6)])
+def test_second_derivatives_go_through(make, formed):
+    layer, plain = pair(make)
+    shape = (5, 3, 9, 8)
+    gradients = []
+    for each in (layer, plain):
+        if each is layer:
+            _optimizer = optimize(each, partial_capture="accept")
+        x = torch.linspace(-1, 1, 1080, dtype=torch.float64).view(shape).requires_grad_()
+        (slope,) = torch.autograd.grad(each(x).tanh().sum(), x, create_graph=True)
+        slope.square().sum().backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-14)
+    assert_same_gradients(layer, plain)
+
+
+@pytest.mark.parametrize("name", ["left", "linear"])
+def test_a_gradient_that_a_later_hook_changes_is_that_of_what_it_returns(name, formed, taken):
+    make, shape = CASES[name]
+    layer, plain = pair(make)
+    x = torch.randn(shape, dtype=torch.float64)
+    _optimizer = optimize(layer)
+    for each in (layer, plain):
+        output = each(x)
+        output.grad_fn.register_prehook(lambda gradients: (3 * gradients[0],))
+        output.square().mean().backward()
+    assert_same_gradients(layer, plain)
+    assert not taken
+
+
+@pytest.mark.parametrize("name", ["left", "linear"])
+def test_backward_passes_through_one_graph_add_up(name, formed):
+    make, shape = CASES[name]
+    layer, plain = pair(make)
+    x = torch.randn(shape, dtype=torch.float64)
+    _optimizer = optimize(layer)
+    for each in (layer, plain):
+        loss = each(x).square().mean()
+        loss.backward(retain_graph=True)
+        loss.backward()
+        (gradient,) = torch.autograd.grad(each(x).sum(), each.weight)
+        each.weight.grad += gradient
+    assert_same_gradients(layer, plain)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("name", ["left", "linear"])
+def test_checkpoints(name, reentrant, formed):
+    make, shape = CASES[name]
+    layer, plain = pair(make)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    _optimizer = optimize(layer)
+    for each in (layer, plain):
+        checkpoint(each, x, use_reentrant=reentrant).square().mean().backward()
+    assert_same_gradients(layer, plain)
+
+
+def test_a_weight_that_is_used_twice_gets_the_gradient_of_both(formed):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Conv2d(3, 3, 3, padding=1).double()
+
+        def forward(self, x):
+            return self.layer(self.layer(x).tanh())
+
+    model, plain = pair(Twice)
+    x = torch.randn(5, 3, 6, 6, dtype=torch.float64)
+    _optimizer = optimize(model)
+    for each in (model, plain):
+        each(x).square().mean().backward()
+    assert_same_gradients(model, plain)
+    oracle.check(Twice(), x)
+
+
+def test_a_sum_that_an_error_cut_short_is_not_taken(formed, taken, monkeypatch, set_tuning):
+    """A layer that cannot be read goes to the base, with the gradient that it has."""
+    set_tuning(curvature_chunk_cpu=1)
+    make, shape = CASES["left"]
+    layer, plain = pair(make)
+    add, added = GradientSum.add_, []
+
+    def fail(*args):
+        add(*args)
+        added.append(args)
+        if len(added) == 3:
+            raise RuntimeError("no more")
+
+    monkeypatch.setattr(GradientSum, "add_", fail)
+    x = torch.randn(shape, dtype=torch.float64)
+    optimizer = optimize(layer)
+    for each in (layer, plain):
+        each(x).square().mean().backward()
+    assert len(added) == 3
+    assert not taken
+    assert_same_gradients(layer, plain)
+    with pytest.warns(UserWarning, match="no more"):
+        optimizer.step()
+
+
+def test_what_runs_without_it(formed, taken):
+    """Autocast, forward-mode derivatives, `torch.func`, and models whose curvature is not of single samples."""
+    make, shape = CASES["left"]
+    layer, _ = pair(make)
+    x = torch.randn(shape, dtype=torch.float64)
+    _optimizer = optimize(layer, samples="rows")
+    layer(x).square().mean().backward()
+    layer, _ = pair(make)
+    _optimizer = optimize(layer)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        layer.float()(x.float()).float().square().mean().backward()
+    layer, _ = pair(make)
+    _optimizer = optimize(layer)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        tangent = torch.autograd.forward_ad.unpack_dual(layer(dual)).tangent
+    torch.testing.assert_close(tangent, layer(torch.ones_like(x)) - layer(torch.zeros_like(x)))
+    assert not taken
+
+
+def test_wrong_arguments_raise_torchs_own_errors():
+    layer, _ = pair(CASES["left"][0])
+    _optimizer = optimize(layer)
+    with pytest.raises(RuntimeError, match="channels"):
+        layer(torch.randn(5, 2, 9, 8, dtype=torch.float64))
+    with pytest.raises(RuntimeError, match="type"):
+        layer(torch.randn(5, 3, 9, 8))
