@@ -22,7 +22,7 @@ from ngplus.capture.function_mode import FunctionCall, TimeMajor, owner_of
 from ngplus.factors.dense import Dense
 from ngplus.factors.embedding import Bags, OneHot
 from ngplus.factors.factor import statistics_dtype
-from ngplus.factors.im2col import patches
+from ngplus.factors.im2col import patches, per_direction
 from ngplus.factors.khatri_rao import KhatriRao
 from ngplus.factors.pair import FactorPair
 from ngplus.layers import Layer
@@ -355,7 +355,7 @@ def _parse_convolution(
     if not _is_kernel(weight, layer, groups):
         raise UnsupportedCall("is used by a convolution with other groups or a part of the weight")
     kernel = tuple(weight.shape[2:])
-    stride, dilation = _per_direction(stride, kernel), _per_direction(dilation, kernel)
+    stride, dilation = per_direction(stride, len(kernel)), per_direction(dilation, len(kernel))
     zeros = _pad_amounts(padding, kernel, dilation)
     appended = _appended_value(layer, bias)
 
@@ -398,8 +398,8 @@ def _parse_transposed_convolution(
     if not _is_kernel(weight, layer, groups):
         raise UnsupportedCall("is used by a transposed convolution with other groups or a part of the weight")
     kernel = tuple(weight.shape[2:])
-    stride, dilation = _per_direction(stride, kernel), _per_direction(dilation, kernel)
-    before = _per_direction(padding, kernel)
+    stride, dilation = per_direction(stride, len(kernel)), per_direction(dilation, len(kernel))
+    before = per_direction(padding, len(kernel))
 
     def batched(tensor: Tensor) -> Tensor:
         return tensor if tensor.dim() == len(kernel) + 2 else tensor.unsqueeze(0)
@@ -443,12 +443,6 @@ def _parse_grouped_mm(given: WeightArgument, input: Tensor, offs: Tensor | None 
     return OpCall(layer, input, factors, len(input), transposed=transposed, parts=parts)
 
 
-def _per_direction(value: Any, kernel: tuple[int, ...]) -> tuple[int, ...]:
-    """An int or a sequence of one or more, for every spatial direction."""
-    values = (value,) if isinstance(value, int) else tuple(value)
-    return values * len(kernel) if len(values) == 1 else values
-
-
 def _pad_amounts(padding: Any, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
     """Zeros before and after each direction, for every form that convolutions take padding in."""
     if padding == "valid":
@@ -456,7 +450,7 @@ def _pad_amounts(padding: Any, kernel: tuple[int, ...], dilation: tuple[int, ...
     if padding == "same":
         totals = [step * (size - 1) for step, size in zip(dilation, kernel, strict=True)]
         return tuple((total // 2, total - total // 2) for total in totals)
-    return tuple((amount, amount) for amount in _per_direction(padding, kernel))
+    return tuple((amount, amount) for amount in per_direction(padding, len(kernel)))
 
 
 def _parse_bilinear(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ngplus._torch_internals import backward_pass_number
 from ngplus.curvature.gradient_sum import GradientSum
+from ngplus.factors.im2col import per_direction
 
 _CONVOLUTIONS: Mapping[Callable[..., Tensor], int] = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
 """Their spatial directions."""
@@ -35,6 +36,9 @@ class Product(Protocol):
 
         Args:
             batch_dim: of the samples, where the input has several leading dimensions.
+
+        Returns:
+            The number.
         """
         ...
 
@@ -143,21 +147,8 @@ def _bind_convolution(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Convolution:
-    sizes = [_per_direction(each, directions) for each in (stride, padding, dilation)]
+    sizes = [per_direction(each, directions) for each in (stride, padding, dilation)]
     return Convolution(input, weight, bias, sizes[0], sizes[1], sizes[2], groups)
-
-
-def _per_direction(value: Any, directions: int) -> tuple[int, ...]:
-    """An int, or a sequence of one or of all, for every spatial direction.
-
-    Raises:
-        ValueError: of anything else.
-    """
-    values = (value,) * directions if isinstance(value, int) else tuple(value)
-    values = values * directions if len(values) == 1 else values
-    if len(values) != directions or not all(isinstance(each, int) for each in values):
-        raise ValueError(value)
-    return values
 
 
 def _take_known(ctx: Any, gradient: Tensor, weight: Tensor) -> Tensor | None:

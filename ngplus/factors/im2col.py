@@ -324,6 +324,26 @@ class Patches:
         return inside, pixel
 
 
+def per_direction(value: int | Sequence[int], directions: int) -> tuple[int, ...]:
+    """A stride, a padding or a dilation for every spatial direction.
+
+    Args:
+        value: one for all, alone or in a sequence, or one for each.
+        directions: how many there are.
+
+    Returns:
+        One for each.
+
+    Raises:
+        ValueError: of anything else.
+    """
+    values = (value,) if isinstance(value, int) else tuple(value)
+    values = values * directions if len(values) == 1 else values
+    if len(values) != directions or not all(isinstance(each, int) for each in values):
+        raise ValueError(f"{value!r} is not for {directions} spatial directions")
+    return values
+
+
 def patches(
     images: Tensor,
     kernel: tuple[int, ...],
