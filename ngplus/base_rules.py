@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch.optim import Optimizer
@@ -41,6 +41,10 @@ class BaseRule:
             W; "flag": as the group's ``decoupled_weight_decay`` says; "none": there is none.
         reads_parameters: whether its step depends on the parameter's value otherwise, so that it must see that in the
             basis, at the cost of one more product a side. Its decay is then its own.
+
+    Raises:
+        TypeError: names that are no tuple of strings.
+        ValueError: a ``momentum`` that is not among ``linear``, or an unknown ``decay``.
     """
 
     linear: tuple[str, ...] = ()
@@ -50,6 +54,16 @@ class BaseRule:
     momentum: str | None = None
     decay: Decay = "none"
     reads_parameters: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("linear", "square", "magnitude", "kept"):
+            given = getattr(self, name)
+            if not isinstance(given, tuple) or not all(isinstance(each, str) for each in given):
+                raise TypeError(f"{name} of a BaseRule must be a tuple of names of state entries, got {given!r}")
+        if self.momentum is not None and self.momentum not in self.linear:
+            raise ValueError(f"momentum must be one of linear, {self.linear}, got {self.momentum!r}")
+        if self.decay not in get_args(Decay):
+            raise ValueError(f"decay must be one of {', '.join(map(repr, get_args(Decay)))}, got {self.decay!r}")
 
     @property
     def declared(self) -> tuple[str, ...]:
@@ -99,7 +113,6 @@ def register_base(base: type[Optimizer], rule: BaseRule) -> None:
 
     Raises:
         TypeError: no optimizer class, or no rule.
-        ValueError: a ``momentum`` that is not among ``linear``.
 
     Example:
         >>> class Lion(torch.optim.Adam): ...
@@ -109,8 +122,6 @@ def register_base(base: type[Optimizer], rule: BaseRule) -> None:
         raise TypeError(f"base must be a torch.optim.Optimizer class, got {base!r}")
     if not isinstance(rule, BaseRule):
         raise TypeError(f"rule must be a BaseRule, got {rule!r}")
-    if rule.momentum is not None and rule.momentum not in rule.linear:
-        raise ValueError(f"momentum must be one of linear, {rule.linear}, got {rule.momentum!r}")
     _RULES[base] = rule
 
 

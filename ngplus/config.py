@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 import heapq
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from fnmatch import fnmatchcase
 from numbers import Integral, Real
 from typing import Any, Literal, cast, get_args
 
@@ -61,7 +63,12 @@ def _as_float(value: Any) -> float | None:
             value = value.item()
         except (RuntimeError, ValueError):  # more than one element, or a tensor without memory
             return None
-    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else None
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return None
+    try:
+        return float(value)
+    except OverflowError:  # an integer that is too large for one
+        return math.inf if value > 0 else -math.inf  # type: ignore[operator]
 
 
 def check_count(name: str, value: Any, *, optional: bool = True) -> int | None:
@@ -84,8 +91,8 @@ def check_count(name: str, value: Any, *, optional: bool = True) -> int | None:
     allowed = f"an integer ≥ 1{' or None' if optional else ''}"
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be {allowed}, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+    if not 1 <= int(value) < 2**63:
+        raise ValueError(f"{name} must be {allowed}{'' if value < 1 else ' below 2⁶³'}, got {value!r}")
     return int(value)
 
 
@@ -108,6 +115,31 @@ def check_ema(value: Any) -> float:
     if not 0 <= ema < 1:
         raise ValueError(f"ema must be in [0, 1), got {value!r}")
     return ema
+
+
+def check_patterns(name: str, given: Any, modules: Iterable[str]) -> None:
+    """Check that every name or pattern of module names fits a module of the model.
+
+    Args:
+        name: of the argument, for the error.
+        given: what was given: a dict by such patterns, or anything else, which has none.
+        modules: names of the model's modules.
+
+    Raises:
+        ValueError: one that fits none.
+    """
+    if not isinstance(given, Mapping):
+        return
+    known = list(modules)
+    for pattern in given:
+        if not any(fnmatchcase(module, str(pattern)) for module in known):
+            shown = ", ".join(repr(module) for module in known[:_NAMES_SHOWN]) + (
+                f" and {len(known) - _NAMES_SHOWN} more" if len(known) > _NAMES_SHOWN else ""
+            )
+            raise ValueError(f"{name} has {pattern!r}, which is no module of the model and fits none; it has {shown}")
+
+
+_NAMES_SHOWN = 12
 
 
 def check_choice(name: str, value: Any, allowed: Any) -> None:
@@ -219,8 +251,11 @@ class Options(LayerwiseOptions):
         Returns:
             Whether it is.
         """
-        early = (0,) if self.update_growth is None else early_updates(self.update_every, self.update_growth)
-        return (step - early[-1]) % self.update_every == turn if step > early[-1] else step in early
+        if self.update_growth is None:
+            return step % self.update_every == turn if step else True
+        start, interval = find_phase(update_phases(self.update_every, self.update_growth), step)
+        is_late = interval == self.update_every and step > start
+        return (step - start) % interval == (turn if is_late else 0)
 
     def find_turns(self, costs: Sequence[int]) -> list[int]:
         """The turn of each layer: how many steps after those of turn 0 it has its curvature steps, but for the first.
@@ -262,20 +297,47 @@ class Options(LayerwiseOptions):
 
 
 @functools.cache
-def early_updates(update_every: int, growth: float) -> tuple[int, ...]:
-    """The curvature steps up to the one from which on they are ``update_every`` apart.
+def update_phases(update_every: int, growth: float) -> tuple[tuple[float, int], ...]:
+    """How far apart the curvature steps are, from which step on: one, then two, up to ``update_every``.
+
+    The one after step k is max(1, ⌈growth · k⌉) steps later.
 
     Args:
         update_every: 𝒯.
         growth: share by which the number of steps grows from one curvature step to the next.
 
     Returns:
-        Numbers of steps, ascending from 0.
+        The first step of each phase, ascending from 0, and the interval in it. The last is ``update_every``, which no
+        training comes to where its first step is infinite.
     """
-    steps = [0]
-    while (ahead := max(1, math.ceil(steps[-1] * growth - 1e-9))) < update_every:
-        steps.append(steps[-1] + ahead)
-    return tuple(steps)
+    phases: list[tuple[float, int]] = []
+    step: float = 0
+    while (interval := max(1, math.ceil(step * growth - _ROUNDING))) < update_every:
+        phases.append((step, interval))
+        stay = ((interval + _ROUNDING) / growth - step) / interval  # times that it is the next interval too
+        if stay > _ENDLESS:
+            return (*phases, (math.inf, update_every))
+        step += interval * max(1, math.floor(stay))
+        while max(1, math.ceil(step * growth - _ROUNDING)) <= interval:
+            step += interval
+    return (*phases, (step, update_every))
+
+
+_ROUNDING, _ENDLESS = 1e-9, 2**40
+
+
+def find_phase(phases: Sequence[tuple[float, int]], step: int) -> tuple[int, int]:
+    """The phase of a step.
+
+    Args:
+        phases: of `update_phases`.
+        step: its number.
+
+    Returns:
+        The first step of the phase, and the interval in it.
+    """
+    start, interval = phases[bisect.bisect_right(phases, (step, math.inf)) - 1]
+    return int(start), interval
 
 
 Params = Iterable[Any]
@@ -363,7 +425,9 @@ _NO_FLAT_WEIGHTS = (
 )
 
 
-def make_base(base: Any, params: Params, lr: Any, options: dict[str, Any], owner: str) -> Optimizer:
+def make_base(
+    base: Any, params: Params, lr: Any, options: dict[str, Any], owner: str, settings: Mapping[str, Any]
+) -> Optimizer:
     """Make the base optimizer, its arguments checked by name first.
 
     Args:
@@ -372,13 +436,14 @@ def make_base(base: Any, params: Params, lr: Any, options: dict[str, Any], owner
         lr: of it.
         options: everything else that it takes.
         owner: name of the optimizer around it, for errors.
+        settings: of that optimizer, which hold for all groups, by name.
 
     Returns:
         The base.
 
     Raises:
         TypeError: ``base`` is no optimizer class, or does not take one of the options.
-        ValueError: a damping ≤ 0, or ``differentiable=True``.
+        ValueError: a damping ≤ 0, ``differentiable=True``, or one of ``settings`` in a group.
     """
     if not (isinstance(base, type) and issubclass(base, Optimizer)):
         raise TypeError(f"base must be a torch.optim.Optimizer class, such as torch.optim.SGD, got {base!r}")
@@ -390,10 +455,34 @@ def make_base(base: Any, params: Params, lr: Any, options: dict[str, Any], owner
             f"{', '.join(unknown)} is an option of neither {owner} nor its base {base.__name__}, which takes {allowed}"
         )
     make = cast(Callable[..., Optimizer], base)
-    made = make([check_group(group) for group in params], lr=lr, **options)
+    groups = [check_group(group) for group in params]
+    for group in groups:
+        check_no_settings(group, settings, base)
+    made = make(groups, lr=lr, **options)
     for group in made.param_groups:
         check_group(group)
     return made
+
+
+def check_no_settings(group: Any, settings: Mapping[str, Any], base: type[Optimizer]) -> None:
+    """Refuse settings in a parameter group that hold for all of them, and would have no effect there.
+
+    Args:
+        group: the group, or a parameter.
+        settings: of the optimizer.
+        base: whose own settings of such a name count.
+
+    Raises:
+        ValueError: one with another value than the optimizer's.
+    """
+    if not isinstance(group, dict):
+        return
+    known = inspect.signature(base).parameters
+    if found := sorted(n for n in group.keys() & settings.keys() if n not in known and group[n] != settings[n]):
+        raise ValueError(
+            f"{', '.join(f'{name}={group[name]!r}' for name in found)} of a parameter group would have no effect: it "
+            "holds for all groups, as an argument of the optimizer; a group has lr, damping and what the base takes"
+        )
 
 
 def check_group(group: Any) -> Any:
@@ -440,10 +529,13 @@ __all__ = [
     "check_count",
     "check_ema",
     "check_group",
+    "check_no_settings",
+    "check_patterns",
     "check_positive",
     "check_ready",
     "check_whole",
-    "early_updates",
+    "find_phase",
     "make_base",
     "model_and_params",
+    "update_phases",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -46,6 +47,10 @@ class Inspection(ABC):
         return bool(self._layers_to_capture())
 
     @abstractmethod
+    def _check_names(self, name: str, given: object) -> None:
+        """Refuse names and patterns that fit no module of the model."""
+
+    @abstractmethod
     def _layers_to_capture(self) -> list[Layer]:
         """The layers that get a curvature on the next step."""
 
@@ -64,13 +69,19 @@ class Inspection(ABC):
 
         Raises:
             TypeError: no integer tensors by module name.
-            ValueError: in the backward pass, where a layer's input has another number of rows than its index.
+            ValueError: a pattern that fits no module of the model; in the backward pass, where a layer's input has
+                another number of rows than its index.
         """
         return None if self._sample_index is None else self._sample_index.indices
 
     @sample_index.setter
     def sample_index(self, given: Tensor | Mapping[str, Tensor] | None) -> None:
-        self._sample_index = SampleIndex.of(given)
+        index = SampleIndex.of(given)
+        if index is not None and given is not None and not isinstance(given, Tensor):
+            modules = {layer.module for layer in self._layers}
+            if not all(any(fnmatchcase(module, pattern) for module in modules) for pattern in given):
+                self._check_names("sample_index", given)
+        self._sample_index = index
         if self._recorder is not None:
             self._recorder.sample_index = self._sample_index
 

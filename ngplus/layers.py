@@ -15,6 +15,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
@@ -301,11 +302,16 @@ def find_unsupported_matrices(model: nn.Module, covered: Iterable[Layer]) -> dic
 
 
 def _find_batch_dim(batch_dim: int | Mapping[str, int], module: str) -> int:
-    """The entry of the longest module name that ``module`` is or is inside of; 0 where there is none."""
+    """The entry of the longest module name that ``module`` is or is inside of, else of the first pattern that fits.
+
+    0 where there is none.
+    """
     if not isinstance(batch_dim, Mapping):
         return batch_dim
     above = [name for name in batch_dim if name in ("", module) or module.startswith(name + ".")]
-    return batch_dim[max(above, key=len)] if above else 0
+    if above:
+        return batch_dim[max(above, key=len)]
+    return next((dim for pattern, dim in batch_dim.items() if fnmatchcase(module, pattern)), 0)
 
 
 def _module_layers(prefix: str, module: nn.Module) -> Iterator[Layer]:

@@ -6,6 +6,7 @@ import operator
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any, ClassVar
 from weakref import WeakSet
 
@@ -27,6 +28,8 @@ from ngplus.config import (
     LayerwiseOptions,
     Params,
     check_group,
+    check_no_settings,
+    check_patterns,
     check_positive,
     check_whole,
     make_base,
@@ -121,9 +124,11 @@ class LayerwiseOptimizer(Inspection, SavedState, Optimizer, Joinable):
         self._options = options
         checked_lr, damping = check_positive("lr", lr, or_zero=True), check_positive("damping", damping)
         self._model, chosen = model_and_params(model, params, needs_model=not self._works_on_gradients)
-        made = make_base(base, chosen, lr if isinstance(lr, Tensor) else checked_lr, base_options, name)
+        made = make_base(base, chosen, lr if isinstance(lr, Tensor) else checked_lr, base_options, name, self._settings)
         super().__init__(made.param_groups, {**made.defaults, "damping": damping})
         self._base = made
+        for each in ("batch_dim", "loss_reduction"):
+            self._check_names(each, getattr(options, each))
         self._check_parameters()
         self._share_groups()
         self._start()
@@ -136,6 +141,12 @@ class LayerwiseOptimizer(Inspection, SavedState, Optimizer, Joinable):
         if self._sharding is not None and world_size() > 1:  # the forward pass would wait for weights of other shapes
             frozen = [f"{layer.name} frozen" for layer in self._layers if not layer.weight.requires_grad]
             check_processes(name, [*self._describe(), *frozen], {}, self.join_device)
+
+    def __getattr__(self, name: str) -> Any:
+        """``train`` and ``eval`` of a base that has them, as those of schedule-free methods have."""
+        if name in ("train", "eval") and "_base" in self.__dict__:
+            return getattr(self.base, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     # What a method defines ----------------------------------------------------------------------------------------
 
@@ -181,6 +192,16 @@ class LayerwiseOptimizer(Inspection, SavedState, Optimizer, Joinable):
 
     # Set-up -------------------------------------------------------------------------------------------------------
 
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """What holds for all parameter groups, by name."""
+        return {each.name: getattr(self._options, each.name) for each in fields(self._options)}
+
+    def _check_names(self, name: str, given: Any) -> None:
+        """Refuse names and patterns that fit no module of the model."""
+        if self._model is not None and isinstance(given, Mapping):
+            check_patterns(name, given, (module for module, _ in self._model.named_modules()))
+
     def _check_parameters(self) -> None:
         """Refuse parameters that are distributed over processes in a way that is not supported."""
         name, named = type(self).__name__, self._named_parameters()
@@ -207,6 +228,7 @@ class LayerwiseOptimizer(Inspection, SavedState, Optimizer, Joinable):
         Joinable.__init__(self)
         self._joinables = WeakSet(find_joinables([] if self._model is None else self._model.modules()))
         self._weights_are_compared = False
+        self._processes_agreed = False
         self._base_has_stepped = False
         self._state_is_complete = False
         self._set_counters(0)
@@ -233,6 +255,7 @@ class LayerwiseOptimizer(Inspection, SavedState, Optimizer, Joinable):
         if self._model is not None and self._sharding is not None:
             reshard(self._model)
         groups = {id(parameter): group for group in self.param_groups for parameter in group["params"]}
+        self._trained = self._find_trained()
         known = {id(layer.weight): layer for layer in self._layers}
         found = [
             layer if layer.bias is None or id(layer.bias) in groups else layer.without_bias()
@@ -296,12 +319,13 @@ class LayerwiseOptimizer(Inspection, SavedState, Optimizer, Joinable):
 
         Raises:
             TypeError: a damping that is no number.
-            ValueError: a damping ≤ 0.
+            ValueError: a damping ≤ 0, or a setting that holds for all groups.
         """
         param_group = check_group(param_group)
         if "_base" not in self.__dict__:  # `Optimizer.__init__` goes through the groups of `base`
             super().add_param_group(param_group)
             return
+        check_no_settings(param_group, self._settings, type(self._base))
         self._hide_entries_()
         self._base.add_param_group(param_group)
         self._share_groups()
@@ -380,12 +404,25 @@ class LayerwiseOptimizer(Inspection, SavedState, Optimizer, Joinable):
 
         Not on every step, since it reads what no other part of a step does: on curvature steps, on the first, and
         where a layer has lost its gradient or has one again.
+
+        Parameters that were put into a group in place of others are layers from now on.
         """
+        if self._trained != self._find_trained():
+            self._replace_layers()
         if self._model_parameters is not None and (replaced := self._model_parameters.check(self.param_groups)):
             warnings.warn(replaced, stacklevel=2)
         if any(layer.weight.dim() < 2 for layer in self._layers):  # FullyShardedDataParallel has flattened it
             check_whole(self._named_parameters())
         self._apply_plan.has_changed = False
+
+    def _find_trained(self) -> set[int]:
+        """The ids of the parameters that the groups have now."""
+        return {id(parameter) for group in self.param_groups for parameter in group["params"]}
+
+    def _replace_layers(self) -> None:
+        """Take the parameters that the groups have now for those of the optimizer."""
+        self._update_layers()
+        self._plan_pending()
 
     def _wrap_closure(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         def evaluate() -> Any:
@@ -482,7 +519,7 @@ class LayerwiseOptimizer(Inspection, SavedState, Optimizer, Joinable):
             with_batch: whether this process has a batch. Where others have one, theirs is what counts.
         """
         damping = {layer: self._damping(layer) for layer in layers}
-        if world_size() > 1 and (layers or self._is_due):
+        if world_size() > 1 and (layers or self._is_due or not self._processes_agreed):
             damping = self._agree(damping, with_batch)
         if not layers:
             return
@@ -523,7 +560,7 @@ class LayerwiseOptimizer(Inspection, SavedState, Optimizer, Joinable):
         ]
 
     def _damping(self, layer: Layer) -> float:
-        return check_positive(f"damping of the parameter group of {layer.name}", self._groups[layer]["damping"])
+        return check_positive(f"damping of the parameter group of {layer.name}", self._groups[layer].get("damping"))
 
     @run_outside_of_graphs
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -539,12 +576,19 @@ class LayerwiseOptimizer(Inspection, SavedState, Optimizer, Joinable):
     # Several processes, and uneven numbers of batches -------------------------------------------------------------
 
     def _agree(self, damping: Mapping[Layer, float], with_batch: bool) -> dict[Layer, float]:
-        """Make sure that all processes update the same layers, and with the same λ: that of those with a batch."""
-        layers, compared = list(damping), self._weights_are_compared
-        state = [f"made {self._steps} steps", "compared its weights" if compared else "not compared its weights"]
+        """Make sure that all processes update the same layers, and with the same λ: that of those with a batch.
+
+        On the first step too where it updates none: of a process that has loaded a state alone.
+        """
+        layers, compared = list(damping), self._weights_are_compared or not damping
+        weights_state = "compared its weights" if self._weights_are_compared else "not compared its weights"
+        state = [f"made {self._steps} steps", *([weights_state] if layers else [])]
         weights = {} if compared else {each.name: each.weight for each in layers if not is_sharded(each.weight)}
         check_processes(type(self).__name__, [*state, *self._describe(layers)], weights, self.join_device)
-        self._weights_are_compared = True
+        self._processes_agreed = True
+        self._weights_are_compared |= bool(layers)
+        if not layers:
+            return {}
         values = largest([damping[layer] if with_batch else 0.0 for layer in layers], self.join_device)
         return dict(zip(layers, values, strict=True))
 

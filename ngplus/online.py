@@ -7,6 +7,7 @@ L_t, not in the Frobenius norm.
 
 import math
 from collections.abc import Callable, Iterable
+from numbers import Real
 from typing import Any, Literal, NamedTuple, cast, overload
 
 import torch
@@ -176,6 +177,7 @@ class OnlineNGPlus(Optimizer):
             is passed over (``"skip"``) or raised as FloatingPointError (``"raise"``).
 
     Raises:
+        TypeError: an argument that is no number, or a complex parameter.
         ValueError: an argument out of range, or a parameter that starts outside the ball.
 
     Example:
@@ -218,7 +220,7 @@ class OnlineNGPlus(Optimizer):
                 group["epsilon"] = default_epsilon(group["alpha"], group["radius"])
             for parameter in group["params"]:
                 self.state[parameter] = _initial_state(parameter, group)
-        except ValueError:
+        except (TypeError, ValueError):
             self.param_groups.pop()
             raise
 
@@ -258,7 +260,7 @@ class OnlineNGPlus(Optimizer):
         proposals = []
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is None:
+                if parameter.grad is None or not parameter.numel():
                     continue
                 proposal = _propose(parameter, group, self.state[parameter])
                 if proposal is None:
@@ -273,11 +275,16 @@ class OnlineNGPlus(Optimizer):
 
 
 def _validate(group: dict[str, Any]) -> None:
-    """Raise ValueError for the first argument that is out of range."""
+    """Raise for the first argument that is out of range (ValueError) or no number (TypeError)."""
     for name, optional in (("alpha", False), ("epsilon", True), ("radius", True)):
         value = group[name]
-        if (value is None and not optional) or (value is not None and not 0 < value < math.inf):
-            raise ValueError(f"{name} must be positive and finite{' or None' if optional else ''}, got {value!r}")
+        if value is None and optional:
+            continue
+        message = f"{name} must be positive and finite{' or None' if optional else ''}, got {value!r}"
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(message)
+        if not 0 < float(value) < math.inf:
+            raise ValueError(message)
     for name, allowed in _CHOICES.items():
         if group[name] not in allowed:
             raise ValueError(f"{name} must be one of {allowed}, got {group[name]!r}")
@@ -288,12 +295,14 @@ def _validate(group: dict[str, Any]) -> None:
 def _matrix(tensor: Tensor, side: Side) -> Tensor:
     """A parameter or gradient as a float64 matrix whose rows L_t acts on: (m, n), or (n, m) for the right."""
     matrix = tensor.detach().to(torch.float64)
-    matrix = matrix.reshape(matrix.shape[0], -1) if matrix.ndim > 1 else matrix.reshape(-1, 1)
+    matrix = matrix.flatten(1) if matrix.ndim > 1 else matrix.reshape(-1, 1)
     return matrix if side == "left" else matrix.mT
 
 
 def _initial_state(parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
     """Round 0: L₀ = εI and, if it is not the origin, the ball's centre."""
+    if parameter.is_complex():
+        raise TypeError(f"a parameter of shape {tuple(parameter.shape)} is complex: (19) is for real parameters")
     theta = _matrix(parameter, group["side"])
     state: dict[str, Any] = {
         "step": 0,

@@ -71,7 +71,8 @@ class NGPlus(LayerwiseOptimizer):
         samples: "batch": a sample is one element of a layer's input along its batch dimension, its other dimensions
             are the positions κ of (8). "rows": every position is a sample of its own.
         batch_dim: where linear layers and embeddings have their samples: 1 for (T, B, C) inputs; or a dict from
-            module names to dimensions. Convolutions, recurrent layers and `nn.MultiheadAttention` know theirs.
+            module names, or patterns of them, to dimensions; a name is for all that is inside of the module.
+            Convolutions, recurrent layers and `nn.MultiheadAttention` know theirs.
         model_calls: which calls of the model before one ``backward`` see the same samples. "separate": a call is one
             batch, and sees the samples of another only where a gradient can flow from one into the other (an
             encoder's call and its decoder's, the time steps of a cell). "joined": row i of every call is sample i (the
@@ -117,7 +118,7 @@ class NGPlus(LayerwiseOptimizer):
 
     Raises:
         TypeError: an argument of the wrong type, or one that ``base`` does not take.
-        ValueError: a value out of range, or a model without a supported layer.
+        ValueError: a value out of range, a name that fits no module, or a model without a supported layer.
 
     Source: Yang et al., "NG+: A Multi-Step Matrix-Product Natural Gradient Method for Deep Learning", Algorithm 1;
     deviations are in docs/errata.md.
@@ -292,6 +293,16 @@ class NGPlus(LayerwiseOptimizer):
         assert isinstance(self._curvature, GFIM)
         return self._curvature.sum_mini_batch(layers)
 
+    def _replace_layers(self) -> None:
+        """With a basis, refuse it: what the base has of the new parameters is in the basis of the old ones."""
+        trained = self._find_trained()
+        if self._rotation is not None and any(id(layer.weight) not in trained for layer in self._layers):
+            raise RuntimeError(
+                "parameters of a group were replaced by others, whose state, if it was taken from the old ones, is in "
+                f"the basis of those: with basis={self._options.basis!r} make the optimizer again, or take basis=None"
+            )
+        super()._replace_layers()
+
     # The base's step in the eigenbasis ------------------------------------------------------------------------------
 
     def _update_curvature(self, layers: list[Layer], *, with_batch: bool = True) -> None:
@@ -309,6 +320,8 @@ class NGPlus(LayerwiseOptimizer):
         if self._rotation is None:
             super()._apply_()
             return
+        if self._trained != self._find_trained():
+            self._check_model()
         check = FiniteCheck(self.tuning)
         self._rotation.rotate_(self._groups, check, self._base.state)
         self._keep_finite_(check)

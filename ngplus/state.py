@@ -11,6 +11,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -195,12 +196,22 @@ class Layout:
         return Progress(
             steps=int(counters["steps"]),
             skipped=int(counters["skipped"]),
-            generator=counters["generator"],
+            generator=self._check_generator(counters["generator"]),
             states={layer: state for layer, state in states.items() if state is not None},
             pending=sorted(pending, key=lambda layer: found[layer]["pending"]),
             tries={layer: int(each["tries"]) for layer, each in found.items() if each["tries"]},
             unsupported={layer for layer, each in found.items() if each["unsupported"]},
         )
+
+    def _check_generator(self, state: Any) -> Tensor:
+        try:
+            torch.Generator().set_state(state.cpu())
+        except (AttributeError, RuntimeError, TypeError) as error:
+            raise ValueError(
+                f"the state of {self.owner} has no state of a generator, a tensor of torch.uint8: {error}"
+            ) from None
+        assert isinstance(state, Tensor)
+        return state
 
     def _check_whole(self, found: Mapping[str, Any], names: Sequence[str], what: str | None = None) -> None:
         if missing := [name for name in names if name not in found]:
@@ -277,6 +288,21 @@ def initializes_state(groups: Sequence[Mapping[str, Any]]) -> bool:
     if not sharded or world_size() == 1:
         return initializes
     return largest([float(not initializes)], sharded[0].device) == [0.0]  # one's shard may be zeros, or have no rows
+
+
+@contextmanager
+def _undone_by_errors(base: Optimizer) -> Iterator[None]:
+    """Give an optimizer the state and the settings back that it had, where loading others fails halfway."""
+    attributes, groups = dict(base.__dict__), [dict(group) for group in base.param_groups]
+    try:
+        yield
+    except BaseException:
+        base.__dict__.clear()
+        base.__dict__.update(attributes)
+        for group, settings in zip(base.param_groups, groups, strict=True):
+            group.clear()
+            group.update(settings)
+        raise
 
 
 class SavedState(ABC):
@@ -381,7 +407,8 @@ class SavedState(ABC):
             state_dict: of this layout or of the first.
 
         Raises:
-            ValueError: a state of another optimizer or another model. Nothing has changed then.
+            ValueError: a state of another optimizer or another model.
+            Exception: what ``base`` raises. Whatever is raised, nothing has changed then.
         """
         state_dict = state_dict.copy()
         for before in self._optimizer_load_state_dict_pre_hooks.values():
@@ -389,7 +416,8 @@ class SavedState(ABC):
             state_dict = state_dict if changed is None else changed
         base_state, progress = self._layout().unpack(state_dict)
         self._hide_entries_()
-        self._base.load_state_dict(base_state)
+        with _undone_by_errors(self._base):
+            self._base.load_state_dict(base_state)
         self._share_groups()
         self._update_layers()
         self._restore(progress)

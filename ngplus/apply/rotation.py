@@ -66,10 +66,15 @@ class RotatedWeights:
             check: the coordinates are added to it.
         """
         weights = self._weights
+        decay, kind = self._settings.get("weight_decay", 0), self._rule.decay_kind(self._settings)
+        if decay and kind == "none" and not self._rule.reads_parameters:
+            raise ValueError(
+                f"weight_decay={decay!r} of a parameter group would have no effect in the eigenbasis: the base's "
+                'BaseRule has decay="none"; declare how it decays, by "coupled", "decoupled" or "flag"'
+            )
         brought: list[Tensor] = [weight.grad for weight in weights if weight.grad is not None]
         self._originals = [_Original(w, w.data, g) for w, g in zip(weights, brought, strict=True)]
         gradients = [g.to_dense() if g.is_sparse else g for g in brought]
-        decay, kind = self._settings.get("weight_decay", 0), self._rule.decay_kind(self._settings)
         if decay and kind == "coupled" and not self._rule.reads_parameters:
             sign = -1 if self._settings.get("maximize") else 1
             gradients = [torch.add(g, w.data, alpha=sign * decay) for w, g in zip(weights, gradients, strict=True)]

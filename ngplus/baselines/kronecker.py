@@ -261,6 +261,7 @@ class KroneckerCurvature(InverseCurvature):
     """
 
     state_class = KroneckerState
+    averages_fit = False
 
     def __init__(self, model: nn.Module, *, ema: float, max_side: int, split: Split, tuning: Tuning) -> None:
         super().__init__(ema=ema, tuning=tuning)

@@ -19,6 +19,7 @@ from torch import Tensor
 from ngplus._torch_internals import accumulates, accumulator_of, backward_pass_number, is_transformed, retains_graph
 from ngplus.capture.accumulator import Accumulator, Addition, Sampling, Statistic, is_zero
 from ngplus.capture.contractions import UnsupportedCall
+from ngplus.capture.expressions import outputs_of
 from ngplus.capture.function_mode import FunctionCall, TimeMajor
 from ngplus.capture.model_calls import CHECKPOINTS, DOUBTS, ORDER, PASSES, SIZES, ModelCalls
 from ngplus.capture.sample_index import SampleIndex
@@ -114,9 +115,24 @@ class CapturedUses:
 
     # Forward: what is awaited -------------------------------------------------------------------------------------
 
-    def refuse(self, layer: Layer, reason: str) -> None:
-        """Leave a layer to the base."""
-        self._record(layer).unsupported = reason
+    def refuse(self, layer: Layer, call: FunctionCall, reason: str) -> None:
+        """Leave a layer to the base that a call uses in a way that cannot be captured, once a gradient comes back.
+
+        Args:
+            layer: the layer.
+            call: the call.
+            reason: why not.
+        """
+        record = self._record(layer)
+        nodes = {each.grad_fn for each in outputs_of(call) if each.grad_fn is not None}
+        if not nodes or is_transformed():  # whose outputs do not tell what the transform makes of them
+            record.refused = record.unsupported = reason
+            return
+        if record.accumulator is None and layer.weight.requires_grad:
+            record.accumulator = accumulator_of(layer.weight)
+        hook = partial(_receive_refused, weakref.ref(self), layer, reason)
+        for node in nodes:
+            node.register_prehook(hook)
 
     def await_gradient(self, layer: Layer, call: FunctionCall, use: WeightUse) -> None:
         """Await the gradient of the output of a call that uses a layer's weight."""
@@ -169,12 +185,8 @@ class CapturedUses:
         self._model_calls.release_frame()
         backward_pass = backward_pass_number()
         if record.backward_pass != backward_pass:
-            joined = self._sampling.model_calls == "joined"
-            complete = [each for each in record.captured if joined or not self._is_awaited(record, each.use)]
-            self._reduce(record, complete)
-            self._drop_stale(record)
+            self._begin_pass(record, backward_pass)
             self._check_checkpoint(record, use, backward_pass)
-            record.backward_pass = backward_pass
         record.pending.discard(use)
         if use.total is not None and use.gradient is None:
             use.total.start(gradient, backward_pass)
@@ -183,6 +195,22 @@ class CapturedUses:
             record.retained.add(use)
         else:
             self._finish(record, use)
+
+    def receive_refused(self, layer: Layer, reason: str) -> None:
+        """Leave a layer to the base, in a backward pass that brings a gradient to a use that cannot be captured."""
+        record = self._records.get(layer)
+        if record is None or not (record.accumulator is None or accumulates(record.accumulator)):
+            return
+        if record.backward_pass != (backward_pass := backward_pass_number()):
+            self._begin_pass(record, backward_pass)
+        record.unsupported = record.unsupported or reason
+
+    def _begin_pass(self, record: LayerRecord, backward_pass: int) -> None:
+        """Sum what other backward passes have completed, and drop what is gone of them."""
+        joined = self._sampling.model_calls == "joined"
+        self._reduce(record, [each for each in record.captured if joined or not self._is_awaited(record, each.use)])
+        self._drop_stale(record)
+        record.backward_pass = backward_pass
 
     def compare_gradient(self, layer: Layer, parameter: Tensor, gradient: Tensor) -> None:
         """Take the gradient that a backward pass brings to a layer's weight or bias."""
@@ -304,7 +332,8 @@ class CapturedUses:
         another process may not have, only a gradient that is nowhere is gone; `fully_shard` keeps one of another
         dtype that awaits the next backward pass where nobody else finds it, and one to be reduced over replicas.
         """
-        if not (record.statistic.used or record.retained or record.captured):
+        refused = record.unsupported is not None
+        if not (record.statistic.used or record.retained or record.captured or refused):
             return
         gradient = record.layer.weight.grad
         if (original := self._original(record.layer)) is not record.layer:
@@ -314,9 +343,9 @@ class CapturedUses:
             if may_be_gone and is_nowhere and not self._whole.is_kept_back(original, backward_pass_number()):
                 record.discard()
             return
-        if gradient is None or (is_zero(gradient) and (record.captured or not record.statistic.is_zero())):
+        if gradient is None or (is_zero(gradient) and (record.captured or refused or not record.statistic.is_zero())):
             record.discard()
-        elif world_size() == 1 and not record.is_sum(gradient):
+        elif world_size() == 1 and not (refused or record.is_sum(gradient)):
             record.unsupported = CHANGED
 
     def _reduce(self, record: LayerRecord, captured: Sequence[CapturedPair]) -> None:
@@ -418,6 +447,13 @@ def _receive_gradient(uses: weakref.ref[CapturedUses], use: WeightUse, gradient:
     if (alive := uses()) is not None:
         with alive._stopwatch.measure("curvature"):
             alive.receive_gradient(use, gradient)
+
+
+def _receive_refused(
+    uses: weakref.ref[CapturedUses], layer: Layer, reason: str, gradients: tuple[Tensor | None, ...]
+) -> None:
+    if (alive := uses()) is not None and any(gradient is not None for gradient in gradients):
+        alive.receive_refused(layer, reason)
 
 
 def _receive_one(hook: Callable[[Tensor], None], place: int, gradients: tuple[Tensor | None, ...]) -> None:

@@ -38,7 +38,9 @@ def _number(value: Any) -> float:
         number = float(value)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"loss_reduction must be {_ALLOWED}, got {value!r}") from None
-    if isinstance(value, bool) or not 0 <= number < math.inf:
+    except OverflowError:  # an integer that is too large for one
+        number = math.inf
+    if isinstance(value.item() if hasattr(value, "item") else value, bool) or not 0 <= number < math.inf:
         raise ValueError(f"loss_reduction must be {_ALLOWED}: a finite number ≥ 0, got {value!r}")
     return number
 

@@ -73,7 +73,7 @@ def find_product(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) 
     except (TypeError, ValueError):  # torch says what is wrong with them
         return None
     input, weight = call.input, call.weight
-    if type(weight) is not nn.Parameter or type(input) not in (Tensor, nn.Parameter):
+    if type(weight) is not nn.Parameter or type(input) not in (Tensor, nn.Parameter) or input.is_nested:
         return None
     dimensions = input.dim() > 2 and weight.dim() == 2
     if directions is not None:
@@ -103,7 +103,8 @@ class Linear(NamedTuple):
     def run(self, total: GradientSum) -> Tensor:
         """(*, m), see `Product.run`."""
         output: Tensor = _Multiply.apply(*self, total)
-        return output
+        shape = self.input.shape[:-1]
+        return output if output.shape[:-1] == shape else output.view(*shape, output.shape[-1])
 
 
 class Convolution(NamedTuple):
@@ -167,8 +168,9 @@ class _Multiply(torch.autograd.Function):
         input, weight, bias, ctx.total = args
         ctx.save_for_backward(input, weight)
         output = F.linear(input, weight, bias)
-        # A view that a function returns may not be changed in place, as an activation behind the layer may.
-        return output if output._base is None else torch.ops.aten._unsafe_view(output, output.shape)
+        # Torch returns a view of a product of matrices for some inputs, and what becomes of hooks on it where an
+        # activation changes it in place depends on that: here the product is returned, and viewed outside.
+        return output if output._base is None else output._base
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

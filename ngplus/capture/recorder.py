@@ -119,6 +119,8 @@ class Recorder:
         self._biases: dict[int, list[Layer]] = {}
         self._shaping: dict[int, list[Layer]] = {}
         self._input_shapes: dict[Layer, torch.Size | None] = {}
+        self._is_read = False
+        self._reading = threading.Lock()
         self._outermost = _OutermostCall()
         self._model_calls = ModelCalls(sampling.model_calls)
         self._uses = CapturedUses(
@@ -141,19 +143,9 @@ class Recorder:
     def arm(self, layers: Iterable[Layer]) -> None:
         """Record the model's calls from now on, for these layers."""
         self._awaited = frozenset(id(layer.weight) for layer in layers)
-        modules = dict(self._model.named_modules())
-        self._modules = frozenset(id(module) for module in modules.values())
-        self._biases = {}
-        for layer in self._layers.values():
-            if layer.bias is not None:
-                self._biases.setdefault(id(layer.bias), []).append(layer)
-        self._expressions = Expressions(modules.values())
-        self._shaping = {}
-        for layer in self._layers.values():
-            if layer.flattens or layer.knows_samples:
-                self._shaping.setdefault(id(modules.get(layer.module)), []).append(layer)
+        self._modules = frozenset(map(id, self._model.modules()))
         self._forget()
-        self._model_calls.follow(modules.values())
+        self._is_read = False
         if self.armed:
             return
         recorder = weakref.ref(self)
@@ -173,6 +165,23 @@ class Recorder:
         hold_eager()
         self._finalizer = weakref.finalize(self, _release, self._handles, self._uses.weight_hooks)
         self._finalizer.atexit = False
+
+    def _read_model(self) -> None:
+        """Note what the model consists of: on its first call, since it may have changed after the step before."""
+        with self._reading:
+            if self._is_read:
+                return
+            modules = dict(self._model.named_modules())
+            self._modules = frozenset(map(id, modules.values()))
+            self._biases, self._shaping = {}, {}
+            for layer in self._layers.values():
+                if layer.bias is not None:
+                    self._biases.setdefault(id(layer.bias), []).append(layer)
+                if layer.flattens or layer.knows_samples:
+                    self._shaping.setdefault(id(modules.get(layer.module)), []).append(layer)
+            self._expressions = Expressions(modules.values())
+            self._model_calls.follow(modules.values())
+            self._is_read = True
 
     def disarm(self) -> None:
         """Record nothing any more, and forget everything."""
@@ -209,18 +218,21 @@ class Recorder:
     def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if is_joinable(module):
             self.joinables.add(module)
-        if (layers := self._shaping.get(id(module))) is not None:
-            shape = args[0].shape if args and isinstance(args[0], Tensor) else None
-            self._input_shapes.update(dict.fromkeys(layers, shape))
         outermost = self._outermost
-        if outermost.module is module:
-            outermost.depth += 1
-        elif (
+        is_outermost = (
             outermost.module is None
             and id(module) in self._modules
             and torch.is_grad_enabled()
             and not is_transformed()
-        ):
+        )
+        if is_outermost and not self._is_read:
+            self._read_model()
+        if (layers := self._shaping.get(id(module))) is not None:
+            shape = args[0].shape if args and isinstance(args[0], Tensor) else None
+            self._input_shapes.update(dict.fromkeys(layers, shape))
+        if outermost.module is module:
+            outermost.depth += 1
+        elif is_outermost:
             mode = CaptureMode(weakref.ref(self))
             outermost.module, outermost.depth, outermost.mode = module, 1, mode
             self._model_calls.begin(args)
@@ -310,7 +322,7 @@ class Recorder:
             self._follow(call, unread, free, transformed)
             return
         for layer, reason in unread.reasons.items() if unread is not None else ():
-            self._uses.refuse(layer, reason)
+            self._uses.refuse(layer, call, reason)
         if free:
             expressions.follow(call, {})
         else:
@@ -380,7 +392,7 @@ class Recorder:
                 return
             unread.is_view = isinstance(call.output, Tensor) and call.output._base is owner_of(argument)
         except NoSampleGradient as reason:
-            self._uses.refuse(layer, str(reason))
+            self._uses.refuse(layer, call, str(reason))
             return
         except UnsupportedCall as reason:
             unread.reasons[layer] = str(reason)
@@ -459,7 +471,7 @@ class Recorder:
                 self._await_use(layer, call, again.op_call, again.source, again.op_call.dim, again.dtype)
             except UnsupportedCall as reason:
                 has_weight = any(source.parameter is layer.weight for source in own)
-                self._uses.refuse(layer, str(reason) if has_weight else reasons.get(layer, str(reason)))
+                self._uses.refuse(layer, call, str(reason) if has_weight else reasons.get(layer, str(reason)))
 
     def _await_use(
         self,

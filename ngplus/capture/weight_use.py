@@ -121,6 +121,7 @@ class LayerRecord:
         outer_pass: number of the one that this was a checkpoint's in, or of itself.
         discarded: whether gradients of an earlier backward pass were thrown away.
         unsupported: why the layer goes to the base, or None.
+        refused: the same, where a forward pass whose backward may still come has told.
         accumulator: of the weight's gradient.
         bias_accumulator: of the bias's, where that is compared.
     """
@@ -138,6 +139,7 @@ class LayerRecord:
     outer_pass: int = -1
     discarded: bool = False
     unsupported: str | None = None
+    refused: str | None = None
     accumulator: Node | None = None
     bias_accumulator: Node | None = None
 
@@ -183,6 +185,7 @@ class LayerRecord:
         self.statistic = type(self.statistic)(self.statistic.shape)
         self.captured = []
         self.summed, self.shared = set(), set()
+        self.unsupported = self.refused
         if self.comparison is not None:
             self.comparison = self.comparison.empty()
         if self.bias_comparison is not None:

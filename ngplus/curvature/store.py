@@ -33,6 +33,8 @@ class CurvatureStore(ABC):
     """
 
     state_class: ClassVar[type[LayerState]] = LayerState
+    averages_fit: ClassVar[bool] = True
+    """Whether averages of other sizes are refused; else they are dropped when they are updated."""
 
     def __init__(self, block_size: int | None = None) -> None:
         self._block_size = block_size
@@ -129,6 +131,7 @@ class CurvatureStore(ABC):
         try:
             if not found["updates"]:
                 return None
+            self._check_kinds(layer, found)
             state = self.state_class.from_entries(layer, found)
             if found["averaged"] and not state.average and self._keeps_average:
                 raise KeyError("average0")
@@ -136,9 +139,35 @@ class CurvatureStore(ABC):
             raise ValueError(
                 f"the state of {layer.name} has no {error.args[0]}: it was cut short, or saved with other options"
             ) from None
+        except (AttributeError, IndexError, RuntimeError, TypeError) as error:
+            raise ValueError(f"the state of {layer.name} cannot be read: {error}") from error
+        if self.averages_fit and state.shape == layer.shape(self._block_size):
+            self._check_averages(layer, found)
         if self.sharding is not None and self.sharding.keeper(layer) is not None:
             self._keep_alone_(self.sharding, layer, state)
         return state
+
+    def _check_kinds(self, layer: Layer, found: Mapping[str, Any]) -> None:
+        """Refuse what is no tensor of real numbers where one is kept."""
+        for name, like in self._blank_entries(layer).items():
+            entry = found.get(name, like)
+            if isinstance(like, Tensor) and like.is_floating_point():
+                if not isinstance(entry, Tensor):
+                    raise TypeError(f"its {name} must be a tensor, got {entry!r}")
+                if not entry.is_floating_point():
+                    raise TypeError(f"its {name} must hold real numbers, got {entry.dtype}")
+
+    def _check_averages(self, layer: Layer, found: Mapping[str, Any]) -> None:
+        """Refuse averages of another size than the layer's, of which the next curvature step would make one."""
+        for name, like in self._blank_entries(layer).items():
+            entry = found.get(name)
+            if not (name.startswith("average") and isinstance(entry, Tensor) and isinstance(like, Tensor)):
+                continue
+            if entry.shape != like.shape:
+                raise ValueError(
+                    f"the state of {layer.name} has {name} of shape {tuple(entry.shape)}, and the layer's is "
+                    f"{tuple(like.shape)}"
+                )
 
     def _keep_alone_(self, sharding: Sharding, layer: Layer, state: LayerState) -> None:
         """Keep a restored state on one process, in the form in which several processes save it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -73,17 +73,21 @@ class ModelParameters:
             )
         if gone and present.isdisjoint(trained):
             raise RuntimeError(
-                f"none of the optimizer's parameters is the model's any more: {_listed(gone)} were replaced after the "
-                "optimizer was made; make it after whatever replaces them (fully_shard, to_empty, "
+                f"none of the optimizer's parameters is the model's any more: {_listed(gone)} {_was(gone)} replaced "
+                "after the optimizer was made; make it after whatever replaces them (fully_shard, to_empty, "
                 "load_state_dict with assign=True, new modules)"
             )
         self._record()
         if not gone or not new:
             return None
         return (
-            f"{_listed(gone)} were replaced in the model after the optimizer was made, and nothing here trains "
+            f"{_listed(gone)} {_was(gone)} replaced in the model after the optimizer was made, and nothing here trains "
             f"{_listed(new)}: make the optimizer again, or give the new parameters to its add_param_group"
         )
+
+
+def _was(names: Sequence[str]) -> str:
+    return "was" if len(names) == 1 else "were"
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -190,7 +190,10 @@ class EigenBasis(Preconditioner):
         """
         if other is None:
             return EigenBasis(self.modes, {mode: Q.mT for mode, Q in self.bases.items()})
-        return EigenBasis(self.modes, {mode: torch.bmm(Q.mT, other.bases[mode]) for mode, Q in self.bases.items()})
+        return EigenBasis(
+            self.modes,
+            {mode: torch.bmm(Q.mT.to(other.main.dtype), other.bases[mode]) for mode, Q in self.bases.items()},
+        )
 
     def squared(self) -> EigenBasis:
         """C∘C, by which second moments move."""

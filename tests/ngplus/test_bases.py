@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from ngplus import NGPlus
 from tests.ngplus.cases import mlp_with_norm, seed_cpu
 
-pytest.importorskip("pytorch_optimizer")
+pytorch_optimizer = pytest.importorskip("pytorch_optimizer")
 numpy = pytest.importorskip("numpy")
 
 
@@ -243,3 +243,22 @@ def test_a_group_that_is_added_is_added_as_the_base_does(name):
     run(Setup(), model, optimizer, range(3))
     assert set(optimizer.curvature) == {"0.weight", "3.weight"}
     assert all(optimizer.base.state[parameter] for parameter in added)
+
+
+def test_a_bases_modes_are_those_of_the_optimizer():
+    """Wrappers ask whether there are ``train`` and ``eval``, and call them around evaluations."""
+    model = nn.Linear(4, 3)
+    optimizer = NGPlus(model, pytorch_optimizer.ScheduleFreeAdamW, lr=0.1, damping=0.1)
+    optimizer.train()
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(5, 4)).square().mean().backward()
+        optimizer.step()
+    trained = model.weight.clone()
+    optimizer.eval()
+    assert not torch.equal(model.weight, trained)
+    optimizer.train()
+    torch.testing.assert_close(model.weight, trained)
+    assert not hasattr(NGPlus(model), "train")
+    with pytest.raises(AttributeError, match="no attribute 'trains'"):
+        optimizer.trains  # noqa: B018

@@ -280,3 +280,66 @@ def test_norms_and_frozen_layers_go_to_the_base_without_a_warning(recwarn):
     model[4].requires_grad_(False)
     NGPlus(model)
     assert not recwarn.list
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("batch_dim", {"layers.0": 1}),
+        ("batch_dim", {"0": 1, "encoder.*": 1}),
+        ("loss_reduction", {"layers.*": 3}),
+    ],
+)
+def test_a_name_that_fits_no_module_is_refused_with_those_that_there_are(name, value):
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3))
+    with pytest.raises(ValueError, match=rf"{name} has '(layers|encoder).*it has '', '0', '1'"):
+        NGPlus(model, **{name: value})
+
+
+def test_an_index_for_no_module_is_refused():
+    optimizer = NGPlus(nn.Sequential(nn.Linear(6, 5), nn.Tanh()))
+    optimizer.sample_index = {"1": torch.arange(3), "*": torch.arange(3)}
+    with pytest.raises(ValueError, match="sample_index has 'nope'"):
+        optimizer.sample_index = {"nope": torch.arange(3)}
+    assert list(optimizer.sample_index) == ["1", "*"]
+
+
+@pytest.mark.parametrize("given", [1, {"0": 1, "1": 1}, {"*": 1}, {"": 1}, {"*": 0, "0": 1, "1": 1}])
+def test_batch_dim_takes_names_and_patterns(given):
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3))
+    assert [layer.batch_dim for layer in NGPlus(model, batch_dim=given)._layers] == [1, 1]
+
+
+@pytest.mark.parametrize("name", ["update_every", "ema", "curvature", "samples"])
+def test_a_setting_of_all_groups_is_refused_in_one(name):
+    model = nn.Linear(6, 5)
+    group = {"params": [model.weight], name: 3}
+    with pytest.raises(ValueError, match=f"{name}=3 of a parameter group would have no effect"):
+        NGPlus(model, params=[group])
+    optimizer = NGPlus(
+        model,
+        params=[{"params": [model.bias]}, {"params": [nn.Parameter(torch.ones(2, 2))]}, {"params": [model.weight]}],
+    )
+    with pytest.raises(ValueError, match=name):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2, 2))], name: 3})
+
+
+def test_integers_that_are_too_large_and_booleans_are_refused_by_name():
+    model = nn.Linear(6, 5)
+    for name in ("lr", "damping", "update_growth", "ema", "loss_reduction"):
+        with pytest.raises(ValueError, match=name):
+            NGPlus(model, **{name: 10**400})
+    with pytest.raises(ValueError, match="block_size"):
+        NGPlus(model, block_size=10**400)
+    for value in (np.True_, torch.tensor(True)):
+        with pytest.raises(ValueError, match="loss_reduction"):
+            NGPlus(model, loss_reduction=value)
+
+
+def test_a_group_without_a_damping_is_named_on_the_next_curvature_step():
+    model = nn.Linear(6, 5)
+    optimizer = NGPlus(model)
+    del optimizer.param_groups[0]["damping"]
+    model(torch.randn(3, 6)).sum().backward()
+    with pytest.raises(TypeError, match="damping of the parameter group of weight must be a number > 0, got None"):
+        optimizer.step()

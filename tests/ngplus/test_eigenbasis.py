@@ -12,7 +12,6 @@ from torch import Tensor, nn
 import ngplus
 from ngplus import NGPlus
 from ngplus.base_rules import BaseRule, find_rule, register_base
-from ngplus.config import early_updates
 from ngplus.curvature.eigenvectors import SHIFT, BasisRequest, find_bases
 from tests.ngplus import oracle
 from tests.ngplus.cases import parameters_equal, points, seed_cpu, through_a_file
@@ -420,7 +419,7 @@ def test_a_rotation_of_the_problem_rotates_the_steps(curvature):
 
 
 def test_curvature_steps_come_early_and_then_every_so_often():
-    assert early_updates(10, 0.25) == (0, 1, 2, 3, 4, 5, 7, 9, 12, 15, 19, 24, 30, 38)
+    early = (0, 1, 2, 3, 4, 5, 7, 9, 12, 15, 19, 24, 30, 38)
     model = nn.Linear(3, 2).double()
     optimizer = NGPlus(model, base=torch.optim.Adam, basis="eigen", update_every=10, update_growth=0.25)
     due = []
@@ -430,7 +429,7 @@ def test_curvature_steps_come_early_and_then_every_so_often():
         optimizer.zero_grad()
         model(points(4, 3)).square().mean().backward()
         optimizer.step()
-    assert due == [*early_updates(10, 0.25), 48, 58]
+    assert due == [*early, 48, 58]
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 1e30])
@@ -693,3 +692,93 @@ def test_what_is_kept_can_be_read():
         "EigenState(matrix 2×2×4, eigenvectors of output 2, input 2, kernel 2, 1 updates, 24 elements kept)"
     )
     assert optimizer.curvature["table.weight"].share() is None
+
+
+@pytest.mark.parametrize("base", [torch.optim.Adagrad, torch.optim.RMSprop])
+@pytest.mark.parametrize("curvature", ["per_sample", "mini_batch"])
+def test_a_model_may_change_its_dtype(base, curvature):
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+    optimizer = NGPlus(model, base, lr=0.01, update_every=2, basis="eigen", curvature=curvature)
+    x = torch.randn(7, 6)
+    for step in range(6):
+        if step == 3:
+            model.double()
+            x = x.double()
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    assert all(state.preconditioner.main.dtype == torch.float64 for state in optimizer.curvature.values())
+
+
+@pytest.mark.parametrize(
+    ("rule", "error", "message"),
+    [
+        ({"decay": "couple"}, ValueError, "decay must be one of 'coupled', 'decoupled', 'flag', 'none', got 'couple'"),
+        ({"linear": "exp_avg"}, TypeError, "linear of a BaseRule must be a tuple of names of state entries"),
+        ({"square": ("a",), "momentum": "a"}, ValueError, "momentum must be one of linear"),
+    ],
+)
+def test_a_wrong_rule_is_refused(rule, error, message):
+    with pytest.raises(error, match=message):
+        BaseRule(**rule)
+
+
+def test_a_decay_that_would_be_lost_is_refused():
+    class Undeclared(torch.optim.Adam):
+        pass
+
+    register_base(Undeclared, BaseRule(linear=("exp_avg",), square=("exp_avg_sq",)))
+    model = nn.Linear(3, 2)
+    optimizer = NGPlus(model, Undeclared, lr=0.1, basis="eigen", weight_decay=0.1)
+    model(torch.randn(4, 3)).square().mean().backward()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"weight_decay=0\.1 of a parameter group would have no effect"):
+        optimizer.step()
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("growth", [1e-320, 1e-20, 1e-6, 1.0])
+def test_any_share_of_growth_is_answered_at_once(growth):
+    optimizer = NGPlus(nn.Linear(3, 2), update_growth=growth, update_every=500)
+    assert [optimizer._options.is_due(step) for step in (0, 1, 2)] == [True, True, True]
+
+
+def first_updates(update_every, growth):
+    """One after the other, as the option is described."""
+    steps = [0]
+    while (ahead := max(1, math.ceil(steps[-1] * growth - 1e-9))) < update_every:
+        steps.append(steps[-1] + ahead)
+    return steps
+
+
+@pytest.mark.parametrize(
+    ("update_every", "growth"), [(10, 0.25), (50, 0.02), (7, 1 / 3), (3, 5.0), (1, 0.5), (120, 0.07)]
+)
+def test_updates_are_due_as_the_number_of_steps_grows(update_every, growth):
+    options = NGPlus(nn.Linear(3, 2), update_growth=growth, update_every=update_every)._options
+    early = first_updates(update_every, growth)
+    last = early[-1] + 3 * update_every
+    expected = {*early, *range(early[-1], last, update_every)}
+    assert {step for step in range(last) if options.is_due(step)} == expected
+
+
+def test_a_parameter_that_replaces_another_in_a_group_is_refused_with_a_basis():
+    """What its state was moved over from is in the old one's basis. Without a basis it is a layer of its own."""
+    for options in ({"basis": "eigen"}, {"damping": 0.1}):
+        old, new = nn.Parameter(torch.randn(6, 3)), nn.Parameter(torch.randn(8, 3))
+        optimizer = NGPlus([old], torch.optim.Adam, lr=0.01, update_every=4, curvature="mini_batch", **options)
+        for _ in range(2):
+            optimizer.zero_grad()
+            old.square().sum().backward()
+            optimizer.step()
+        optimizer.param_groups[0]["params"][0] = new
+        new.square().sum().backward()
+        if "basis" in options:
+            with pytest.raises(RuntimeError, match="were replaced by others"):
+                optimizer.step()
+            continue
+        for _ in range(3):
+            gradient = new.grad.clone()
+            optimizer.step()
+        assert optimizer._layers[0].weight is new
+        assert not torch.equal(new.grad, gradient)

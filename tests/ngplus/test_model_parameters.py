@@ -70,7 +70,8 @@ def test_a_replaced_part_is_named_once_with_what_is_not_trained(replace, steps, 
     replace(model)
     old, new = PARTS[replace]
     expected = (
-        f"{old} were replaced in the model after the optimizer was made, and nothing here trains {new}: "
+        f"{old} {'were' if ',' in old else 'was'} replaced in the model after the optimizer was made, and nothing here "
+        f"trains {new}: "
         "make the optimizer again, or give the new parameters to its add_param_group"
     )
     if replace is new_norm:  # which is no layer: on the next curvature step

@@ -287,3 +287,18 @@ def test_epsilon_and_bound_follow_from_the_diameter():
     assert optimizer.param_groups[0]["epsilon"] == default_epsilon(0.5, 2.0)
     expected = (3 * math.log(1 + 0.5**2 * 2.0**2 * 4.0**2 * 50) + 1) / (2 * 0.5)
     assert regret_bound(0.5, 3, 2.0, 4.0, 50) == pytest.approx(expected)
+
+
+def test_complex_parameters_and_arguments_that_are_no_numbers_are_refused():
+    with pytest.raises(TypeError, match=r"shape \(2,\) is complex"):
+        OnlineNGPlus([torch.nn.Parameter(torch.zeros(2, dtype=torch.complex64))], alpha=1.0, epsilon=1.0)
+    with pytest.raises(TypeError, match="alpha must be positive and finite, got 'a'"):
+        OnlineNGPlus([torch.nn.Parameter(torch.zeros(2))], alpha="a", epsilon=1.0)
+
+
+def test_a_parameter_without_entries_is_left_alone():
+    empty, other = torch.nn.Parameter(torch.zeros(0, 3)), torch.nn.Parameter(torch.zeros(2))
+    optimizer = OnlineNGPlus([empty, other], alpha=1.0, epsilon=1.0, radius=1.0)
+    (empty.sum() + (other - 1).square().sum()).backward()
+    optimizer.step()
+    assert other.detach().abs().min() > 0

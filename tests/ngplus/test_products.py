@@ -137,7 +137,7 @@ def test_second_derivatives_go_through(make, formed):
     assert_same_gradients(layer, plain)
 
 
-@pytest.mark.parametrize("name", ["left", "linear"])
+@pytest.mark.parametrize("name", ["left", "linear, no bias"])
 def test_a_gradient_that_a_later_hook_changes_is_that_of_what_it_returns(name, formed, taken):
     make, shape = CASES[name]
     layer, plain = pair(make)
@@ -248,3 +248,18 @@ def test_wrong_arguments_raise_torchs_own_errors():
         layer(torch.randn(5, 2, 9, 8, dtype=torch.float64))
     with pytest.raises(RuntimeError, match="type"):
         layer(torch.randn(5, 3, 9, 8))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(5, 40, 6), (5, 4, 10, 6)])
+def test_hooks_on_an_output_that_is_changed_in_place_do_what_they_do_without_it(shape, bias, formed, taken):
+    """Of a view, which torch returns for some inputs, they do not run."""
+    layer, plain = pair(partial(nn.Linear, 6, 5, bias=bias))
+    x = torch.randn(shape, dtype=torch.float64)
+    _optimizer = optimize(layer)
+    for each in (layer, plain):
+        output = each(x)
+        output.register_hook(lambda gradient: 3 * gradient)
+        output.tanh_().square().mean().backward()
+    assert_same_gradients(layer, plain)
+    assert taken

@@ -636,3 +636,74 @@ def test_a_layer_on_the_batch_and_on_constants_goes_to_the_base_where_both_have_
         optimizer.step()
     assert [SIZES in message for message in messages] == [True]
     assert optimizer.curvature == {}
+
+
+class Dropping(nn.Module):
+    """A linear layer whose weight is dropped out where ``drops`` is set, which no sample's gradient can be told of."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last, self.drops = nn.Linear(6, 5), nn.Linear(5, 3), False
+
+    def forward(self, x):
+        weight = F.dropout(self.first.weight, 0.5) if self.drops else self.first.weight
+        return self.last(F.linear(x, weight, self.first.bias).tanh())
+
+
+@pytest.mark.parametrize("thrown_away", ["optimizer.zero_grad", "model.zero_grad", "no backward", "gradients of zeros"])
+def test_a_use_that_cannot_be_captured_counts_where_its_gradient_does(thrown_away):
+    """A warm-up pass, a probe, a batch that is skipped: what was thrown away takes no layer to the base."""
+    model, x = Dropping(), torch.randn(7, 6)
+    optimizer = NGPlus(model, lr=1e-3, damping=0.1)
+    model.drops = True
+    loss = model(x).square().mean()
+    model.drops = False
+    if thrown_away != "no backward":
+        loss.backward()
+        optimizer.zero_grad() if thrown_away == "optimizer.zero_grad" else model.zero_grad(
+            set_to_none=thrown_away != "gradients of zeros"
+        )
+    model(x).square().mean().backward()
+    optimizer.step()
+    assert list(optimizer.curvature) == ["first.weight", "last.weight"]
+
+
+@pytest.mark.parametrize("order", ["zero_grad, forward, backward", "forward, zero_grad, backward", "two passes"])
+def test_a_use_that_cannot_be_captured_is_named_in_any_order_of_calls(order):
+    model, x = Dropping(), torch.randn(7, 6)
+    optimizer = NGPlus(model, lr=1e-3, damping=0.1)
+    model.drops = True
+    if order.startswith("zero_grad"):
+        optimizer.zero_grad()
+    loss = model(x).square().mean()
+    if order.startswith("forward"):
+        optimizer.zero_grad()
+    loss.backward()
+    if order == "two passes":
+        model.drops = False
+        model(x).square().mean().backward()
+    with pytest.warns(UserWarning, match=r"first\.weight could not be read .*randomness"):
+        optimizer.step()
+    assert list(optimizer.curvature) == ["last.weight"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: nn.utils.prune.l1_unstructured(layer, "weight", 0.3),
+        nn.utils.parametrizations.spectral_norm,
+    ],
+    ids=["pruning", "spectral_norm"],
+)
+def test_a_model_may_change_before_a_curvature_step(change):
+    """What it consists of is read on the step's first call, and not when the step before has ended."""
+    model, x = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)), torch.randn(7, 6)
+    optimizer = NGPlus(model, lr=1e-3, damping=0.1, update_every=2)
+    for _ in range(2):
+        model(x).square().mean().backward()
+        optimizer.step()
+    change(model[0])
+    optimizer.zero_grad()
+    model(x).square().mean().backward()
+    optimizer.step()
+    assert len(optimizer.curvature) == 2

@@ -35,6 +35,9 @@ class Observer:
     def trace(self, arguments):
         pass
 
+    def sums_gradients_of(self, product, time_major):
+        return False
+
 
 class Recurrent(nn.Module):
     """A recurrent layer, from a state of its own or from zeros, and perhaps on a packed sequence."""

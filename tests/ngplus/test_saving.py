@@ -474,3 +474,71 @@ def test_a_file_of_the_first_layout_with_other_layers_is_refused_and_nothing_cha
     state["ngplus"]["base"] = "SGD"
     state["ngplus"]["layers"]["4.weight"] = state["ngplus"]["layers"]["0.weight"]
     refused(state, "layers that this model does not: 4.weight; it has 0.weight, 2.weight")
+
+
+def stepped(lr=0.5):
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    optimizer = NGPlus(model, base=Adam, lr=lr, damping=0.1, update_every=3)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.randn(5, 4)).square().mean().backward()
+        optimizer.step()
+    return model, optimizer
+
+
+def without_adams_step(state):
+    del state["state"][0]["step"]
+
+
+def with_a_generator_of_floats(state):
+    state["param_groups"][0]["ngplus"]["generator"] = torch.ones(3)
+
+
+def with_an_inverse_of_integers(state):
+    state["state"][0]["ngplus_inverse0"] = state["state"][0]["ngplus_inverse0"].long()
+
+
+def without_a_matrix(state):
+    state["state"][0]["ngplus_matrix"] = None
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "message"),
+    [
+        (without_adams_step, KeyError, "step"),
+        (with_a_generator_of_floats, ValueError, "no state of a generator"),
+        (
+            with_an_inverse_of_integers,
+            ValueError,
+            "weight cannot be read: its inverse0 must hold real numbers",
+        ),
+        (without_a_matrix, ValueError, "weight cannot be read"),
+    ],
+)
+def test_a_state_that_is_refused_changes_nothing(spoil, error, message):
+    state = copy.deepcopy(stepped(lr=0.01)[1].state_dict())
+    spoil(state)
+    model, optimizer = stepped()
+    twin, same = stepped()
+    with pytest.raises(error, match=message):
+        optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    for each, its in ((model, optimizer), (twin, same)):
+        torch.manual_seed(1)
+        for _ in range(3):
+            its.zero_grad()
+            each(torch.randn(5, 4)).square().mean().backward()
+            its.step()
+    assert parameters_equal(model, twin)
+
+
+def test_an_average_of_another_size_is_refused():
+    model = nn.Linear(4, 3)
+    optimizer = NGPlus(model, base=Adam, lr=0.1, basis="eigen", ema=0.5)
+    model(torch.randn(5, 4)).square().mean().backward()
+    optimizer.step()
+    state = optimizer.state_dict()
+    state["state"][0]["ngplus_average0"] = torch.ones(1, 4)
+    with pytest.raises(ValueError, match=r"average0 of shape \(1, 4\), and the layer's is"):
+        optimizer.load_state_dict(state)

@@ -447,3 +447,24 @@ def test_a_model_that_is_sharded_after_its_optimizer_was_made_is_refused_on_the_
         assert old.startswith(
             "0.weight is a part of a FullyShardedDataParallel's flat parameter: NG+ needs weights that have rows"
         )
+
+
+def train_after_one_has_loaded():
+    problem = perceptron(samples=2)
+    parallel = DistributedDataParallel(problem.model)
+    settings = {"lr": 0.1, "damping": 0.1, "update_every": 3}
+    optimizer = NGPlus(parallel, **settings)
+    problem.train(optimizer, 4, through=parallel, samples=share(problem))
+    state, optimizer = optimizer.state_dict(), NGPlus(parallel, **settings)
+    if dist.get_rank() == 0:
+        optimizer.load_state_dict(state)
+    problem.loss(parallel, share(problem)).backward()
+    with pytest.raises(RuntimeError) as caught:
+        optimizer.step()
+    return str(caught.value)
+
+
+def test_a_process_that_has_loaded_a_state_alone_is_named_on_the_next_step(team):
+    """Its step is no curvature step, where the others' is one."""
+    for said in team.run(train_after_one_has_loaded):
+        assert "process 0 alone has made 4 steps and process 1 alone has made 0 steps" in said
