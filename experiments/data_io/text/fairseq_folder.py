@@ -26,7 +26,7 @@ from experiments.data_io.text.fairseq_library import (
     preprocess,
     restore_logging,
 )
-from experiments.data_io.text.parallel_text import read_lines
+from experiments.data_io.text_lines import read_lines
 
 LANGUAGES = ("de", "en")
 SPLITS = ("train", "valid", "test")

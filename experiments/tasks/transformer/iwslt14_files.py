@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from experiments.data_io.checksum import DataFileError
-from experiments.data_io.text.parallel_text import read_lines
+from experiments.data_io.text_lines import BYTE_ORDER_MARK, read_lines
 
-_BYTE_ORDER_MARK = "\ufeff"
 _ANY_CASE = re.IGNORECASE
 
 # A line with <url>, <talkid> or <keywords> anywhere is left out by the recipe too.
@@ -84,7 +83,7 @@ def evaluation_pairs(folder: Path, name: str) -> list[tuple[str, str]]:
 
 
 def _read(parse: Callable[[Path, list[str]], Iterator[Sentence]], path: Path) -> list[Sentence]:
-    lines = [line.lstrip(_BYTE_ORDER_MARK) for line in read_lines(path)]
+    lines = [line.lstrip(BYTE_ORDER_MARK) for line in read_lines(path)]
     sentences = list(parse(path, lines))
     if not sentences:
         raise DataFileError(f"{path}: no sentence in its {len(lines):,} lines: it is cut short, or another file")
