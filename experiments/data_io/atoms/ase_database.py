@@ -96,7 +96,10 @@ def _open(path: Path) -> Iterator[Any]:
         with ReadOnly(str(path), use_lock_file=False) as database:
             yield database
     except (sqlite3.DatabaseError, ValueError, TypeError, KeyError, OSError) as error:
-        raise DataFileError(f"{path} cannot be read as an ASE database: {error}") from None
+        reason = str(error)
+        if isinstance(error, sqlite3.OperationalError) and path.with_name(f"{path.name}-journal").is_file():
+            reason += f"; a change was broken off, see {path.name}-journal: open it with `sqlite3`, which takes it back"
+        raise DataFileError(f"{path} cannot be read as an ASE database: {reason}") from None
 
 
 def _check_pages(path: Path) -> None:

@@ -1,4 +1,6 @@
 import sqlite3
+import subprocess
+import sys
 from contextlib import closing
 
 import ase.db
@@ -117,6 +119,28 @@ def test_reading_changes_no_byte_of_the_file(mode, database):
     database.chmod(0o444)
     assert [entry.numbers.tolist() for entry in read(database)] == numbers
     assert database.read_bytes() == before
+
+
+BREAK_OFF = """
+import os, sqlite3, sys
+connection = sqlite3.connect(sys.argv[1])
+connection.execute("PRAGMA cache_size = 1")
+connection.execute("CREATE TABLE large (x)")
+connection.executemany("INSERT INTO large VALUES (zeroblob(3000))", [()] * 200)
+os._exit(0)
+"""
+
+
+def test_a_change_that_was_broken_off_is_not_taken_back_here(database):
+    """That would be a write; and the file alone holds half of the change."""
+    subprocess.run([sys.executable, "-c", BREAK_OFF, database], check=True)
+    journal = database.with_name("some.db-journal")
+    before = database.read_bytes(), journal.read_bytes()
+    with pytest.raises(DataFileError, match=r"some\.db cannot be read .*a change was broken off, see some\.db-journal"):
+        read(database)
+    assert (database.read_bytes(), journal.read_bytes()) == before
+    execute(database, "PRAGMA user_version = 1")
+    assert len(read(database)) == 4
 
 
 def test_a_database_that_lacks_its_last_byte_is_named(database):
