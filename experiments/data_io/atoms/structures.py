@@ -168,19 +168,26 @@ def _check(entry: Entry, source: str) -> None:
         f"has an atomic number outside of 1 to {MAX_ATOMIC_NUMBER}": lambda: (
             min(entry.numbers) < 1 or max(entry.numbers) > MAX_ATOMIC_NUMBER
         ),
-        "has a coordinate that is not finite in float32": lambda: not _is_finite(entry.positions),
-        f"has the target {entry.target}, must be finite in float32": lambda: not _is_finite(entry.target),
-        "has a cell that is not finite in float32": lambda: entry.cell is not None and not _is_finite(entry.cell),
-        "has a degenerate cell, one without a volume": lambda: entry.cell is not None and not _has_volume(entry.cell),
     }
     for problem, applies in problems.items():
         if applies():
             raise DataFileError(f"{source}: {entry.name} {problem}")
+    for what, values in {
+        "coordinate": entry.positions,
+        "target": entry.target,
+        "length in its cell": entry.cell,
+    }.items():
+        wrong = [] if values is None else _find_infinite(values)
+        if len(wrong):
+            raise DataFileError(f"{source}: {entry.name} has the {what} {wrong[0]}, must be finite in float32")
+    if entry.cell is not None and not _has_volume(entry.cell):
+        raise DataFileError(f"{source}: {entry.name} has a degenerate cell, one without a volume")
 
 
-def _is_finite(values: np.ndarray | float) -> bool:
-    """Whether numbers are finite in the precision that models learn in."""
-    return bool((np.abs(values) <= np.finfo(np.float32).max).all())
+def _find_infinite(values: np.ndarray | float) -> np.ndarray:
+    """The numbers that are not finite in the precision that models learn in."""
+    flat = np.ravel(values)
+    return flat[~(np.abs(flat) <= np.finfo(np.float32).max)]
 
 
 def _has_volume(cell: np.ndarray) -> bool:

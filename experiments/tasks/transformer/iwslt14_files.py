@@ -28,7 +28,8 @@ _TALK = re.compile(r"<talkid\b[^>]*>(.*?)</talkid\s*>", _ANY_CASE)
 _TITLE = re.compile(r"</?(title|description)\s*>", _ANY_CASE)
 
 _MARKUP = re.compile(
-    r"<!--.*?-->|<(?P<end>/?)(?P<part>mteval|srcset|refset|tstset|doc)\b(?P<given>[^<>]*)>|<seg\b(?P<seg>[^<>]*?)(?:/>|>(?P<text>.*?)</seg\s*>)|(?P<stray></?seg\b)",
+    r"<!--.*?-->|(?P<comment><!--)|<(?P<end>/?)(?P<part>mteval|srcset|refset|tstset|doc)\b(?P<given>[^<>]*)>"
+    r"|<seg\b(?P<seg>[^<>]*?)(?:/>|>(?P<text>.*?)</seg\s*>)|(?P<stray></?seg\b)",
     _ANY_CASE | re.DOTALL,
 )
 _NEXT = re.compile(r"<seg\b|</?doc\b", _ANY_CASE)
@@ -143,6 +144,8 @@ def _segments(path: Path, lines: list[str]) -> Iterator[Sentence]:
     open_parts: list[tuple[str, str]] = []
     for found in _MARKUP.finditer(text):
         place = f"{path}, line {text.count('\n', 0, found.start()) + 1}"
+        if found["comment"]:
+            raise DataFileError(f"{place}: <!-- has no end; must end with -->")
         if found["part"] is not None:
             _open_or_close(open_parts, found, place)
             if found["part"].lower() == "doc" and not found["end"]:

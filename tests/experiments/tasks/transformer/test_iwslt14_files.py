@@ -71,6 +71,7 @@ FAULTS = [
     ('<seg id="2">', "<seg>", "line 5: a segment without an id"),
     ("zwei. </seg>", "zwei.", "line 5: a segment must begin with .* and end with </seg>"),
     ("drei. </seg>", "drei.", "line 6: a segment must begin with .* and end with </seg>"),
+    ('<seg id="2">', '<!-- <seg id="2">', "line 5: <!-- has no end; must end with -->"),
     ('<seg id="2"> Das', "Das", "line 5: a segment must begin with "),
     (
         'id="2"',
