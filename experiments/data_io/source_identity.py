@@ -70,6 +70,30 @@ def read_table(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
+def require_table(path: Path, remedy: str) -> dict[str, Any]:
+    """A JSON file that must hold a table, if it is there.
+
+    Args:
+        path: the file.
+        remedy: what the reader of an error can do about it.
+
+    Returns:
+        The table, an empty one where the file is missing.
+
+    Raises:
+        DataFileError: the file is there and holds no table; says why.
+    """
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataFileError(f"{path} is damaged, must be a table of JSON: {error}: {remedy}") from None
+    if not isinstance(found, dict):
+        raise DataFileError(f"{path} holds {str(found)[:40]!r}, must be a table of JSON: {remedy}")
+    return found
+
+
 def check_unchanged(source: Path | str, before: Identity | None, after: Identity | None) -> None:
     """Raise `DataFileError` where a source, by its path or in words, is not what it was before it was read.
 

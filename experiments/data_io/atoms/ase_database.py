@@ -1,8 +1,11 @@
-"""Databases as schnetpack writes them: ASE's format, with the units of each property in the metadata."""
+"""Databases as schnetpack writes them: ASE's format, with the units of each property in the metadata.
+
+They are the user's: opened to be read alone, since ASE makes the tables of a file that has none.
+"""
 
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import numpy as np
 
 from experiments.data_io.atoms.structures import Entry
 from experiments.data_io.checksum import DataFileError
+from experiments.data_io.text_lines import check_file
 
 ENERGY_UNITS = ("eV", "meV", "Ha", "Hartree", "kcal/mol", "kJ/mol")
 LENGTH_UNITS = ("Ang", "Angstrom", "A", "Bohr", "a0", "nm")
@@ -59,25 +63,57 @@ def read_ase_database(path: Path, target: str, *, periodic: bool) -> Iterator[En
 
     Raises:
         DataFileError: the file is missing or no database, has no such property, no unit or a unit of
-            something else, or a row lacks the property or is not periodic as it should be.
+            something else, or a row cannot be read, lacks the property, its positions or its cell, or is not periodic
+            as it should be.
     """
     with _open(path) as database:
         energy, length = _factors(path, database.metadata, target)
-        for row in database.select():
-            yield _entry(path, row, target, energy, length, periodic)
+        rows, last = database.select(), "none"
+        while True:
+            try:
+                row = next(rows, None)
+            except (ValueError, TypeError, KeyError) as error:
+                raise DataFileError(f"{path}: the row after {last} cannot be read: {error!r}") from None
+            if row is None:
+                return
+            last = f"row {row.id}"
+            yield _entry(f"{path}: {last}", row, target, energy, length, periodic)
 
 
 @contextmanager
 def _open(path: Path) -> Iterator[Any]:
-    from ase.db import connect  # ase takes a second to import
+    from ase.db.sqlite import SQLite3Database  # ase takes a second to import
 
-    if not path.is_file():
+    class ReadOnly(SQLite3Database):
+        def _connect(self) -> sqlite3.Connection:
+            return sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=20)
+
+    if not path.exists() and not path.is_symlink():
         raise DataFileError(f"{path} is missing: it is put in place by the user")
+    check_file(path)
     try:
-        with connect(path, use_lock_file=False) as database:
+        _check_pages(path)
+        with ReadOnly(str(path), use_lock_file=False) as database:
             yield database
-    except (sqlite3.DatabaseError, ValueError, KeyError) as error:
-        raise DataFileError(f"{path} cannot be read as an ASE database: {error}") from None
+    except (sqlite3.DatabaseError, ValueError, TypeError, KeyError, OSError) as error:
+        reason = str(error)
+        if isinstance(error, sqlite3.OperationalError) and path.with_name(f"{path.name}-journal").is_file():
+            reason += f"; a change was broken off, see {path.name}-journal: open it with `sqlite3`, which takes it back"
+        raise DataFileError(f"{path} cannot be read as an ASE database: {reason}") from None
+
+
+def _check_pages(path: Path) -> None:
+    """SQLite takes zeros for what is cut off the last page, and ASE a file without tables for one to be filled."""
+    size = path.stat().st_size
+    if not size:
+        raise ValueError("it is empty")
+    with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as connection:
+        (page,) = connection.execute("PRAGMA page_size").fetchone()
+        tables = connection.execute("SELECT name FROM sqlite_master WHERE name = 'systems'").fetchall()
+    if size % page:
+        raise ValueError(f"it is cut short: {size:,} bytes, must be pages of {page:,}")
+    if not tables:
+        raise ValueError("it has no table 'systems'")
 
 
 def _factors(path: Path, metadata: dict[str, Any], target: str) -> tuple[float, float]:
@@ -98,20 +134,34 @@ def _factors(path: Path, metadata: dict[str, Any], target: str) -> tuple[float, 
     return convert_units(units[target], "eV"), convert_units(metadata["_distance_unit"], "Ang")
 
 
-def _entry(path: Path, row: Any, target: str, energy: float, length: float, periodic: bool) -> Entry:
-    name = f"row {row.id}"
-    if target not in row.data:
-        raise DataFileError(f"{path}: {name} has no {target}")
+def _entry(name: str, row: Any, target: str, energy: float, length: float, periodic: bool) -> Entry:
+    try:
+        data = row.data
+    except (ValueError, TypeError, KeyError, IndexError) as error:
+        raise DataFileError(f"{name} has properties that cannot be read: {error!r}") from None
+    if target not in data:
+        raise DataFileError(f"{name} has no {target}")
+    needed = {"numbers": row.numbers, "positions": row.positions, **({"cell": row.cell} if periodic else {})}
+    for what, array in needed.items():
+        if array is None:
+            raise DataFileError(f"{name} has no {what}")
     if not (all(row.pbc) if periodic else not any(row.pbc)):
         wanted = "in all three directions" if periodic else "in no direction"
-        raise DataFileError(f"{path}: {name} has the periodic directions {row.pbc.tolist()}; must be periodic {wanted}")
-    values = np.asarray(row.data[target], np.float64).ravel()
-    if values.size != 1:
-        raise DataFileError(f"{path}: {name} has {values.size} values of {target}, must have one")
+        raise DataFileError(f"{name} has the periodic directions {row.pbc.tolist()}; must be periodic {wanted}")
     return Entry(
-        name=name,
+        name=name.rpartition(": ")[2],
         numbers=row.numbers,
         positions=row.positions * length,
-        target=float(values[0]) * energy,
+        target=_read_value(name, target, data[target]) * energy,
         cell=row.cell * length if periodic else None,
     )
+
+
+def _read_value(name: str, target: str, value: Any) -> float:
+    try:
+        values = np.asarray(value, np.float64).ravel()
+    except (ValueError, TypeError):
+        raise DataFileError(f"{name}: {target} = {value!r}: must be a number") from None
+    if values.size != 1:
+        raise DataFileError(f"{name} has {values.size} values of {target}, must have one")
+    return float(values[0])

@@ -9,6 +9,9 @@ from experiments.data_io.checksum import DataFileError
 
 MAX_ATOMIC_NUMBER = 99  # SchNet's table of embeddings has rows 0 to 99
 
+READERS = 2
+"""Version of what is checked of files that the user puts in place: what was parsed by an earlier one is read again."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Structures:
@@ -127,8 +130,8 @@ def collect(entries: Iterable[Entry], source: str) -> Structures:
         All atoms in flat arrays, with the first atom of each structure.
 
     Raises:
-        DataFileError: there are none; or one has no atoms, an unknown element, coordinates or a target that
-            are not finite, a degenerate cell, or is there twice. Names the source and the entry.
+        DataFileError: there are none; or one has no atoms, an unknown element, coordinates, a target or a cell that
+            are not finite in float32, a degenerate cell, or is there twice. Names the source and the entry.
     """
     found: list[Entry] = []
     seen: dict[bytes, str] = {}
@@ -165,16 +168,29 @@ def _check(entry: Entry, source: str) -> None:
         f"has an atomic number outside of 1 to {MAX_ATOMIC_NUMBER}": lambda: (
             min(entry.numbers) < 1 or max(entry.numbers) > MAX_ATOMIC_NUMBER
         ),
-        "has a coordinate that is not finite": lambda: not np.isfinite(entry.positions).all(),
-        f"has the target {entry.target}": lambda: not np.isfinite(entry.target),
-        "has a degenerate cell, one without a volume": lambda: entry.cell is not None and not _has_volume(entry.cell),
     }
     for problem, applies in problems.items():
         if applies():
             raise DataFileError(f"{source}: {entry.name} {problem}")
+    for what, values in {
+        "coordinate": entry.positions,
+        "target": entry.target,
+        "length in its cell": entry.cell,
+    }.items():
+        wrong = [] if values is None else _find_infinite(values)
+        if len(wrong):
+            raise DataFileError(f"{source}: {entry.name} has the {what} {wrong[0]}, must be finite in float32")
+    if entry.cell is not None and not _has_volume(entry.cell):
+        raise DataFileError(f"{source}: {entry.name} has a degenerate cell, one without a volume")
+
+
+def _find_infinite(values: np.ndarray | float) -> np.ndarray:
+    """The numbers that are not finite in the precision that models learn in."""
+    flat = np.ravel(values)
+    return flat[~(np.abs(flat) <= np.finfo(np.float32).max)]
 
 
 def _has_volume(cell: np.ndarray) -> bool:
     """Whether three finite vectors span a volume that is no rounding error of their lengths."""
     lengths = np.linalg.norm(cell, axis=1)
-    return bool(np.isfinite(cell).all() and abs(np.linalg.det(cell)) > 1e-6 * max(lengths.prod(), 1e-12))
+    return bool(abs(np.linalg.det(cell)) > 1e-6 * max(lengths.prod(), 1e-12))

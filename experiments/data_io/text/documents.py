@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from experiments.data_io.checksum import DataFileError
 from experiments.data_io.npy import write_bytes
+from experiments.data_io.text_lines import shown_files
 
 SPLITS = ("train", "val", "test")
 
@@ -25,7 +26,7 @@ class Document(NamedTuple):
 
 
 def list_text_files(folder: Path, remedy: str) -> list[Path]:
-    """The files ``*.txt`` of a folder and of all folders in it, by name.
+    """The files ``*.txt`` of a folder and of all folders in it, by name; hidden ones are left out.
 
     Args:
         folder: where to look.
@@ -35,11 +36,11 @@ def list_text_files(folder: Path, remedy: str) -> list[Path]:
         At least one file.
 
     Raises:
-        DataFileError: the folder is missing, or has no such file.
+        DataFileError: the folder is missing, has no such file, or a link of that name that leads nowhere.
     """
     if not folder.is_dir():
         raise DataFileError(f"{folder} is missing: {remedy}")
-    files = sorted(path for path in folder.rglob("*.txt") if path.is_file())
+    files = shown_files(path for path in folder.rglob("*.txt") if not path.is_dir())
     if not files:
         raise DataFileError(f"{folder}: has no file *.txt: {remedy}")
     return files

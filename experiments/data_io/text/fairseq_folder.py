@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from experiments.data_io.checksum import DataFileError, compute_sha256
+from experiments.data_io.source_identity import require_table
 from experiments.data_io.text.bpe import TokenPair
 from experiments.data_io.text.fairseq_library import (
     NUMBER_KINDS,
@@ -26,11 +27,13 @@ from experiments.data_io.text.fairseq_library import (
     preprocess,
     restore_logging,
 )
-from experiments.data_io.text.parallel_text import read_lines
+from experiments.data_io.text_lines import BYTE_ORDER_MARK, read_lines
 
 LANGUAGES = ("de", "en")
 SPLITS = ("train", "valid", "test")
 ABOUT = "about.json"
+
+_OVERWRITE = " #fairseq:overwrite"  # at the end of a dictionary's line: the word may be there before
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +102,9 @@ def read_folder(path: Path, remedy: str) -> Folder:
         The folder with the sizes of its splits and dictionaries.
 
     Raises:
-        DataFileError: a file is missing, cut short or not what it should be, the two languages have not equally
-            many sentences, or a dictionary is not the one of the sentences; names file and line.
+        DataFileError: a file is missing, cut short or not what it should be, a sentence does not begin where the one
+            before it ends or has no end, the two languages have not equally many sentences, or a dictionary is not the
+            one of the sentences; names file and line or sentence.
     """
     missing = [name for name in _names() if not (path / name).is_file()]
     if missing:
@@ -109,14 +113,13 @@ def read_folder(path: Path, remedy: str) -> Folder:
     read = {split: _read_split(path, split, dictionaries) for split in SPLITS}
     _check_counts(path, dictionaries, {language: read["train"][language] for language in LANGUAGES})
     lengths = {split: [sentences.lengths for sentences in sides.values()] for split, sides in read.items()}
-    about = path / ABOUT
     return Folder(
         path=path,
         sha256=_joint_sha256(path),
         sizes={split: len(sides[0]) for split, sides in lengths.items()},
         empty={split: int((np.minimum(*sides) <= 1).sum()) for split, sides in lengths.items()},
         longest={split: int(np.maximum(*sides).max(initial=0)) for split, sides in lengths.items()},
-        about=json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {},
+        about=require_table(path / ABOUT, remedy),
     )
 
 
@@ -171,17 +174,25 @@ def read_dictionary(path: Path) -> _Words:
         The words, and how often each is in the training text.
 
     Raises:
-        DataFileError: a line is not UTF-8, or not a word and a count.
+        DataFileError: a line is not UTF-8, or not a word and a count; a word is there twice; or the file begins with a
+            byte-order mark, which fairseq takes for a letter of the first word.
     """
+    special = Dictionary()
     words, counts = [], []
+    first = {word: f"one of fairseq's own, {', '.join(special.symbols)}" for word in special.symbols}
     for number, line in enumerate(read_lines(path), 1):
         word, _, rest = line.partition(" ")
-        count = rest.removesuffix(" #fairseq:overwrite")
+        count = rest.removesuffix(_OVERWRITE)
         if not word or not count.isdecimal():
             raise DataFileError(f"{path}, line {number}: must be a word, a blank and its count: {line!r}")
+        if number == 1 and word.startswith(BYTE_ORDER_MARK):
+            raise DataFileError(f"{path}, line 1: begins with a byte-order mark, must begin with a word: {line!r}")
+        if word in first and rest == count:
+            raise DataFileError(f"{path}, line {number}: the word {word!r} is {first[word]}; must be there once")
+        first.setdefault(word, f"in line {number} already")
         words.append(word)
         counts.append(int(count))
-    return _Words(path=path, words=words, counts=counts, special=Dictionary().nspecial)
+    return _Words(path=path, words=words, counts=counts, special=special.nspecial)
 
 
 def _read_split(path: Path, split: str, dictionaries: Mapping[str, _Words]) -> dict[str, _Sentences]:
@@ -201,26 +212,52 @@ def _read_sentences(prefix: Path, dictionary: _Words) -> _Sentences:
     index, data = (prefix.with_name(f"{prefix.name}.{kind}") for kind in ("idx", "bin"))
     if not data.stat().st_size:
         raise DataFileError(f"{data} is empty: the folder was not written to its end")
-    lengths, dtype = _read_index(index)
-    expected = int(lengths.sum()) * np.dtype(dtype).itemsize
+    lengths, starts, dtype = _read_index(index)
+    expected = int(lengths.sum(dtype=np.int64)) * np.dtype(dtype).itemsize
     if expected != data.stat().st_size:
         raise DataFileError(
             f"{data} has {data.stat().st_size:,} bytes, but {index.name} speaks of {expected:,}: "
             "the folder was not written to its end"
         )
+    stops = np.cumsum(lengths, dtype=np.int64)
+    _check_starts(index, starts, stops, np.dtype(dtype).itemsize)
     tokens = np.fromfile(data, dtype=dtype)
-    beyond = np.flatnonzero(tokens >= len(dictionary))
+    beyond = np.flatnonzero((tokens < 0) | (tokens >= len(dictionary)))
     if beyond.size:
-        sentence = int(np.searchsorted(np.cumsum(lengths), beyond[0], side="right")) + 1
+        sentence = int(np.searchsorted(stops, beyond[0], side="right")) + 1
         raise DataFileError(
             f"{data}, sentence {sentence}: token {tokens[beyond[0]]}, but {dictionary.path.name} ends at "
             f"{len(dictionary) - 1}: it is the dictionary of another run"
         )
+    _check_ends(data, tokens[stops - 1])
     return _Sentences(path=data, tokens=tokens, lengths=lengths)
 
 
-def _read_index(path: Path) -> tuple[np.ndarray, type]:
-    """Lengths of the sentences and kind of number of an index file, of which fairseq's own reader checks little.
+def _check_starts(path: Path, starts: np.ndarray, stops: np.ndarray, size: int) -> None:
+    """Each sentence begins where the one before it ends: fairseq goes by where it begins, the rest here by lengths."""
+    right = np.concatenate([[0], stops[:-1]]) * size
+    wrong = np.flatnonzero(starts != right)
+    if wrong.size:
+        k = int(wrong[0])
+        raise DataFileError(
+            f"{path}, sentence {k + 1}: begins at byte {starts[k]:,}, must begin at {right[k]:,}, where the lengths of "
+            "those before it end"
+        )
+
+
+def _check_ends(path: Path, last: np.ndarray) -> None:
+    end = Dictionary().eos()
+    wrong = np.flatnonzero(last != end)
+    if wrong.size:
+        k = int(wrong[0])
+        raise DataFileError(
+            f"{path}, sentence {k + 1}: its last token is {last[k]}, must be {end}, the end of a sentence: "
+            "its length is another's, or its end is lost"
+        )
+
+
+def _read_index(path: Path) -> tuple[np.ndarray, np.ndarray, type]:
+    """Lengths and beginnings of the sentences and kind of number, of which fairseq's own reader checks little.
 
     The file is a magic word of 9 bytes, a version (int64), a code for the kind of number (one byte), the number of
     sentences (int64), their lengths (int32 each) and where they begin (int64 each).
@@ -228,12 +265,18 @@ def _read_index(path: Path) -> tuple[np.ndarray, type]:
     raw = path.read_bytes()
     head = MMapIndexedDataset.Index._HDR_MAGIC + struct.pack("<Q", 1)
     dtype = NUMBER_KINDS.get(raw[len(head)]) if raw.startswith(head) and len(raw) > len(head) + 8 else None
-    if dtype is None:
-        raise DataFileError(f"{path}: cut short, or no index of fairseq's mmap format")
+    if dtype is None or not np.issubdtype(dtype, np.integer):
+        raise DataFileError(f"{path}: cut short, or no index of fairseq's mmap format with tokens that are integers")
     (count,) = struct.unpack_from("<Q", raw, len(head) + 1)
     if len(raw) != len(head) + 9 + count * 12:
         raise DataFileError(f"{path}: cut short: it has {len(raw):,} bytes for {count:,} sentences")
-    return np.frombuffer(raw, dtype=np.int32, count=count, offset=len(head) + 9), dtype
+    lengths = np.frombuffer(raw, dtype=np.int32, count=count, offset=len(head) + 9)
+    if (short := np.flatnonzero(lengths < 1)).size:
+        raise DataFileError(
+            f"{path}, sentence {short[0] + 1}: length = {lengths[short[0]]}: must be 1 at least, the end of a sentence"
+        )
+    starts = np.frombuffer(raw, dtype=np.int64, count=count, offset=len(head) + 9 + count * 4)
+    return lengths, starts, dtype
 
 
 def _check_counts(path: Path, dictionaries: Mapping[str, _Words], train: Mapping[str, _Sentences]) -> None:

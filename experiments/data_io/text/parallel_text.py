@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from experiments.data_io.checksum import DataFileError, compute_sha256, verify
+from experiments.data_io.text_lines import read_lines
 
 
 class Pair(NamedTuple):
@@ -31,35 +32,6 @@ class Splits:
     train: Sequence[Pair]
     valid: Sequence[Pair]
     test: Sequence[Pair]
-
-
-def read_lines(path: Path) -> list[str]:
-    """The lines of a UTF-8 file; nothing but a line feed ends one.
-
-    Args:
-        path: the file.
-
-    Returns:
-        Lines without their line feeds.
-
-    Raises:
-        DataFileError: the file is missing, or its bytes are not UTF-8; names the line.
-    """
-    if not path.is_file():
-        raise DataFileError(f"{path} is missing")
-    raw = path.read_bytes().split(b"\n")
-    if raw[-1] == b"":
-        raw.pop()
-    return [_decode(line, path, number) for number, line in enumerate(raw, 1)]
-
-
-def _decode(line: bytes, path: Path, number: int) -> str:
-    try:
-        return line.decode("utf-8").rstrip("\r")
-    except UnicodeDecodeError as error:
-        raise DataFileError(
-            f"{path}, line {number}: not UTF-8: byte 0x{line[error.start]:02x} at column {error.start + 1}"
-        ) from None
 
 
 def prepare_frozen(folder: Path, expected: str, make: Callable[[Path], Iterable[Pair]], *, made_with: str) -> Path:

@@ -18,7 +18,7 @@ import numpy as np
 
 from experiments.data_io.checksum import DataFileError
 from experiments.data_io.npy import write_bytes
-from experiments.data_io.source_identity import identify_jointly, read_table
+from experiments.data_io.source_identity import identify_jointly, read_table, require_table
 from experiments.data_io.text.byte_bpe import SEPARATOR, encode, learn_bpe
 from experiments.data_io.text.documents import SPLITS, Document, count_bytes
 
@@ -28,6 +28,7 @@ ABOUT, CHECKED = "about.json", "checked.json"
 _DTYPE = np.dtype("<u2")
 _CHUNK = 2**24
 _NEEDED = ("train", "val")
+_TABLES = ("text_bytes", "longest", "documents")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,9 +97,10 @@ def read_token_folder(path: Path, vocabulary: int, remedy: str) -> TokenFolder:
         The folder.
 
     Raises:
-        DataFileError: a file is missing, empty, not uint16, or of another vocabulary.
+        DataFileError: a file is missing, empty, not uint16, or of another vocabulary; or what the folder says of itself
+            is no table of sizes.
     """
-    about = read_table(path / ABOUT) or {}
+    about = _read_about(path, remedy)
     files = {split: _file(path, split) for split in SPLITS if split in _NEEDED or _file(path, split).is_file()}
     for file in files.values():
         if not file.is_file():
@@ -110,12 +112,24 @@ def read_token_folder(path: Path, vocabulary: int, remedy: str) -> TokenFolder:
         sha256=digest,
         vocabulary=vocabulary,
         tokens={split: np.memmap(file, _DTYPE, mode="r") for split, file in files.items()},
-        **{key: about[key] for key in ("text_bytes", "longest", "documents") if key in about},
+        **{key: about[key] for key in _TABLES if key in about},
     )
 
 
 def _file(folder: Path, split: str) -> Path:
     return folder / f"{split}.bin"
+
+
+def _read_about(path: Path, remedy: str) -> dict[str, Any]:
+    """What `write_token_folder` says of a folder: integers, and tables of integers by split."""
+    about = require_table(path / ABOUT, remedy)
+    for key in ("vocabulary", *_TABLES):
+        value = about.get(key, 1 if key == "vocabulary" else {})
+        sizes = [value] if key == "vocabulary" else value.values() if isinstance(value, dict) else [None]
+        if not all(type(size) is int and size > 0 for size in sizes):
+            allowed = "a positive integer" + " for each split" * (key in _TABLES)
+            raise DataFileError(f"{path / ABOUT}: {key} = {value!r}: must be {allowed}: {remedy}")
+    return about
 
 
 def _check_vocabulary(path: Path, vocabulary: int, about: Mapping[str, Any]) -> int:

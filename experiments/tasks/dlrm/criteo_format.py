@@ -1,8 +1,11 @@
 """The format of Criteo's log and of the columns made of it, and whether these are whole.
 
 A line has 40 columns between tabs: the label, 13 integers and 26 categories of eight hexadecimal digits; a column
-may be empty. The user puts the file into ``<data_dir>/criteo/train.txt``. `criteo.prepare` reads it once and leaves
-columns that runs map from the disk:
+may be empty. The last line may lack its line feed only if its last category has all eight digits, since a line that was
+cut in it looks the same.
+
+The user puts the file into ``<data_dir>/criteo/train.txt``. `criteo.prepare` reads it once and leaves columns that runs
+map from the disk:
 
     prepared/dense.npy       float32, (N, 13): log(1 + x), negative and empty ones count as 0
     prepared/categories.npy  int32, (N, 26): ranks, see `clicks`; an empty one is the value 0

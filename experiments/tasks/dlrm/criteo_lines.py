@@ -23,6 +23,7 @@ _ALLOWED = b"0123456789abcdefABCDEF-\t\n"
 _LABEL = re.compile(rb"0*[01]")
 _INTEGER = re.compile(rb"-?[0-9]+")
 _HEXADECIMAL = re.compile(rb"0*[0-9a-fA-F]{1,8}")
+_WHOLE = re.compile(rb"[0-9a-fA-F]{8}")
 
 
 class LineError(ValueError):
@@ -60,6 +61,8 @@ class Lines:
 def parse(text: bytes) -> Lines:
     """Whole lines to arrays.
 
+    A last line without its line feed may be cut: it is taken if its last category has eight digits, as in Criteo's log.
+
     Args:
         text: whole lines.
 
@@ -68,7 +71,8 @@ def parse(text: bytes) -> Lines:
 
     Raises:
         LineError: the first line with another number of columns, a label that is not 0 or 1, an integer that is
-            none or does not fit 32 bits, or a category that is not of one to eight hexadecimal digits.
+            none or does not fit 32 bits, a category that is not of one to eight hexadecimal digits, or a last line
+            that may be cut.
     """
     count = text.count(b"\n") + (not text.endswith(b"\n"))
     # With no line of more columns, which polars refuses, the right sum means that every line has as many.
@@ -82,6 +86,12 @@ def parse(text: bytes) -> Lines:
     labels = frame["label"]
     if frame.height != count or labels.null_count() or labels.max() > 1:
         raise first_fault(text)
+    if not text.endswith(b"\n") and not _WHOLE.fullmatch(last := text[text.rfind(b"\t") + 1 :]):
+        raise LineError(
+            count,
+            f"category {CATEGORIES} = {_shown(last)}, where the file ends: it may be cut in it; must be eight "
+            "hexadecimal digits or have a line feed after it, add it if the line is whole",
+        )
     dense = frame.select(pl.col(_INTEGERS).fill_null(0).clip(0).cast(pl.Float32).log1p())
     return Lines(
         dense=dense.to_numpy(order="c"),

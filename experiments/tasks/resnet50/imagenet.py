@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from experiments.data_io.checksum import DataFileError
+from experiments.data_io.text_lines import shown_files
 
 LICENCE = "ImageNet terms of access (non-commercial research); not redistributed"
 SUFFIXES = {".jpeg", ".jpg"}
@@ -43,7 +44,7 @@ class Folder:
 
 
 def scan(root: Path) -> tuple[Folder, Folder]:
-    """List ``root/train`` and ``root/val``.
+    """List ``root/train`` and ``root/val`` but for hidden files and folders.
 
     Args:
         root: of the tree of folders.
@@ -52,7 +53,8 @@ def scan(root: Path) -> tuple[Folder, Folder]:
         The two halves.
 
     Raises:
-        DataFileError: a folder is missing, a class has no image, or the two have different classes.
+        DataFileError: a folder is missing, a class has no image or one that is no file, or the two have different
+            classes.
     """
     train, val = _scan_half(root / "train"), _scan_half(root / "val")
     if train.classes != val.classes:
@@ -75,7 +77,7 @@ def _scan_half(folder: Path) -> Folder:
         raise DataFileError(
             f"{folder} is missing: ImageNet is put in place by the user, as train/<class>/*.JPEG and val/<class>/*.JPEG"
         )
-    classes = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not classes:
         raise DataFileError(f"{folder} holds no class folders")
     files = [_images(folder / name) for name in classes]
@@ -90,7 +92,7 @@ def _scan_half(folder: Path) -> Folder:
 
 
 def _images(folder: Path) -> list[Path]:
-    images = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    images = shown_files(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
     if not images:
         raise DataFileError(f"{folder} holds no JPEG file")
     return images

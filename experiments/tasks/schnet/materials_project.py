@@ -29,10 +29,10 @@ from experiments.data_io.atoms.structure_cache import (
     write_sample,
 )
 from experiments.data_io.atoms.structure_splits import composition_groups
-from experiments.data_io.atoms.structures import Entry, Structures, collect
+from experiments.data_io.atoms.structures import READERS, Entry, Structures, collect
 from experiments.data_io.checksum import DataFileError, verify
 from experiments.data_io.packages import pypi_file
-from experiments.data_io.source_identity import identify_jointly
+from experiments.data_io.source_identity import Identity, identify_jointly
 
 Source = Literal["package", "database"]
 
@@ -73,7 +73,7 @@ def prepare(data_dir: Path, source: Source = "package") -> Path:
         lambda: read(root),
         composition_groups,
         remedy=REMEDY,
-        source=None if source == "package" else lambda: identify_jointly(database_files(root / DATABASE)),
+        source=None if source == "package" else lambda: _identity(root),
     )
 
 
@@ -113,6 +113,10 @@ def _description(root: Path, source: Source) -> dict[str, Any]:
         "source": path.name,
         "bytes": path.stat().st_size if path.is_file() else 0,
     }
+
+
+def _identity(root: Path) -> Identity:
+    return {**identify_jointly(database_files(root / DATABASE)), "readers": READERS}
 
 
 def _read_package(root: Path) -> Structures:

@@ -3,7 +3,8 @@
 130,831 molecules travel in the PyPI package ``qm9pack``: the published 133,885 without those 3,054 that failed
 the authors' consistency check. The published ``.xyz`` files and the database that schnetpack makes of them
 are read too, if the user puts them in place. All three give the same arrays. Where nothing says which the 3,054 are,
-the 133,885 are refused: schnetpack's `QM9` writes them all unless it is made with ``remove_uncharacterized=True``.
+more than 130,831 are refused, since some of the 3,054 must be among them: schnetpack's `QM9` writes all 133,885 unless
+it is made with ``remove_uncharacterized=True``.
 
 Source: Ramakrishnan, Dral, Rupp, von Lilienfeld, "Quantum chemistry structures and properties of 134 kilo
 molecules", Scientific Data 1, 140022 (2014). The package is under the MIT licence, copyright 2024 Raghu.
@@ -30,10 +31,19 @@ from experiments.data_io.atoms.structure_cache import (
     write_sample,
 )
 from experiments.data_io.atoms.structure_splits import one_a_group
-from experiments.data_io.atoms.structures import Entry, Structures, collect
+from experiments.data_io.atoms.structures import READERS, Entry, Structures, collect
 from experiments.data_io.checksum import DataFileError, verify
 from experiments.data_io.packages import pypi_file
 from experiments.data_io.source_identity import Identity, identify_jointly
+from experiments.tasks.schnet.qm9_xyz import (
+    HARTREE,
+    NUMBERS,
+    PUBLISHED,
+    molecule_number,
+    read_uncharacterized,
+    read_xyz,
+    xyz_files,
+)
 
 Source = Literal["package", "database", "xyz"]
 
@@ -47,13 +57,8 @@ LICENCE = "MIT (package qm9pack)"
 DATABASE, DATABASE_TARGET = "qm9.db", "energy_U0"
 XYZ_FOLDER, UNCHARACTERIZED = "xyz-files", "uncharacterized.txt"
 
-PUBLISHED, CHARACTERIZED = 133_885, 130_831
-"""Molecules of the data set as published, and of them those that passed the authors' consistency check."""
-
-HARTREE = 27.211386024367243
-"""eV, CODATA 2014: the value that schnetpack converts with."""
-
-NUMBERS = {"H": 1, "C": 6, "N": 7, "O": 8, "F": 9}
+CHARACTERIZED = 130_831
+"""Molecules of `PUBLISHED` that passed the authors' consistency check."""
 
 ATOM_ENERGIES = {1: -0.500273, 6: -37.846772, 7: -54.583861, 8: -75.064579, 9: -99.718730}
 """U0 of the free atoms in hartree, published with the data set."""
@@ -144,13 +149,14 @@ def _description(root: Path, source: Source) -> dict[str, Any]:
 
 
 def _identity(root: Path, source: Source) -> Identity:
-    return identify_jointly(_xyz_files(root) if source == "xyz" else database_files(root / DATABASE))
+    files = _xyz_files(root) if source == "xyz" else database_files(root / DATABASE)
+    return {**identify_jointly(files), "readers": READERS}
 
 
 def _xyz_files(root: Path) -> list[Path]:
     """The published files that are there, the list of molecules to leave out among them."""
     left_out = root / UNCHARACTERIZED
-    return [*sorted((root / XYZ_FOLDER).glob("*.xyz")), *([left_out] if left_out.is_file() else [])]
+    return [*xyz_files(root / XYZ_FOLDER), *([left_out] if left_out.is_file() else [])]
 
 
 # --- the package
@@ -194,9 +200,9 @@ def _as_json(numbers: str) -> str:
 
 def _read_database(root: Path) -> Structures:
     path = root / DATABASE
-    if count_rows(path) == PUBLISHED:
+    if (count := count_rows(path)) > CHARACTERIZED:
         raise DataFileError(
-            f"{path} holds {PUBLISHED:,} molecules, those that failed the consistency check of QM9's authors among "
+            f"{path} holds {count:,} molecules, some that failed the consistency check of QM9's authors among "
             f"them; must be the {CHARACTERIZED:,} that passed it: delete it and let schnetpack make it again, "
             'QM9(..., remove_uncharacterized=True), or set data = "package"'
         )
@@ -204,58 +210,19 @@ def _read_database(root: Path) -> Structures:
 
 
 def _read_xyz_folder(root: Path) -> Structures:
-    folder = root / XYZ_FOLDER
-    left_out = _read_uncharacterized(root / UNCHARACTERIZED)
-    paths = sorted(folder.glob("*.xyz"), key=_number)
+    folder, listed = root / XYZ_FOLDER, root / UNCHARACTERIZED
+    paths, left_out = xyz_files(folder), read_uncharacterized(listed)
     if not paths:
         raise DataFileError(f"{folder} holds no .xyz file: they are put in place by the user")
-    kept = [path for path in paths if _number(path) not in left_out]
-    if len(paths) == PUBLISHED and len(kept) != CHARACTERIZED:
-        listed = f"lists {PUBLISHED - len(kept):,} of them" if left_out else "is missing or lists none"
+    failed = PUBLISHED - CHARACTERIZED
+    if len(paths) > CHARACTERIZED and len(left_out) != failed:
+        found = f"lists {len(left_out):,} molecules" if left_out else "is missing or lists none"
         raise DataFileError(
-            f"{folder} holds the {PUBLISHED:,} molecules of QM9, and {root / UNCHARACTERIZED} {listed}; it must list "
-            f"the {PUBLISHED - CHARACTERIZED:,} that failed the consistency check of QM9's authors: put it in place, "
-            "it is published with the files"
+            f"{folder} holds {len(paths):,} molecules of QM9, and {listed} {found}; it must list the {failed:,} that "
+            "failed the consistency check of QM9's authors: put it in place, it is published with the files"
         )
-    entries = (_read_xyz(path) for path in track(kept, f"Reading {folder}", transient=True))
-    return collect(entries, str(folder))
-
-
-def _number(path: Path) -> int:
-    """133885 of ``dsgdb9nsd_133885.xyz``."""
-    digits = path.stem.rpartition("_")[2]
-    if not digits.isdigit():
-        raise DataFileError(f"{path}: must be named like dsgdb9nsd_000001.xyz")
-    return int(digits)
-
-
-def _read_uncharacterized(path: Path) -> set[int]:
-    """The molecules that failed the consistency check, if their published list is there."""
-    if not path.is_file():
-        return set()
-    first_words = (line.split()[:1] for line in path.read_text(encoding="utf-8").splitlines())
-    return {int(words[0]) for words in first_words if words and words[0].isdigit()}
-
-
-def _read_xyz(path: Path) -> Entry:
-    """One file: number of atoms; a line of properties; ``element x y z charge`` an atom; then more lines.
-
-    The properties are ``gdb <number>`` and 15 values, the eleventh of which is U0 in hartree. Some numbers
-    are written as ``1.5*^-6``.
-    """
-    lines = path.read_text(encoding="utf-8").replace("*^", "e").splitlines()
-    try:
-        atoms = [line.split() for line in lines[2 : 2 + int(lines[0])]]
-        if len(atoms) != int(lines[0]):
-            raise ValueError(f"it is cut short: {len(atoms)} of {lines[0]} atoms")
-        return Entry(
-            name=path.name,
-            numbers=np.array([NUMBERS[words[0]] for words in atoms]),
-            positions=np.array([[float(word) for word in words[1:4]] for words in atoms]),
-            target=float(lines[1].split()[12]) * HARTREE,
-        )
-    except (KeyError, IndexError, ValueError) as error:
-        raise DataFileError(f"{path} cannot be read: {error!r}") from None
+    kept = [path for path in paths if molecule_number(path) not in left_out]
+    return collect((read_xyz(path) for path in track(kept, f"Reading {folder}", transient=True)), str(folder))
 
 
 # --- the embedded sample

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from experiments.data_io.checksum import DataFileError
 from experiments.data_io.packages import debian_package
-from experiments.data_io.text.parallel_text import Pair, drop_repeats, load_frozen, prepare_frozen, read_lines
+from experiments.data_io.text.parallel_text import Pair, drop_repeats, load_frozen, prepare_frozen
+from experiments.data_io.text_lines import read_lines
 
 NAME = "ding"
 LICENCE = "GPL-2.0-or-later"

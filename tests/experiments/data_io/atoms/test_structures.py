@@ -52,14 +52,17 @@ GOOD = molecules.crystals(1)[0]
     [
         ({"target": np.nan}, "has the target nan"),
         ({"target": np.inf}, "has the target inf"),
-        ({"positions": GOOD.positions * np.nan}, "has a coordinate that is not finite"),
+        ({"positions": GOOD.positions * np.nan}, "has the coordinate nan, must be finite in float32"),
+        ({"positions": GOOD.positions + 1e39}, r"has the coordinate 1e\+39, must be finite in float32"),
+        ({"target": -1e39}, r"has the target -1e\+39, must be finite in float32"),
         ({"positions": GOOD.positions[:, :2]}, r"has coordinates of shape \(1, 2\) for 1 atoms"),
         ({"numbers": np.array([0])}, "has an atomic number outside of 1 to 99"),
         ({"numbers": np.array([100])}, "has an atomic number outside of 1 to 99"),
         ({"numbers": np.array([], int), "positions": np.empty((0, 3))}, "has no atoms"),
         ({"cell": np.zeros((3, 3))}, "has a degenerate cell"),
         ({"cell": np.array([[4.0, 0, 0], [0, 4, 0], [4, 4, 1e-9]])}, "has a degenerate cell"),
-        ({"cell": np.full((3, 3), np.nan)}, "has a degenerate cell"),
+        ({"cell": np.full((3, 3), np.nan)}, "has the length in its cell nan, must be finite in float32"),
+        ({"cell": np.diag([1, -1e39, 1])}, r"has the length in its cell -1e\+39, must be finite in float32"),
     ],
 )
 def test_an_entry_that_cannot_be_used_is_named_with_its_source(change, message):

@@ -38,6 +38,16 @@ def test_a_folder_is_a_document_a_file_those_in_folders_below_too(tmp_path):
     assert count_bytes(found) == 14 + 9 + 6
 
 
+def test_hidden_files_are_no_documents_and_a_link_that_leads_nowhere_is_named(tmp_path):
+    write(tmp_path, a="First.")
+    (tmp_path / "._a.txt").write_bytes(b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X        ")
+    (tmp_path / "folder.txt").mkdir()
+    assert list_text_files(tmp_path, "") == [tmp_path / "a.txt"]
+    (tmp_path / "b.txt").symlink_to(tmp_path / "absent")
+    with pytest.raises(DataFileError, match=r"b\.txt is a link to .*absent, where there is nothing"):
+        list_text_files(tmp_path, "")
+
+
 def test_a_missing_folder_and_one_without_texts_say_what_to_do(tmp_path):
     with pytest.raises(DataFileError, match=r"absent is missing: put it there"):
         list_text_files(tmp_path / "absent", "put it there")

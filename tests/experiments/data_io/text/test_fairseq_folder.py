@@ -2,10 +2,12 @@
 
 import json
 import logging
+import re
 import shutil
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
+import numpy as np
 import pytest
 
 from experiments.data_io.checksum import DataFileError
@@ -126,6 +128,123 @@ def test_a_line_of_a_dictionary_that_is_no_word_and_count_is_named(folder, line)
     path = folder / "dict.de.txt"
     path.write_text("gut 3\n" + line + "\n")
     with pytest.raises(DataFileError, match=r"dict\.de\.txt, line 2: must be a word, a blank and its count"):
+        read(folder)
+
+
+@pytest.mark.parametrize("after", [0, 4])
+def test_a_byte_order_mark_is_no_letter_of_a_dictionarys_first_word(folder, after):
+    path = folder / "dict.en.txt"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines[after] = "\ufeff" + lines[after]
+    path.write_text("".join(lines), encoding="utf-8")
+    if after:  # there it can only come from the text
+        assert read(folder).sizes == SIZES
+        return
+    with pytest.raises(DataFileError, match=r"dict\.en\.txt, line 1: begins with a byte-order mark"):
+        read(folder)
+
+
+@pytest.mark.parametrize(("word", "place"), [("gut", "in line 1 already"), ("<unk>", "one of fairseq's own, <s>, ")])
+def test_a_word_that_is_in_a_dictionary_twice_is_named_unless_it_says_so(word, place, tmp_path):
+    path = tmp_path / "dict.de.txt"
+    path.write_text(f"gut 3\nja 2\n{word} 1\n")
+    with pytest.raises(
+        DataFileError, match=rf"dict\.de\.txt, line 3: the word '{word}' is {place}.*; must be there once"
+    ):
+        fairseq_folder.read_dictionary(path)
+    path.write_text(f"gut 3\nja 2\n{word} 1 #fairseq:overwrite\n")
+    found = fairseq_folder.read_dictionary(path)
+    assert (found.words, found.counts) == (["gut", "ja", word], [3, 2, 1])
+    assert len(found) == len(fairseq_folder.Dictionary.load(str(path)))
+
+
+# --- where sentences begin and end
+
+
+HEAD = 9 + 8 + 1 + 8  # bytes of an index before the lengths
+
+
+def edit_index(folder, change, split="train"):
+    """Change the lengths and beginnings of a split's German sentences in place."""
+    path = folder / f"{split}.de-en.de.idx"
+    raw = bytearray(path.read_bytes())
+    count = SIZES[split]
+    lengths = np.frombuffer(raw, np.int32, count, HEAD)
+    change(lengths, np.frombuffer(raw, np.int64, count, HEAD + 4 * count))
+    path.write_bytes(raw)
+
+
+def differing(lengths):
+    """The first sentence whose length is not that of the next."""
+    return int(np.flatnonzero(np.diff(lengths))[0])
+
+
+def test_beginnings_that_are_not_where_the_sentence_before_ends_are_refused(folder):
+    def zero(lengths, starts):
+        starts[30:] = 0
+
+    edit_index(folder, zero)
+    with pytest.raises(DataFileError, match=r"train\.de-en\.de\.idx, sentence 31: begins at byte 0, must begin at \d"):
+        read(folder)
+
+
+@pytest.mark.parametrize("begin", [False, True])
+def test_two_lengths_that_are_swapped_are_refused_by_sentence(begin, folder):
+    """Where the beginnings are changed with them, the first of the two does not end in the end of a sentence."""
+    place = []
+
+    def swap(lengths, starts):
+        k = differing(lengths)
+        lengths[[k, k + 1]] = lengths[[k + 1, k]]
+        if begin:
+            starts[1:] = 2 * np.cumsum(lengths)[:-1]
+        place.append(k + 1)
+
+    edit_index(folder, swap, "valid")
+    with pytest.raises(DataFileError) as caught:
+        read(folder)
+    k = place[0]
+    expected = (
+        rf"valid\.de-en\.de\.bin, sentence {k}: its last token is \d+, must be 2, the end"
+        if begin
+        else rf"valid\.de-en\.de\.idx, sentence {k + 1}: begins at byte \d+, must begin at \d+"
+    )
+    assert re.search(expected, str(caught.value))
+
+
+def test_a_sentence_without_its_end_is_refused(folder):
+    path = folder / "valid.de-en.de.bin"
+    tokens = np.fromfile(path, np.uint16)
+    removed = int(np.flatnonzero(tokens == 2)[2])
+    np.delete(tokens, removed).tofile(path)
+
+    def shorten(lengths, starts):
+        lengths[2] -= 1
+        starts[3:] -= 2
+
+    edit_index(folder, shorten, "valid")
+    with pytest.raises(
+        DataFileError, match=r"valid\.de-en\.de\.bin, sentence 3: its last token is \d+, must be 2, the end"
+    ):
+        read(folder)
+
+
+@pytest.mark.parametrize("length", [0, -1])
+def test_a_length_below_one_is_refused(length, folder):
+    def change(lengths, starts):
+        lengths[4] = length
+
+    edit_index(folder, change)
+    with pytest.raises(
+        DataFileError, match=rf"train\.de-en\.de\.idx, sentence 5: length = {length}: must be 1 at least"
+    ):
+        read(folder)
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "\x00"])
+def test_what_a_folder_says_of_itself_must_be_a_table(content, folder):
+    (folder / "about.json").write_text(content)
+    with pytest.raises(DataFileError, match=r"about\.json .*must be a table of JSON.*: make it again"):
         read(folder)
 
 

@@ -7,24 +7,10 @@ from experiments.data_io.text.parallel_text import (
     Pair,
     drop_repeats,
     parse_tsv_line,
-    read_lines,
     read_tsv,
     split_by_document,
     write_tsv,
 )
-
-
-def test_lines_end_at_a_line_feed_alone(tmp_path):
-    path = tmp_path / "text"
-    path.write_bytes("eins\u2028noch\r\n\nzwei".encode())
-    assert read_lines(path) == ["eins\u2028noch", "", "zwei"]
-
-
-def test_bytes_that_are_not_utf8_are_named_by_line_and_column(tmp_path):
-    path = tmp_path / "text.de"
-    path.write_bytes(b"gut\nm\xfcde\n")
-    with pytest.raises(DataFileError, match=r"text\.de, line 2: not UTF-8: byte 0xfc at column 2"):
-        read_lines(path)
 
 
 def test_what_was_written_is_read_again(tmp_path):

@@ -118,6 +118,26 @@ def test_a_folder_that_says_it_is_of_more_tokens_is_refused(tmp_path):
         read(folder)
 
 
+@pytest.mark.parametrize(
+    ("about", "message"),
+    [
+        ("{", "is damaged, must be a table of JSON: .*: make it again"),
+        ("[]", "holds .* must be a table of JSON: make it again"),
+        ('{"vocabulary": "50"}', "vocabulary = '50': must be a positive integer: make it again"),
+        ('{"vocabulary": 0}', "vocabulary = 0: must be a positive integer: "),
+        ('{"text_bytes": 7}', "text_bytes = 7: must be a positive integer for each split: "),
+        ('{"text_bytes": {"val": null}}', "text_bytes = .*None.: must be a positive integer for each split"),
+        ('{"documents": {"val": "many"}}', "documents = .*many.*: must be a positive integer for each split"),
+    ],
+)
+def test_what_a_folder_says_of_itself_must_be_sizes(about, message, tmp_path):
+    """Else bits a byte would be left out of the records, for want of the bytes."""
+    folder = nanogpt(tmp_path, train=[1, 2, 3], val=[4, 5])
+    (folder / "about.json").write_text(about)
+    with pytest.raises(DataFileError, match=rf"about\.json:? {message}"):
+        read(folder)
+
+
 def test_a_folder_that_was_left_half_written_is_made_again(tmp_path, monkeypatch):
     target = tmp_path / "tokens"
     monkeypatch.setattr(token_folder, "encode", lambda *_: 1 / 0)

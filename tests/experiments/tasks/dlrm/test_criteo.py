@@ -154,6 +154,8 @@ def test_a_wrong_line_is_named_with_the_file_and_its_number_and_mended_it_goes_o
         (TEXT.replace(b"\n", b"\r\n"), "line 1: ends as on Windows"),
         (TEXT.replace(b"\n", b"\t"), "is longer than 65,536 bytes|has 20,000 columns"),
         (TEXT[: TEXT.index(b"\n") - 40], "line 1: has [0-9]+ columns"),
+        (TEXT[: TEXT.rindex(b"\t") + 3], "line 500: category 26 = '[0-9a-f]{2}', where the file ends: it may be cut"),
+        (TEXT[: TEXT.rindex(b"\t") + 1], "line 500: category 26 = '', where the file ends: it may be cut"),
     ],
 )
 def test_a_file_of_another_form_is_refused(text, message, tmp_path):

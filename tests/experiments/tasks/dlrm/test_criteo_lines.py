@@ -10,6 +10,7 @@ from tests.experiments.cases.criteo_text import make_lines, text_of
 @pytest.mark.parametrize("ending", ["\n", ""])
 def test_lines_are_read_as_one_at_a_time(ending):
     lines = make_lines(200)
+    lines[-1][-1] = "00bf2a1e"
     found = parse(text_of(lines).rstrip(b"\n") + ending.encode())
     assert found.labels.tolist() == [int(fields[0]) for fields in lines]
     dense = [[math.log1p(max(int(field or 0), 0)) for field in fields[1:14]] for fields in lines]
@@ -36,6 +37,26 @@ def test_zeros_before_a_number_change_nothing_and_are_no_fault():
     lines[2][20] = "nothex"
     with pytest.raises(LineError, match=r"^line 3: category 7 = 'nothex'"):
         parse(text_of(lines))
+
+
+@pytest.mark.parametrize("last", ["00bf2a1", "bf", "0", ""])
+def test_a_last_category_that_may_be_cut_is_refused_and_with_a_line_feed_it_is_taken(last):
+    lines = make_lines(12)
+    lines[-1][-1] = last
+    assert parse(text_of(lines)).categories[-1, -1] == int(last or "0", 16)
+    with pytest.raises(LineError, match=rf"^line 12: category 26 = '{last}', where the file ends: it may be cut in it"):
+        parse(text_of(lines)[:-1])
+
+
+def test_a_last_category_of_eight_digits_needs_no_line_feed():
+    """Any cut of it is refused; in another line a short one stays what it was."""
+    lines = make_lines(12)
+    lines[3][-1], lines[-1][-1] = "7", "00bf2a1e"
+    found = parse(text_of(lines)[:-1])
+    assert found.categories[-1, [3, -1]].tolist() == [7, 0xBF2A1E]
+    for less in range(2, 10):
+        with pytest.raises(LineError, match=r"^line 12: category 26 = "):
+            parse(text_of(lines)[:-less])
 
 
 def changed(column, value):

@@ -35,6 +35,21 @@ def test_the_checksum_sees_a_renamed_and_a_changed_file(tree):
     assert len({before, after, imagenet.scan(tree)[0].sha256}) == 3
 
 
+def test_hidden_files_and_folders_are_left_out_and_what_is_no_file_is_named(tree):
+    before = imagenet.scan(tree)
+    for half in ("train", "val"):
+        for name in (CLASSES[0], ".hidden"):
+            (tree / half / name).mkdir(exist_ok=True)
+            (tree / half / name / "._first.JPEG").write_bytes(b"\x00\x05\x16\x07")
+    assert [half.sha256 for half in imagenet.scan(tree)] == [half.sha256 for half in before]
+    assert imagenet.scan(tree)[0].classes == CLASSES
+    (tree / "val" / CLASSES[0] / "link.JPEG").symlink_to(tree / "absent")
+    with pytest.raises(
+        DataFileError, match=r"link\.JPEG is a link to .*absent, where there is nothing; must be a file"
+    ):
+        imagenet.scan(tree)
+
+
 @pytest.mark.parametrize("half", ["train", "val"])
 def test_a_missing_folder_is_named(tree, half):
     (tree / half).rename(tree / "elsewhere")

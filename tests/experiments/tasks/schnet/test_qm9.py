@@ -1,4 +1,5 @@
 import inspect
+import json
 import os
 import sqlite3
 from contextlib import closing
@@ -111,7 +112,7 @@ def test_a_row_that_cannot_be_read_is_named(column, tmp_path):
 def test_uncharacterized_molecules_are_left_out_if_their_list_is_there(tmp_path):
     put("xyz", tmp_path)
     assert len(qm9.load(tmp_path, "xyz").structures) == len(ENTRIES)
-    lines = ["3054 inconsistent", "Index  smiles", "====", "     2  C", "     14  O", "===="]
+    lines = ["", "List of molecules", "====", "#   Index  GDB17 SMILES", "====", "     2  C", "    14  O", "===="]
     (tmp_path / "qm9" / "uncharacterized.txt").write_text("\n".join(lines))
     kept = qm9.load(tmp_path, "xyz").structures
     assert kept.target.tolist() == molecules.collect_entries([*ENTRIES[:1], *ENTRIES[2:13]]).target.tolist()
@@ -121,7 +122,9 @@ def test_a_file_that_is_cut_short_is_named(tmp_path):
     put("xyz", tmp_path)
     path = tmp_path / "qm9" / "xyz-files" / "dsgdb9nsd_000006.xyz"
     path.write_text("\n".join(path.read_text().splitlines()[:5]))
-    with pytest.raises(DataFileError, match=r"dsgdb9nsd_000006\.xyz cannot be read: .*3 of 6 atoms"):
+    with pytest.raises(
+        DataFileError, match=r"dsgdb9nsd_000006\.xyz, line 1: 6 atoms must be followed by 10 lines .*there are 4"
+    ):
         qm9.prepare(tmp_path, "xyz")
 
 
@@ -218,6 +221,29 @@ def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch
     assert not (tmp_path / "qm9" / "database").exists()
 
 
+@pytest.mark.parametrize("source", ["database", "xyz"])
+def test_what_an_earlier_version_read_is_read_again_and_keeps_its_checksum(source, tmp_path):
+    """It took files that are refused now; nothing in its folder says whether it did."""
+    put(source, tmp_path)
+    before = qm9.load(tmp_path, source)
+    mark = tmp_path / "qm9" / source / "source.json"
+    old = json.loads(mark.read_text())
+    del old["readers"]
+    mark.write_text(json.dumps(old))
+    after = qm9.load(tmp_path, source)
+    assert json.loads(mark.read_text()) != old
+    assert after.sha256 == before.sha256
+
+
+def test_an_empty_database_is_named_and_stays_empty(tmp_path):
+    path = tmp_path / "qm9" / "qm9.db"
+    path.parent.mkdir()
+    path.touch()
+    with pytest.raises(DataFileError, match=r"qm9\.db cannot be read as an ASE database: it is empty"):
+        qm9.load(tmp_path, "database")
+    assert path.stat().st_size == 0
+
+
 # --- the molecules that failed the consistency check
 
 
@@ -240,7 +266,7 @@ def test_a_database_of_all_that_was_published_is_refused(fourteen, tmp_path):
 
 @pytest.mark.parametrize(
     ("listed", "message"),
-    [(None, "is missing or lists none"), ("# none", "is missing or lists none"), ("2", "lists 1 of them")],
+    [(None, "is missing or lists none"), ("# none", "is missing or lists none"), ("2", "lists 1 molecules")],
 )
 def test_all_published_files_without_the_list_are_refused(listed, message, fourteen, tmp_path):
     put("xyz", tmp_path)
@@ -248,6 +274,32 @@ def test_all_published_files_without_the_list_are_refused(listed, message, fourt
         (tmp_path / "qm9" / "uncharacterized.txt").write_text(listed)
     with pytest.raises(DataFileError, match=rf"14 molecules of QM9, .*txt {message}; it must list the 2 that failed"):
         qm9.load(tmp_path, "xyz")
+
+
+def test_a_database_that_lost_a_row_is_refused_as_the_whole_one_is(fourteen, tmp_path):
+    """One of 13 has failed the check, since 12 passed it."""
+    put("database", tmp_path, ENTRIES[:13])
+    with pytest.raises(DataFileError, match=r"qm9\.db holds 13 molecules, some that failed .* must be the 12 "):
+        qm9.load(tmp_path, "database")
+
+
+@pytest.mark.parametrize(
+    ("listed", "message"), [(None, "is missing"), ("2", "lists 1 molecules"), ("2\n14\n5", "lists 3")]
+)
+def test_published_files_less_one_are_refused_without_the_list_too(listed, message, fourteen, tmp_path):
+    put("xyz", tmp_path, ENTRIES[:13])
+    if listed:
+        (tmp_path / "qm9" / "uncharacterized.txt").write_text(listed)
+    with pytest.raises(DataFileError, match=rf"13 molecules of QM9, .*txt {message}.*; it must list the 2 that failed"):
+        qm9.load(tmp_path, "xyz")
+
+
+def test_published_files_less_one_lose_those_of_the_list(fourteen, tmp_path):
+    put("xyz", tmp_path, ENTRIES[:13])
+    (tmp_path / "qm9" / "uncharacterized.txt").write_text("  2  C\n  14  O\n")
+    loaded = qm9.load(tmp_path, "xyz")
+    expected = molecules.collect_entries([ENTRIES[0], *ENTRIES[2:13]])
+    np.testing.assert_allclose(loaded.structures.target, expected.target, rtol=1e-14)
 
 
 def test_what_is_left_of_all_published_files_is_qm9(fourteen, tmp_path):

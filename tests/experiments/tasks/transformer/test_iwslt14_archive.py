@@ -88,6 +88,75 @@ def test_archive_and_folder_both_convert(archive, tmp_path, packed):
     assert "@@" in (folder.path / "text" / "train.de").read_text(encoding="utf-8")
 
 
+# --- archives that are damaged
+
+
+def pack(archive, mode="w:gz", **options):
+    path = archive.parent.parent / "de-en.tgz"
+    with tarfile.open(path, mode, **options) as opened:
+        opened.add(archive, "de-en")
+    return path
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
+def test_every_compression_is_read(mode, archive, tmp_path):
+    assert iwslt14_archive.convert(pack(archive, mode), tmp_path / "data", merges=20).sizes["train"] == 50
+
+
+@pytest.mark.parametrize("old", [b"talks, de", b"Transcript: en", b"</mteval>"])
+def test_a_letter_that_the_checksum_does_not_fit_is_refused(old, archive, tmp_path):
+    """Kept as it is in the archive, without compression, the letter could be another and nothing else be wrong."""
+    raw = pack(archive, compresslevel=0)
+    content = raw.read_bytes()
+    place = content.index(old)
+    raw.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+    with pytest.raises(
+        DataFileError, match=r"de-en\.tgz: neither a folder nor a tar archive that can be read: CRC check"
+    ):
+        iwslt14_archive.convert(raw, tmp_path / "data", merges=20)
+    assert not (tmp_path / "data" / "iwslt14").exists()
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz", "w:xz"])
+def test_an_archive_that_is_damaged_anywhere_is_refused_by_its_own_name(mode, archive, tmp_path):
+    raw = pack(archive, mode)
+    content = raw.read_bytes()
+    step = len(content) // 9
+    for place in range(step, len(content) - step, step):
+        if mode == "w":  # without a checksum only the headers tell
+            place = content.index(b"de-en/IWSLT14", place) if b"de-en/IWSLT14" in content[place:] else 0
+        raw.write_bytes(
+            content[:place] + bytes(letter ^ 255 for letter in content[place : place + 20]) + content[place + 20 :]
+        )
+        with pytest.raises(DataFileError, match=r"de-en\.tgz: neither a folder nor a tar archive that can be read: "):
+            iwslt14_archive.convert(raw, tmp_path / "data", merges=20)
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_an_archive_that_is_cut_short_is_refused_by_its_own_name(mode, archive, tmp_path):
+    raw = pack(archive, mode)
+    content = raw.read_bytes()
+    stops = [len(content) // 2, len(content) - 9]
+    if mode == "w":  # between two files, where nothing but the missing end tells
+        stops = [content.index(b"de-en/IWSLT14.TED.tst2012")]
+    for stop in stops:
+        raw.write_bytes(content[:stop])
+        with pytest.raises(DataFileError, match=r"de-en\.tgz: neither a folder nor a tar archive that can be read: "):
+            iwslt14_archive.convert(raw, tmp_path / "data", merges=20)
+
+
+def test_a_fault_in_an_archive_is_named_by_its_place_there(archive, tmp_path):
+    (archive / "IWSLT14.TEDX.dev2012.de-en.de.xml").unlink()
+    with pytest.raises(DataFileError, match=r"/de-en\.tgz/de-en/IWSLT14\.TEDX\.dev2012\.de-en\.de\.xml is missing$"):
+        iwslt14_archive.convert(pack(archive), tmp_path / "data", merges=20)
+
+
+def test_two_copies_of_the_training_files_are_refused(archive, tmp_path):
+    shutil.copytree(archive, archive / "old")
+    with pytest.raises(DataFileError, match=r"de-en must hold train\.tags\.de-en\.de once, has .*old/train.* and "):
+        iwslt14_archive.convert(archive, tmp_path / "data", merges=20)
+
+
 def test_a_folder_of_fairseq_preprocess_is_taken_as_it_is(archive, tmp_path):
     made = iwslt14_archive.convert(archive, tmp_path / "elsewhere", merges=20)
     (made.path / "about.json").unlink()

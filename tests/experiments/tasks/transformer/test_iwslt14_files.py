@@ -71,6 +71,7 @@ FAULTS = [
     ('<seg id="2">', "<seg>", "line 5: a segment without an id"),
     ("zwei. </seg>", "zwei.", "line 5: a segment must begin with .* and end with </seg>"),
     ("drei. </seg>", "drei.", "line 6: a segment must begin with .* and end with </seg>"),
+    ('<seg id="2">', '<!-- <seg id="2">', "line 5: <!-- has no end; must end with -->"),
     ('<seg id="2"> Das', "Das", "line 5: a segment must begin with "),
     (
         'id="2"',
@@ -89,6 +90,70 @@ def test_a_faulty_segment_is_named_by_file_and_line(old, new, message, tmp_path)
     put_set(tmp_path, text.replace(old, new))
     with pytest.raises(DataFileError, match=rf"IWSLT14\.{re.escape(SET)}\.de-en\..*{message}"):
         evaluation_pairs(tmp_path, SET)
+
+
+def cut_sets(folder, stop):
+    """Both languages' files up to the place where the text stands for the last time."""
+    for path in folder.glob("*.xml"):
+        text = path.read_text()
+        path.write_text(text[: text.rindex(stop)])
+
+
+@pytest.mark.parametrize(
+    ("stop", "message"),
+    [
+        ('<seg id="2"', r"de\.xml, line 2: <mteval> has no end; must end with </mteval>: the file is cut short"),
+        ("</doc>", r"de\.xml, line 2: <mteval> has no end"),
+        ("</mteval>", r"de\.xml, line 2: <mteval> has no end"),
+    ],
+)
+def test_sets_of_which_both_are_cut_between_segments_are_refused(stop, message, tmp_path):
+    put_set(tmp_path, plain(GERMAN))
+    assert evaluation_pairs(tmp_path, SET) == PAIRS
+    cut_sets(tmp_path, stop)
+    with pytest.raises(DataFileError, match=message):
+        evaluation_pairs(tmp_path, SET)
+
+
+def test_a_document_without_an_end_is_named_where_nothing_is_around_it(tmp_path):
+    for language, segments in (("de", plain(GERMAN)), ("en", plain(ENGLISH))):
+        path = tmp_path / f"IWSLT14.{SET}.de-en.{language}.xml"
+        path.write_text(f'<doc docid="1">\n{segments}</doc>\n<DOC docid="2">\n{segments}</doc>\n')
+    assert evaluation_pairs(tmp_path, SET) == PAIRS * 2
+    cut_sets(tmp_path, '<seg id="3"')
+    with pytest.raises(DataFileError, match=r"de\.xml, line 6: <doc> has no end; must end with </doc>"):
+        evaluation_pairs(tmp_path, SET)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("</doc>\n", '<doc docid="8">\n</doc>\n', "line 7: <doc> must come after the end of the one before, </doc>"),
+        ("</doc>\n", "</mteval>\n", "line 7: </mteval> where </doc> is to end"),
+        ("</mteval>\n", "</mteval>\n</refset>\n", "line 9: </refset> where nothing is to end"),
+    ],
+)
+def test_an_end_that_does_not_fit_is_named(old, new, message, tmp_path):
+    put_set(tmp_path, plain(GERMAN))
+    for path in tmp_path.glob("*.xml"):
+        path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(DataFileError, match=rf"de\.xml, {message}"):
+        evaluation_pairs(tmp_path, SET)
+
+
+def test_an_id_that_both_languages_have_twice_is_refused(tmp_path):
+    put_set(tmp_path, *(plain(side).replace('id="3"', 'id="2"') for side in (GERMAN, ENGLISH)))
+    with pytest.raises(
+        DataFileError, match=r"de\.xml, line 6: segment 2 of document 7 is in .*de\.xml, line 5 already; must be there"
+    ):
+        evaluation_pairs(tmp_path, SET)
+
+
+def test_documents_without_an_id_may_each_count_from_one(tmp_path):
+    for language, segments in (("de", plain(GERMAN)), ("en", plain(ENGLISH))):
+        path = tmp_path / f"IWSLT14.{SET}.de-en.{language}.xml"
+        path.write_text(f"<mteval>\n<doc>\n{segments}</doc>\n<doc>\n{segments}</doc>\n</mteval>\n")
+    assert evaluation_pairs(tmp_path, SET) == PAIRS * 2
 
 
 def test_a_set_without_segments_is_not_taken_for_an_empty_one(tmp_path):
@@ -177,3 +242,23 @@ def test_a_file_without_a_sentence_is_refused(text, tmp_path):
     put_training(tmp_path, text, text)
     with pytest.raises(DataFileError, match=r"train\.tags\.de-en\.de: no sentence in its [01] lines"):
         training_pairs(tmp_path)
+
+
+@pytest.mark.parametrize("cut", ["german", "english", "both", "the line feed alone"])
+def test_a_last_sentence_that_may_be_cut_is_refused(cut, tmp_path):
+    german, english = talks(GERMAN), talks(ENGLISH)
+    stop = -1 if cut == "the line feed alone" else -4
+    put_training(
+        tmp_path, german if cut == "english" else german[:stop], english if cut == "german" else english[:stop]
+    )
+    side = "en" if cut == "english" else "de"
+    with pytest.raises(
+        DataFileError, match=rf"train\.tags\.de-en\.{side}, line 16: '.*' has no line feed after it: .*may be cut"
+    ):
+        training_pairs(tmp_path)
+
+
+def test_a_line_of_tags_at_the_end_needs_no_line_feed(tmp_path):
+    """It has an end of its own."""
+    put_training(tmp_path, talks(GERMAN) + "</doc>", talks(ENGLISH) + "<talkid>3</talkid>")
+    assert training_pairs(tmp_path) == EXPECTED
