@@ -85,6 +85,16 @@ def is_dual() -> bool:
     return torch.autograd.forward_ad._current_level >= 0
 
 
+def is_watched() -> bool:
+    """Whether anyone else may change what a function called now gets, or what of it is saved for a backward pass.
+
+    Function modes, in one of which this is called and which does not count, and hooks on saved tensors: those of
+    checkpoints compare what is saved in a forward pass with what is saved in the next.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None or torch._C._len_torch_function_stack() > 0
+
+
 def unwrap_transformed(tensor: Tensor) -> Tensor:
     """The tensor that the transforms of `torch.func` around a call have wrapped."""
     functorch: Any = torch._C._functorch
@@ -253,6 +263,7 @@ __all__ = [
     "is_dual",
     "is_in_fullgraph",
     "is_transformed",
+    "is_watched",
     "keyword_arguments",
     "next_node_number",
     "node_number",

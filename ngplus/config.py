@@ -195,6 +195,9 @@ class LayerwiseOptions:
             object.__setattr__(self, name, check_count(name, getattr(self, name), optional=optional))
 
     def _check_batch_dim(self) -> None:
+        for name in self.batch_dim if isinstance(self.batch_dim, Mapping) else ():
+            if not isinstance(name, str):
+                raise TypeError(f"batch_dim must map names of modules, or patterns of them, got {name!r} as one")
         dims = self.batch_dim.values() if isinstance(self.batch_dim, Mapping) else [self.batch_dim]
         for dim in dims:
             if isinstance(dim, bool) or not isinstance(dim, Integral):
@@ -478,11 +481,16 @@ def check_no_settings(group: Any, settings: Mapping[str, Any], base: type[Optimi
     if not isinstance(group, dict):
         return
     known = inspect.signature(base).parameters
-    if found := sorted(n for n in group.keys() & settings.keys() if n not in known and group[n] != settings[n]):
+    given = [name for name in group.keys() & settings.keys() if name not in known]
+    if found := sorted(name for name in given if not _is_same(group[name], settings[name])):
         raise ValueError(
             f"{', '.join(f'{name}={group[name]!r}' for name in found)} of a parameter group would have no effect: it "
             "holds for all groups, as an argument of the optimizer; a group has lr, damping and what the base takes"
         )
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    return one is other or (isinstance(one, int | float | str) and bool(one == other))
 
 
 def check_group(group: Any) -> Any:

@@ -409,7 +409,7 @@ class CapturedUses:
         unsupported = {
             layer: reason if reason in DOUBTS or reason == CHANGED else f"{reason}, {self._accumulator.missing}"
             for layer, record in records.items()
-            if (reason := record.unsupported) is not None
+            if (reason := record.unsupported) is not None and (self._whole is not None or record.has_gradient)
         }
         unsupported.update(self._find_incomplete([r for layer, r in records.items() if layer not in unsupported]))
         collected = {
@@ -443,8 +443,8 @@ def _check_order(inside: set[TimeMajor | None]) -> None:
         raise UnsupportedCall(ORDER)
 
 
-def _receive_gradient(uses: weakref.ref[CapturedUses], use: WeightUse, gradient: Tensor) -> None:
-    if (alive := uses()) is not None:
+def _receive_gradient(uses: weakref.ref[CapturedUses], use: WeightUse, gradient: Tensor | None) -> None:
+    if (alive := uses()) is not None and gradient is not None:  # a function may return none
         with alive._stopwatch.measure("curvature"):
             alive.receive_gradient(use, gradient)
 
@@ -461,8 +461,10 @@ def _receive_one(hook: Callable[[Tensor], None], place: int, gradients: tuple[Te
         hook(gradient)
 
 
-def _compare_gradient(uses: weakref.ref[CapturedUses], layer: Layer, parameter: Tensor, gradient: Tensor) -> None:
-    if (alive := uses()) is not None:
+def _compare_gradient(
+    uses: weakref.ref[CapturedUses], layer: Layer, parameter: Tensor, gradient: Tensor | None
+) -> None:
+    if (alive := uses()) is not None and gradient is not None:
         with alive._stopwatch.measure("curvature"):
             alive.compare_gradient(layer, parameter, gradient)
 

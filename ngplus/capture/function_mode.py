@@ -166,7 +166,7 @@ class CaptureMode(TorchFunctionMode):
         total: GradientSum | None = None
         product = find_product(func, args, kwargs)
         if product is not None and observer.sums_gradients_of(product, self._time_major):
-            total = GradientSum()
+            total = GradientSum(product.weight)
             output = product.run(total)
         else:
             output = func(*args, **kwargs)

@@ -72,14 +72,23 @@ def find_product(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) 
         call = Linear(*args, **kwargs) if directions is None else _bind_convolution(directions, *args, **kwargs)
     except (TypeError, ValueError):  # torch says what is wrong with them
         return None
-    input, weight = call.input, call.weight
-    if type(weight) is not nn.Parameter or type(input) not in (Tensor, nn.Parameter) or input.is_nested:
+    input, weight, bias = call.input, call.weight, call.bias
+    if type(weight) is not nn.Parameter or not weight.is_floating_point() or not _is_plain(input, weight.dtype):
         return None
-    dimensions = input.dim() > 2 and weight.dim() == 2
-    if directions is not None:
-        dimensions = input.dim() == weight.dim() == directions + 2
-    plain = input.layout == weight.layout == torch.strided and input.dtype == weight.dtype
-    return call if dimensions and plain and weight.is_floating_point() else None
+    if not (bias is None or (_is_plain(bias, weight.dtype) and bias.shape == weight.shape[:1])):
+        return None  # one that is broadcast
+    if isinstance(call, Linear):
+        fits = input.dim() > 2 and weight.dim() == 2
+    else:
+        fits = input.dim() == weight.dim() == 2 + len(call.stride) and min(call.stride) > 0
+    return call if fits and weight.layout == torch.strided else None
+
+
+def _is_plain(tensor: Any, dtype: torch.dtype) -> bool:
+    """Whether a tensor is torch's own, dense, and of this dtype."""
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_nested:
+        return False
+    return bool(tensor.layout == torch.strided and tensor.dtype == dtype)
 
 
 class Linear(NamedTuple):
@@ -102,7 +111,8 @@ class Linear(NamedTuple):
 
     def run(self, total: GradientSum) -> Tensor:
         """(*, m), see `Product.run`."""
-        output: Tensor = _Multiply.apply(*self, total)
+        # In torch's order, that of their hooks; the transpose keeps the weight's memory of now, as torch's does.
+        output: Tensor = _Multiply.apply(self.bias, self.input, self.weight.mT, total)
         shape = self.input.shape[:-1]
         return output if output.shape[:-1] == shape else output.view(*shape, output.shape[-1])
 
@@ -152,40 +162,44 @@ def _bind_convolution(
     return Convolution(input, weight, bias, sizes[0], sizes[1], sizes[2], groups)
 
 
-def _take_known(ctx: Any, gradient: Tensor, weight: Tensor) -> Tensor | None:
-    """The weight's gradient where it is known; not where a second derivative is to go through it."""
-    if not ctx.needs_input_grad[1] or torch.is_grad_enabled():
-        return None
-    known: Tensor | None = ctx.total.take(gradient, backward_pass_number(), weight)
-    return known
-
-
 class _Multiply(torch.autograd.Function):
-    """x Wᵀ + b."""
+    """x Wᵀ + b, of b, x and Wᵀ."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        input, weight, bias, ctx.total = args
-        ctx.save_for_backward(input, weight)
-        output = F.linear(input, weight, bias)
+        bias, input, transposed, ctx.total = args
+        ctx.set_materialize_grads(False)
+        ctx.input_shape = input.shape
+        _, of_input, of_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(input if of_weight else None, transposed if of_input else None)
+        output = F.linear(input, transposed.mT, bias)
         # Torch returns a view of a product of matrices for some inputs, and what becomes of hooks on it where an
         # activation changes it in place depends on that: here the product is returned, and viewed outside.
         return output if output._base is None else output._base
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
-        input, weight = ctx.saved_tensors
-        known = _take_known(ctx, gradient, weight)
+        if gradient is None:
+            return None, None, None, None
+        input, transposed = ctx.saved_tensors
+        of_bias, of_input, of_weight, _ = ctx.needs_input_grad
         rows = gradient.reshape(-1, gradient.shape[-1])
-        if ctx.needs_input_grad[1] and known is None:
-            known = rows.mT @ input.reshape(-1, input.shape[-1])
+        found: Tensor | None = None
+        if of_weight:
+            known = _take_known(ctx.total, gradient)
+            found = input.reshape(-1, input.shape[-1]).mT @ rows if known is None else known.mT
         return (
-            (rows @ weight).view(input.shape) if ctx.needs_input_grad[0] else None,
-            known,
-            rows.sum(dim=0) if ctx.needs_input_grad[2] else None,
+            rows.sum(dim=0) if of_bias else None,
+            (rows @ transposed.mT).view(ctx.input_shape) if of_input else None,
+            found,
             None,
         )
+
+
+def _take_known(total: GradientSum, gradient: Tensor) -> Tensor | None:
+    """The weight's gradient where it is known; not where a second derivative is to go through it."""
+    return None if torch.is_grad_enabled() else total.take(gradient, backward_pass_number())
 
 
 class _Convolve(torch.autograd.Function):
@@ -194,6 +208,7 @@ class _Convolve(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         *arguments, ctx.total = args
+        ctx.set_materialize_grads(False)
         call = Convolution(*arguments)
         ctx.save_for_backward(call.input, call.weight)
         ctx.bias_sizes = None if call.bias is None else list(call.bias.shape)
@@ -202,19 +217,31 @@ class _Convolve(torch.autograd.Function):
         return functions[call.weight.dim() - 3](*call)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
-        input, weight = ctx.saved_tensors
-        stride, padding, dilation, groups = ctx.settings
-        known = _take_known(ctx, gradient, weight)
-        wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[1] and known is None, ctx.needs_input_grad[2]]
         found: tuple[Tensor | None, ...] = (None, None, None)
-        if any(wanted):
-            no_padding = [0] * len(stride)
-            found = torch.ops.aten.convolution_backward(
-                gradient, input, weight, ctx.bias_sizes, stride, padding, dilation, False, no_padding, groups, wanted
-            )
-        return found[0], found[1] if known is None else known, found[2], None, None, None, None, None
+        if gradient is not None:
+            input, weight = ctx.saved_tensors
+            stride, padding, dilation, groups = ctx.settings
+            of_input, of_weight, of_bias = ctx.needs_input_grad[:3]
+            known = _take_known(ctx.total, gradient) if of_weight else None
+            wanted = [of_input, of_weight and known is None, of_bias]
+            if any(wanted):
+                found = torch.ops.aten.convolution_backward(
+                    gradient,
+                    input,
+                    weight,
+                    ctx.bias_sizes,
+                    stride,
+                    padding,
+                    dilation,
+                    False,
+                    [0] * len(stride),
+                    groups,
+                    wanted,
+                )
+            found = found[0], found[1] if known is None else known, found[2]
+        return *found, None, None, None, None, None
 
 
 __all__ = ["Product", "find_product"]

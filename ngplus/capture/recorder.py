@@ -28,6 +28,7 @@ from ngplus._torch_internals import (
     is_current_mode,
     is_dual,
     is_transformed,
+    is_watched,
     unwrap_transformed,
 )
 from ngplus.capture.accumulator import Accumulator, Sampling, Statistic
@@ -288,7 +289,7 @@ class Recorder:
             and self._sampling.samples == "batch"
             and product.weight.requires_grad
             and torch.is_grad_enabled()
-            and not (is_transformed() or is_dual() or is_autocast_enabled())
+            and not (is_transformed() or is_dual() or is_autocast_enabled() or is_watched())
         )
 
     def record_call(self, call: FunctionCall) -> None:
@@ -513,6 +514,7 @@ class Recorder:
             self._model_calls.add_use(layer, size, op_call.unbatched, call.time_major, op_call.leading, as_many, picked)
         if op_call.unbatched and isinstance(source, Tensor) and source.dim() > 1:
             self._model_calls.add_unbatched()
+        is_products = call.total is not None and call.total.weight is layer.weight and op_call.is_read
         self._uses.await_gradient(
             layer,
             call,
@@ -526,7 +528,7 @@ class Recorder:
                 is_shared=is_shared,
                 batch_dim=batch_dim,
                 size=size,
-                total=call.total if index is None else None,
+                total=call.total if index is None and is_products else None,
                 inside=call.time_major,
                 model_call=self._model_calls.current,
                 recomputed_in=self._model_calls.backward,

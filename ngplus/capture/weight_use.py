@@ -143,6 +143,12 @@ class LayerRecord:
     accumulator: Node | None = None
     bias_accumulator: Node | None = None
 
+    @property
+    def has_gradient(self) -> bool:
+        """Whether the layer has one that would go to the base."""
+        bias = self.layer.bias
+        return self.layer.weight.grad is not None or (bias is not None and bias.grad is not None)
+
     def comparisons(self) -> list[Comparison]:
         """Those that there are."""
         return [each for each in (self.comparison, self.bias_comparison) if each is not None]

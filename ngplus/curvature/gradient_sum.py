@@ -13,11 +13,19 @@ class GradientSum:
     Forming 𝒢ᵢ for every sample takes as many operations as the weight's gradient does, which is their sum. It is only
     handed on to the backward pass, and for the output's gradient, that the samples' were formed of, and once it is of
     all of them.
+
+    Args:
+        weight: of one matrix or kernel a row.
+
+    Attributes:
+        weight: as given.
+        complete: whether all samples are in it.
     """
 
-    __slots__ = ("_of", "_total", "complete")
+    __slots__ = ("_of", "_total", "complete", "weight")
 
-    def __init__(self) -> None:
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
         self._of: tuple[object, ...] | None = None
         self._total: Tensor | None = None
         self.complete = False
@@ -44,13 +52,12 @@ class GradientSum:
         part = part if side == "left" else part.mT
         self._total = part if self._total is None else self._total.add_(part)
 
-    def take(self, gradient: Tensor, backward_pass: int, weight: Tensor) -> Tensor | None:
+    def take(self, gradient: Tensor, backward_pass: int) -> Tensor | None:
         """The sum as the weight's gradient; None where it is not known, or not for this. It is forgotten.
 
         Args:
             gradient: of the use's output.
             backward_pass: the number of the one that runs.
-            weight: of one kernel a row.
 
         Returns:
             A tensor like the weight.
@@ -59,8 +66,8 @@ class GradientSum:
         self._of, self._total, self.complete = None, None, False
         if total is None or not complete or of != _identify(gradient, backward_pass):
             return None
-        columns = weight[0].numel()  # behind them is the bias's
-        return total[..., :columns].reshape(weight.shape).to(weight.dtype)
+        columns = self.weight[0].numel()  # behind them is the bias's
+        return total[..., :columns].reshape(self.weight.shape).to(self.weight.dtype)
 
 
 def _identify(gradient: Tensor, backward_pass: int) -> tuple[object, ...]:

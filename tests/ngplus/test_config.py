@@ -343,3 +343,8 @@ def test_a_group_without_a_damping_is_named_on_the_next_curvature_step():
     model(torch.randn(3, 6)).sum().backward()
     with pytest.raises(TypeError, match="damping of the parameter group of weight must be a number > 0, got None"):
         optimizer.step()
+
+
+def test_names_of_modules_are_strings():
+    with pytest.raises(TypeError, match="batch_dim must map names of modules, or patterns of them, got 0 as one"):
+        NGPlus(nn.Sequential(nn.Linear(3, 2)), batch_dim={0: 1})

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from ngplus import NGPlus
@@ -70,6 +71,7 @@ def optimize(model, **options):
 
 
 def assert_same_gradients(model, plain):
+    """Also where there is none."""
     for parameter, expected in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, expected.grad, rtol=1e-12, atol=1e-14)
 
@@ -263,3 +265,134 @@ def test_hooks_on_an_output_that_is_changed_in_place_do_what_they_do_without_it(
         output.tanh_().square().mean().backward()
     assert_same_gradients(layer, plain)
     assert taken
+
+
+class WithBias(nn.Module):
+    """A layer whose bias is made of another layer's weight."""
+
+    def __init__(self, convolves, rows):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(8, 3, 3, 3) if convolves else torch.randn(8, 6))
+        self.table = nn.Parameter(torch.randn(rows, 8))
+        self.product = F.conv2d if convolves else F.linear
+
+    def forward(self, x):
+        return self.product(x, self.w, self.table[1])
+
+
+@pytest.mark.parametrize(("convolves", "rows"), [(False, 6), (False, 4), (True, 27), (True, 4)])
+def test_a_bias_that_is_another_layers_weight_has_its_own_gradient(convolves, rows):
+    model, plain = pair(partial(WithBias, convolves, rows))
+    x = torch.randn((8, 3, 20, 20) if convolves else (8, 200, 6), dtype=torch.float64)
+    _optimizer = optimize(model)
+    for each in (model, plain):
+        each(x).sin().sum().backward()
+    assert_same_gradients(model, plain)
+
+
+class Halving(TorchFunctionMode):
+    """Halves the weight of every product, as quantization in training may change it."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (F.linear, F.conv2d):
+            args = (args[0], 0.5 * args[1], *args[2:])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["left", "linear"])
+def test_a_function_mode_around_the_model_changes_the_gradient_too(name, formed):
+    make, shape = CASES[name]
+    layer, plain = pair(make)
+    x = torch.randn(shape, dtype=torch.float64)
+    _optimizer = optimize(layer)
+    for each in (layer, plain):
+        with Halving():
+            loss = each(x).sin().sum()
+        loss.backward()
+    assert_same_gradients(layer, plain)
+
+
+@pytest.mark.parametrize("bias", [(1, 5), (40, 5), (1, 40, 5)])
+def test_a_bias_that_is_broadcast(bias, formed):
+    class Shifted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w, self.b = nn.Parameter(torch.randn(5, 6)), nn.Parameter(torch.randn(bias))
+
+        def forward(self, x):
+            return F.linear(x, self.w, self.b)
+
+    model, plain = pair(Shifted)
+    x = torch.randn(4, 40, 6, dtype=torch.float64)
+    _optimizer = optimize(model)
+    for each in (model, plain):
+        each(x).sin().sum().backward()
+    assert_same_gradients(model, plain)
+
+
+class NoGradient(torch.autograd.Function):
+    """The identity, which brings no gradient back."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None
+
+
+@pytest.mark.parametrize("name", ["left", "linear", "linear, rows"])
+def test_a_function_that_brings_no_gradient_leaves_none(name, formed):
+    make, shape = CASES[name]
+    layer, _ = pair(make)
+    optimizer = optimize(layer, momentum=0.9)
+    NoGradient.apply(layer(torch.randn(shape, dtype=torch.float64))).sum().backward()
+    assert layer.weight.grad is None
+    assert layer.bias.grad is None
+    optimizer.step()
+
+
+def test_a_first_layers_weight_may_change_before_a_second_pass(formed):
+    """Torch saves no weight where the input needs no gradient, so that nothing is known to have changed."""
+    layer, plain = pair(CASES["linear"][0])
+    x = torch.randn(CASES["linear"][1], dtype=torch.float64)
+    optimizer = optimize(layer)
+    for each, step in ((layer, optimizer.step), (plain, torch.optim.SGD(plain.parameters(), 1e-3).step)):
+        first, second = each(x).square().mean(), each(2 * x).square().mean()
+        first.backward()
+        step()
+        second.backward()
+    assert layer.weight.grad is not None
+
+
+def test_a_weight_whose_memory_is_replaced_before_backward(formed):
+    layer, plain = pair(CASES["linear"][0])
+    x = torch.randn(CASES["linear"][1], dtype=torch.float64, requires_grad=True)
+    other = x.detach().clone().requires_grad_()
+    _optimizer = optimize(layer)
+    for each, input in ((layer, x), (plain, other)):
+        loss = each(input).square().mean()
+        each.weight.data = 2 * each.weight.data
+        loss.backward()
+    torch.testing.assert_close(x.grad, other.grad, rtol=1e-12, atol=1e-14)
+
+
+def test_a_function_in_a_checkpoint_saves_the_same_when_it_is_made_again(formed):
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 5)
+
+        def run(self, x):
+            return F.linear(x, self.layer.weight, self.layer.bias).tanh()
+
+        def forward(self, x):
+            return checkpoint(self.run, x, use_reentrant=False)
+
+    model, plain = pair(Functional)
+    x = torch.randn(4, 40, 6, dtype=torch.float64, requires_grad=True)
+    _optimizer = optimize(model)
+    for each in (model, plain):
+        each(x).square().mean().backward()
+    assert_same_gradients(model, plain)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules import module as nn_module
+from torch.nn.utils import prune
 
 from ngplus import NGPlus
 from ngplus.baselines import KFAC, SENG
@@ -690,7 +691,7 @@ def test_a_use_that_cannot_be_captured_is_named_in_any_order_of_calls(order):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda layer: nn.utils.prune.l1_unstructured(layer, "weight", 0.3),
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.3),
         nn.utils.parametrizations.spectral_norm,
     ],
     ids=["pruning", "spectral_norm"],
@@ -707,3 +708,16 @@ def test_a_model_may_change_before_a_curvature_step(change):
     model(x).square().mean().backward()
     optimizer.step()
     assert len(optimizer.curvature) == 2
+
+
+def test_a_layer_without_a_gradient_is_not_named():
+    """What was thrown away may be the only use of a layer in a step."""
+    model, x = Dropping(), torch.randn(7, 6)
+    optimizer = NGPlus(model, lr=1e-3, damping=0.1)
+    model.drops = True
+    model(x).square().mean().backward()
+    model.zero_grad()
+    model.last(torch.randn(4, 5)).square().mean().backward()
+    with recorded_warnings() as messages:
+        optimizer.step()
+    assert messages == []
