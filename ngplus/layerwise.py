@@ -255,7 +255,7 @@ class LayerwiseOptimizer(Inspection, SavedState, Optimizer, Joinable):
         if self._model is not None and self._sharding is not None:
             reshard(self._model)
         groups = {id(parameter): group for group in self.param_groups for parameter in group["params"]}
-        self._trained = self._find_trained()
+        self._trained, self._layers_are_old = self._find_trained(), False
         known = {id(layer.weight): layer for layer in self._layers}
         found = [
             layer if layer.bias is None or id(layer.bias) in groups else layer.without_bias()
@@ -392,6 +392,8 @@ class LayerwiseOptimizer(Inspection, SavedState, Optimizer, Joinable):
 
     def _finish_step(self) -> None:
         self._steps += 1
+        if self._layers_are_old:
+            self._update_layers()
         self._plan_pending()
         self._arm_recorder()
 
@@ -405,10 +407,10 @@ class LayerwiseOptimizer(Inspection, SavedState, Optimizer, Joinable):
         Not on every step, since it reads what no other part of a step does: on curvature steps, on the first, and
         where a layer has lost its gradient or has one again.
 
-        Parameters that were put into a group in place of others are layers from now on.
+        Parameters that were put into a group in place of others are layers from the next step on.
         """
         if self._trained != self._find_trained():
-            self._replace_layers()
+            self._note_replaced()
         if self._model_parameters is not None and (replaced := self._model_parameters.check(self.param_groups)):
             warnings.warn(replaced, stacklevel=2)
         if any(layer.weight.dim() < 2 for layer in self._layers):  # FullyShardedDataParallel has flattened it
@@ -419,10 +421,12 @@ class LayerwiseOptimizer(Inspection, SavedState, Optimizer, Joinable):
         """The ids of the parameters that the groups have now."""
         return {id(parameter) for group in self.param_groups for parameter in group["params"]}
 
-    def _replace_layers(self) -> None:
-        """Take the parameters that the groups have now for those of the optimizer."""
-        self._update_layers()
-        self._plan_pending()
+    def _note_replaced(self) -> None:
+        """Have the layers found again: where uses are recorded after this step, which goes on with what it has."""
+        if self._recorder is None:
+            self._update_layers()
+        else:
+            self._layers_are_old = True
 
     def _wrap_closure(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         def evaluate() -> Any:
@@ -549,14 +553,19 @@ class LayerwiseOptimizer(Inspection, SavedState, Optimizer, Joinable):
     def _find_uncaptured(self, layers: Iterable[Layer]) -> list[Layer]:
         """Those with a curvature whose gradient came without a captured use: what they have is of other gradients.
 
-        A gradient of zeros is no use. Of several processes another one may have used the layer.
+        A gradient of zeros is no use. Of several processes another one may have used the layer, and what a parameter
+        that has left its group still has is nobody's.
         """
         if world_size() > 1:
             return []
+        trained = self._find_trained()
         return [
             layer
             for layer in layers
-            if layer in self._curvature.states and (grad := layer.weight.grad) is not None and not is_zero(grad)
+            if layer in self._curvature.states
+            and id(layer.weight) in trained
+            and (grad := layer.weight.grad) is not None
+            and not is_zero(grad)
         ]
 
     def _damping(self, layer: Layer) -> float:

@@ -293,7 +293,7 @@ class NGPlus(LayerwiseOptimizer):
         assert isinstance(self._curvature, GFIM)
         return self._curvature.sum_mini_batch(layers)
 
-    def _replace_layers(self) -> None:
+    def _note_replaced(self) -> None:
         """With a basis, refuse it: what the base has of the new parameters is in the basis of the old ones."""
         trained = self._find_trained()
         if self._rotation is not None and any(id(layer.weight) not in trained for layer in self._layers):
@@ -301,7 +301,7 @@ class NGPlus(LayerwiseOptimizer):
                 "parameters of a group were replaced by others, whose state, if it was taken from the old ones, is in "
                 f"the basis of those: with basis={self._options.basis!r} make the optimizer again, or take basis=None"
             )
-        super()._replace_layers()
+        super()._note_replaced()
 
     # The base's step in the eigenbasis ------------------------------------------------------------------------------
 

@@ -336,3 +336,29 @@ def test_a_part_whose_gradient_is_zeroed_before_the_step_moves_along_the_side_th
 @pytest.mark.parametrize("shape", [(4, 6), (6, 4)])
 def test_a_part_whose_direction_is_zeroed_by_a_hook_of_the_base_stays(shape, frozen):
     assert not moved_where_frozen(shape, frozen, "a hook of the base")
+
+
+def test_a_parameter_that_replaces_another_in_a_group_costs_no_other_layer_its_curvature():
+    """On a curvature step too: the others' uses were recorded before anyone could know of it."""
+    model = nn.Sequential(nn.Linear(4, 6, bias=False), nn.Tanh(), nn.Linear(6, 3)).double()
+    optimizer = NGPlus(model, lr=1e-3, damping=0.1, update_every=2)
+    x = torch.randn(5, 4, dtype=torch.float64)
+
+    def step():
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+    step()
+    step()
+    old, new = model[0].weight, nn.Parameter(model[0].weight.detach().clone())
+    group = optimizer.param_groups[0]["params"]
+    group[next(place for place, each in enumerate(group) if each is old)] = new
+    model[0].weight = new
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step()
+        assert optimizer.curvature["2.weight"].updates == 2
+        step()
+        assert optimizer.curvature["0.weight"].updates == 1
+    assert optimizer._layers[0].weight is new
