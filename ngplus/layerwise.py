@@ -46,6 +46,7 @@ from ngplus.guards.finite_check import FiniteCheck, raise_if_nonfinite, zero_whe
 from ngplus.guards.join import StepHook, find_joinables, refuse_without
 from ngplus.guards.model_parameters import ModelParameters
 from ngplus.guards.step_hooks import find_inner_step
+from ngplus.guards.wrappers import set_on_wrapped
 from ngplus.inspection import Inspection
 from ngplus.layers import (
     SUPPORTED,
@@ -141,6 +142,12 @@ class LayerwiseOptimizer(Inspection, SavedState, Optimizer, Joinable):
         if self._sharding is not None and world_size() > 1:  # the forward pass would wait for weights of other shapes
             frozen = [f"{layer.name} frozen" for layer in self._layers if not layer.weight.requires_grad]
             check_processes(name, [*self._describe(), *frozen], {}, self.join_device)
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Have a wrapper that takes on this class set on the optimizer what it sets; see `set_on_wrapped`."""
+        super().__init_subclass__(**options)
+        if not issubclass(cls.__bases__[0], Optimizer):
+            cls.__setattr__ = set_on_wrapped  # type: ignore[method-assign]
 
     def __getattr__(self, name: str) -> Any:
         """``train`` and ``eval`` of a base that has them, as those of schedule-free methods have."""
@@ -322,7 +329,7 @@ class LayerwiseOptimizer(Inspection, SavedState, Optimizer, Joinable):
             ValueError: a damping ≤ 0, or a setting that holds for all groups.
         """
         param_group = check_group(param_group)
-        if "_base" not in self.__dict__:  # `Optimizer.__init__` goes through the groups of `base`
+        if not hasattr(self, "_base"):  # `Optimizer.__init__` goes through the groups of `base`
             super().add_param_group(param_group)
             return
         check_no_settings(param_group, self._settings, type(self._base))

@@ -363,7 +363,7 @@ class SavedState(ABC):
 
     @state.setter
     def state(self, state: defaultdict[Tensor, Any]) -> None:
-        if "_base" in self.__dict__:  # else it is `Optimizer.__init__`, and `base` has a state already
+        if hasattr(self, "_base"):  # else it is `Optimizer.__init__`, and `base` has a state already
             self._base.state = state
 
     def _hide_entries_(self) -> None:

@@ -1,8 +1,10 @@
 """Loops that others wrote, which only need the `Optimizer` interface: Lightning and the Trainer of transformers."""
 
+import copy
 import logging
 import os
 import warnings
+from collections import defaultdict
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from tests.ngplus.training.problems import SETTINGS, Problem, distance, flat, pe
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 lightning = pytest.importorskip("pytorch_lightning")
+lightning_fabric = pytest.importorskip("lightning_fabric")
 transformers = pytest.importorskip("transformers")
 accelerate = pytest.importorskip("accelerate")
 
@@ -84,6 +87,59 @@ def test_under_lightning_a_sample_index_may_be_set_on_either(inside, tmp_path):
     module = GroupedRows(inside)
     fit(module, tmp_path, max_epochs=1)
     assert torch.equal(module.made.curvature["0.weight"].tensors()[0], curvature_of_grouped_rows())
+
+
+def fabric_wrapper(optimizer: NGPlus) -> torch.optim.Optimizer:
+    return lightning_fabric.Fabric(accelerator="cpu", devices=1).setup_optimizers(optimizer)
+
+
+def lightning_wrapper(optimizer: NGPlus) -> torch.optim.Optimizer:
+    wrapper = lightning.core.optimizer.LightningOptimizer(optimizer)
+    wrapper._strategy = lightning.strategies.SingleDeviceStrategy(torch.device("cpu"))
+    wrapper._strategy.optimizer_step = lambda inside, closure, **_: inside.step()
+    return wrapper
+
+
+def add_group(optimizer: torch.optim.Optimizer, model: nn.Sequential) -> None:
+    model.append(nn.Linear(3, 3, dtype=torch.float64))
+    optimizer.add_param_group({"params": list(model[-1].parameters()), "lr": 0.01})
+
+
+ON_WRAPPERS = {
+    "a loss reduction": lambda optimizer, _: setattr(optimizer, "loss_reduction", 2),
+    "what is kept is looked at": lambda optimizer, _: len(optimizer.state),
+    "a state in place of another": lambda optimizer, _: setattr(optimizer, "state", defaultdict(dict)),
+    "groups in place of others": lambda optimizer, _: setattr(
+        optimizer, "param_groups", [{**group, "lr": 0.01} for group in optimizer.param_groups]
+    ),
+    "a group more": add_group,
+    "a state dict": lambda optimizer, _: optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict())),
+    "a scheduler": lambda optimizer, _: torch.optim.lr_scheduler.StepLR(optimizer, 1),
+}
+
+
+@pytest.mark.parametrize("basis", [None, "eigen"])
+@pytest.mark.parametrize("action", ON_WRAPPERS)
+@pytest.mark.parametrize("wrap", [fabric_wrapper, lightning_wrapper])
+def test_what_is_done_to_a_wrapper_reaches_the_optimizer(wrap, action, basis):
+    found = []
+    for wrapped in (False, True):
+        problem = perceptron()
+        made = NGPlus(problem.model, torch.optim.AdamW, lr=0.02, damping=0.3, update_every=1, basis=basis)
+        optimizer = wrap(made) if wrapped else made
+        problem.train(optimizer, 2)
+        ON_WRAPPERS[action](optimizer, problem.model)
+        problem.train(optimizer, 2)
+        found.append(flat(problem.model))
+        assert not any("ngplus" in name for entries in made.base.state.values() for name in entries)
+    assert torch.equal(*found)
+
+
+def test_a_wrapper_has_attributes_of_its_own():
+    made = NGPlus(perceptron().model, **SETTINGS)
+    wrapper = fabric_wrapper(made)
+    wrapper.note = "the wrapper's"
+    assert not hasattr(made, "note")
 
 
 # Lightning ------------------------------------------------------------------------------------------------------------
