@@ -52,6 +52,15 @@ def backward_pass_number() -> int:
     return torch._C._current_graph_task_id()
 
 
+def checkpoint_pass_number() -> int:
+    """`backward_pass_number` inside the backward of a function that is written in Python, as a reentrant checkpoint is.
+
+    In a hook, which may make whole steps of its own, it is −1 as it is outside of any backward pass.
+    """
+    node = torch._C._current_autograd_node()
+    return backward_pass_number() if isinstance(node, torch.autograd.function.BackwardCFunction) else -1
+
+
 def retains_graph() -> bool:
     """Whether the backward pass that is running leaves its graph to another."""
     return torch._C._autograd._get_current_graph_task_keep_graph()
@@ -254,6 +263,7 @@ __all__ = [
     "accumulator_of",
     "announce",
     "backward_pass_number",
+    "checkpoint_pass_number",
     "find_absent",
     "find_kept_back",
     "frames",

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from ngplus._torch_internals import (
-    backward_pass_number,
+    checkpoint_pass_number,
     frames,
     keyword_arguments,
     next_node_number,
@@ -288,7 +288,7 @@ class ModelCalls:
             thread.call = _Call(number, _lengths(inputs), _list_lengths(inputs), find_counts(inputs))
             thread.frame = None
         self._running[thread.call.number] = thread.call
-        thread.start, thread.backward = next_node_number(), backward_pass_number()
+        thread.start, thread.backward = next_node_number(), checkpoint_pass_number()
         thread.visited = set()
 
     def end(self, free: Iterable[Tensor]) -> None:

@@ -47,6 +47,7 @@ from ngplus.capture.whole_weights import WholeWeights
 from ngplus.dtensors import is_sharded
 from ngplus.guards.compile_guard import hold_eager, release_eager
 from ngplus.guards.join import is_joinable
+from ngplus.guards.wrappers import runs_other_method
 from ngplus.layers import Layer
 from ngplus.profiling import Stopwatch
 from ngplus.tuning import DEFAULT, Tuning
@@ -225,6 +226,7 @@ class Recorder:
             and id(module) in self._modules
             and torch.is_grad_enabled()
             and not is_transformed()
+            and not runs_other_method(module)
         )
         if is_outermost and not self._is_read:
             self._read_model()

@@ -1,7 +1,11 @@
-"""Wrappers that take on the class of the optimizer that they wrap, as those of Lightning and Fabric do.
+"""What Lightning and Fabric put around optimizers and models.
 
-Such a wrapper has the optimizer's methods and properties and none of its attributes, which it reads from the optimizer.
-What those methods and properties set would stay with the wrapper, and the optimizer's step would know nothing of it.
+Their wrapper of an optimizer takes on its class: it has the optimizer's methods and properties and none of its
+attributes, which it reads from the optimizer. What those methods and properties set would stay with the wrapper, and
+the optimizer's step would know nothing of it.
+
+With `DistributedDataParallel` they run another method of a model, as ``training_step``, in place of its ``forward``.
+That is no call of the model, but the part of a training loop which calls it, once or several times.
 """
 
 from __future__ import annotations
@@ -9,7 +13,10 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from torch import nn
 from torch.optim import Optimizer
+
+_LIGHTNING = ("lightning", "lightning_fabric", "pytorch_lightning")
 
 
 def set_on_wrapped(self: Any, name: str, value: Any) -> None:
@@ -34,4 +41,12 @@ def _belongs_to(optimizer: Optimizer, name: str) -> bool:
     return isinstance(of_class, property) or (name in vars(optimizer) and not callable(of_class))
 
 
-__all__ = ["set_on_wrapped"]
+def runs_other_method(module: nn.Module) -> bool:
+    """Whether a module has a ``forward`` of Lightning's or Fabric's for the next call, which runs another method."""
+    forward = module.__dict__.get("forward")
+    if forward is None or inspect.ismethod(forward):
+        return False
+    return str(getattr(forward, "__module__", "")).partition(".")[0] in _LIGHTNING
+
+
+__all__ = ["runs_other_method", "set_on_wrapped"]

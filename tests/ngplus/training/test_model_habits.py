@@ -4,6 +4,7 @@ import copy
 import threading
 import warnings
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -89,6 +90,44 @@ def test_activation_checkpointing_captures_every_layer_once(reentrant, reused):
 
 def test_a_layer_in_two_checkpoints_that_are_not_reentrant_matches_the_oracle():
     assert_follows_the_oracle(with_model(Checkpointed(reentrant=False, across=True)))
+
+
+def cached(loss: Callable[[torch.Tensor], torch.Tensor], model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+    """A loss of all outputs together whose gradients are made pair by pair, in a hook of what is returned."""
+    pairs = inputs.split(2)
+    with torch.no_grad():
+        outputs = torch.cat([model(pair) for pair in pairs]).requires_grad_()
+    value = loss(outputs)
+    gradients = torch.autograd.grad(value, outputs)[0].split(2)
+
+    def backward(_: torch.Tensor) -> None:
+        with torch.enable_grad():
+            for pair, gradient in zip(pairs, gradients, strict=True):
+                (model(pair) * gradient).sum().backward()
+
+    value = value.detach().requires_grad_()
+    value.register_hook(backward)
+    return value
+
+
+@pytest.mark.parametrize("basis", [None, "eigen"])
+def test_a_loss_with_cached_gradients_has_the_curvature_of_the_loss(basis):
+    trained = []
+    for caches in (False, True):
+        problem = perceptron()
+
+        def loss(outputs: torch.Tensor) -> torch.Tensor:
+            return (outputs @ outputs.mT).exp().sum(1).log().mean()  # every output counts for all samples
+
+        optimizer = NGPlus(problem.model, torch.optim.Adam, lr=0.05, damping=0.3, update_every=1, basis=basis)
+        for _ in range(3):
+            model, inputs = problem.model, problem.inputs
+            (cached(loss, model, inputs) if caches else loss(model(inputs))).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert list(optimizer.curvature) == ["0.weight", "2.weight"]
+        trained.append(problem.model)
+    assert distance(*trained) < 1e-12
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

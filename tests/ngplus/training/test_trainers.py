@@ -5,6 +5,7 @@ import logging
 import os
 import warnings
 from collections import defaultdict
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -212,6 +213,55 @@ def test_lightning_trains_like_a_plain_loop(options, loop, tmp_path):
     module = Module()
     fit(module, tmp_path, **options)
     assert distance(module.model, by_hand(2, **loop)) < 1e-6
+
+
+class TwoViews(lightning.LightningModule):
+    """Calls its encoder twice, on samples of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.problem = perceptron()
+        self.net = self.problem.model
+
+    def training_step(self, shift: float) -> Tensor:
+        inputs = self.problem.inputs
+        return self.net(inputs).square().sum(1).mean() + self.net(inputs * shift).exp().sum(1).mean()
+
+
+class Parallel(nn.Module):
+    """What is around a model as `DistributedDataParallel` is."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs: float) -> Tensor:
+        return self.module(*inputs)
+
+
+def redirected_by_lightning(module: TwoViews) -> Callable[[float], Tensor]:
+    redirect = lightning.strategies.strategy._ForwardRedirection()
+    return lambda shift: redirect(Parallel(module), module, "training_step", shift)
+
+
+def redirected_by_fabric(module: TwoViews) -> Callable[[float], Tensor]:
+    strategy = lightning_fabric.Fabric(accelerator="cpu", devices=1).strategy
+    return lightning_fabric.wrappers._FabricModule(Parallel(module), strategy, module).training_step
+
+
+@pytest.mark.parametrize("redirect", [redirected_by_lightning, redirected_by_fabric])
+def test_calls_in_a_training_step_are_calls_of_their_own_where_it_is_run_as_forward(redirect):
+    trained = []
+    for redirects in (False, True):
+        module = TwoViews()
+        optimizer = NGPlus(module, **SETTINGS)
+        step = redirect(module) if redirects else module.training_step
+        for _ in range(3):
+            step(1.5).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        trained.append(module)
+    assert torch.equal(*map(flat, trained))
 
 
 def test_lightning_in_mixed_precision_moves_like_full_precision(tmp_path):
