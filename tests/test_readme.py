@@ -1,6 +1,7 @@
 """The tables of the front page and of the claims are those of the records, and what a page links to is there."""
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -23,11 +24,10 @@ PAGES = [*sorted(REPOSITORY.glob("*.md")), *sorted((REPOSITORY / "docs").glob("*
 
 
 def block(page: Path, name: str) -> str:
-    """What is on a page between two comments of this name."""
+    """What is on a page between two comments of this name, of which there is one pair."""
     text = page.read_text(encoding="utf-8")
-    shown = re.search(rf"<!-- {name}: .*? -->\n(.*?)\n<!-- end of {name} -->", text, flags=re.DOTALL)
-    assert shown is not None
-    return shown[1]
+    [shown] = re.findall(rf"<!-- {name}: .*? -->\n(.*?)\n<!-- end of {name} -->", text, flags=re.DOTALL)
+    return shown
 
 
 def anchors(page: Path) -> set[str]:
@@ -62,6 +62,13 @@ def test_the_tables_of_the_second_round_are_those_of_the_records():
     assert block(RESULTS, "leaders of the second round") == table(
         load_leaders(results, tasks, "small-wide"), "markdown"
     )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_says_nothing_twice(page):
+    """No long line stands on a page again, as those of a section that was put in a second time do."""
+    lines = [line for line in page.read_text(encoding="utf-8").splitlines() if len(line) > 100]
+    assert not [line for line, count in Counter(lines).items() if count > 1 and not line.startswith("|")]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
