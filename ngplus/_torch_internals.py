@@ -52,13 +52,14 @@ def backward_pass_number() -> int:
     return torch._C._current_graph_task_id()
 
 
-def checkpoint_pass_number() -> int:
-    """`backward_pass_number` inside the backward of a function that is written in Python, as a reentrant checkpoint is.
+def runs_python_backward() -> bool:
+    """Whether the backward of a function that is written in Python runs, as a reentrant checkpoint's is; not a hook."""
+    return isinstance(torch._C._current_autograd_node(), torch.autograd.function.BackwardCFunction)
 
-    In a hook, which may make whole steps of its own, it is −1 as it is outside of any backward pass.
-    """
-    node = torch._C._current_autograd_node()
-    return backward_pass_number() if isinstance(node, torch.autograd.function.BackwardCFunction) else -1
+
+def at_end_of_backward(run: Callable[[], Any]) -> None:
+    """Have something run at the end of the backward pass that is running."""
+    torch.autograd.Variable._execution_engine.queue_callback(run)
 
 
 def retains_graph() -> bool:
@@ -262,8 +263,8 @@ __all__ = [
     "accumulates",
     "accumulator_of",
     "announce",
+    "at_end_of_backward",
     "backward_pass_number",
-    "checkpoint_pass_number",
     "find_absent",
     "find_kept_back",
     "frames",
@@ -281,6 +282,7 @@ __all__ = [
     "quiet_vmap",
     "retains_graph",
     "run_outside_of_graphs",
+    "runs_python_backward",
     "shares_memory",
     "undispatched",
     "unwrap_transformed",

@@ -146,7 +146,7 @@ class LayerwiseOptimizer(Inspection, SavedState, Optimizer, Joinable):
     def __init_subclass__(cls, **options: Any) -> None:
         """Have a wrapper that takes on this class set on the optimizer what it sets; see `set_on_wrapped`."""
         super().__init_subclass__(**options)
-        if not issubclass(cls.__bases__[0], Optimizer):
+        if not issubclass(cls.__bases__[0], Optimizer) and cls.__setattr__ is object.__setattr__:
             cls.__setattr__ = set_on_wrapped  # type: ignore[method-assign]
 
     def __getattr__(self, name: str) -> Any:
@@ -329,7 +329,9 @@ class LayerwiseOptimizer(Inspection, SavedState, Optimizer, Joinable):
             ValueError: a damping ≤ 0, or a setting that holds for all groups.
         """
         param_group = check_group(param_group)
-        if not hasattr(self, "_base"):  # `Optimizer.__init__` goes through the groups of `base`
+        if not isinstance(
+            getattr(self, "_base", None), Optimizer
+        ):  # `Optimizer.__init__` goes through the groups of `base`
             super().add_param_group(param_group)
             return
         check_no_settings(param_group, self._settings, type(self._base))

@@ -363,7 +363,9 @@ class SavedState(ABC):
 
     @state.setter
     def state(self, state: defaultdict[Tensor, Any]) -> None:
-        if hasattr(self, "_base"):  # else it is `Optimizer.__init__`, and `base` has a state already
+        if isinstance(
+            getattr(self, "_base", None), Optimizer
+        ):  # else it is `Optimizer.__init__`, and `base` has a state already
             self._base.state = state
 
     def _hide_entries_(self) -> None:

@@ -299,7 +299,8 @@ class CapturedUses:
         """Leave a layer to the base of which a backward pass brings some gradients in those of its checkpoints."""
         outer_pass = backward_pass if use.recomputed_in < 0 else use.recomputed_in
         together = self._sampling.samples == "batch" and self._sampling.model_calls != "apart"
-        if together and outer_pass == record.outer_pass:
+        again = use.recomputed_in >= 0 and self._model_calls.recomputes_again
+        if together and (again or outer_pass == record.outer_pass):
             record.unsupported = CHECKPOINTS
         record.outer_pass = outer_pass
 

@@ -28,13 +28,16 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from ngplus._torch_internals import (
-    checkpoint_pass_number,
+    at_end_of_backward,
+    backward_pass_number,
     frames,
     keyword_arguments,
     next_node_number,
     node_number,
     node_of,
+    runs_python_backward,
 )
+from ngplus.guards.wrappers import is_around_model
 from ngplus.layers import Layer
 
 if TYPE_CHECKING:
@@ -244,6 +247,9 @@ class ModelCalls:
         self._unbatched: set[int] = set()
         self._running: dict[int, _Call] = {}
         self._thread = _Thread()
+        self._hiding: set[int] = set()
+        self._passes: dict[int, int] = {}
+        self._recomputing: set[int] = set()
         self._modules: frozenset[int] = frozenset()
         self._codes: frozenset[types.CodeType] = frozenset()
 
@@ -251,10 +257,10 @@ class ModelCalls:
         """Forget all calls; those of ``modules`` follow.
 
         A call from inside of a ``forward`` of one of them that was itself called directly (``model.forward(x)``) is a
-        part of that call.
+        part of that call; what is around a model calls no more than the model.
         """
         modules = list(modules)
-        methods = [getattr(type(module), "forward", None) for module in modules]
+        methods = [getattr(type(module), "forward", None) for module in modules if not is_around_model(module)]
         self._modules = frozenset(map(id, modules))
         self._codes = frozenset(code for method in methods if (code := getattr(method, "__code__", None)) is not None)
         self.clear()
@@ -268,6 +274,9 @@ class ModelCalls:
         self._unbatched = set()
         self._running = {}
         self._thread = _Thread()
+        self._hiding = set()
+        self._passes = {}
+        self._recomputing = set()
 
     def begin(self, inputs: Sequence[Any]) -> None:
         """Start an outermost call on this thread.
@@ -288,7 +297,7 @@ class ModelCalls:
             thread.call = _Call(number, _lengths(inputs), _list_lengths(inputs), find_counts(inputs))
             thread.frame = None
         self._running[thread.call.number] = thread.call
-        thread.start, thread.backward = next_node_number(), checkpoint_pass_number()
+        thread.start, thread.backward = next_node_number(), self._find_outer_pass()
         thread.visited = set()
 
     def end(self, free: Iterable[Tensor]) -> None:
@@ -305,6 +314,42 @@ class ModelCalls:
         if stop > thread.start:
             thread.starts.append(thread.start)
             thread.ends.append((stop, thread.call.number))
+
+    def note_hidden(self) -> None:
+        """Note that the running call uses a weight without a gradient: checkpoints may make that use again."""
+        if self._thread.backward < 0:
+            self._hiding.add(self._thread.call.number)
+
+    @property
+    def recomputes_again(self) -> bool:
+        """Whether more backward passes have made parts of calls again than there were calls to make parts of again."""
+        return len(self._recomputing) > len(self._hiding)
+
+    def note_pass(self) -> int:
+        """Note the backward pass that is running, if one is, until its end.
+
+        Returns:
+            Number of the outermost one that runs, or −1.
+        """
+        number = backward_pass_number()
+        if number >= 0 and number not in self._passes:
+            self._passes[number] = min(self._passes.values(), default=number)  # those that run have begun before it
+            passes = self._passes
+            at_end_of_backward(lambda: passes.pop(number, None))
+        return self._passes.get(number, -1)
+
+    def _find_outer_pass(self) -> int:
+        """Number of the outermost backward pass that the call which begins is made in, as a part of another; or −1.
+
+        It is where a function that is written in Python runs, and in a hook where a call has used weights without a
+        gradient before: so do all checkpoints whose backward makes a part of the forward again. Any other call in a
+        hook is of its own, as those that make cached gradients are.
+        """
+        if backward_pass_number() < 0 or not (self._hiding or runs_python_backward()):
+            return -1
+        outer = self.note_pass()
+        self._recomputing.add(outer)
+        return outer
 
     def release_frame(self) -> None:
         """Release the frame of a ``forward`` that was called directly, and of its variables."""

@@ -230,6 +230,8 @@ class Recorder:
         )
         if is_outermost and not self._is_read:
             self._read_model()
+        elif outermost.module is None and not torch.is_grad_enabled():
+            self._model_calls.note_pass()
         if (layers := self._shaping.get(id(module))) is not None:
             shape = args[0].shape if args and isinstance(args[0], Tensor) else None
             self._input_shapes.update(dict.fromkeys(layers, shape))
@@ -389,6 +391,8 @@ class Recorder:
             return
         layer = self._as_used(layer)
         used = call.passes_gradient_to(argument)
+        if not (used or torch.is_grad_enabled()):
+            self._model_calls.note_hidden()
         try:
             if used:
                 self._record_use(layer, call, argument, unread.weights)

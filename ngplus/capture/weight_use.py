@@ -45,7 +45,7 @@ class WeightUse:
         total: gets Σᵢ 𝒢ᵢ in the backward pass, or None.
         inside: the attention or the recurrent layer that it is a part of, or None.
         model_call: number of the outermost call of the model that it is in.
-        recomputed_in: number of the backward pass that has made it, as a reentrant checkpoint's does, or −1.
+        recomputed_in: number of the outermost backward pass that it was made in, as a reentrant checkpoint's is, or −1.
         versions: of its arguments.
         gradient: of the output, while the graph is retained and more may come.
         returned: whether all of the gradient is back.

@@ -14,7 +14,7 @@ import inspect
 from typing import Any
 
 from torch import nn
-from torch.optim import Optimizer
+from torch.nn.parallel import DistributedDataParallel
 
 _LIGHTNING = ("lightning", "lightning_fabric", "pytorch_lightning")
 
@@ -30,23 +30,31 @@ def set_on_wrapped(self: Any, name: str, value: Any) -> None:
         value: of the attribute.
     """
     wrapped = self.__dict__.get("_optimizer")
-    if isinstance(wrapped, Optimizer) and _belongs_to(wrapped, name):
+    if type(wrapped) in type(self).__bases__ and name not in self.__dict__ and _belongs_to(wrapped, name):
         setattr(wrapped, name, value)
     else:
         object.__setattr__(self, name, value)
 
 
-def _belongs_to(optimizer: Optimizer, name: str) -> bool:
+def _belongs_to(optimizer: Any, name: str) -> bool:
     of_class = inspect.getattr_static(type(optimizer), name, None)
     return isinstance(of_class, property) or (name in vars(optimizer) and not callable(of_class))
 
 
 def runs_other_method(module: nn.Module) -> bool:
-    """Whether a module has a ``forward`` of Lightning's or Fabric's for the next call, which runs another method."""
+    """Whether a module has a ``forward`` of Lightning's or Fabric's for one call, or is around one that has."""
     forward = module.__dict__.get("forward")
-    if forward is None or inspect.ismethod(forward):
+    if forward is None:
+        inside = list(module.children())
+        return len(inside) == 1 and runs_other_method(inside[0])
+    if inspect.ismethod(forward):
         return False
     return str(getattr(forward, "__module__", "")).partition(".")[0] in _LIGHTNING
 
 
-__all__ = ["runs_other_method", "set_on_wrapped"]
+def is_around_model(module: nn.Module) -> bool:
+    """Whether a module is what `DistributedDataParallel` or Fabric puts around a model."""
+    return isinstance(module, DistributedDataParallel) or type(module).__module__.partition(".")[0] in _LIGHTNING
+
+
+__all__ = ["is_around_model", "runs_other_method", "set_on_wrapped"]

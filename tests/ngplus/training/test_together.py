@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -267,3 +268,112 @@ def test_import_and_a_step_need_torch_alone():
     command = [sys.executable, "-W", "error", "-W", "ignore:Failed to initialize NumPy", "-c", textwrap.dedent(script)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+# Parts of the forward pass that the backward pass makes again ----------------------------------------------------------
+
+
+def again(block: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return checkpoint(block, x, use_reentrant=True)
+
+
+class RecomputedInHook(torch.autograd.Function):
+    """Made again in a hook of what comes after it, as Megatron's checkpoints without output are."""
+
+    @staticmethod
+    def forward(ctx, made: dict[str, Tensor], block: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        ctx.made = made
+        with torch.no_grad():
+            return block(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[None, None, Tensor]:
+        torch.autograd.backward(ctx.made["output"], gradient)
+        return None, None, ctx.made["input"].grad
+
+
+def again_in_hook(block: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    made: dict[str, Tensor] = {}
+
+    def recompute(_: Tensor) -> None:
+        made["input"] = x.detach().requires_grad_()
+        with torch.enable_grad():
+            made["output"] = block(made["input"])
+
+    output = RecomputedInHook.apply(made, block, x) * 1.0
+    output.register_hook(recompute)
+    return output
+
+
+class Remade(nn.Module):
+    """Uses its first layer once or twice, in ways that the backward pass makes again."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        seed_cpu(0)
+        self.inlet, self.outlet = nn.Linear(5, 5), nn.Linear(5, 3)
+        self.way = way
+        self.double()
+
+    def block(self, x: Tensor) -> Tensor:
+        return self.inlet(x).tanh()
+
+    def nested(self, x: Tensor) -> Tensor:
+        return again(lambda y: again(self.block, y).tanh(), x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.way == "flat and nested":
+            x = self.nested(again(self.block, x))
+        elif self.way == "plain and nested":
+            x = self.nested(self.block(x))
+        elif self.way == "nested twice":
+            x = self.nested(self.nested(x))
+        elif self.way == "in hooks":
+            x = again_in_hook(self.block, again_in_hook(self.block, x))
+        elif self.way == "in a hook, and plain":
+            x = again_in_hook(self.block, self.block(x))
+        elif self.way == "another pass in a hook between":
+            x = again(self.block, x) * 1.0
+            x.register_hook(self.make_another_pass)
+            x = again(self.block, x)
+        else:
+            x = again(self.block, x)
+        return self.outlet(x)
+
+    def make_another_pass(self, _: Tensor) -> None:
+        with torch.enable_grad():
+            self.inlet(torch.ones(4, 5).double()).square().sum(1).mean().backward()
+
+
+WAYS = ["flat and nested", "plain and nested", "nested twice", "in hooks", "in a hook, and plain"]
+
+
+@pytest.mark.parametrize("way", [*WAYS, "another pass in a hook between", "two losses"])
+def test_a_layer_whose_samples_are_made_again_apart_goes_to_the_base_with_a_warning(way):
+    model = Remade(way)
+    optimizer = NGPlus(model, **SETTINGS)
+    output = model(torch.randn(6, 5, dtype=torch.float64, requires_grad=True))
+    output.square().sum(1).mean().backward(retain_graph=way == "two losses")
+    if way == "two losses":
+        output.exp().sum(1).mean().backward()
+    with pytest.warns(UserWarning, match="inlet.weight is used several times, some of them in checkpoints"):
+        optimizer.step()
+    assert list(optimizer.curvature) == ["outlet.weight"]
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_a_layer_in_one_nested_checkpoint_has_its_curvature(micro_batches):
+    optimizers = []
+    for nested in (False, True):
+        model = Remade("")
+        model.forward = lambda x, m=model, n=nested: m.outlet((m.nested if n else lambda y: m.block(y).tanh())(x))
+        optimizer = NGPlus(model, **SETTINGS)
+        x = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        for part in x.requires_grad_().chunk(micro_batches):
+            (model(part).square().sum(1).mean() / micro_batches).backward()
+        optimizer.step()
+        optimizers.append(optimizer)
+    plain, again = optimizers
+    assert list(plain.curvature) == list(again.curvature) == ["inlet.weight", "outlet.weight"]
+    for name in plain.curvature:
+        torch.testing.assert_close(*(each.curvature[name].tensors() for each in optimizers), rtol=1e-10, atol=1e-12)

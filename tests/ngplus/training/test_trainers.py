@@ -6,6 +6,7 @@ import os
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
+from typing import ClassVar
 
 import pytest
 import torch
@@ -136,6 +137,45 @@ def test_what_is_done_to_a_wrapper_reaches_the_optimizer(wrap, action, basis):
     assert torch.equal(*found)
 
 
+class Noted:
+    """Has another optimizer, and an answer to every name."""
+
+    def __init__(self, *arguments, **options) -> None:
+        super().__init__(*arguments, **options)
+        self._optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(3))], lr=0.5)
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+class NotedNGPlus(Noted, NGPlus):
+    """No wrapper, though a class that is no optimizer comes first."""
+
+
+class WatchedNGPlus(Noted, NGPlus):
+    """Sets its attributes itself."""
+
+    seen: ClassVar[list[str]] = []
+
+    def __setattr__(self, name: str, value: object) -> None:
+        self.seen.append(name)
+        super().__setattr__(name, value)
+
+
+@pytest.mark.parametrize("kind", [NotedNGPlus, WatchedNGPlus])
+def test_a_subclass_with_another_class_in_front_keeps_what_it_sets(kind):
+    problem = perceptron()
+    optimizer = kind(problem.model, **SETTINGS)
+    problem.train(optimizer, 2)
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    optimizer.loss_reduction = "sum"
+    assert optimizer.param_groups is optimizer.base.param_groups
+    assert optimizer._optimizer.param_groups[0]["lr"] == 0.5
+    assert optimizer.loss_reduction == "sum"
+    assert kind is NotedNGPlus or "loss_reduction" in WatchedNGPlus.seen
+
+
 def test_a_wrapper_has_attributes_of_its_own():
     made = NGPlus(perceptron().model, **SETTINGS)
     wrapper = fabric_wrapper(made)
@@ -228,34 +268,39 @@ class TwoViews(lightning.LightningModule):
         return self.net(inputs).square().sum(1).mean() + self.net(inputs * shift).exp().sum(1).mean()
 
 
-class Parallel(nn.Module):
-    """What is around a model as `DistributedDataParallel` is."""
+class Parallel(nn.parallel.DistributedDataParallel):
+    """It, without processes."""
 
     def __init__(self, module: nn.Module) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.module = module
 
     def forward(self, *inputs: float) -> Tensor:
         return self.module(*inputs)
 
 
-def redirected_by_lightning(module: TwoViews) -> Callable[[float], Tensor]:
-    redirect = lightning.strategies.strategy._ForwardRedirection()
-    return lambda shift: redirect(Parallel(module), module, "training_step", shift)
+Step = Callable[[float], Tensor]
 
 
-def redirected_by_fabric(module: TwoViews) -> Callable[[float], Tensor]:
+def redirected_by_lightning(module: TwoViews) -> tuple[nn.Module, Step]:
+    redirect, around = lightning.strategies.strategy._ForwardRedirection(), Parallel(module)
+    return around, lambda shift: redirect(around, module, "training_step", shift)
+
+
+def redirected_by_fabric(module: TwoViews) -> tuple[nn.Module, Step]:
     strategy = lightning_fabric.Fabric(accelerator="cpu", devices=1).strategy
-    return lightning_fabric.wrappers._FabricModule(Parallel(module), strategy, module).training_step
+    around = lightning_fabric.wrappers._FabricModule(Parallel(module), strategy, module)
+    return around, lambda shift: around.training_step(shift)
 
 
+@pytest.mark.parametrize("outer", [False, True])
 @pytest.mark.parametrize("redirect", [redirected_by_lightning, redirected_by_fabric])
-def test_calls_in_a_training_step_are_calls_of_their_own_where_it_is_run_as_forward(redirect):
+def test_calls_in_a_training_step_are_calls_of_their_own_where_it_is_run_as_forward(redirect, outer):
     trained = []
     for redirects in (False, True):
         module = TwoViews()
-        optimizer = NGPlus(module, **SETTINGS)
-        step = redirect(module) if redirects else module.training_step
+        around, step = redirect(module) if redirects else (module, module.training_step)
+        optimizer = NGPlus(around if outer else module, **SETTINGS)
         for _ in range(3):
             step(1.5).backward()
             optimizer.step()
