@@ -270,7 +270,7 @@ def test_import_and_a_step_need_torch_alone():
     assert done.returncode == 0, done.stderr
 
 
-# Parts of the forward pass that the backward pass makes again ----------------------------------------------------------
+# Parts of the forward pass that the backward pass makes again ---------------------------------------------------------
 
 
 def again(block: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
