@@ -329,9 +329,7 @@ class LayerwiseOptimizer(Inspection, SavedState, Optimizer, Joinable):
             ValueError: a damping ≤ 0, or a setting that holds for all groups.
         """
         param_group = check_group(param_group)
-        if not isinstance(
-            getattr(self, "_base", None), Optimizer
-        ):  # `Optimizer.__init__` goes through the groups of `base`
+        if not self._has_base:  # `Optimizer.__init__` goes through the groups of `base`
             super().add_param_group(param_group)
             return
         check_no_settings(param_group, self._settings, type(self._base))

@@ -344,6 +344,11 @@ class SavedState(ABC):
     # The base, and its state --------------------------------------------------------------------------------------
 
     @property
+    def _has_base(self) -> bool:
+        """Whether `base` is known: of a wrapper too, which has no attributes of its own."""
+        return isinstance(getattr(self, "_base", None), Optimizer)
+
+    @property
     def base(self) -> Optimizer:
         """The optimizer that makes the steps."""
         self._hide_entries_()
@@ -363,9 +368,7 @@ class SavedState(ABC):
 
     @state.setter
     def state(self, state: defaultdict[Tensor, Any]) -> None:
-        if isinstance(
-            getattr(self, "_base", None), Optimizer
-        ):  # else it is `Optimizer.__init__`, and `base` has a state already
+        if self._has_base:  # else it is `Optimizer.__init__`, and `base` has a state already
             self._base.state = state
 
     def _hide_entries_(self) -> None:

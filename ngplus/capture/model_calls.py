@@ -323,7 +323,7 @@ class ModelCalls:
     @property
     def recomputes_again(self) -> bool:
         """Whether more backward passes have made parts of calls again than there were calls to make parts of again."""
-        return len(self._recomputing) > len(self._hiding)
+        return 0 < len(self._hiding) < len(self._recomputing)
 
     def note_pass(self) -> int:
         """Note the backward pass that is running, if one is, until its end.

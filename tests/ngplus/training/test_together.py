@@ -377,3 +377,17 @@ def test_a_layer_in_one_nested_checkpoint_has_its_curvature(micro_batches):
     assert list(plain.curvature) == list(again.curvature) == ["inlet.weight", "outlet.weight"]
     for name in plain.curvature:
         torch.testing.assert_close(*(each.curvature[name].tensors() for each in optimizers), rtol=1e-10, atol=1e-12)
+
+
+def test_a_model_that_is_called_in_a_checkpoint_has_its_curvature():
+    optimizers = []
+    for remade in (False, True):
+        model = perceptron().model
+        optimizer = NGPlus(model, **SETTINGS)
+        x = torch.ones(6, 5, dtype=torch.float64).cumsum(0).requires_grad_()
+        (again(model, x) if remade else model(x)).square().sum(1).mean().backward()
+        optimizer.step()
+        optimizers.append(optimizer)
+    assert list(optimizers[1].curvature) == ["0.weight", "2.weight"]
+    for name in optimizers[0].curvature:
+        torch.testing.assert_close(*(each.curvature[name].tensors() for each in optimizers), rtol=1e-12, atol=0)
