@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode
 # Hooks on tensors get a gradient and nothing of the pass that brings it.
 
 
-def accumulator_of(parameter: Tensor) -> Node:
+def find_accumulator(parameter: Tensor) -> Node:
     """What adds to the ``.grad`` of a parameter that requires a gradient, in any backward pass.
 
     In half of the time of `torch.autograd.graph.get_gradient_edge`, which has other tensors in mind too.
@@ -113,7 +113,7 @@ def unwrap_transformed(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def node_of(tensor: Tensor) -> Node | None:
+def find_node(tensor: Tensor) -> Node | None:
     """What made a tensor, or None.
 
     Of a view that was made without grad mode and whose base was changed in place since, torch refuses to tell: nothing.
@@ -261,12 +261,13 @@ def is_in_fullgraph() -> bool:
 
 __all__ = [
     "accumulates",
-    "accumulator_of",
     "announce",
     "at_end_of_backward",
     "backward_pass_number",
     "find_absent",
+    "find_accumulator",
     "find_kept_back",
+    "find_node",
     "frames",
     "grouped_mm",
     "is_autocast_enabled",
@@ -278,7 +279,6 @@ __all__ = [
     "keyword_arguments",
     "next_node_number",
     "node_number",
-    "node_of",
     "quiet_vmap",
     "retains_graph",
     "run_outside_of_graphs",

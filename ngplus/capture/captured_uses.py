@@ -16,10 +16,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ngplus._torch_internals import accumulates, accumulator_of, backward_pass_number, is_transformed, retains_graph
+from ngplus._torch_internals import accumulates, backward_pass_number, find_accumulator, is_transformed, retains_graph
 from ngplus.capture.accumulator import Accumulator, Addition, Sampling, Statistic, is_zero
 from ngplus.capture.contractions import UnsupportedCall
-from ngplus.capture.expressions import outputs_of
+from ngplus.capture.expressions import find_outputs
 from ngplus.capture.function_mode import FunctionCall, TimeMajor
 from ngplus.capture.model_calls import CHECKPOINTS, DOUBTS, ORDER, PASSES, SIZES, ModelCalls
 from ngplus.capture.sample_index import SampleIndex
@@ -124,12 +124,12 @@ class CapturedUses:
             reason: why not.
         """
         record = self._record(layer)
-        nodes = {each.grad_fn for each in outputs_of(call) if each.grad_fn is not None}
+        nodes = {each.grad_fn for each in find_outputs(call) if each.grad_fn is not None}
         if not nodes or is_transformed():  # whose outputs do not tell what the transform makes of them
             record.refused = record.unsupported = reason
             return
         if record.accumulator is None and layer.weight.requires_grad:
-            record.accumulator = accumulator_of(layer.weight)
+            record.accumulator = find_accumulator(layer.weight)
         hook = partial(_receive_refused, weakref.ref(self), layer, reason)
         for node in nodes:
             node.register_prehook(hook)
@@ -160,7 +160,7 @@ class CapturedUses:
                 if layer.bias is not None and (bias_entries := choose_bias_entries(layer, entries)) is not None:
                     record.bias_comparison = self._start_comparison(layer, layer.bias, bias_entries)
                     if layer.bias.requires_grad and not is_transformed():
-                        record.bias_accumulator = accumulator_of(layer.bias)
+                        record.bias_accumulator = find_accumulator(layer.bias)
         return record
 
     def _original(self, layer: Layer) -> Layer:
@@ -237,8 +237,8 @@ class CapturedUses:
                 self._check_passes(record, use)
                 self._check_shared(record, use)
                 self._capture(record, use, gradient)
-            samples = self._samples_of(use)
-            captured = [each for each in record.captured if self._samples_of(each.use) == samples]
+            samples = self._find_root_call(use)
+            captured = [each for each in record.captured if self._find_root_call(each.use) == samples]
             if self._sampling.samples == "batch" and self._sampling.model_calls == "separate":
                 _check_order({each.use.inside for each in captured})
             awaited = self._is_awaited(record, use)
@@ -265,7 +265,7 @@ class CapturedUses:
                 pairs = use.call.pairs(source.values(), gradient.values())
             else:
                 pairs = use.call.pairs(source, gradient.reshape(use.output_shape))
-            numbers = None if index is None else index.index_of(record.layer.module)
+            numbers = None if index is None else index.find_index(record.layer.module)
             if (numbers is None or use.is_followed) and self._sampling.samples == "batch":
                 doubt = self._model_calls.find_doubt(use.model_call, record.layer, use.size, use.is_followed)
                 if doubt is not None:
@@ -284,16 +284,16 @@ class CapturedUses:
             numbers = numbers.movedim(min(use.batch_dim, numbers.dim() - 1), 0).flatten(1).amax(1)
         return self._accumulator.regroup(pair, numbers, use.batch_dim, index.samples, layer.name)
 
-    def _samples_of(self, use: WeightUse) -> int:
-        """A number that uses share which are by the same samples; those of other sizes may have it too."""
+    def _find_root_call(self, use: WeightUse) -> int:
+        """The number of the outermost call of a model that a use is in, the same for uses by the same samples."""
         return self._model_calls.root(use.model_call, use.size)
 
     def _is_awaited(self, record: LayerRecord, use: WeightUse) -> bool:
         """Whether the gradients of others by the same samples as a use are still to come."""
         if self._sampling.samples == "rows" or not (record.pending or record.retained):
             return False
-        samples = self._samples_of(use)
-        return any(self._samples_of(each) == samples for each in (*record.pending, *record.retained))
+        samples = self._find_root_call(use)
+        return any(self._find_root_call(each) == samples for each in (*record.pending, *record.retained))
 
     def _check_checkpoint(self, record: LayerRecord, use: WeightUse, backward_pass: int) -> None:
         """Leave a layer to the base of which a backward pass brings some gradients in those of its checkpoints."""
@@ -308,7 +308,7 @@ class CapturedUses:
         """Refuse a use by samples of which others have been summed before it was made."""
         if not record.summed or self._sampling.samples == "rows" or self._sampling.model_calls != "separate":
             return
-        calls, samples = self._model_calls, self._samples_of(use)
+        calls, samples = self._model_calls, self._find_root_call(use)
         if any(size == use.size and calls.root(number, size) == samples for number, size in record.summed):
             raise UnsupportedCall(PASSES)
 
@@ -380,7 +380,7 @@ class CapturedUses:
             elif self._sampling.model_calls == "apart" and each.use.sample_index is None:
                 key = each.use.inside or number, 0
             else:
-                key = each.pair.rows.samples, self._samples_of(each.use)
+                key = each.pair.rows.samples, self._find_root_call(each.use)
             together.setdefault(key, []).append(each.pair)
         total = captured[0].use.total if len(captured) == 1 else None
         return [Addition(record.layer, record.statistic, pairs, total) for pairs in together.values()]

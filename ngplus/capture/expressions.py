@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ngplus.capture.contractions import UnsupportedCall
-from ngplus.capture.function_mode import FunctionCall, owner_of
+from ngplus.capture.function_mode import FunctionCall, find_owner
 from ngplus.layers import Layer
 
 
@@ -77,7 +77,9 @@ class Expressions(threading.local):
         self.static: set[int] = set()
         for module in modules:
             buffers = [each for each in module._buffers.values() if each is not None]  # which may be views themselves
-            self.static.update(map(id, module._parameters.values()), map(id, map(owner_of, buffers)), map(id, buffers))
+            self.static.update(
+                map(id, module._parameters.values()), map(id, map(find_owner, buffers)), map(id, buffers)
+            )
         self.known: dict[int, Expression] = {}
 
     def clear(self) -> None:
@@ -101,13 +103,13 @@ class Expressions(threading.local):
         """
         arguments = {id(each) for each in call.tensors}
         in_place = changes_in_place(call)
-        for place, value in enumerate(outputs_of(call)):
+        for place, value in enumerate(find_outputs(call)):
             if id(value) in arguments:  # changed, or as it was: ``float`` of what is float32
-                for changed in {id(each): each for each in (value, owner_of(value))}.values() if in_place else ():
+                for changed in {id(each): each for each in (value, find_owner(value))}.values() if in_place else ():
                     known = self.known.get(id(changed))
                     carried = {**(known.sources if known is not None else {}), **sources}
                     self.known[id(changed)] = Expression(changed, None, 0, carried, changed=bool(carried))
-            elif sources and not (value.requires_grad or owner_of(value).requires_grad):
+            elif sources and not (value.requires_grad or find_owner(value).requires_grad):
                 self.known[id(value)] = Expression(value, None, 0, {})
             else:
                 self.known[id(value)] = Expression(value, call if sources else None, place, sources)
@@ -115,7 +117,7 @@ class Expressions(threading.local):
     def drop(self, call: FunctionCall) -> None:
         """Forget a tensor that a call with samples has changed in place."""
         if self.known and changes_in_place(call):
-            for changed in (call.args[0], owner_of(call.args[0])):
+            for changed in (call.args[0], find_owner(call.args[0])):
                 self.known.pop(id(changed), None)
 
 
@@ -129,7 +131,7 @@ def changes_in_place(call: FunctionCall) -> bool:
     return name.endswith("_")
 
 
-def outputs_of(call: FunctionCall) -> Iterator[Tensor]:
+def find_outputs(call: FunctionCall) -> Iterator[Tensor]:
     """The tensors that a call returned."""
     output = call.output
     if isinstance(output, Tensor):
@@ -238,7 +240,9 @@ class Program:
         for place, leaf in enumerate(leaves):
             tensor = isinstance(leaf, Tensor)
             carries = tensor and self._collect(leaf, expressions)
-            free = tensor and (isinstance(owner_of(leaf), nn.Parameter) or expressions.is_free(leaf, owner_of(leaf)))
+            free = tensor and (
+                isinstance(find_owner(leaf), nn.Parameter) or expressions.is_free(leaf, find_owner(leaf))
+            )
             shared = carries or (free and not isinstance(leaf, nn.Parameter))
             if shared:
                 self._copies.append(_is_copied(leaf, expressions))
@@ -248,7 +252,12 @@ class Program:
             self._is_input.append(tensor and not carries and not free)
         self.inputs = [leaf for leaf, each in zip(leaves, self._is_input, strict=True) if each]
         self.shared = [leaf for leaf, each in zip(leaves, self._is_shared, strict=True) if each]
-        every = (*outputs_of(call), *self.inputs, *self.shared, *(each.value for each in self._expressions.values()))
+        every = (
+            *find_outputs(call),
+            *self.inputs,
+            *self.shared,
+            *(each.value for each in self._expressions.values()),
+        )
         self.dtype = min(
             (each.dtype for each in every if each.is_floating_point() or each.is_complex()),
             key=lambda each: -torch.finfo(each).eps,
@@ -273,7 +282,7 @@ class Program:
             return True
         known = expressions.find(tensor)
         if known is None:
-            if id(owner_of(tensor)) in self._parameters:
+            if id(find_owner(tensor)) in self._parameters:
                 raise UnsupportedCall("is used through a view that was made outside of the model's call")
             return False
         if not any(id(source.parameter) in self._parameters for source in known.sources.values()):
@@ -357,4 +366,4 @@ class Program:
         return self._function(*args, **kwargs)
 
 
-__all__ = ["CONSTANTS", "Expressions", "Program", "Source", "Sources", "changes_in_place", "outputs_of"]
+__all__ = ["CONSTANTS", "Expressions", "Program", "Source", "Sources", "changes_in_place", "find_outputs"]

@@ -73,7 +73,7 @@ class FunctionCall:
 
     def passes_gradient_to(self, argument: Tensor) -> bool:
         """Whether a gradient can come back through its output, which is not only a view of ``argument``."""
-        owner, output = owner_of(argument), self.output
+        owner, output = find_owner(argument), self.output
         if isinstance(output, Tensor) and output.requires_grad and output is not owner and output._base is not owner:
             return True
         outputs = (each for each in _flatten((self.output,)) if isinstance(each, Tensor))
@@ -92,7 +92,7 @@ def _flatten(arguments: Sequence[Any]) -> Sequence[Any]:
     ]
 
 
-def owner_of(tensor: Tensor) -> Tensor:
+def find_owner(tensor: Tensor) -> Tensor:
     """What the tensor is a view of, or itself."""
     return tensor if tensor._base is None else tensor._base
 
@@ -159,7 +159,7 @@ class CaptureMode(TorchFunctionMode):
         if (parse := RECURRENT_CALLS.get(func)) is not None and not kwargs:
             call = parse(*args)
             observer.trace(args)
-            if observer.trains(map(owner_of, call.state)):  # parsed again where what the state goes into is recorded
+            if observer.trains(map(find_owner, call.state)):  # parsed again where what the state goes into is recorded
                 return self._run_inside(lambda: parse(*args).run(F.linear), self._inside(call))
             if observer.awaits(_flatten(args)):
                 return self._run_unfused(call)
@@ -198,4 +198,4 @@ class CaptureMode(TorchFunctionMode):
             self._time_major = outer
 
 
-__all__ = ["CallObserver", "CaptureMode", "FunctionCall", "TimeMajor", "owner_of"]
+__all__ = ["CallObserver", "CaptureMode", "FunctionCall", "TimeMajor", "find_owner"]

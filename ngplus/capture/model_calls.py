@@ -30,11 +30,11 @@ from torch.autograd.graph import Node
 from ngplus._torch_internals import (
     at_end_of_backward,
     backward_pass_number,
+    find_node,
     frames,
     keyword_arguments,
     next_node_number,
     node_number,
-    node_of,
     runs_python_backward,
 )
 from ngplus.guards.wrappers import is_around_model
@@ -307,7 +307,7 @@ class ModelCalls:
             free: tensors that it has made of weights alone, so that another call with them is not computed from it.
         """
         thread = self._thread
-        thread.free.update(node_number(node) for node in map(node_of, free) if node is not None)
+        thread.free.update(node_number(node) for node in map(find_node, free) if node is not None)
         self._find_doubts(thread.call)
         self._running.pop(thread.call.number, None)
         stop = next_node_number()
@@ -373,7 +373,7 @@ class ModelCalls:
 
     def trace(self, tensor: Tensor) -> None:
         """Find the earlier calls that ``tensor``, which the running call uses, was computed from."""
-        node = node_of(tensor)
+        node = find_node(tensor)
         if node is not None and node_number(node) < self._thread.start:
             self._find_ancestors(node)
 

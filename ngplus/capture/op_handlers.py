@@ -18,7 +18,7 @@ from ngplus.capture.contractions import (
     NoSampleGradient,
     UnsupportedCall,
 )
-from ngplus.capture.function_mode import FunctionCall, TimeMajor, owner_of
+from ngplus.capture.function_mode import FunctionCall, TimeMajor, find_owner
 from ngplus.factors.dense import Dense
 from ngplus.factors.embedding import Bags, OneHot
 from ngplus.factors.factor import statistics_dtype
@@ -167,7 +167,7 @@ def _is_at(handler: OpHandler, call: FunctionCall, weight: Tensor) -> bool:
 
 def _parse_contraction(given: WeightArgument, contraction: Contraction) -> OpCall:
     """Parse a product of the weight with one other tensor, see `Contraction`."""
-    if isinstance(owner_of(contraction.other), nn.Parameter):
+    if isinstance(find_owner(contraction.other), nn.Parameter):
         raise UnsupportedCall("is multiplied by another parameter, which has no samples")
     factors = ContractionFactors.of(given.layer, given.weight, contraction, _appended_value(given.layer, None))
     shape, dim = contraction.other.shape, factors.free[0]
@@ -323,7 +323,7 @@ def _parse_matmul(given: WeightArgument, input: Tensor) -> OpCall:
     """Parse x W, or x Wᵀ where W is transposed already."""
     if given.weight.dim() != 2:
         raise UnsupportedCall("is used in a product by a view that is no matrix")
-    if isinstance(owner_of(input), nn.Parameter):
+    if isinstance(find_owner(input), nn.Parameter):
         raise UnsupportedCall("is multiplied by another parameter, which has no samples")
     return _parse_linear(replace(given, weight=given.weight.mT), input)
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ngplus._torch_internals import (
-    accumulator_of,
+    find_accumulator,
     is_autocast_enabled,
     is_current_mode,
     is_dual,
@@ -34,9 +34,9 @@ from ngplus._torch_internals import (
 from ngplus.capture.accumulator import Accumulator, Sampling, Statistic
 from ngplus.capture.captured_uses import UNREADABLE, CapturedUses, remove_hooks
 from ngplus.capture.contractions import NoSampleGradient, UnsupportedCall
-from ngplus.capture.expressions import CONSTANTS, Expressions, Source, outputs_of
+from ngplus.capture.expressions import CONSTANTS, Expressions, Source, find_outputs
 from ngplus.capture.function_gradients import parse_function
-from ngplus.capture.function_mode import CaptureMode, FunctionCall, TimeMajor, owner_of
+from ngplus.capture.function_mode import CaptureMode, FunctionCall, TimeMajor, find_owner
 from ngplus.capture.model_calls import ModelCalls, find_counts
 from ngplus.capture.op_handlers import OpCall, find_weights, parse_call
 from ngplus.capture.products import Product
@@ -309,7 +309,7 @@ class Recorder:
             self._model_calls.trace(argument)
             arguments += 1
             argument = unwrap_transformed(argument) if transformed else argument
-            tensor = owner_of(argument)
+            tensor = find_owner(argument)
             owner = id(tensor) if self._whole is None else self._whole.find(tensor)
             if owner in expressions.static:
                 unread = unread or _Unread(find_weights(call))
@@ -361,7 +361,7 @@ class Recorder:
 
     def _identify(self, tensor: Tensor) -> int:
         """The id of the optimizer's parameter that a tensor is, is a view of, or is all of."""
-        owner = owner_of(tensor)
+        owner = find_owner(tensor)
         return id(owner) if self._whole is None else self._whole.find(owner)
 
     def _as_used(self, layer: Layer) -> Layer:
@@ -397,7 +397,7 @@ class Recorder:
             if used:
                 self._record_use(layer, call, argument, unread.weights)
                 return
-            unread.is_view = isinstance(call.output, Tensor) and call.output._base is owner_of(argument)
+            unread.is_view = isinstance(call.output, Tensor) and call.output._base is find_owner(argument)
         except NoSampleGradient as reason:
             self._uses.refuse(layer, call, str(reason))
             return
@@ -454,13 +454,13 @@ class Recorder:
 
     def _is_one_sample(self, layer: Layer, source: Any, size: int) -> bool:
         """Whether a layer gets something free of samples, as positions, that is not as long as the batch."""
-        is_free = isinstance(source, Tensor) and self._expressions.is_free(source, owner_of(source))
+        is_free = isinstance(source, Tensor) and self._expressions.is_free(source, find_owner(source))
         return is_free and size > 1 and not self._model_calls.may_be_samples(layer, size)
 
     def _record_function(self, call: FunctionCall, unread: _Unread) -> None:
         """Await the gradient of the output of a call that no handler reads, for every layer that it carries one to."""
         sources, reasons = unread.sources, unread.reasons
-        carries = any(each.requires_grad for each in outputs_of(call))
+        carries = any(each.requires_grad for each in find_outputs(call))
         if not (carries or is_transformed() or reasons):
             return
         for layer in {source.layer: None for source in sources.values()}:
@@ -503,7 +503,7 @@ class Recorder:
         knows_samples = layer.knows_samples and call.time_major is not None
         if index is not None and knows_samples and (size != 1 or not index.is_one(layer.module)):
             index = None
-        named = index is not None and index.index_of(layer.module) is not None
+        named = index is not None and index.find_index(layer.module) is not None
         told = layer.bare or not op_call.is_read
         followed, is_shared = None, False
         if not named and self._sampling.samples == "batch":
@@ -528,7 +528,7 @@ class Recorder:
                 call=op_call,
                 output_shape=call.output.shape,
                 dtype=dtype,
-                accumulator=accumulator_of(layer.weight),
+                accumulator=find_accumulator(layer.weight),
                 sample_index=index,
                 is_followed=followed is not None,
                 is_shared=is_shared,

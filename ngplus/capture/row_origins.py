@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ngplus.capture.expressions import outputs_of
+from ngplus.capture.expressions import find_outputs
 from ngplus.capture.function_mode import FunctionCall
 from ngplus.capture.op_handlers import OpCall
 
@@ -253,7 +253,7 @@ class RowOrigins(threading.local):
         Those of a tensor that is not followed are along its first dimension, where that alone is as long as the batch.
         A view keeps a dimension's length and stride, which no other has but in copies; there another tensor is viewed.
         """
-        source, outputs = call.args[0], list(outputs_of(call))
+        source, outputs = call.args[0], list(find_outputs(call))
         origin = self.find(source)
         if origin is None:
             first = source.shape[:1], source.stride()[:1]
@@ -289,7 +289,7 @@ class RowOrigins(threading.local):
     def _split(self, call: FunctionCall) -> None:
         """Rows one after the other, where it is their dimension that is split."""
         origin = self.find(call.args[0])
-        pieces = list(outputs_of(call))
+        pieces = list(find_outputs(call))
         if origin is None or sum(each.shape[origin.dim] for each in pieces) != origin.size:
             self._move(call)
             return
@@ -336,7 +336,7 @@ class RowOrigins(threading.local):
     def _keep(self, call: FunctionCall) -> None:
         """Rows stay rows where there are as many as in an argument, along the same dimension."""
         origins = [origin for each in call.tensors if (origin := self.find(each)) is not None]
-        for output in outputs_of(call) if origins else ():
+        for output in find_outputs(call) if origins else ():
             shape = output.shape
             for origin in origins:
                 first = origin.dim if len(shape) == len(origin.shape) else 0
@@ -351,11 +351,11 @@ def _find_picked(call: FunctionCall, source: Tensor) -> Tensor | None:
     function, first = call.function, (0, -source.dim())
     if function in _FLIPPING:
         dims = call.kwargs.get("dims", call.args[1:] or (0,))
-        return torch.arange(len(source), device=source.device).flip(0) if _one_of(first, dims) else None
+        return torch.arange(len(source), device=source.device).flip(0) if _is_one_of(first, dims) else None
     if function in _ROLLING:
         shifts, dims = (_flatten(_argument(call, place, name)) for place, name in ((1, "shifts"), (2, "dims")))
         shift = sum(shift for shift, dim in zip(shifts, dims, strict=False) if dim in first)
-        return torch.arange(len(source), device=source.device).roll(shift) if _one_of(first, dims) else None
+        return torch.arange(len(source), device=source.device).roll(shift) if _is_one_of(first, dims) else None
     dim, index = (_argument(call, place, name) for place, name in ((1, "dim"), (2, "index")))
     if function in _TAKING:
         dim, index = _argument(call, 2, "dim"), _argument(call, 1, "indices")
@@ -381,7 +381,7 @@ def _flatten(numbers: Any) -> list[int]:
     )
 
 
-def _one_of(first: Iterable[int], dims: Any) -> bool:
+def _is_one_of(first: Iterable[int], dims: Any) -> bool:
     """Whether the first dimension is among ``dims``."""
     return not set(first).isdisjoint(_flatten(dims))
 

@@ -75,10 +75,10 @@ class SampleIndex:
 
     def is_one(self, module: str) -> bool:
         """Whether a module's input is one sample, or none of any."""
-        index = self.index_of(module)
+        index = self.find_index(module)
         return index is not None and index.numel() == 1
 
-    def index_of(self, module: str) -> Tensor | None:
+    def find_index(self, module: str) -> Tensor | None:
         """The index for a module's input, if one of the patterns fits its name."""
         return next((index for pattern, index in self.indices.items() if fnmatchcase(module, pattern)), None)
 

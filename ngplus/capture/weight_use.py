@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from ngplus.capture.accumulator import Statistic
-from ngplus.capture.function_mode import FunctionCall, TimeMajor, owner_of
+from ngplus.capture.function_mode import FunctionCall, TimeMajor, find_owner
 from ngplus.capture.op_handlers import OpCall
 from ngplus.capture.sample_index import SampleIndex
 from ngplus.comparison.completeness import Comparison
@@ -24,7 +24,7 @@ from ngplus.tuning import Tuning
 
 def record_versions(call: FunctionCall) -> list[tuple[Tensor, int]]:
     """The arguments of a call that are no parameters, with their versions: in-place operations count them up."""
-    arguments = (each for each in call.tensors if not isinstance(owner_of(each), nn.Parameter))
+    arguments = (each for each in call.tensors if not isinstance(find_owner(each), nn.Parameter))
     return [(each, each._version) for each in arguments if not each.is_inference()]
 
 

@@ -202,7 +202,7 @@ class EigenCurvature(LayerCurvature):
         modes, dtype, device = self.modes(layer), statistics_dtype(layer.weight.dtype), layer.weight.device
         return [torch.zeros(modes.matrix_shape(mode), dtype=dtype, device=device) for mode in modes.kept]
 
-    def _renew_(self, sums: Mapping[Layer, Statistic], damping: Mapping[Layer, float]) -> None:
+    def _update_states_(self, sums: Mapping[Layer, Statistic], damping: Mapping[Layer, float]) -> None:
         requests = {layer: self._requests(layer, statistic) for layer, statistic in sums.items()}
         every = [request for of_layer in requests.values() for request in of_layer]
         if world_size() > 1 and every:

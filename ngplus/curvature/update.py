@@ -45,8 +45,8 @@ class LayerCurvature(CurvatureStore):
         """Scale a process's sums to its curvature matrices, in place."""
 
     @abstractmethod
-    def _renew_(self, sums: Mapping[Layer, Statistic], damping: Mapping[Layer, float]) -> None:
-        """Renew what is kept of some layers.
+    def _update_states_(self, sums: Mapping[Layer, Statistic], damping: Mapping[Layer, float]) -> None:
+        """Update what is kept of some layers.
 
         Args:
             sums: the curvature matrices of each, finite.
@@ -93,7 +93,7 @@ class LayerCurvature(CurvatureStore):
             elsewhere, nonfinite = self._average_over_processes_(layers, sums, unsupported)
         else:
             nonfinite = _find_nonfinite(sums)
-        self._renew_({layer: each for layer, each in sums.items() if layer not in nonfinite}, damping)
+        self._update_states_({layer: each for layer, each in sums.items() if layer not in nonfinite}, damping)
         return nonfinite, elsewhere
 
     def _average_over_processes_(
@@ -162,7 +162,7 @@ class InverseCurvature(LayerCurvature):
         """What is added to the diagonals."""
         return damping
 
-    def _renew_(self, sums: Mapping[Layer, Statistic], damping: Mapping[Layer, float]) -> None:
+    def _update_states_(self, sums: Mapping[Layer, Statistic], damping: Mapping[Layer, float]) -> None:
         requests = {
             layer: self._requests(layer, statistic, damping[layer])
             for layer, statistic in sums.items()
