@@ -160,7 +160,7 @@ def test_rows_that_experts_get_belong_to_their_samples(in_groups):
         model, x = exact, x.double()
     optimizer = oracle.descend(model, lambda m: oracle.energy(m(x, expert)) / 4, damping=0.3)
     assert set(optimizer.curvature) == {"inlet.weight", "w"}
-    assert oracle.error(model, oracle.directions(gradients, 0.3)) <= (1e-5 if in_groups else 1e-10)
+    assert oracle.error(model, oracle.directions(gradients, 0.3)) <= (1e-4 if in_groups else 1e-10)
 
 
 class Bare(nn.Module):
