@@ -172,8 +172,9 @@ def _import_module(place: str, spec: str, where: str) -> ModuleType:
 def _import_file(file: Path, spec: str, where: str) -> ModuleType:
     if not file.is_file():
         raise PluginError(f"{where} = {spec!r}: there is no file {file}")
-    # Under its content's name: the same file is read once, a changed one again.
-    name = f"ngplus_plugin_{hash_file(file)[:16]}"
+    # Under the name of its place and content: the same file is read once; a changed one, or a copy elsewhere, again.
+    place = hashlib.sha256(bytes(file.resolve())).hexdigest()
+    name = f"ngplus_plugin_{place[:8]}_{hash_file(file)[:16]}"
     if name in sys.modules:
         return sys.modules[name]
     description = importlib.util.spec_from_file_location(name, file)

@@ -23,6 +23,13 @@ def make(task):
     return lambda: entry.build({"batch_size": 32}, scale="tiny", data_dir=None)
 
 
+def test_a_copy_of_a_task_has_the_recipes_next_to_it(tmp_path):
+    for folder in ("one", "copy"):
+        write_task("spirals", tmp_path / folder)
+        file = tmp_path / folder / "spirals" / "spirals.py"
+        assert find_task(f"{file}:Spirals").recipes == file.parent / "recipes"
+
+
 def write_changed(folder, old, new):
     """The template's task with something else in it; returns its file."""
     write_task("spirals", folder)
