@@ -16,6 +16,8 @@ settings are searched (`tuning_space`, `sensitivity_grid`). Every value is writt
 A recipe that differs from another scale of the task in some values names that scale, and has these values alone:
 
     extends = { value = "small", source = "this repository: the same task" }
+
+If it names an optimizer in ``[sensitivity]``, it has the grids of that table alone.
 """
 
 import tomllib
@@ -272,6 +274,8 @@ def _read_tables(path: Path) -> dict[str, Any]:
         raise SettingsError(
             f"{path}: {EXTENDS} = {scale!r}: must be a recipe that is whole, and {scale} extends another"
         )
+    if "optimizer" in table.get("sensitivity", {}):  # the grids below are another's
+        below.pop("sensitivity", None)
     return _merge(below, table)
 
 

@@ -182,6 +182,25 @@ lr = { value = 0.5, source = "untuned" }
     assert list_scales("toy", recipes) == ["tiny", "tiny-wide"]
 
 
+GRID = """
+[sensitivity]
+optimizer = {{ value = "{optimizer}", source = "made up" }}
+
+[sensitivity.grids.{name}]
+lr = {{ value = [0.1, 0.2], source = "made up" }}
+"""
+
+
+def test_grids_of_another_optimizer_take_the_place_of_those_that_are_extended(recipes):
+    (recipes / "toy" / "tiny.toml").write_text(toy.RECIPE + GRID.format(optimizer="ngplus", name="below"))
+    extending = 'extends = { value = "tiny", source = "the same task" }\n'
+    write_extending(recipes, extending)
+    assert load_recipe("toy", "tiny-wide").sensitivity == load_recipe("toy", "tiny").sensitivity
+    write_extending(recipes, extending + GRID.format(optimizer="adam", name="own"))
+    found = load_recipe("toy", "tiny-wide").sensitivity
+    assert (found.optimizer, [grid.name for grid in found.grids]) == ("adam", ["own"])
+
+
 @pytest.mark.parametrize(
     ("extends", "message"),
     [
