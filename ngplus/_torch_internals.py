@@ -113,6 +113,16 @@ def unwrap_transformed(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def as_plain(value: Any) -> Any:
+    """A tensor of a class whose functions are those of torch, as monai's ``MetaTensor``, as a `torch.Tensor`.
+
+    Any other value, and a tensor that is more than its elements, such as a nested one or a `DTensor`, as it is.
+    """
+    if not isinstance(value, Tensor) or type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return value
+    return value.as_subclass(Tensor)
+
+
 def find_node(tensor: Tensor) -> Node | None:
     """What made a tensor, or None.
 
@@ -262,6 +272,7 @@ def is_in_fullgraph() -> bool:
 __all__ = [
     "accumulates",
     "announce",
+    "as_plain",
     "at_end_of_backward",
     "backward_pass_number",
     "find_absent",

@@ -391,14 +391,15 @@ def check_ready(model: nn.Module) -> None:
         model: any.
 
     Raises:
-        TypeError: scripted, or wrapped in FullyShardedDataParallel.
+        TypeError: trained parameters in a scripted module, or wrapped in FullyShardedDataParallel.
         ValueError: a parameter without a shape or without memory.
     """
-    if scripted := [name for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]:
-        raise TypeError(
-            f"{scripted[0] or 'the model'} is a torch.jit.ScriptModule, whose function calls cannot be captured: make "
-            "the optimizer of a model that is not scripted"
-        )
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule) and any(each.requires_grad for each in module.parameters()):
+            raise TypeError(
+                f"{name or 'the model'} is a torch.jit.ScriptModule with trained parameters, whose uses cannot be "
+                "captured: make the optimizer of a model that is not scripted"
+            )
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise ValueError(f"{name} has no shape yet: run the model once before making the optimizer")

@@ -205,8 +205,8 @@ class Layer:
 def find_layers(model: nn.Module, batch_dim: int | Mapping[str, int] = 0, *, every_matrix: bool = False) -> list[Layer]:
     """Find the layers of a model that NG+ can precondition, each weight once however many modules share it.
 
-    A complex weight, or one without entries, is no layer. A bias that modules of different weights share is no column
-    of any matrix: its gradient is that of all its uses.
+    A complex weight, one without entries, or one of a scripted module is no layer. A bias that modules of different
+    weights share is no column of any matrix: its gradient is that of all its uses.
 
     Args:
         model: the model.
@@ -216,9 +216,10 @@ def find_layers(model: nn.Module, batch_dim: int | Mapping[str, int] = 0, *, eve
     Returns:
         The layers, in the order of the model's modules.
     """
-    every = [layer for prefix, module in model.named_modules() for layer in _module_layers(prefix, module)]
+    modules = [(prefix, each) for prefix, each in model.named_modules() if not isinstance(each, torch.jit.ScriptModule)]
+    every = [layer for prefix, module in modules for layer in _module_layers(prefix, module)]
     if every_matrix:
-        every += [layer for prefix, module in model.named_modules() for layer in _bare_layers(prefix, module)]
+        every += [layer for prefix, module in modules for layer in _bare_layers(prefix, module)]
     found = [layer for layer in every if _is_matrix(layer.weight)]
     shared = _find_shared_biases(found)
     layers: dict[int, Layer] = {}

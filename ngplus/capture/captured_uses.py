@@ -16,7 +16,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ngplus._torch_internals import accumulates, backward_pass_number, find_accumulator, is_transformed, retains_graph
+from ngplus._torch_internals import (
+    accumulates,
+    as_plain,
+    backward_pass_number,
+    find_accumulator,
+    is_transformed,
+    retains_graph,
+)
 from ngplus.capture.accumulator import Accumulator, Addition, Sampling, Statistic, is_zero
 from ngplus.capture.contractions import UnsupportedCall
 from ngplus.capture.expressions import find_outputs
@@ -258,7 +265,7 @@ class CapturedUses:
         if use.input_was_overwritten():
             raise UnsupportedCall("had its input overwritten in place between forward and backward")
         with torch.no_grad(), without_autocast([gradient.device.type]):
-            index, source = use.sample_index, use.call.source
+            index, source, gradient = use.sample_index, as_plain(use.call.source), as_plain(gradient)
             if isinstance(source, Tensor) and source.is_nested:
                 if index is None and self._sampling.samples == "batch":
                     index = SampleIndex.of_jagged(source)

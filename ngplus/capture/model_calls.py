@@ -70,8 +70,8 @@ SIZES = (
 """The same where a layer sees a batch, and then a part of it, or another batch."""
 
 AXIS = (
-    "gets its samples along another dimension than the model's input, attention or a recurrent layer in the same call; "
-    "set batch_dim to that of this layer's input, 1 for (T, B, C)"
+    "gets its samples along another dimension than the model's input, attention or a recurrent layer in the same call "
+    "or in one that it is computed from; set batch_dim to that of this layer's input, 1 for (T, B, C)"
 )
 """Why a layer is left to the base whose samples the input, or another layer which knows its own, has elsewhere."""
 
@@ -204,6 +204,21 @@ class _Call:
         return self.batches | self.counts | set(self.lengths[layer.batch_dim : layer.batch_dim + 1])
 
 
+@dataclass(eq=False, slots=True)
+class _Axes:
+    """What later calls, computed from a call that has ended, are to know of where its samples are.
+
+    Attributes:
+        batches: the numbers of samples that attention and recurrent layers got.
+        others: sizes of the dimension that holds the samples of no layer, as its samples are found to be elsewhere.
+        leading: each layer whose samples may be along several dimensions, how many it got, and the dimensions.
+    """
+
+    batches: set[int]
+    others: set[int] = field(default_factory=set)
+    leading: list[tuple[Layer, int, Sequence[int]]] = field(default_factory=list)
+
+
 @dataclass
 class _Thread(threading.local):
     """What one thread has called.
@@ -242,6 +257,7 @@ class ModelCalls:
         self._numbers = itertools.count(1)
         self._ancestors: dict[int, set[int]] = {}
         self._sizes: dict[int, set[int]] = {}
+        self._axes: dict[int, _Axes] = {}
         self._roots: dict[int, dict[int, int]] = {}
         self._doubts: dict[tuple[int, Layer], str] = {}
         self._unbatched: set[int] = set()
@@ -269,6 +285,7 @@ class ModelCalls:
         """Forget all calls."""
         self._ancestors = {}
         self._sizes = {}
+        self._axes = {}
         self._roots = {}
         self._doubts = {}
         self._unbatched = set()
@@ -446,7 +463,7 @@ class ModelCalls:
         """Find the layers of which nothing tells what their samples are, by all that a call has done until now."""
         if call.repeats:
             self._find_pieces(call)
-        if call.has_axes:
+        if call.has_axes or call.batches:
             self._find_other_axes(call)
 
     def _find_pieces(self, call: _Call) -> None:
@@ -467,21 +484,39 @@ class ModelCalls:
     def _find_other_axes(self, call: _Call) -> None:
         """Find the layers whose samples are along another dimension than one with as many samples as others got.
 
-        Those of the call's input are along its first dimension, unless the user says otherwise of a layer. What of a
-        bare parameter has another number of samples is doubtful wherever it comes from.
+        Those of the call's input are along its first dimension, unless the user says otherwise of a layer, or attention
+        or a recurrent layer of an earlier call does. What of a bare parameter has another number of samples is doubtful
+        wherever it comes from.
         """
-        before = set().union(*(self._sizes.get(each, ()) for each in self._ancestors.get(call.number, ())))
+        axes = self._axes.setdefault(call.number, _Axes(call.batches))
+        axes.leading = [(layer, size, each.leading) for (layer, size), each in call.uses.items()]
+        ancestors = self._ancestors.get(call.number, set())
+        earlier = {number: self._axes[number] for number in ancestors if number in self._axes}
+        known = call.batches or set().union(*(each.batches for each in earlier.values()))
+        others = {number: each.others for number, each in earlier.items()}
+        before = set().union(*(self._sizes.get(each, set()) - others.get(each, set()) for each in ancestors))
         for (layer, size), each in call.uses.items():
-            batches = (call.batches or (set() if layer.batch_dim else set(call.lengths[:1]))) - {1}
+            batches = (known or (set() if layer.batch_dim else set(call.lengths[:1]))) - {1}
             elsewhere = set() if size in batches else batches
-            if not (layer.batch_dim or size in call.batches | before):
+            if not (layer.batch_dim or size in known | before):
                 elsewhere = elsewhere | (before - {1})
             if not elsewhere.isdisjoint(each.leading):
                 self._doubts[call.number, layer] = AXIS
+                axes.others.add(size)
             elif each.as_many:
                 numbers = call.find_numbers(layer)
                 if numbers - {1} and size not in numbers:
                     self._doubts[call.number, layer] = COUNT
+        if call.batches:
+            for number, of_earlier in earlier.items():
+                self._find_earlier_axes(number, of_earlier, call.batches)
+
+    def _find_earlier_axes(self, number: int, axes: _Axes, batches: set[int]) -> None:
+        """Find the layers of an earlier call whose samples attention or a recurrent layer, later on, has elsewhere."""
+        for layer, size, leading in axes.leading:
+            if not (axes.batches or size in batches or (batches - {1}).isdisjoint(leading)):
+                self._doubts[number, layer] = AXIS
+                axes.others.add(size)
 
     def find_doubt(self, number: int, layer: Layer, size: int, followed: bool) -> str | None:
         """Why nothing tells which samples a use is by.

@@ -419,7 +419,7 @@ class Recorder:
             return
         used = call.passes_gradient_to(bias)
         for layer in layers:
-            awaited = id(layer.weight) in self._awaited
+            awaited = id(layer.weight) in self._awaited and layer.weight.requires_grad
             layer = self._as_used(layer)
             if awaited and layer.trained_bias is not None:
                 unread.add(Source(layer, layer.trained_bias))

@@ -28,7 +28,8 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     parameters = [(each, _version(each), each.detach().clone()) for each in model.parameters()]
     values = [(each, each.detach().clone()) for each in model.buffers()]  # which batch norms change uncounted
-    buffers = [(module, dict(module._buffers), set(module._non_persistent_buffers_set)) for module in model.modules()]
+    in_python = [each for each in model.modules() if not isinstance(each, torch.jit.ScriptModule)]  # others make none
+    buffers = [(module, dict(module._buffers), set(module._non_persistent_buffers_set)) for module in in_python]
     state = random.getstate()
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     for parameter, _ in gradients:

@@ -1,11 +1,13 @@
 """Every argument that cannot be right is refused by name and value, with what is allowed."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from ngplus import NGPlus
+from ngplus import NGPlus, suggest
 from tests.ngplus.cases import seed_cpu
 
 REFUSED = {
@@ -195,6 +197,25 @@ def test_a_scripted_model_or_part_is_refused_by_name():
     for model, name in ((part, "the model"), (nn.Sequential(nn.Linear(2, 3), part), "1")):
         with pytest.raises(TypeError, match=f"^{name} is a torch.jit.ScriptModule"):
             NGPlus(model)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*")
+@pytest.mark.parametrize("options", [{"damping": 0.3}, {"base": torch.optim.Adam, "basis": "eigen"}], ids=str)
+def test_a_scripted_part_without_trained_parameters_is_a_function(options):
+    parts = {"activation": nn.SiLU(), "norm": nn.BatchNorm1d(4, affine=False), "frozen": nn.Linear(4, 4)}
+    parts["frozen"].requires_grad_(requires_grad=False)
+    plain = nn.Sequential(nn.Linear(3, 4), *parts.values(), nn.Linear(4, 2))
+    scripted = nn.Sequential(*[torch.jit.script(m) if m in parts.values() else copy.deepcopy(m) for m in plain])
+    x = torch.randn(8, 3)
+    for model in (plain, scripted):
+        optimizer = NGPlus(model, lr=0.01, update_every=1, **options)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+        assert set(optimizer.curvature) == {"0.weight", "4.weight"}
+    torch.testing.assert_close(scripted[0].weight, plain[0].weight)
+    assert suggest(scripted, lambda: scripted(x).square().mean()).settings["damping"] > 0
 
 
 @pytest.mark.parametrize("kind", [np.float32, torch.tensor])

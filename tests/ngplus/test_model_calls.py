@@ -660,6 +660,40 @@ def test_a_call_that_has_the_samples_of_the_one_before_elsewhere_leaves_its_laye
     assert named_layers(run, model, AXIS) == {"then.weight"}
 
 
+CHAINS = {
+    "recurrent": (nn.LSTM(4, 3), False),
+    "attention": (nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0), False),
+    "draws": (nn.Linear(4, 3), True),
+    "table": (nn.Embedding(9, 4), False),
+}
+
+
+@pytest.mark.parametrize("kind", CHAINS)
+@pytest.mark.parametrize("told", [False, True])
+def test_layers_called_one_by_one_after_one_that_has_the_samples_elsewhere_go_to_the_base(kind, told):
+    """Samples come second, of a sequence, or of several draws for each sample."""
+    first, draws = CHAINS[kind]
+    layers = {"first": copy.deepcopy(first), **({"then": nn.LSTM(4, 4)} if kind == "table" else {})}
+    width = 3 if kind in ("recurrent", "draws") else 4
+    heads = {"head1": nn.Linear(width, 5), "head2": nn.Linear(5, 4), "head3": nn.Linear(4, 2)}
+    model = nn.ModuleDict({**layers, **heads}).double()
+    x = torch.randint(9, (6, 5)) if kind == "table" else points(6, 5, 4)
+    noise = points(6, 5, 3)
+
+    def run(m, which):
+        made = m["first"](x[0, which]) + noise[:, which] if draws else m["first"](x[:, which])
+        made = m["then"](made) if "then" in m else made
+        made = made[0] if isinstance(made, tuple) else made
+        for name in heads:
+            made = m[name](made).tanh()
+        return oracle.energy(made)
+
+    elsewhere = {"table": ["first"], "attention": ["first.linear1", "first.linear2"]}.get(kind, [])
+    names = [*elsewhere, *heads]
+    left = named_layers(run, model, AXIS, **({"batch_dim": dict.fromkeys(names, 1)} if told else {}))
+    assert left == (set() if told else {f"{name}.weight" for name in names})
+
+
 class Pair(nn.Module):
     """Both members of a pair go through one layer, the rows of the second in an order of their own."""
 

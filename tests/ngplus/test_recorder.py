@@ -639,6 +639,48 @@ def test_a_layer_on_the_batch_and_on_constants_goes_to_the_base_where_both_have_
     assert optimizer.curvature == {}
 
 
+FROZEN = {
+    "as it is": None,
+    "apart": lambda layer, x: F.linear(x, layer.weight) + layer.bias,
+    "scaled": lambda layer, x: F.linear(x, layer.weight * 2.0, layer.bias),
+    "merged": lambda layer, x: F.linear(x, layer.weight + layer.B @ layer.A, layer.bias),
+}
+
+
+@pytest.mark.parametrize("use", FROZEN)
+def test_the_bias_of_a_frozen_weight_is_trained_by_the_base(use):
+    """Of adapters, of BitFit, and where the weight is stored in a form of its own."""
+
+    class Frozen(nn.Linear):
+        def __init__(self, *sizes):
+            super().__init__(*sizes)
+            self.weight.requires_grad_(requires_grad=False)
+            if use == "merged":
+                self.A, self.B = nn.Parameter(torch.randn(2, sizes[0])), nn.Parameter(torch.randn(sizes[1], 2))
+
+        def forward(self, x):
+            return super().forward(x) if use == "as it is" else FROZEN[use](self, x)
+
+    seed_cpu(0)
+    model = nn.Sequential(Frozen(6, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+    before = model[0].bias.detach().clone()
+    optimizer = oracle.check(model, points(4, 6))
+    assert set(optimizer.curvature) == {"2.weight"} | ({"0.A", "0.B"} if use == "merged" else set())
+    assert not torch.equal(model[0].bias, before)
+
+
+def test_nothing_is_said_of_the_frozen_weights_of_a_recurrent_layer_whose_biases_are_trained():
+    seed_cpu(0)
+    model = nn.ModuleDict({"body": nn.LSTM(4, 3, batch_first=True), "head": nn.Linear(3, 2)}).double()
+    for name, parameter in model["body"].named_parameters():
+        parameter.requires_grad_(requires_grad="bias" in name)
+    optimizer = NGPlus(model, lr=1e-3, damping=0.3, update_every=1)
+    oracle.energy(model["head"](model["body"](points(5, 3, 4))[0])).backward()
+    with recorded_warnings() as messages:
+        optimizer.step()
+    assert (messages, set(optimizer.curvature)) == ([], {"head.weight"})
+
+
 class Dropping(nn.Module):
     """A linear layer whose weight is dropped out where ``drops`` is set, which no sample's gradient can be told of."""
 
