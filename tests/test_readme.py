@@ -55,6 +55,7 @@ def test_the_tables_of_the_second_round_are_those_of_the_records():
     results = REPOSITORY / "results"
     tasks = listing.tasks_with_runs(results, "small-wide")
     names = {
+        "schnet-matproj": "second round on crystals",
         "schnet-qm9": "second round on molecules",
         "transformer-iwslt14": "second round on sentences",
         "gpt-text": "second round on text",
