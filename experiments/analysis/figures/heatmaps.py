@@ -1,6 +1,7 @@
 """``sensitivity.csv`` as heat maps: one a grid, the best metric of each pair of settings."""
 
 import math
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from experiments.analysis.figures.curves import STYLE, save
 
 # The columns of the file that are no settings.
 _COURSE = ("grid", "ended", "seed", "split", "epochs", "loss")
+_CHARACTERS_PER_INCH = 11  # of the title
 
 
 def draw(csv: Path, title: str, *, higher_is_better: bool) -> tuple[Path, Path]:
@@ -38,7 +40,7 @@ def figure(table: pd.DataFrame, title: str, *, higher_is_better: bool) -> Figure
     maps = [heat_map(own) for _, own in table.groupby("grid", sort=False)]
     made = Figure(figsize=(max(4.5, 3.4 * len(maps)), 3.4), layout="constrained")
     FigureCanvasAgg(made)
-    made.suptitle(title, fontsize=11)
+    made.suptitle(textwrap.fill(title, round(_CHARACTERS_PER_INCH * made.get_figwidth())), fontsize=11)
     axes = made.subplots(1, len(maps), squeeze=False)[0]
     values = np.concatenate([each.best.ravel() for each in maps])
     colours = Normalize(*colour_range(values))

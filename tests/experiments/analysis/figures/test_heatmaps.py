@@ -49,6 +49,14 @@ def test_the_better_cell_is_darker_and_a_cell_says_its_value_or_that_it_diverged
     assert image.norm.vmin == 0.55
 
 
+def test_a_long_title_is_no_wider_than_the_figure(csv):
+    made = figure(pd.read_csv(csv).iloc[:3], "a long title of many words, " * 5, higher_is_better=True)
+    made.canvas.draw()
+    extent = made._suptitle.get_window_extent()
+    assert extent.x0 >= 0
+    assert extent.x1 <= made.bbox.width
+
+
 def test_the_same_file_gives_the_same_bytes(csv):
     first = [path.read_bytes() for path in draw(csv, "title", higher_is_better=True)]
     assert [path.read_bytes() for path in draw(csv, "title", higher_is_better=True)] == first
