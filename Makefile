@@ -49,6 +49,7 @@ FETCH_dlrm_small := flights
 FETCH_gpt_small := django-docs
 # Its runs use both threads themselves.
 TRAIN_resnet50 := run
+SOLVERS := ngplus-blocks ngplus-dense ngplus-low-rank ngplus-sketched
 BENCHES := curvature schnet-loading criteo estimate
 BENCH_curvature := bench.curvature_step
 BENCH_schnet-loading := bench.loading.schnet_loading
@@ -101,13 +102,18 @@ data-iwslt14: $(STAMP)  ## make IWSLT14 ready: RAW=de-en.tgz, its folder, or one
 	$(PYTHON) -m experiments.tasks.transformer.iwslt14_archive $(RAW)
 
 bench: $(STAMP)  ## what a step costs under each optimizer, on the four models
-	$(PYTHON) -m experiments.bench.steps
+	$(PYTHON) -m experiments.bench.steps --model resnet50 --rounds 3 --also $(SOLVERS)
 	$(PYTHON) -m experiments.bench.steps --model resnet50-32 --optimizer ngplus
+	$(PYTHON) -m experiments.bench.steps --model schnet
+	$(PYTHON) -m experiments.bench.steps --model transformer --rounds 2
+	$(PYTHON) -m experiments.bench.steps --model dlrm --rounds 12 --also ngplus-adagrad-32-samples
 	$(PYTHON) -m experiments.bench.steps --model dlrm-sparse --optimizer adagrad ngplus-adagrad ngplus-adagrad-32-samples --rounds 60
 	OMP_NUM_THREADS=1 $(PYTHON) -m experiments.bench.steps --model gpt --rounds 9 --optimizer adamw ngplus-adamw ngplus-adamw-batch muon "kfac (ngplus.baselines)" "soap (pytorch-optimizer)" "shampoo (pytorch-optimizer)"
 	$(PYTHON) -m experiments.bench.rows
 	$(PYTHON) -m experiments.bench.convolution_memory
 	$(PYTHON) -m experiments.bench.own_work
+	$(PYTHON) -m experiments.bench.own_work --model linear-8 --optimizer sgd-foreach sgd ngplus --intervals 20
+	$(PYTHON) -m experiments.bench.own_work --model linear-64 --optimizer sgd-foreach sgd ngplus --intervals 50
 	$(PYTHON) -m experiments.bench.cost_chart
 
 ## bench-NAME: curvature, schnet-loading, criteo (reading its log), estimate (is it right?)

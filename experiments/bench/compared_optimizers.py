@@ -128,6 +128,7 @@ def _own_kfac(workload: Workload, interval: int) -> Candidate:
 
 CANDIDATES: dict[str, Callable[[Workload, int], Candidate]] = {
     "sgd": partial(_torch, cls=torch.optim.SGD, momentum=0.9),
+    "sgd-foreach": partial(_torch, cls=torch.optim.SGD, momentum=0.9, foreach=True),
     "adam": partial(_torch, cls=torch.optim.Adam),
     "adagrad": partial(_torch, cls=torch.optim.Adagrad),
     "adamw": partial(_torch, cls=torch.optim.AdamW),

@@ -2,10 +2,13 @@
 
 Where methods differ by less than one step does from the next, as on SchNet, `experiments.bench.steps` cannot tell them
 apart. Here the seconds inside ``optimizer.step`` are added up over whole intervals, and those that NG+ and this
-repository's K-FAC spend on curvature in the forward and backward pass.
+repository's K-FAC spend on curvature in the forward and backward pass. The call of ``optimizer.step`` that refreshes is
+told from plain ones by its time: in each interval it is the longest. Ratios are taken within an interval, to the first
+optimizer's; medians over intervals are reported, with the least and the greatest.
 """
 
 import argparse
+import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +18,7 @@ import pandas as pd
 import torch
 
 from experiments.bench.compared_optimizers import CANDIDATES, Candidate, Unsupported
-from experiments.bench.steps import EQUAL_INTERVAL, synchronize
+from experiments.bench.steps import EQUAL_INTERVAL, show_ratios, summarise_ratios, synchronize
 from experiments.bench.workloads import WORKLOADS
 from experiments.records.provenance import device_name
 
@@ -37,7 +40,8 @@ def compare(model: str, names: Sequence[str], *, intervals: int, device: str) ->
 
     Args:
         model: of `WORKLOADS`.
-        names: of `CANDIDATES`; each has its own copy of the model, and they make their steps in turn.
+        names: of `CANDIDATES`; each has its own copy of the model, and they make their steps in turn. Ratios are to
+            the first.
         intervals: 1 or more.
         device: where.
 
@@ -59,12 +63,27 @@ def compare(model: str, names: Sequence[str], *, intervals: int, device: str) ->
         for candidate in candidates.values():
             candidate.step()
     steps = intervals * EQUAL_INTERVAL
+    plain = {name: _plain_steps(each) for name, each in seconds.items()}
     rows = []
     for name, candidate in candidates.items():
         inside, outside = sum(seconds[name]) / steps, (_outside(candidate) - before[name]) / steps
-        rows.append({"optimizer": name, "step_s": inside, "outside_s": outside, "own_s": inside + outside})
+        row: dict[str, Any] = {"optimizer": name, "step_s": inside, "outside_s": outside, "own_s": inside + outside}
+        ratios = [own / first for own, first in zip(plain[name], plain[names[0]], strict=True)]
+        refreshes = [max(each) / own for each, own in zip(_intervals(seconds[name]), plain[name], strict=True)]
+        rows.append(
+            row | summarise_ratios(f"plain_over_{names[0]}", ratios) | summarise_ratios("refresh_over_plain", refreshes)
+        )
     fixed = {"model": workload.name, "device": device_name(device), "threads": torch.get_num_threads()}
     return pd.DataFrame(rows).assign(interval=EQUAL_INTERVAL, steps=steps, **fixed)
+
+
+def _intervals(seconds: Sequence[float]) -> list[Sequence[float]]:
+    return [seconds[start : start + EQUAL_INTERVAL] for start in range(0, len(seconds), EQUAL_INTERVAL)]
+
+
+def _plain_steps(seconds: Sequence[float]) -> list[float]:
+    """Of each interval, the median of all calls but the longest."""
+    return [statistics.median(sorted(each)[:-1]) for each in _intervals(seconds)]
 
 
 def _record(candidate: Candidate, seconds: list[float], device: str) -> None:
@@ -104,7 +123,7 @@ def main() -> None:
         parser.error(f"{arguments.model} is not for all of {', '.join(arguments.optimizer)}: {reason}")
     arguments.out.mkdir(parents=True, exist_ok=True)
     frame.to_csv(arguments.out / f"own-work-{arguments.model}-{arguments.device.split(':')[0]}.csv", index=False)
-    print(frame.round(4).to_string(index=False))
+    print(show_ratios(frame))
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ optimizer after the other, and refreshes its preconditioner once in a turn; the 
 finds the memory as another optimizer left it (on a DLRM that is worth a tenth of a step). Plain steps are those before
 the refresh step; what the steps just after it take more than they, since it empties the caches, is a part of what a
 refresh costs. A step at interval 𝒯 then costs ((𝒯 − 1)·plain + refresh)/𝒯. Ratios are taken within a round, to the
-plain step of SGD (or Adam) of the same round, and their medians over rounds are reported. What is stopped keeps the
-rounds that were whole.
+plain step of SGD (or Adam) of the same round; their medians over rounds are reported, and the least and the greatest
+beside them. What is stopped keeps the rounds that were whole.
 """
 
 import argparse
@@ -27,6 +27,21 @@ from experiments.records.provenance import device_name
 EQUAL_INTERVAL = 10
 REFERENCES = ("sgd", "adam", "adagrad", "adamw")
 FOUR_MODELS = ["resnet50", "schnet", "transformer", "dlrm"]
+COMPARED = [
+    "sgd",
+    "adam",
+    "adagrad",
+    "muon",
+    "ngplus",
+    "ngplus-adam",
+    "ngplus-adagrad",
+    "ngplus-eigen",
+    "ngplus-eigen-short",
+    "kfac (asdfghjkl)",
+    "kfac (ngplus.baselines)",
+    "shampoo (pytorch-optimizer)",
+    "soap (pytorch-optimizer)",
+]
 
 
 def compare(model: str, names: Iterable[str], *, rounds: int, device: str, memory: bool) -> Iterator[pd.DataFrame]:
@@ -137,13 +152,14 @@ def _row(
         "renewing_step_s": statistics.median(refresh for refresh, _ in values),
         "plain_step_s": statistics.median(plain for _, plain in values),
     }
-    for interval, label in ((workload.interval, "usual"), (EQUAL_INTERVAL, f"every_{EQUAL_INTERVAL}")):
+    intervals = {"usual": workload.interval, f"every_{EQUAL_INTERVAL}": EQUAL_INTERVAL, "every_1": 1}
+    for label, interval in intervals.items():
         for reference in REFERENCES:
             if reference not in seconds:
                 continue
             base = [plain for _, plain in seconds[reference][1:]]
             ratios = [_mean_at_interval(pair, interval) / other for pair, other in zip(values, base, strict=True)]
-            row[f"{label}_over_{reference}"] = statistics.median(ratios)
+            row |= summarise_ratios(f"{label}_over_{reference}", ratios)
     if hasattr(candidate.optimizer, "times"):
         steps = 2 + workload.turn * (len(values) + 1)
         refreshes = math.ceil(steps / workload.turn)
@@ -151,6 +167,27 @@ def _row(
         row |= {"curvature_s": times.curvature / refreshes, "inverse_s": times.inverse / refreshes}
         row |= {"apply_s": times.apply / steps}
     return row
+
+
+def summarise_ratios(name: str, ratios: Sequence[float]) -> dict[str, float]:
+    """Median of the ratios of all rounds, and the least and the greatest of them."""
+    return {name: statistics.median(ratios), f"{name}_low": min(ratios), f"{name}_high": max(ratios)}
+
+
+def show_ratios(frame: pd.DataFrame) -> str:
+    """A table to print, with the spread of each ratio in its own cell: ``1.20 [1.18, 1.25]``.
+
+    Args:
+        frame: has columns as `summarise_ratios` names them, and others, which stay as they are.
+
+    Returns:
+        The table's lines.
+    """
+    shown = frame.copy()
+    for name in [name.removesuffix("_low") for name in frame.columns if name.endswith("_low")]:
+        spread = zip(shown[name], shown.pop(f"{name}_low"), shown.pop(f"{name}_high"), strict=True)
+        shown[name] = ["" if pd.isna(ratio) else f"{ratio:.2f} [{low:.2f}, {high:.2f}]" for ratio, low, high in spread]
+    return shown.round(4).to_string(index=False, na_rep="")
 
 
 def _mean_at_interval(pair: tuple[float, float], interval: int) -> float:
@@ -163,7 +200,8 @@ def main() -> None:
     """Measure, print and write ``results/bench/steps-<model>.csv``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", nargs="+", choices=list(WORKLOADS), default=FOUR_MODELS)
-    parser.add_argument("--optimizer", nargs="+", choices=list(CANDIDATES), default=list(CANDIDATES))
+    parser.add_argument("--optimizer", nargs="+", choices=list(CANDIDATES), default=COMPARED)
+    parser.add_argument("--also", nargs="+", choices=list(CANDIDATES), default=[], help="in addition to --optimizer")
     parser.add_argument("--rounds", type=int, default=5, help="1 or more; each is written when it is done")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-memory", action="store_true", help="leave out peak memory, which takes a process each")
@@ -172,7 +210,7 @@ def main() -> None:
     if arguments.rounds < 1:
         parser.error(f"--rounds {arguments.rounds}: must be 1 or more")
     arguments.out.mkdir(parents=True, exist_ok=True)
-    names = list(dict.fromkeys(["sgd", "adam", *arguments.optimizer]))
+    names = list(dict.fromkeys(["sgd", "adam", *arguments.optimizer, *arguments.also]))
     for model in arguments.model:
         path = arguments.out / f"steps-{model}-{arguments.device.split(':')[0]}.csv"
         measured = compare(
@@ -180,7 +218,7 @@ def main() -> None:
         )
         for frame in measured:
             frame.to_csv(path, index=False)
-        print(frame.round(4).to_string(index=False), end="\n\n", flush=True)
+        print(show_ratios(frame), end="\n\n", flush=True)
 
 
 if __name__ == "__main__":

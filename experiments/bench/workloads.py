@@ -223,6 +223,18 @@ def convolutions(
     )
 
 
+def linear_layers(device: str, *, layers: int, width: int, batch: int = 32) -> Workload:
+    """Square linear layers one after another: what a step costs that has little to compute and much to call."""
+    return Workload(
+        name=f"{layers:,} linear layers {width} × {width}, batch {batch}",
+        model=nn.Sequential(*(nn.Linear(width, width) for _ in range(layers))).to(device),
+        inputs=(torch.randn(batch, width, device=device),),
+        loss=lambda output: output.square().mean(),
+        interval=200,
+        turn=12,
+    )
+
+
 _CONVOLUTIONS: dict[str, dict[str, Any]] = {
     "conv1d": {"size": (2**18,), "channels": 16, "kernel": 9},
     "conv2d": {"size": (512, 512), "channels": 32},
@@ -240,6 +252,8 @@ WORKLOADS: dict[str, Callable[[str], Workload]] = {
     "fairseq": fairseq,
     "gpt": gpt,
     "dlrm": dlrm,
+    "linear-8": partial(linear_layers, layers=2000, width=8),
+    "linear-64": partial(linear_layers, layers=100, width=64),
     "dlrm-sparse": lambda device: dlrm(device, sparse=True),
     **{name: partial(convolutions, **shape) for name, shape in _CONVOLUTIONS.items()},
     **{f"{name}-rows": partial(convolutions, **shape, samples="rows") for name, shape in _CONVOLUTIONS.items()},

@@ -2,7 +2,7 @@ import pytest
 
 from experiments.bench import own_work
 from experiments.bench.steps import EQUAL_INTERVAL
-from experiments.bench.workloads import WORKLOADS, dlrm
+from experiments.bench.workloads import WORKLOADS, dlrm, linear_layers
 
 
 def test_seconds_inside_step_and_of_curvature_outside_of_it(monkeypatch):
@@ -17,7 +17,20 @@ def test_seconds_inside_step_and_of_curvature_outside_of_it(monkeypatch):
     assert frame.step_s["sgd"] == 1
     assert (frame.outside_s[names[1:]] > 0).all()
     assert (frame.step_s[names[1:]] > 1).all()
+    assert frame.plain_over_sgd["sgd"] == frame.refresh_over_plain["sgd"] == 1
+    assert (frame.refresh_over_plain[names[1:]] > 1).all()
     assert frame.own_s.tolist() == pytest.approx((frame.step_s + frame.outside_s).tolist())
+
+
+def test_the_refresh_is_the_longest_call_of_each_interval():
+    seconds = [9.0, *[2.0] * 8, 1.0, 7.0, *[3.0] * 9]
+    assert own_work._plain_steps(seconds) == [2.0, 3.0]
+
+
+def test_many_small_layers_make_a_step():
+    candidate = own_work.CANDIDATES["ngplus"](linear_layers("cpu", layers=3, width=4, batch=2), 10)
+    candidate.step()
+    assert sorted(candidate.optimizer.curvature) == ["0.weight", "1.weight", "2.weight"]
 
 
 def test_the_command_writes_a_row_for_each_optimizer(monkeypatch, tmp_path, capsys):

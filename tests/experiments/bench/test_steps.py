@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from experiments.bench import steps
-from experiments.bench.steps import compare, split_refresh
+from experiments.bench.steps import compare, show_ratios, split_refresh
 from experiments.bench.workloads import WORKLOADS, Workload, dlrm
 
 
@@ -31,16 +31,20 @@ def test_one_slow_turn_does_not_move_the_refresh():
 def test_ratios_are_to_the_reference_of_the_same_round(monkeypatch):
     """On a clock that is read twice a step and says how long each step took."""
     monkeypatch.setitem(WORKLOADS, "dlrm", lambda device: replace(dlrm(device, batch=4, largest=50), turn=4))
-    costs = iter([3.0, 1.0, 1.0, 1.0, 4.0, 8.0, 2.5, 2.0] * 3)
+    costs = iter([3.0, 1.0, 1.0, 1.0, 4.0, 8.0, 2.5, 2.0] * 2 + [3.0, 1.0, 1.0, 1.0, 4.0, 9.0, 2.5, 2.0])
     monkeypatch.setattr(steps, "_seconds", lambda candidate, device: next(costs))
     first, frame = compare("dlrm", ["sgd", "ngplus"], rounds=2, device="cpu", memory=False)
     assert [set(first.rounds), set(frame.rounds)] == [{1}, {2}]
     assert isinstance(frame, pd.DataFrame)
     frame = frame.set_index("optimizer")
     assert frame.plain_step_s.to_dict() == {"sgd": 1.0, "ngplus": 2.0}
-    assert frame.renewing_step_s["ngplus"] == 8.5
-    assert frame.usual_over_sgd["ngplus"] == pytest.approx((199 * 2.0 + 8.5) / 200)
-    assert frame.every_10_over_sgd["ngplus"] == pytest.approx((9 * 2.0 + 8.5) / 10)
+    assert frame.renewing_step_s["ngplus"] == 9.0
+    assert frame.usual_over_sgd["ngplus"] == pytest.approx((199 * 2.0 + 9.0) / 200)
+    assert frame.every_10_over_sgd["ngplus"] == pytest.approx((9 * 2.0 + 9.0) / 10)
+    assert frame.every_1_over_sgd["ngplus"] == pytest.approx(9.0)
+    assert frame.every_1_over_sgd_low["ngplus"] == pytest.approx(8.5)
+    assert frame.every_1_over_sgd_high["ngplus"] == pytest.approx(9.5)
+    assert "9.00 [8.50, 9.50]" in show_ratios(frame.reset_index())
 
 
 def test_the_decoders_steps_are_compared_with_adamws(monkeypatch):
