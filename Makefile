@@ -112,8 +112,8 @@ bench: $(STAMP)  ## what a step costs under each optimizer, on the four models
 	$(PYTHON) -m experiments.bench.rows
 	$(PYTHON) -m experiments.bench.convolution_memory
 	$(PYTHON) -m experiments.bench.own_work
-	$(PYTHON) -m experiments.bench.own_work --model linear-8 --optimizer sgd-foreach sgd ngplus --intervals 20
-	$(PYTHON) -m experiments.bench.own_work --model linear-64 --optimizer sgd-foreach sgd ngplus --intervals 50
+	$(PYTHON) -m experiments.bench.own_work --model linear-8 --optimizer sgd-foreach sgd ngplus ngplus-foreach --intervals 20
+	$(PYTHON) -m experiments.bench.own_work --model linear-64 --optimizer sgd-foreach sgd ngplus ngplus-foreach --intervals 50
 	$(PYTHON) -m experiments.bench.cost_chart
 
 ## bench-NAME: curvature, schnet-loading, criteo (reading its log), estimate (is it right?)

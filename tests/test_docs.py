@@ -47,6 +47,8 @@ STEPS = {
     "NG+ on SGD": "ngplus",
     "NG+ on Adam": "ngplus-adam",
     "NG+ on AdaGrad": "ngplus-adagrad",
+    "NG+ in its eigenbasis, one side": "ngplus-eigen-short",
+    "NG+ in its eigenbasis, both sides": "ngplus-eigen",
     "Adam": "adam",
     "AdaGrad": "adagrad",
     "Muon": "muon",

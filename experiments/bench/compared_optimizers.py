@@ -134,6 +134,7 @@ CANDIDATES: dict[str, Callable[[Workload, int], Candidate]] = {
     "adamw": partial(_torch, cls=torch.optim.AdamW),
     "muon": _muon,
     "ngplus": partial(_ngplus, base=torch.optim.SGD),
+    "ngplus-foreach": partial(_ngplus, base=torch.optim.SGD, foreach=True),
     "ngplus-adam": partial(_ngplus, base=torch.optim.Adam),
     "ngplus-adagrad": partial(_ngplus, base=torch.optim.Adagrad),
     "ngplus-adamw": partial(_ngplus, base=torch.optim.AdamW),

@@ -16,6 +16,8 @@ from experiments.bench.steps import EQUAL_INTERVAL, FOUR_MODELS
 SHOWN = {
     "ngplus": "NG+ on SGD",
     "ngplus-adam": "NG+ on Adam",
+    "ngplus-eigen-short": "NG+ in its eigenbasis, one side",
+    "ngplus-eigen": "NG+ in its eigenbasis, both sides",
     "muon": "Muon",
     "kfac (asdfghjkl)": "K-FAC (asdfghjkl)",
     "kfac (ngplus.baselines)": "K-FAC (this repository)",
@@ -42,7 +44,7 @@ def draw(folder: Path, device: str) -> Path:
     frames = [pd.read_csv(path) for path in paths if path.exists()]
     if not frames:
         raise FileNotFoundError(f"{folder}: no steps-<model>-{device}.csv there; `make bench` makes them")
-    with figure(folder, f"steps-{device}", (8.0, 4.0)) as drawn:
+    with figure(folder, f"steps-{device}", (9.0, 4.4)) as drawn:
         for axes, frame in zip(drawn.subplots(-(-len(frames) // 2), 2).flat, frames, strict=False):
             _bars(axes, frame)
     return folder / f"steps-{device}.png"
