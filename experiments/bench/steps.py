@@ -170,7 +170,15 @@ def _row(
 
 
 def summarise_ratios(name: str, ratios: Sequence[float]) -> dict[str, float]:
-    """Median of the ratios of all rounds, and the least and the greatest of them."""
+    """Summarise the ratios of all rounds.
+
+    Args:
+        name: what the ratio is called.
+        ratios: one a round.
+
+    Returns:
+        The median under ``name``, the least and the greatest under ``name_low`` and ``name_high``.
+    """
     return {name: statistics.median(ratios), f"{name}_low": min(ratios), f"{name}_high": max(ratios)}
 
 
