@@ -69,7 +69,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/bench"))
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
-    print(draw(arguments.out, arguments.device))
+    try:
+        print(draw(arguments.out, arguments.device))
+    except FileNotFoundError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

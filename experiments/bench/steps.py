@@ -5,8 +5,9 @@ optimizer after the other, and refreshes its preconditioner once in a turn; the 
 finds the memory as another optimizer left it (on a DLRM that is worth a tenth of a step). Plain steps are those before
 the refresh step; what the steps just after it take more than they, since it empties the caches, is a part of what a
 refresh costs. A step at interval 𝒯 then costs ((𝒯 − 1)·plain + refresh)/𝒯. Ratios are taken within a round, to the
-plain step of SGD (or Adam) of the same round; their medians over rounds are reported, and the least and the greatest
-beside them. What is stopped keeps the rounds that were whole.
+plain step of each of `REFERENCES` of the same round; their medians over rounds are reported, and the least and the
+greatest beside them. An optimizer that refreshes nothing has the noise of its slowest place at 𝒯 = 1, which on steps of
+milliseconds can be anything. What is stopped keeps the rounds that were whole.
 """
 
 import argparse
@@ -208,7 +209,9 @@ def main() -> None:
     """Measure, print and write ``results/bench/steps-<model>.csv``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", nargs="+", choices=list(WORKLOADS), default=FOUR_MODELS)
-    parser.add_argument("--optimizer", nargs="+", choices=list(CANDIDATES), default=COMPARED)
+    parser.add_argument(
+        "--optimizer", nargs="+", choices=list(CANDIDATES), default=COMPARED, help="besides SGD and Adam"
+    )
     parser.add_argument("--also", nargs="+", choices=list(CANDIDATES), default=[], help="in addition to --optimizer")
     parser.add_argument("--rounds", type=int, default=5, help="1 or more; each is written when it is done")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

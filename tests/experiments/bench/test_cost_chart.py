@@ -20,3 +20,10 @@ def test_every_model_that_was_measured_is_drawn(tmp_path):
 def test_nothing_measured_is_said(tmp_path):
     with pytest.raises(FileNotFoundError, match="make bench"):
         cost_chart.draw(tmp_path, "cuda")
+
+
+def test_the_command_says_it_without_a_traceback(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["cost_chart", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        cost_chart.main()
+    assert f"{tmp_path}: no steps-<model>-cpu.csv there; `make bench` makes them" in capsys.readouterr().err
