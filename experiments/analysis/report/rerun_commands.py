@@ -22,6 +22,7 @@ _BENCHES = {
     "estimate-resnet50-paper": f"{_ESTIMATE} --csv results/bench/estimate-resnet50-paper-cpu.csv",
     "estimate": "make bench-estimate",
     "schnet-loading": "make bench-schnet-loading",
+    "steps-fairseq": "python -m experiments.bench.steps --model fairseq --optimizer ngplus-adam --no-memory",
 }
 _THEORY = {"figure1": "make reproduce-figure1", "costs": "python -m experiments.theory.costs"}
 

@@ -31,7 +31,7 @@ def section(results: ResultsFolder) -> Section:
         blocks.append(
             Figure(
                 id="costs-steps",
-                caption="A step when every method renews its preconditioner every 10 steps, over a step of SGD",
+                caption="A step when every method updates its preconditioner every 10 steps, over a step of SGD",
                 charts=charts,
                 rerun=("make bench",),
             )
@@ -77,7 +77,7 @@ def _spec(table: pd.DataFrame, summary: str) -> dict[str, Any]:
         for name, ratio in zip(map(str, table["optimizer"]), table[EQUAL], strict=True)
     ]
     base = alt.Chart(alt.Data(values=rows)).encode(
-        x=alt.X("ratio:Q", title="step over SGD's", scale=alt.Scale(domainMin=0, padding=28)),
+        x=alt.X("ratio:Q", title="step over SGD's", scale=alt.Scale(domain=[0, 1.2 * float(table[EQUAL].max())])),
         y=alt.Y("optimizer:N", sort=names, title=None, axis=alt.Axis(grid=False, labelLimit=150)),
     )
     bars = base.mark_bar().encode(
