@@ -19,6 +19,7 @@ from torch import Tensor
 from ngplus._torch_internals import (
     accumulates,
     as_plain,
+    at_end_of_backward,
     backward_pass_number,
     find_accumulator,
     is_transformed,
@@ -66,6 +67,18 @@ CHANGED = (
 )
 """Why a layer is left to the base whose accumulated gradient was scaled or clipped before all of it was there."""
 
+OVERWRITTEN = (
+    "had an input, or the gradient of an output, overwritten in place before all uses by the same samples were there; "
+    "overwrite it after the last backward pass of the model's call"
+)
+"""Why a layer is left to the base of whose uses some were captured and gone when the last of them came."""
+
+_NO_PASS = -1
+"""`backward_pass_number` where no backward pass is running: on the step."""
+
+_TOLD = DOUBTS | {CHANGED, OVERWRITTEN}
+"""Reasons that say what is to be done."""
+
 UNREADABLE = (RuntimeError, NotImplementedError, TypeError, IndexError, AttributeError)
 """What a handler may raise of a layout or a dtype that it does not expect; it must not end the backward pass."""
 
@@ -107,6 +120,8 @@ class CapturedUses:
         self._hooked: set[tuple[Layer, int]] = set()
         self._random = random.Random(0)
         self._doubted: set[Layer] = set()
+        self._waiting: list[LayerRecord] = []
+        self._ending = _NO_PASS
         self.weight_hooks: list[WeightHook] = []
 
     def discard(self) -> None:
@@ -117,6 +132,7 @@ class CapturedUses:
     def clear(self) -> None:
         """Forget everything, and leave the weights as they were."""
         self._records = {}
+        self._waiting = []
         remove_hooks(self.weight_hooks)
         self._hooked = set()
 
@@ -249,8 +265,9 @@ class CapturedUses:
             if self._sampling.samples == "batch" and self._sampling.model_calls == "separate":
                 _check_order({each.use.inside for each in captured})
             awaited = self._is_awaited(record, use)
-            waits = len(record.captured) == 1 and self._accumulator.waits(record.captured[0].pair)
-            if not (awaited or waits):
+            if not awaited and len(record.captured) == 1 and self._accumulator.waits(record.captured[0].pair):
+                self._await_end_of_pass(record)
+            elif not awaited:
                 self._reduce(record, captured)
         except UnsupportedCall as reason:
             record.unsupported = str(reason)
@@ -259,10 +276,25 @@ class CapturedUses:
         except UNREADABLE as error:
             record.unsupported = f"could not be read ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
         finally:
-            use.release()
+            use.call.release()
+            if not any(each.use is use for each in record.captured):
+                use.forget_versions()
+
+    def _await_end_of_pass(self, record: LayerRecord) -> None:
+        """Sum a small use with others at the end of the backward pass: what it is on may be overwritten after that."""
+        self._waiting.append(record)
+        number = backward_pass_number()
+        if number not in (_NO_PASS, self._ending):
+            self._ending = number
+            at_end_of_backward(partial(_end_pass, weakref.ref(self)))
+
+    def end_pass(self) -> None:
+        """Sum the small uses that a backward pass has captured."""
+        waiting, self._waiting = self._waiting, []
+        self._reduce_all([r for r in waiting if len(r.captured) == 1 and not self._is_awaited(r, r.captured[0].use)])
 
     def _capture(self, record: LayerRecord, use: WeightUse, gradient: Tensor) -> None:
-        if use.input_was_overwritten():
+        if use.was_overwritten():
             raise UnsupportedCall("had its input overwritten in place between forward and backward")
         with torch.no_grad(), without_autocast([gradient.device.type]):
             index, source, gradient = use.sample_index, as_plain(use.call.source), as_plain(gradient)
@@ -277,6 +309,7 @@ class CapturedUses:
                 doubt = self._model_calls.find_doubt(use.model_call, record.layer, use.size, use.is_followed)
                 if doubt is not None:
                     raise UnsupportedCall(doubt)
+            use.watch(gradient)
             for pair, rows in pairs:
                 record.compare_use(pair, use.dtype, self._tuning)
                 if index is not None and numbers is not None:
@@ -359,18 +392,32 @@ class CapturedUses:
     def _reduce(self, record: LayerRecord, captured: Sequence[CapturedPair]) -> None:
         """Sum the samples of ``captured``, which are among the record's."""
         record.captured = [each for each in record.captured if each not in captured]
+        self._check_overwritten(record, captured)
         if captured and record.unsupported is None:
-            of_batch = (each.use for each in captured if not (each.is_apart or each.use.is_shared))
-            record.summed.update((use.model_call, use.size) for use in of_batch)
+            self._note_summed(record, captured)
             self._add_(record, self._find_additions(record, captured))
+
+    def _note_summed(self, record: LayerRecord, captured: Sequence[CapturedPair]) -> None:
+        """Note which samples have been summed."""
+        of_batch = (each.use for each in captured if not (each.is_apart or each.use.is_shared))
+        record.summed.update((use.model_call, use.size) for use in of_batch)
+
+    def _check_overwritten(self, record: LayerRecord, captured: Sequence[CapturedPair]) -> None:
+        """Leave a layer to the base whose factors have been changed in place since they were captured."""
+        if record.unsupported is None and any(each.use.was_overwritten() for each in captured):
+            record.unsupported = OVERWRITTEN
+        for each in captured:
+            each.use.forget_versions()
 
     def _reduce_all(self, records: Iterable[LayerRecord]) -> None:
         """Sum all that is captured, small layers together."""
         additions: dict[LayerRecord, list[Addition]] = {}
         for record in records:
-            if record.captured and record.unsupported is None:
-                additions[record] = self._find_additions(record, record.captured)
-            record.captured = []
+            captured, record.captured = record.captured, []
+            self._check_overwritten(record, captured)
+            if captured and record.unsupported is None:
+                self._note_summed(record, captured)
+                additions[record] = self._find_additions(record, captured)
         single = [each[0] for each in additions.values() if len(each) == 1]
         with torch.no_grad(), without_autocast({each.layer.weight.device.type for each in single}):
             left = set(map(id, self._accumulator.add_together_(single))) if single else set()
@@ -415,7 +462,7 @@ class CapturedUses:
                 self._finish(record, use)
         self._reduce_all(records.values())
         unsupported = {
-            layer: reason if reason in DOUBTS or reason == CHANGED else f"{reason}, {self._accumulator.missing}"
+            layer: reason if reason in _TOLD else f"{reason}, {self._accumulator.missing}"
             for layer, record in records.items()
             if (reason := record.unsupported) is not None and (self._whole is not None or record.has_gradient)
         }
@@ -462,6 +509,12 @@ def _receive_refused(
 ) -> None:
     if (alive := uses()) is not None and any(gradient is not None for gradient in gradients):
         alive.receive_refused(layer, reason)
+
+
+def _end_pass(uses: weakref.ref[CapturedUses]) -> None:
+    if (alive := uses()) is not None:
+        with alive._stopwatch.measure("curvature"):
+            alive.end_pass()
 
 
 def _receive_one(hook: Callable[[Tensor], None], place: int, gradients: tuple[Tensor | None, ...]) -> None:

@@ -46,7 +46,7 @@ class WeightUse:
         inside: the attention or the recurrent layer that it is a part of, or None.
         model_call: number of the outermost call of the model that it is in.
         recomputed_in: number of the outermost backward pass that it was made in, as a reentrant checkpoint's is, or −1.
-        versions: of its arguments.
+        versions: of its arguments, and of the output's gradient.
         gradient: of the output, while the graph is retained and more may come.
         returned: whether all of the gradient is back.
     """
@@ -77,13 +77,17 @@ class WeightUse:
         gradient, self.gradient, self.returned = self.gradient, None, True
         return gradient
 
-    def input_was_overwritten(self) -> bool:
-        """Whether any argument has been changed in place since."""
+    def watch(self, gradient: Tensor) -> None:
+        """Have `was_overwritten` look at the output's gradient too, of which the factors may be views."""
+        if not gradient.is_inference():
+            self.versions.append((gradient, gradient._version))
+
+    def was_overwritten(self) -> bool:
+        """Whether any argument, or the gradient that it watches, has been changed in place since."""
         return any(tensor._version != version for tensor, version in self.versions)
 
-    def release(self) -> None:
-        """Let go of the arguments."""
-        self.call.release()
+    def forget_versions(self) -> None:
+        """Let go of what `was_overwritten` looks at."""
         self.versions = []
 
 

@@ -63,6 +63,7 @@ class Habits:
     micro_batches: list[list[int]]
     forward_first: bool
     retain: bool
+    reused: bool
     discard: str | None
     idle_forward: str | None
     clip: bool
@@ -95,6 +96,7 @@ class Habits:
             micro_batches=_micro_batches(dice),
             forward_first=dice.random() < 0.3,
             retain=dice.random() < 0.15,
+            reused=dice.random() < 0.3,
             discard=rarely("optimizer", "model", "zeros"),
             idle_forward=rarely("no_grad", "dropped", "kept"),
             clip=dice.random() < 0.3,
@@ -190,6 +192,7 @@ class Loop:
     habits: Habits
     model: Net
     samples: Tensor
+    buffers: list[Tensor] = field(default_factory=list)
 
     @classmethod
     def build(cls, habits: Habits) -> "Loop":
@@ -232,8 +235,11 @@ class Loop:
         """The terms of a micro-batch's loss, and the sample after its last."""
         terms: list[Tensor] = []
         for size in self.habits.micro_batches[number]:
+            x = self.samples[start : start + size]
+            if self.habits.reused:
+                self.buffers.append(x := x.clone())
             with self.autocast():
-                out = self.output(self.model, self.samples[start : start + size], self.habits.call)
+                out = self.output(self.model, x, self.habits.call)
             terms = [sum(pair) for pair in zip(terms or [0, 0], energies(out.to(self.accumulate)), strict=True)]
             start += size
         terms = [term / len(self.samples) for term in terms]
@@ -256,8 +262,16 @@ class Loop:
                 ready.append(terms)
             else:
                 self._backward(terms)
+                self._overwrite()
         for terms in ready:
             self._backward(terms)
+        self._overwrite()
+
+    def _overwrite(self) -> None:
+        """As a loop does whose batches are copied into the same memory."""
+        for buffer in self.buffers:
+            buffer.zero_()
+        self.buffers.clear()
 
     def _backward(self, terms: Sequence[Tensor]) -> None:
         if self.habits.retain:

@@ -187,3 +187,118 @@ def test_a_bags_arguments_overwritten_before_backward_leave_it_to_the_base(what)
     out.square().sum().backward()
     with pytest.warns(UserWarning, match="^weight had its input overwritten in place"):
         optimizer.step()
+
+
+class Small(nn.Module):
+    """Layers on what the loop gives: so small that they are summed together."""
+
+    def __init__(self, first):
+        super().__init__()
+        seed_cpu(0)
+        self.first = {
+            "linear": lambda: nn.Linear(4, 5),
+            "table": lambda: nn.Embedding(4, 5),
+            "bags": lambda: nn.EmbeddingBag(4, 5, mode="sum"),
+        }[first]()
+        self.same = copy.deepcopy(self.first)  # of one shape with the first
+        self.head = nn.Linear(5, 3)
+        self.double()
+
+    def forward(self, x):
+        return self.head(self.first(x).tanh() * self.same(x).tanh())
+
+
+def some_inputs(first):
+    seed_cpu(1)
+    shapes = {"linear": (6, 4), "table": (6,), "bags": (6, 2)}
+    if first == "linear":
+        return [torch.randn(shapes[first], dtype=torch.float64) for _ in range(2)]
+    return [torch.randint(4, shapes[first]) for _ in range(2)]
+
+
+@pytest.mark.parametrize("shared", ["tensor", "numpy"])
+@pytest.mark.parametrize("first", ["linear", "table", "bags"])
+def test_an_input_may_be_overwritten_once_backward_has_returned(first, shared):
+    """As a buffer is that every micro-batch is copied into, or the observation that an environment overwrites."""
+    model, batches = Small(first), some_inputs(first)
+    gradients = oracle.sample_gradients(
+        model, [lambda m, x=x[i : i + 1]: oracle.energy(m(x)) for x in batches for i in range(len(x))]
+    )
+    optimizer = NGPlus(model, base=torch.optim.SGD, lr=1.0, damping=DAMPING, update_every=1, loss_reduction=12)
+    array = batches[0].numpy().copy()
+    buffer = torch.from_numpy(array)
+    for batch in batches:
+        if shared == "tensor":
+            buffer.copy_(batch)
+        else:
+            array[...] = batch.numpy()
+        (oracle.energy(model(buffer)) / 12).backward()
+    array[...] = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+    assert oracle.error(model, oracle.directions(gradients, DAMPING)) <= 1e-10
+
+
+class TwoViews(nn.Module):
+    def __init__(self):
+        super().__init__()
+        seed_cpu(0)
+        self.head = nn.Linear(4, 3).double()
+
+    def forward(self, one, other):
+        return self.head(one), self.head(other)
+
+
+@pytest.mark.parametrize("overwritten", [False, True])
+def test_an_input_overwritten_before_the_other_use_by_its_samples_leaves_the_layer_to_the_base(overwritten):
+    """The gradients of one call come in two backward passes; a sample's is the sum of both."""
+    model, (one, other) = TwoViews(), some_inputs("linear")
+    optimizer = NGPlus(model, lr=1e-9, damping=DAMPING, update_every=1)
+    first, second = model(one, other)
+    first.square().mean().backward()
+    if overwritten:
+        one.zero_()
+    second.square().mean().backward()
+    gradient = model.head.weight.grad.clone()
+    with recorded_warnings() as caught:
+        optimizer.step()
+    if overwritten:
+        assert caught[0].startswith("head.weight had an input, or the gradient of an output, overwritten in place")
+        assert torch.equal(model.head.weight.grad, gradient)
+    else:
+        assert not caught
+    assert ("head.weight" in optimizer.curvature) != overwritten
+
+
+class ScaledInPlace(torch.autograd.Function):
+    """The identity, whose backward changes the gradient that it gets, as some kernels do to save memory."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.mul_(3.0)
+
+
+class SharedGradient(nn.Module):
+    def __init__(self):
+        super().__init__()
+        seed_cpu(0)
+        self.one, self.other = nn.Linear(4, 3).double(), nn.Linear(4, 3).double()
+
+    def forward(self, x):
+        one = ScaledInPlace.apply(self.one(x))
+        return one + self.other(x)  # made last, so that its gradient, the same tensor as the other's, is read first
+
+
+def test_a_gradient_that_is_overwritten_after_it_was_read_leaves_the_layer_to_the_base():
+    model, (x, _) = SharedGradient(), some_inputs("linear")
+    optimizer = NGPlus(model, lr=1e-9, damping=DAMPING, update_every=1)
+    oracle.energy(model(x)).backward()
+    with recorded_warnings() as caught:
+        optimizer.step()
+    assert [message.partition(" ")[0] for message in caught] == ["other.weight"]
+    assert set(optimizer.curvature) == {"one.weight"}
