@@ -18,7 +18,7 @@ from experiments.analysis.comparison import summarise
 from experiments.analysis.comparison_table import number
 from experiments.analysis.figures.curves import STYLE, figure, save
 from experiments.analysis.pairs import LEVEL, MIN_SEEDS
-from experiments.analysis.profiles import entrants
+from experiments.analysis.profiles import FORMS, entrants
 from experiments.analysis.report.sections.task_section import TITLES
 from experiments.table_formats import Format, render_table
 
@@ -82,7 +82,7 @@ def find_leaders(comparable: Comparable) -> Leaders:
 def _methods(comparable: Comparable, against: str | None) -> dict[str, pd.Series]:
     """The rows of `entrants`, each optimizer on the base that the task's reference is, of NG+ the better samples."""
     frame, reference = summarise(comparable, against), comparable.reference()
-    found = entrants(frame.assign(reference=reference), forms=True)
+    found = entrants(frame.assign(reference=reference), FORMS)
     higher = comparable.runs[0].manifest.metric.higher_is_better
     variants = [
         row for _, row in frame.iterrows() if row.optimizer in (f"ngplus-{reference}", f"ngplus-{reference}-batch")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments.analysis.comparable_runs import BEYOND_PAPER, load_comparable, name_data
+from experiments.analysis.comparable_runs import Comparable, load_comparable, name_data
 from experiments.analysis.comparison import summarise
-from experiments.analysis.profiles import entrants, ratios, score, without_forms
+from experiments.analysis.profiles import FORMS, entrants, ratios, score, select_entries
 from experiments.table_formats import Format, render_table
 
 NOT_RUN = "–"
@@ -33,27 +33,23 @@ class Column:
     rows: Mapping[str, pd.Series]
 
     @classmethod
-    def from_runs(cls, results_dir: Path, task: str, scale: str) -> "Column":
+    def from_runs(cls, task: str, comparable: Comparable, frame: pd.DataFrame) -> "Column":
         """From a task's finished runs.
 
         Args:
-            results_dir: where the records are.
             task: the task's name.
-            scale: a scale that it has a recipe for.
+            comparable: its runs.
+            frame: their comparison.
 
         Returns:
             The task's column.
-
-        Raises:
-            UserError: there are none.
         """
-        comparable = load_comparable(results_dir, task, scale)
         manifest = comparable.runs[0].manifest
         return cls(
             dataset=name_data(task, manifest.dataset.name.partition(";")[0]),
             metric=manifest.metric.name,
             higher_is_better=manifest.metric.higher_is_better,
-            rows=entrants(summarise(comparable), forms=True),
+            rows=entrants(frame, FORMS),
         )
 
     def title(self) -> str:
@@ -95,7 +91,8 @@ def _standard_error(row: pd.Series) -> float:
 def overview(results_dir: Path, tasks: Sequence[str], scale: str, format: Format = "markdown") -> str:
     """A row an optimizer, a column a task, by falling score of the performance profiles (epochs).
 
-    The score is over the paper's tasks, of the paper's NG+ and its peers; forms beyond the paper have none.
+    The score is over the paper's tasks, of the paper's NG+ and its peers; forms beyond the paper have one where they
+    were run on all of these.
 
     Args:
         results_dir: where the records are.
@@ -109,9 +106,11 @@ def overview(results_dir: Path, tasks: Sequence[str], scale: str, format: Format
     Raises:
         UserError: one of the tasks has none.
     """
-    columns = {task: Column.from_runs(results_dir, task, scale) for task in tasks}
+    runs = {task: load_comparable(results_dir, task, scale) for task in tasks}
+    frames = {task: summarise(each) for task, each in runs.items()}
+    columns = {task: Column.from_runs(task, runs[task], frames[task]) for task in tasks}
     names = {name for column in columns.values() for name in column.rows}
-    entries = {task: without_forms(column.rows) for task, column in columns.items() if task not in BEYOND_PAPER}
+    entries = select_entries(frames)
     scores = {
         name: score(ratios(entries, name, "epochs")) for name in names if any(name in rows for rows in entries.values())
     }

@@ -3,12 +3,12 @@
 A profile (Dolan and Moré, 2002) is the share of tasks on which an optimizer reaches the target within a factor of
 the fastest; its score is the profile's mean over factors from 1 to 4 (Dahl et al., 2023). On every task an
 optimizer enters with the variant on the base that the task compares with, ``ngplus-adam`` where that is Adam, or
-else under its plain name. One that was not run on a task, or missed the target, never reaches it there. By seconds
-only those enter that ran on the same device as the reference.
+else under its plain name; forms of NG+ that are methods of their own enter where they were run on all tasks. One that was
+not run on a task, or missed the target, never reaches it there. By seconds only those enter that ran on the same device as the reference.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,8 @@ def profile(results_dir: Path, tasks: Sequence[str], scale: str) -> pd.DataFrame
 def select_entries(frames: Mapping[str, pd.DataFrame]) -> dict[str, dict[str, pd.Series]]:
     """The rows that enter, by task and optimizer, from each task's comparison.
 
-    A task without a target is left out, and one that the paper does not have: its usual optimizers are others.
+    A task without a target is left out, and one that the paper does not have: its usual optimizers are others. So are
+    `FORMS` that were not run on all of the others: they would count as missing what nobody asked them for.
 
     Args:
         frames: comparisons by task.
@@ -89,11 +90,13 @@ def select_entries(frames: Mapping[str, pd.DataFrame]) -> dict[str, dict[str, pd
     Returns:
         Rows by task and optimizer.
     """
-    return {
-        task: entrants(frame)
+    chosen = {
+        task: frame
         for task, frame in frames.items()
         if task not in BEYOND_PAPER and not frame["target"].isna().all()
     }
+    forms = [form for form in FORMS if all(form in set(frame["optimizer"]) for frame in chosen.values())]
+    return {task: entrants(frame, forms) for task, frame in chosen.items()}
 
 
 def names_in(entries: Mapping[str, Mapping[str, pd.Series]]) -> list[str]:
@@ -128,12 +131,12 @@ FORMS = ("ngplus-eigen", "ngplus-eigen-short")
 """Those of NG+ that are methods of their own, and not NG+ around another base or with another setting."""
 
 
-def entrants(frame: pd.DataFrame, *, forms: bool = False) -> dict[str, pd.Series]:
+def entrants(frame: pd.DataFrame, forms: Collection[str] = ()) -> dict[str, pd.Series]:
     """The rows of a task's comparison that enter, by the optimizer's name without a suffix.
 
     Args:
         frame: a comparison, a row an optimizer.
-        forms: whether `FORMS` enter too, under their whole names.
+        forms: those of `FORMS` that enter too, under their whole names.
 
     Returns:
         Rows by optimizer, in the order of the comparison.
@@ -146,19 +149,7 @@ def entrants(frame: pd.DataFrame, *, forms: bool = False) -> dict[str, pd.Series
             if name in rows:
                 found[family] = rows[name]
                 break
-    return found | ({name: rows[name] for name in FORMS if name in rows} if forms else {})
-
-
-def without_forms(rows: Mapping[str, pd.Series]) -> dict[str, pd.Series]:
-    """What `entrants` gives without `FORMS`.
-
-    Args:
-        rows: by optimizer.
-
-    Returns:
-        Some of them.
-    """
-    return {name: row for name, row in rows.items() if name not in FORMS}
+    return found | {name: rows[name] for name in forms if name in rows}
 
 
 def ran_on_same_device(row: pd.Series, reference: pd.Series) -> bool:
