@@ -23,14 +23,17 @@ from experiments.analysis.claims import (
 )
 from experiments.analysis.comparable_runs import Comparable, load_comparable
 from experiments.analysis.comparison import write_csv
-from experiments.analysis.pairs import MIN_SEEDS, Pair, collect_values, compare_medians, number, too_few
+from experiments.analysis.pairs import MIN_SEEDS, SECONDS, Pair, collect_values, compare_medians, number, too_few
 from experiments.errors import UserError
 from experiments.records.claim_checks import VERDICT_COLUMNS as COLUMNS
 from experiments.records.claim_checks import Outcome as Word
 from experiments.records.run_record import Run
 
 WORDS: tuple[Word, ...] = ("reproduced", "not reproduced", "inconclusive", "not run")
-SCALES = ("paper", "small", "tiny")
+SCALES = ("paper", "small-wide", "small", "tiny")
+"""From the one that says most: at ``small-wide`` every optimizer was searched more widely than at ``small``."""
+SHARED = frozenset({"small-wide"})
+"""Those whose runs shared their processors with other programs, so that their seconds are no evidence."""
 PAPER_DATA = {"resnet50-imagenet": "ImageNet-1k", "dlrm-criteo": "Criteo Kaggle"}
 """The names of the paper's data, up to a semicolon, where a task at scale ``paper`` takes what the user puts there."""
 
@@ -73,8 +76,8 @@ def judge(results_dir: Path) -> pd.DataFrame:
 def judge_claims(results_dir: Path) -> pd.DataFrame:
     """Judge every claim of ``paper.toml`` by what is recorded.
 
-    A sentence about two optimizers is judged at the largest scale at which both have `MIN_SEEDS` seeds in common, or
-    else where they have most. It is ``reproduced`` if the paired difference over seeds goes the paper's way with
+    A sentence about two optimizers is judged at the first of `SCALES` at which both have `MIN_SEEDS` seeds in common, or
+    else where they have most; one about seconds not at those that are `SHARED`. It is ``reproduced`` if the paired difference over seeds goes the paper's way with
     p < `LEVEL`, its interval free of 0, and no smaller than the paper's ratio where it gives one; ``not reproduced``
     if the difference is significant and goes the other way or falls short of that ratio, or if its interval shuts that
     ratio out; else ``inconclusive``. A p value here belongs to one claim and is not corrected for their number.
@@ -168,7 +171,7 @@ class Evidence:
 
     @_judge.register
     def _(self, check: Comparison) -> Finding:
-        pair = self.pair(check.task, check.optimizer, check.against)
+        pair = self.pair(check)
         if pair is None:
             return _never_both(check)
         ours, theirs, until = pair.values(check.measure)
@@ -182,7 +185,7 @@ class Evidence:
 
     @_judge.register
     def _(self, check: CurveBelow) -> Finding:
-        pair = self.pair(check.task, check.optimizer, check.against)
+        pair = self.pair(check)
         if pair is None:
             return _never_both(check)
         gaps = pair.gaps(check.value)  # (seeds, epochs)
@@ -297,17 +300,25 @@ class Evidence:
             "records": " ".join(run.path.relative_to(self.results_dir).as_posix() for run in runs),
         }
 
-    def pair(self, task: str, optimizer: str, against: str) -> Pair | None:
-        """The runs of two optimizers where they can be compared best, ``None`` if they never ran on the same data."""
+    def pair(self, check: Comparison | CurveBelow) -> Pair | None:
+        """The runs of a claim's two optimizers where they can be compared best.
+
+        Args:
+            check: of the claim.
+
+        Returns:
+            Their runs at one scale; ``None`` if they never ran on the same data.
+        """
+        left_out = SHARED if isinstance(check, Comparison) and check.measure == SECONDS else frozenset()
         pairs = [
             Pair(
                 comparable=found,
                 scale=scale,
-                ours=select_optimizer(found, optimizer),
-                theirs=select_optimizer(found, against),
+                ours=select_optimizer(found, check.optimizer),
+                theirs=select_optimizer(found, check.against),
             )
             for scale in SCALES
-            if (found := self.comparable(task, scale)) is not None
+            if scale not in left_out and (found := self.comparable(check.task, scale)) is not None
         ]
         enough = next((pair for pair in pairs if len(pair.seeds) >= MIN_SEEDS), None)
         best = enough or max(pairs, key=lambda pair: len(pair.seeds), default=None)

@@ -97,7 +97,7 @@ def _(check: Figure, evidence: Evidence) -> Iterator[str]:
 
 @_steps.register
 def _(check: Comparison, evidence: Evidence) -> Iterator[str]:
-    pair = evidence.pair(check.task, check.optimizer, check.against)
+    pair = evidence.pair(check)
     if pair is None:
         return
     yield from _context(pair)
@@ -131,7 +131,7 @@ def _(check: Comparison, evidence: Evidence) -> Iterator[str]:
 
 @_steps.register
 def _(check: CurveBelow, evidence: Evidence) -> Iterator[str]:
-    pair = evidence.pair(check.task, check.optimizer, check.against)
+    pair = evidence.pair(check)
     if pair is None:
         return
     yield from _context(pair)

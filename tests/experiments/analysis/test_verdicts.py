@@ -174,6 +174,16 @@ def test_the_larger_scale_with_enough_seeds_speaks(tmp_path):
     assert (found(tmp_path, FEWER).scale, found(tmp_path, FEWER).seeds) == ("small", 5)
 
 
+def test_the_wider_search_speaks_but_for_seconds(tmp_path):
+    """Its runs shared their processors with other programs."""
+    for scale in ("small", "small-wide"):
+        runs(tmp_path, "ngplus", [HIT_1] * 5)
+        runs(tmp_path, "sgd", [HIT_2] * 5)
+        move(tmp_path, "tiny", scale)
+    seconds = changed(FEWER, measure="seconds_to_target")
+    assert [found(tmp_path, check).scale for check in (FEWER, seconds)] == ["small-wide", "small"]
+
+
 def move(results, old, new):
     for path in sorted((results / TASK / old / "runs").iterdir()):
         lines = [json.loads(line) for line in path.read_text().splitlines()]
