@@ -25,7 +25,7 @@ from ngplus._torch_internals import (
     is_transformed,
     retains_graph,
 )
-from ngplus.capture.accumulator import Accumulator, Addition, Sampling, Statistic, is_zero
+from ngplus.capture.accumulator import Accumulator, Addition, Sampling, Statistic
 from ngplus.capture.contractions import UnsupportedCall
 from ngplus.capture.expressions import find_outputs
 from ngplus.capture.function_mode import FunctionCall, TimeMajor
@@ -384,7 +384,9 @@ class CapturedUses:
             if may_be_gone and is_nowhere and not self._whole.is_kept_back(original, backward_pass_number()):
                 record.discard()
             return
-        if gradient is None or (is_zero(gradient) and (record.captured or refused or not record.statistic.is_zero())):
+        if gradient is None or (
+            record.has_zero_gradient and (record.captured or refused or not record.statistic.is_zero())
+        ):
             record.discard()
         elif world_size() == 1 and not (refused or record.is_sum(gradient)):
             record.unsupported = CHANGED

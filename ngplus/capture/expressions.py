@@ -6,6 +6,8 @@ weights to it are kept for as long as the model's call runs, so that a function 
 
 from __future__ import annotations
 
+import functools
+import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -153,7 +155,31 @@ def _normalize_weight(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / norms)
 
 
+def _norm_of_batch(
+    input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, *args: Any, **kwargs: Any
+) -> Tensor:
+    """`F.batch_norm`, which leaves alone the running statistics that it would only update."""
+    bound = _BATCH_NORM.bind(input, running_mean, running_var, *args, **kwargs).arguments
+    if bound.get("training", False):
+        bound["running_mean"] = bound["running_var"] = None
+    return F.batch_norm(**bound)
+
+
+def _norm_of_instances(
+    input: Tensor, running_mean: Tensor | None = None, running_var: Tensor | None = None, *args: Any, **kwargs: Any
+) -> Tensor:
+    """The same of `F.instance_norm`."""
+    bound = _INSTANCE_NORM.bind(input, running_mean, running_var, *args, **kwargs).arguments
+    if bound.get("use_input_stats", True):
+        bound["running_mean"] = bound["running_var"] = None
+    return F.instance_norm(**bound)
+
+
+_BATCH_NORM, _INSTANCE_NORM = inspect.signature(F.batch_norm), inspect.signature(F.instance_norm)
+
 _REWRITTEN: Mapping[Any, Callable[..., Any]] = {
+    F.batch_norm: _norm_of_batch,
+    F.instance_norm: _norm_of_instances,
     # The gradient of what is added to an argument does not depend on what that was before it was changed in place.
     Tensor.add_: torch.add,
     Tensor.__iadd__: torch.add,
@@ -209,7 +235,27 @@ def rewrite(call: FunctionCall) -> Callable[..., Any]:
         return function
     if changes_in_place(call):
         raise UnsupportedCall(f"is used by {call.name}, which changes its argument in place")
+    if _writes(call.function):
+        raise UnsupportedCall(f"is used by {call.name}, which changes its arguments, so that it is not run again")
     return call.function
+
+
+@functools.cache
+def _writes(function: Any) -> bool:
+    """Whether a function of torch changes what it is given, as observers of quantization do, by its schemas."""
+    packet: Any = getattr(torch.ops.aten, getattr(function, "__name__", ""), None)
+    packet = function if isinstance(function, torch._ops.OpOverloadPacket) else packet
+    if isinstance(function, torch._ops.OpOverload):
+        schemas = [function._schema]
+    elif isinstance(packet, torch._ops.OpOverloadPacket):
+        schemas = [getattr(packet, name)._schema for name in packet.overloads()]  # type: ignore[no-untyped-call]
+    else:
+        return False
+    written = [
+        [each.kwarg_only for each in schema.arguments if each.alias_info is not None and each.alias_info.is_write]
+        for schema in schemas
+    ]
+    return any(not all(kinds) for kinds in written)  # those by name alone are ``out``, which is no argument here
 
 
 class Program:
@@ -290,6 +336,7 @@ class Program:
         if known.changed or known.call is None:
             raise UnsupportedCall("is used after an expression of it was changed in place")
         if id(tensor) not in self._expressions:
+            rewrite(known.call)  # which refuses what cannot be called again
             self._expressions[id(tensor)] = known
             for argument in pytree.tree_leaves((known.call.args, known.call.kwargs)):
                 if isinstance(argument, Tensor):

@@ -138,10 +138,14 @@ def find_counts(inputs: Any) -> set[int]:
     Returns:
         Empty where nothing tells.
     """
+    return set(_list_rows(inputs)) | set(_lengths(inputs)[:1])
+
+
+def _list_rows(inputs: Any) -> list[int]:
+    """The length of each tensor in a call's first input, where that is a list."""
     first = next(iter(inputs or keyword_arguments().values()), None)
     members = first if isinstance(first, (list, tuple)) else ()
-    lengths = {len(each) for each in members if isinstance(each, Tensor) and each.dim()}
-    return lengths | set(_lengths(inputs)[:1])
+    return [len(each) for each in members if isinstance(each, Tensor) and each.dim()]
 
 
 def _are_equal(one: Tensor | None, other: Tensor | None) -> bool:
@@ -181,6 +185,7 @@ class _Call:
         number: of the call.
         lengths: of its first input.
         lists: how many tensors lists among its arguments have.
+        list_rows: how many rows the tensors of a list have together that is its first input.
         counts: the numbers of samples that it may have.
         uses: of layers in it, by the numbers of samples that they get.
         sizes: the number of samples that each layer got first.
@@ -192,6 +197,7 @@ class _Call:
     number: int = 0
     lengths: Sequence[int] = ()
     lists: set[int] = field(default_factory=set)
+    list_rows: int = 0
     counts: set[int] = field(default_factory=set)
     uses: dict[tuple[Layer, int], _Uses] = field(default_factory=dict)
     sizes: dict[Layer, int] = field(default_factory=dict)
@@ -311,7 +317,8 @@ class ModelCalls:
             thread.frame = frame, thread.call
         else:
             number = next(self._numbers)
-            thread.call = _Call(number, _lengths(inputs), _list_lengths(inputs), find_counts(inputs))
+            rows = sum(_list_rows(inputs))
+            thread.call = _Call(number, _lengths(inputs), _list_lengths(inputs), rows, find_counts(inputs))
             thread.frame = None
         self._running[thread.call.number] = thread.call
         thread.start, thread.backward = next_node_number(), self._find_outer_pass()
@@ -475,7 +482,10 @@ class ModelCalls:
             size
             for (layer, size), each in call.uses.items()
             if each.count > 1
-            and totals[layer] in {*call.lengths[:1], *call.lengths[layer.batch_dim :][:1], *call.lists}
+            and (
+                totals[layer] in {*call.lengths[:1], *call.lengths[layer.batch_dim :][:1], *call.lists}
+                or (totals[layer] == call.list_rows and size not in call.counts)  # crops that are joined by size
+            )
         }
         for (layer, size), each in call.uses.items():
             if each.count > 1 and size in cut:

@@ -460,9 +460,10 @@ class Recorder:
     def _record_function(self, call: FunctionCall, unread: _Unread) -> None:
         """Await the gradient of the output of a call that no handler reads, for every layer that it carries one to."""
         sources, reasons = unread.sources, unread.reasons
-        carries = any(each.requires_grad for each in find_outputs(call))
-        if not (carries or is_transformed() or reasons):
-            return
+        outputs = list(find_outputs(call))
+        carries = any(each.requires_grad for each in outputs)
+        if not (carries or is_transformed() or reasons) or not any(each.numel() for each in outputs):
+            return  # of no rows, as an expert may get, there is nothing to sum
         for layer in {source.layer: None for source in sources.values()}:
             own = [source for source in sources.values() if source.layer is layer]
             try:

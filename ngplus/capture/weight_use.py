@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from ngplus.capture.accumulator import Statistic
+from ngplus.capture.accumulator import Statistic, is_zero
 from ngplus.capture.function_mode import FunctionCall, TimeMajor, find_owner
 from ngplus.capture.op_handlers import OpCall
 from ngplus.capture.sample_index import SampleIndex
@@ -152,6 +152,15 @@ class LayerRecord:
         """Whether the layer has one that would go to the base."""
         bias = self.layer.bias
         return self.layer.weight.grad is not None or (bias is not None and bias.grad is not None)
+
+    @property
+    def has_zero_gradient(self) -> bool:
+        """Whether the gradients of the weight and of its trained bias are zeros, or nowhere. Synchronizes.
+
+        Where a layer's inputs are zeros, as a first state is, its weight's is zero and its bias's is not.
+        """
+        parameters = self.layer.weight, self.layer.trained_bias
+        return all(each is None or each.grad is None or is_zero(each.grad) for each in parameters)
 
     def comparisons(self) -> list[Comparison]:
         """Those that there are."""

@@ -589,3 +589,46 @@ def test_a_layer_that_was_found_to_have_other_uses_does_not_come_back_while_it_h
     found = has_curvature.index(False)
     assert not any(has_curvature[found:30])
     assert all(has_curvature[30:])
+
+
+ZERO_INPUTS = {
+    "linear": (lambda: nn.Linear(4, 3), (2, 4)),
+    "convolution": (lambda: nn.Conv2d(2, 3, 3), (2, 2, 5, 5)),
+}
+
+
+@pytest.mark.parametrize("name", ZERO_INPUTS)
+def test_micro_batches_of_zeros_are_not_taken_for_gradients_that_are_gone(name):
+    """The weight's gradient is zero there and the bias's is not, as in a recurrent layer's first step."""
+    make, shape = ZERO_INPUTS[name]
+    seed_cpu(0)
+    model, x = make().double(), torch.zeros(*shape, dtype=torch.float64)
+    expected = oracle.directions(oracle.energy_gradients(model, torch.cat([x, x])), DAMPING)
+    optimizer = NGPlus(model, lr=1e-9, damping=DAMPING, update_every=1)
+    with recorded_warnings() as messages:
+        for _ in range(2):
+            (oracle.energy(model(x)) / 4).backward()
+        optimizer.step()
+    assert not messages
+    assert oracle.error(model, expected) <= 1e-10
+
+
+@pytest.mark.parametrize("cell", [nn.RNNCell, nn.GRUCell, nn.LSTMCell])
+def test_micro_batches_of_a_cell_without_a_state_match_the_oracle(cell):
+    class First(nn.Module):
+        def __init__(self):
+            super().__init__()
+            seed_cpu(0)
+            self.cell = cell(4, 3).double()
+
+        def forward(self, x):
+            out = self.cell(x)
+            return out[0] if isinstance(out, tuple) else out
+
+    model, x = First(), points(4, 4)
+    expected = oracle.directions(oracle.energy_gradients(model, x), DAMPING)
+    optimizer = NGPlus(model, lr=1e-9, damping=DAMPING, update_every=1)
+    for micro in (x[:1], x[1:]):
+        (oracle.energy(model(micro)) / 4).backward()
+    optimizer.step()
+    assert oracle.error(model, expected) <= 1e-10

@@ -1,5 +1,7 @@
 """Weights in functions that no handler reads: each sample's gradient comes from differentiating the function again."""
 
+import copy
+import math
 import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -472,3 +474,123 @@ def test_a_function_of_a_weight_that_is_not_differentiated_is_the_reason_also_be
     with recorded_warnings() as messages:
         optimizer.step()
     assert ["weight is used by linear" in message for message in messages] == [True]
+
+
+# What a function changes besides what it returns ---------------------------------------------------------------------
+
+
+class Prototypes(nn.Module):
+    """A norm whose running statistics are those of what is learned."""
+
+    def __init__(self, norm):
+        super().__init__()
+        seed_cpu(0)
+        self.inlet, self.norm = nn.Linear(4, 5), norm
+        self.w = nn.Parameter(torch.randn(7, 5))
+        self.double()
+
+    def forward(self, x):
+        w = self.norm(self.w.mT[None])[0].mT if isinstance(self.norm, nn.InstanceNorm1d) else self.norm(self.w)
+        return F.linear(self.inlet(x), w)
+
+
+NORMS = {
+    "batch": lambda: nn.BatchNorm1d(5, momentum=0.3),
+    "batch, their mean": lambda: nn.BatchNorm1d(5, momentum=None),
+    "instance": lambda: nn.InstanceNorm1d(5, track_running_stats=True, affine=True),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", NORMS)
+def test_running_statistics_of_weights_are_updated_once_a_step(name, training):
+    model, x = Prototypes(NORMS[name]()), points(6, 4)
+    model.train(training)
+    expected = oracle.directions(oracle.energy_gradients(copy.deepcopy(model), x), 0.3)
+    plain = copy.deepcopy(model)
+    oracle.energy(plain(x)).backward()
+    oracle.descend(model, oracle.batch_loss(x), damping=0.3)
+    assert oracle.error(model, expected) <= 1e-10
+    assert all(map(torch.equal, model.norm.buffers(), plain.norm.buffers()))
+
+
+class FakeQuantized(nn.Linear):
+    """As layers that are trained for quantization: the range of the weight is averaged over the steps."""
+
+    def __init__(self, m, n):
+        super().__init__(n, m)
+        self.register_buffer("low", torch.tensor(math.inf))
+        self.register_buffer("high", torch.tensor(-math.inf))
+        self.register_buffer("scale", torch.ones(1))
+        self.register_buffer("zero_point", torch.zeros(1, dtype=torch.int32))
+
+    def forward(self, x):
+        on = torch.ones(1, dtype=torch.long)
+        weight = torch.fused_moving_avg_obs_fake_quant(
+            self.weight, on, on, self.low, self.high, self.scale, self.zero_point, 0.3, -128, 127, 0
+        )
+        return F.linear(x, weight, self.bias)
+
+
+def test_a_function_that_changes_its_arguments_is_not_run_again():
+    seed_cpu(0)
+    model, x = nn.Sequential(nn.Linear(4, 5), FakeQuantized(3, 5)), points(6, 4, dtype=torch.float32)
+    plain = copy.deepcopy(model)
+    for each in (plain, model):
+        optimizer = NGPlus(each, lr=1e-9, damping=0.3, update_every=1) if each is model else None
+        for _ in range(2):
+            each.zero_grad()
+            oracle.energy(each(x)).backward()
+            with recorded_warnings() as caught:
+                _ = optimizer and optimizer.step()
+            with torch.no_grad():
+                each[1].weight.mul_(1.5)
+    assert set(optimizer.curvature) == {"0.weight"}
+    assert not caught  # the second time
+    assert all(map(torch.equal, model.buffers(), plain.buffers()))
+
+
+class Cosines(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(3, 4))
+
+    def forward(self, x):
+        return F.linear(F.normalize(x, dim=1), F.normalize(self.w, dim=1))
+
+
+ON_ROWS = {
+    "cosines": Cosines,
+    "weight_norm": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)),
+    "a layer": lambda: nn.Linear(4, 3),
+}
+
+
+class Routed(nn.Module):
+    def __init__(self, make):
+        super().__init__()
+        seed_cpu(0)
+        self.inlet, self.experts = nn.Linear(4, 4), nn.ModuleList(make() for _ in range(2))
+        self.double()
+
+    def forward(self, x):
+        hidden = self.inlet(x)
+        out = hidden.new_zeros(len(x), 3)
+        for number, expert in enumerate(self.experts):
+            rows = torch.full((len(x),), number == 0)  # all go to the first
+            out = out.index_put((rows,), expert(hidden[rows]))
+        return out
+
+
+@pytest.mark.parametrize("name", ON_ROWS)
+def test_an_expert_without_rows_is_no_error(name):
+    model, x = Routed(ON_ROWS[name]), points(5, 4)
+    losses = oracle.sample_losses(x)
+    expected = oracle.directions(oracle.sample_gradients(model, losses), 0.3)
+    optimizer = oracle.descend(model, oracle.batch_loss(x), damping=0.3)
+    used = {matrix: each for matrix, each in expected.items() if not matrix.weight.startswith("experts.1")}
+    assert oracle.error(model, used) <= 1e-10
+    assert not any(key.startswith("experts.1") for key in optimizer.curvature)
+    optimizer.zero_grad()
+    oracle.energy(model(x[:0])).backward()  # and a batch of none
+    optimizer.step()

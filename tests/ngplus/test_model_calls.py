@@ -566,6 +566,56 @@ def test_a_list_of_pieces_is_found_at_any_place_among_the_arguments(place):
     assert named_layers(run, model, PIECES, 3) == {"body.weight"}
 
 
+class Crops(nn.Module):
+    """The crops of each size are joined, and go through the body together, as in DINO's multi-crop training."""
+
+    def __init__(self, joined):
+        super().__init__()
+        seed_cpu(0)
+        self.body, self.head, self.joined = nn.Linear(4, 3).double(), nn.Linear(3, 2).double(), joined
+
+    def forward(self, crops):
+        parts = [crops[start : start + self.joined] for start in range(0, len(crops), self.joined)]
+        return self.head(torch.cat([self.body(torch.cat(part)) for part in parts]).tanh())
+
+
+@pytest.mark.parametrize("joined", [2, 4])
+def test_crops_that_are_joined_in_several_pieces_leave_their_layers_to_the_base(joined):
+    """Where all are one piece each crop of an image is a sample."""
+    crops, model = [points(3, 4) for _ in range(4)], Crops(joined)
+    rows = torch.cat(crops)
+    alone = copy.deepcopy(model)
+    alone.joined = 1
+    expected = oracle.directions(
+        oracle.sample_gradients(alone, [lambda m, i=i: oracle.energy(m([rows[i : i + 1]])) for i in range(12)]), DAMPING
+    )
+    with recorded_warnings() as messages:
+        optimizer = oracle.descend(model, lambda m: oracle.energy(m(crops)) / 12, damping=DAMPING)
+    right = {matrix: each for matrix, each in expected.items() if matrix.weight in optimizer.curvature}
+    assert oracle.error(model, right) <= 1e-10
+    assert [PIECES in message for message in messages] == [True] * (joined == 2)
+    assert set(optimizer.curvature) == ({"head.weight"} if joined == 2 else {"body.weight", "head.weight"})
+
+
+def test_a_head_on_each_tensor_of_a_list_gets_the_same_samples():
+    """As those of a detector on the maps of a pyramid, whose rows are as many as all of the list's together."""
+
+    class Pyramid(nn.Module):
+        def __init__(self):
+            super().__init__()
+            seed_cpu(0)
+            self.head = nn.Linear(4, 3).double()
+
+        def forward(self, maps):
+            return torch.stack([self.head(each) for each in maps], dim=1)
+
+    maps, model = [points(3, 4) for _ in range(2)], Pyramid()
+    losses = [lambda m, i=i: oracle.energy(m([each[i : i + 1] for each in maps])) for i in range(3)]
+    expected = oracle.directions(oracle.sample_gradients(model, losses), DAMPING)
+    oracle.descend(model, lambda m: oracle.energy(m(maps)) / 3, damping=DAMPING)
+    assert oracle.error(model, expected) <= 1e-10
+
+
 class Chunks(nn.Module):
     """A recurrent layer with a head, called chunk by chunk with the state of the last."""
 
