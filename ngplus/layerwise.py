@@ -45,6 +45,7 @@ from ngplus.guards.compile_guard import refuse_fullgraph
 from ngplus.guards.finite_check import FiniteCheck, raise_if_nonfinite, zero_where_
 from ngplus.guards.join import StepHook, find_joinables, refuse_without
 from ngplus.guards.model_parameters import ModelParameters
+from ngplus.guards.private_gradients import refuse_private
 from ngplus.guards.step_hooks import find_inner_step
 from ngplus.guards.wrappers import set_on_wrapped
 from ngplus.inspection import Inspection
@@ -420,6 +421,8 @@ class LayerwiseOptimizer(Inspection, SavedState, Optimizer, Joinable):
             self._note_replaced()
         if self._model_parameters is not None and (replaced := self._model_parameters.check(self.param_groups)):
             warnings.warn(replaced, stacklevel=2)
+        if self._recorder is not None:
+            refuse_private(parameter for group in self.param_groups for parameter in group["params"])
         if any(layer.weight.dim() < 2 for layer in self._layers):  # FullyShardedDataParallel has flattened it
             check_whole(self._named_parameters())
         self._apply_plan.has_changed = False

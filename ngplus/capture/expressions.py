@@ -2,6 +2,10 @@
 
 A tensor is free of samples where all that it is made of is: parameters, buffers, constants. The calls that lead from
 weights to it are kept for as long as the model's call runs, so that a function of it is a function of the weights.
+
+What is drawn at random, or kept by a module outside of its buffers, may be noise on the weights as well as samples: a
+generator's codes, a state. It is loose: where it is joined with something made of weights that it does not enlarge, it
+is taken for a constant, and as samples everywhere else.
 """
 
 from __future__ import annotations
@@ -49,6 +53,7 @@ class Expression:
         place: of it among the call's outputs.
         sources: parameters that it carries a gradient to, by no handler's reading.
         changed: whether it was changed in place since.
+        is_loose: whether it may hold samples after all.
     """
 
     value: Tensor
@@ -56,12 +61,17 @@ class Expression:
     place: int
     sources: Sources
     changed: bool = False
+    is_loose: bool = False
 
 
 CONSTANTS = frozenset(
     {torch.arange, torch.zeros, torch.ones, torch.full, torch.eye, torch.linspace, torch.tensor, torch.as_tensor}
 )
 """Functions that make a tensor of none, and the same one each time."""
+
+
+LOOSE = frozenset({torch.rand, torch.randn, torch.randint, torch.randperm, torch.empty})
+"""Functions that make a tensor of none that is loose: those of noise, or of the memory for it."""
 
 
 class Expressions(threading.local):
@@ -77,7 +87,9 @@ class Expressions(threading.local):
 
     def __init__(self, modules: Iterable[nn.Module] = ()) -> None:
         self.static: set[int] = set()
+        self._kept: set[int] = set()
         for module in modules:
+            self._kept.update(id(each) for each in _kept_tensors(module) if each.grad_fn is None)
             buffers = [each for each in module._buffers.values() if each is not None]  # which may be views themselves
             self.static.update(
                 map(id, module._parameters.values()), map(id, map(find_owner, buffers)), map(id, buffers)
@@ -93,15 +105,27 @@ class Expressions(threading.local):
         return self.known.get(id(tensor))
 
     def is_free(self, tensor: Tensor, owner: Tensor) -> bool:
-        """Whether a tensor, or what it is a view of, is free of samples."""
-        return id(owner) in self.static or id(tensor) in self.known or id(owner) in self.known
+        """Whether a tensor, or what it is a view of, is free of samples, and not loose."""
+        if id(owner) in self.static:
+            return True
+        return any(each is not None and not each.is_loose for each in self._find_both(tensor, owner))
 
-    def follow(self, call: FunctionCall, sources: Sources) -> None:
+    def is_loose(self, tensor: Tensor, owner: Tensor) -> bool:
+        """Whether a tensor, or what it is a view of, may hold samples or be a constant."""
+        if id(tensor) in self._kept or id(owner) in self._kept:
+            return True
+        return any(each is not None and each.is_loose for each in self._find_both(tensor, owner))
+
+    def _find_both(self, tensor: Tensor, owner: Tensor) -> tuple[Expression | None, Expression | None]:
+        return self.known.get(id(tensor)), self.known.get(id(owner))
+
+    def follow(self, call: FunctionCall, sources: Sources, *, loose: bool = False) -> None:
         """Note what a call returns whose arguments are all free of samples.
 
         Args:
             call: the call.
             sources: the parameters that it carries a gradient to, by no handler's reading.
+            loose: whether what it returns is.
         """
         arguments = {id(each) for each in call.tensors}
         in_place = changes_in_place(call)
@@ -110,17 +134,28 @@ class Expressions(threading.local):
                 for changed in {id(each): each for each in (value, find_owner(value))}.values() if in_place else ():
                     known = self.known.get(id(changed))
                     carried = {**(known.sources if known is not None else {}), **sources}
-                    self.known[id(changed)] = Expression(changed, None, 0, carried, changed=bool(carried))
+                    self.known[id(changed)] = Expression(
+                        changed, None, 0, carried, changed=bool(carried), is_loose=loose
+                    )
             elif sources and not (value.requires_grad or find_owner(value).requires_grad):
                 self.known[id(value)] = Expression(value, None, 0, {})
             else:
-                self.known[id(value)] = Expression(value, call if sources else None, place, sources)
+                self.known[id(value)] = Expression(value, call if sources else None, place, sources, is_loose=loose)
 
     def drop(self, call: FunctionCall) -> None:
         """Forget a tensor that a call with samples has changed in place."""
         if self.known and changes_in_place(call):
             for changed in (call.args[0], find_owner(call.args[0])):
                 self.known.pop(id(changed), None)
+
+
+def _kept_tensors(module: nn.Module) -> Iterator[Tensor]:
+    """The tensors that a module keeps as plain attributes, or in lists and dicts."""
+    for name, value in vars(module).items():
+        if name in ("_parameters", "_buffers", "_modules"):
+            continue
+        members = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
+        yield from (each for each in members if isinstance(each, Tensor))
 
 
 def changes_in_place(call: FunctionCall) -> bool:

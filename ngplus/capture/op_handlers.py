@@ -400,6 +400,7 @@ def _parse_transposed_convolution(
     kernel = tuple(weight.shape[2:])
     stride, dilation = per_direction(stride, len(kernel)), per_direction(dilation, len(kernel))
     before = per_direction(padding, len(kernel))
+    appended = _appended_value(layer, None)  # of a convolution's weight that is used the other way round
 
     def batched(tensor: Tensor) -> Tensor:
         return tensor if tensor.dim() == len(kernel) + 2 else tensor.unsqueeze(0)
@@ -414,7 +415,7 @@ def _parse_transposed_convolution(
             zeros.append((before[direction], reach - before[direction] - kept))
         values = inputs.flatten(2)  # (b, in, κ)
         rows = Dense(values.reshape(values.shape[0], groups, -1, values.shape[2]))
-        return FactorPair(rows, patches(outputs, kernel, stride, dilation, tuple(zeros), groups, None))
+        return FactorPair(rows, patches(outputs, kernel, stride, dilation, tuple(zeros), groups, appended))
 
     return OpCall(layer, input, factors, len(batched(input)), input.dim() == len(kernel) + 1, transposed=True)
 

@@ -34,7 +34,7 @@ from ngplus._torch_internals import (
 from ngplus.capture.accumulator import Accumulator, Sampling, Statistic
 from ngplus.capture.captured_uses import UNREADABLE, CapturedUses, remove_hooks
 from ngplus.capture.contractions import NoSampleGradient, UnsupportedCall
-from ngplus.capture.expressions import CONSTANTS, Expressions, Source, find_outputs
+from ngplus.capture.expressions import CONSTANTS, LOOSE, Expressions, Source, find_outputs
 from ngplus.capture.function_gradients import parse_function
 from ngplus.capture.function_mode import CaptureMode, FunctionCall, TimeMajor, find_owner
 from ngplus.capture.model_calls import ModelCalls, find_counts
@@ -253,7 +253,7 @@ class Recorder:
         if outermost.depth == 0:
             outermost.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             outermost.module = outermost.mode = None
-            self._model_calls.end(each.value for each in self._expressions.known.values())
+            self._model_calls.end(each.value for each in self._expressions.known.values() if not each.is_loose)
             self._forget_call()
 
     def trace(self, arguments: Iterable[Any]) -> None:
@@ -305,6 +305,7 @@ class Recorder:
         expressions = self._expressions
         unread: _Unread | None = None
         arguments, free, transformed = 0, True, is_transformed()
+        loose, is_read = False, False
         for argument in call.tensors:
             self._model_calls.trace(argument)
             arguments += 1
@@ -313,7 +314,9 @@ class Recorder:
             owner = id(tensor) if self._whole is None else self._whole.find(tensor)
             if owner in expressions.static:
                 unread = unread or _Unread(find_weights(call))
-                self._record_parameter(call, argument, owner, unread)
+                is_read |= self._record_parameter(call, argument, owner, unread)
+            elif expressions.is_loose(argument, tensor):
+                loose = True
             elif expressions.known:
                 if (known := expressions.find(argument)) is not None:
                     unread = unread or _Unread(find_weights(call))
@@ -322,24 +325,38 @@ class Recorder:
                     free = free and expressions.is_free(argument, tensor)
             else:
                 free = False
-        free = free and (arguments > 0 or call.function in CONSTANTS)
+        loose = loose or (arguments == 0 and call.function in LOOSE)
+        free = free and (arguments > 0 or loose or call.function in CONSTANTS)
+        if free and loose and unread is not None and (is_read or unread.sources):
+            free, loose = not is_read and self._keeps_shape(call, unread), False
         if self._accumulator.reads_any_function:
-            self._follow(call, unread, free, transformed)
+            self._follow(call, unread, free, loose, transformed)
             return
         for layer, reason in unread.reasons.items() if unread is not None else ():
             self._uses.refuse(layer, call, reason)
         if free:
-            expressions.follow(call, {})
+            expressions.follow(call, {}, loose=loose)
         else:
             expressions.drop(call)
 
-    def _follow(self, call: FunctionCall, unread: _Unread | None, free: bool, transformed: bool) -> None:
+    def _keeps_shape(self, call: FunctionCall, unread: _Unread) -> bool:
+        """Whether what a call returns has the shape of an argument that carries a gradient to weights."""
+        carrying = {id(source.parameter) for source in unread.sources.values()}
+        shape = call.output.shape if isinstance(call.output, Tensor) else None
+        return any(
+            each.shape == shape
+            for each in call.tensors
+            if id(find_owner(each)) in carrying or ((known := self._expressions.find(each)) and known.sources)
+        )
+
+    def _follow(self, call: FunctionCall, unread: _Unread | None, free: bool, loose: bool, transformed: bool) -> None:
         """Note what is free of samples, and record what no handler reads.
 
         Args:
             call: the call.
             unread: what no handler reads of it.
             free: whether all of its arguments are free of samples.
+            loose: whether what it returns may hold samples after all.
             transformed: whether it runs inside of a transform of `torch.func`.
         """
         expressions = self._expressions
@@ -350,13 +367,13 @@ class Recorder:
         if transformed and unread is not None and unread.sources and torch.is_grad_enabled():
             self._record_function(call, unread)  # what it returns does not say that it carries a gradient
         elif free or (unread is not None and unread.is_view):
-            expressions.follow(call, unread.sources if unread is not None else {})
+            expressions.follow(call, unread.sources if unread is not None else {}, loose=loose)
         else:
             if expressions.known:
                 expressions.drop(call)
             if unread is not None and unread.sources:
                 self._record_function(call, unread)
-        if self._sampling.samples == "batch" and not free and call.time_major is None:
+        if self._sampling.samples == "batch" and (loose or not free) and call.time_major is None:
             self._origins.follow(call)
 
     def _identify(self, tensor: Tensor) -> int:
@@ -372,7 +389,7 @@ class Recorder:
         """The optimizer's layer for one that `_as_used` gave."""
         return layer if self._whole is None else self._whole.original(layer)
 
-    def _record_parameter(self, call: FunctionCall, argument: Tensor, owner: int, unread: _Unread) -> None:
+    def _record_parameter(self, call: FunctionCall, argument: Tensor, owner: int, unread: _Unread) -> bool:
         """Record the use of a parameter, or note that no handler reads it.
 
         Args:
@@ -380,15 +397,17 @@ class Recorder:
             argument: the parameter among its arguments, or a view of it.
             owner: id of the optimizer's parameter that it is; it may be a buffer.
             unread: what no handler reads of this call, which gets more.
+
+        Returns:
+            Whether a handler reads its use.
         """
         layer, biased = self._layers.get(owner), self._biases.get(owner, ())
         if layer is not None and not (owner in self._awaited and layer.weight.requires_grad):
             layer = None
-        if not (layer or biased):
-            return
         if layer is None:
-            self._find_apart(biased, call, argument, unread)
-            return
+            if biased:
+                self._find_apart(biased, call, argument, unread)
+            return False
         layer = self._as_used(layer)
         used = call.passes_gradient_to(argument)
         if not (used or torch.is_grad_enabled()):
@@ -396,14 +415,15 @@ class Recorder:
         try:
             if used:
                 self._record_use(layer, call, argument, unread.weights)
-                return
+                return True
             unread.is_view = isinstance(call.output, Tensor) and call.output._base is find_owner(argument)
         except NoSampleGradient as reason:
             self._uses.refuse(layer, call, str(reason))
-            return
+            return False
         except UnsupportedCall as reason:
             unread.reasons[layer] = str(reason)
         unread.add(Source(layer, layer.weight))
+        return False
 
     def _find_apart(self, layers: Sequence[Layer], call: FunctionCall, bias: Tensor, unread: _Unread) -> None:
         """Find the layers of a bias that a call takes without their weight, with which it is a column of the matrix.

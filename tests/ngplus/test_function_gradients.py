@@ -594,3 +594,85 @@ def test_an_expert_without_rows_is_no_error(name):
     optimizer.zero_grad()
     oracle.energy(model(x[:0])).backward()  # and a batch of none
     optimizer.step()
+
+
+# Noise and constants on weights --------------------------------------------------------------------------------------
+
+
+def drawn(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+
+class Noisy(nn.Module):
+    """W = μ + σ ∘ ε, as in noisy networks and variational layers: with as many outputs as samples, or not."""
+
+    def __init__(self, make):
+        super().__init__()
+        seed_cpu(0)
+        self.mu = nn.Parameter(torch.randn(4, 5, dtype=torch.float64))
+        self.sigma = nn.Parameter(torch.full((4, 5), 0.5, dtype=torch.float64))
+        self.kept, self.several, self.named = drawn(4, 5), [drawn(4, 5)], {"noise": drawn(4, 5)}
+        self.parts = drawn(4), drawn(5)
+        self.make = make
+
+    def forward(self, x):
+        return F.linear(x, self.make(self))
+
+
+def rescaled(m):
+    """Noise whose scale is a vector, which is no layer of its own."""
+    return m.mu + m.sigma.detach()[:, :1] * drawn(4, 5)
+
+
+def normal(m):
+    torch.manual_seed(3)
+    return torch.distributions.Normal(m.mu, m.sigma).rsample()
+
+
+NOISES = {
+    "an attribute": lambda m: m.mu + m.sigma * m.kept,
+    "in a list": lambda m: m.mu + m.sigma * m.several[0],
+    "in a dict": lambda m: m.mu + m.sigma * m.named["noise"],
+    "factorised": lambda m: m.mu + m.sigma * torch.outer(*m.parts),
+    "drawn": lambda m: m.mu + m.sigma * drawn(4, 5),
+    "in its memory": lambda m: m.mu + m.sigma * torch.empty(4, 5).double().normal_(generator=torch.Generator()),
+    "a mask": lambda m: m.mu * (drawn(4, 5) > 0) + m.sigma * (drawn(4, 1) < 0),
+    "scaled by a vector": rescaled,
+    "a distribution": normal,
+}
+
+
+@pytest.mark.parametrize("samples", [4, 6])
+@pytest.mark.parametrize("name", NOISES)
+def test_noise_on_weights_is_no_batch(name, samples):
+    model, x = Noisy(NOISES[name]), points(samples, 5)
+    gradients = {m: g for m, g in oracle.energy_gradients(model, x).items() if any(each.any() for each in g)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        oracle.descend(model, oracle.batch_loss(x), damping=0.3)
+    assert oracle.error(model, oracle.directions(gradients, 0.3)) <= 1e-10
+
+
+class Codes(nn.Module):
+    """Codes that are drawn in ``forward``, or kept by the module, are samples; positions are added to each."""
+
+    def __init__(self, kept):
+        super().__init__()
+        seed_cpu(0)
+        self.codes, self.kept = drawn(4, 3, 5), kept
+        self.positions, self.scale = nn.Parameter(torch.randn(3, 5)), nn.Parameter(torch.randn(5))
+        self.inlet, self.head = nn.Linear(5, 4), nn.Linear(4, 2)
+        self.double()
+
+    def forward(self, which):
+        codes = (self.codes if self.kept else drawn(4, 3, 5))[which]
+        hidden = codes * self.scale + self.positions
+        return self.head((self.inlet(hidden).tanh() + self.inlet(codes)).sin())
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_codes_that_a_model_draws_or_keeps_are_samples(kept):
+    model = Codes(kept)
+    gradients = oracle.sample_gradients(model, [lambda m, i=i: oracle.energy(m(slice(i, i + 1))) for i in range(4)])
+    oracle.descend(model, lambda m: oracle.energy(m(slice(None))) / 4, damping=0.3)
+    assert oracle.error(model, oracle.directions(gradients, 0.3)) <= 1e-10

@@ -61,3 +61,20 @@ def test_seng_has_its_factors_and_kfac_names_it():
         else:
             optimizer.step()
         assert len(optimizer.curvature) == (kind is SENG)
+
+
+class TiedAutoencoder(nn.Module):
+    """A convolution on the way in, and its weight the other way round on the way out."""
+
+    def __init__(self, bias):
+        super().__init__()
+        seed_cpu(0)
+        self.inlet = nn.Conv2d(4, 6, 3, bias=bias).double()
+
+    def forward(self, x):
+        return nn.functional.conv_transpose2d(self.inlet(x).tanh(), self.inlet.weight)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_convolution_that_is_used_both_ways_is_one_curvature_of_both(bias):
+    assert list(oracle.check(TiedAutoencoder(bias), points(3, 4, 4, 4)).curvature) == ["inlet.weight"]

@@ -362,3 +362,38 @@ def test_a_parameter_that_replaces_another_in_a_group_costs_no_other_layer_its_c
         step()
         assert optimizer.curvature["0.weight"].updates == 1
     assert optimizer._layers[0].weight is new
+
+
+def step_privately(optimizer):
+    """As opacus' DPOptimizer steps the optimizer that it is around: ``summed_grad`` holds the clipped gradients."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.summed_grad = parameter.grad.clamp(-0.1, 0.1)
+            parameter.grad = parameter.summed_grad + 0.1
+    optimizer.step()
+
+
+PRIVATE = {
+    "mini_batch": {"curvature": "mini_batch"},
+    "momentum": {"curvature": "momentum", "basis": "eigen", "base": torch.optim.AdamW},
+}
+
+
+def test_a_private_step_is_refused_where_the_curvature_would_be_of_other_gradients():
+    problem = perceptron()
+    optimizer = NGPlus(problem.model, **SETTINGS)
+    before = copy.deepcopy(problem.model.state_dict())
+    problem.loss(problem.model).backward()
+    with pytest.raises(RuntimeError, match=r'DPOptimizer .* take curvature="mini_batch"'):
+        step_privately(optimizer)
+    assert all(torch.equal(each, before[name]) for name, each in problem.model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", PRIVATE)
+def test_a_private_step_with_the_curvature_of_the_private_gradient_is_made(name):
+    problem = perceptron()
+    optimizer = NGPlus(problem.model, lr=0.01, update_every=1, **PRIVATE[name])
+    before = copy.deepcopy(problem.model.state_dict())
+    problem.loss(problem.model).backward()
+    step_privately(optimizer)
+    assert not torch.equal(next(iter(problem.model.state_dict().values())), next(iter(before.values())))
