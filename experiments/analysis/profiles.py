@@ -3,8 +3,9 @@
 A profile (Dolan and Moré, 2002) is the share of tasks on which an optimizer reaches the target within a factor of
 the fastest; its score is the profile's mean over factors from 1 to 4 (Dahl et al., 2023). On every task an
 optimizer enters with the variant on the base that the task compares with, ``ngplus-adam`` where that is Adam, or
-else under its plain name; forms of NG+ that are methods of their own enter where they were run on all tasks. One that was
-not run on a task, or missed the target, never reaches it there. By seconds only those enter that ran on the same device as the reference.
+else under its plain name; forms of NG+ that are methods of their own enter where they were run on all tasks. One that
+was not run on a task, or missed the target, never reaches it there. By seconds only those enter that ran on the same
+device as the reference.
 """
 
 import math
@@ -22,7 +23,7 @@ from scipy import stats
 from experiments.analysis.comparable_runs import BEYOND_PAPER, load_comparable
 from experiments.analysis.comparison import DEVICES, summarise, write_csv
 from experiments.analysis.figures.curves import STYLE, legend_below, save
-from experiments.analysis.figures.palette import pick_colour
+from experiments.analysis.figures.palette import pick_colour, pick_dashes
 from experiments.analysis.statistics import LEVEL, RESAMPLING_SEED
 
 # The column of comparison.csv with the time to the target, by what it is counted in.
@@ -91,9 +92,7 @@ def select_entries(frames: Mapping[str, pd.DataFrame]) -> dict[str, dict[str, pd
         Rows by task and optimizer.
     """
     chosen = {
-        task: frame
-        for task, frame in frames.items()
-        if task not in BEYOND_PAPER and not frame["target"].isna().all()
+        task: frame for task, frame in frames.items() if task not in BEYOND_PAPER and not frame["target"].isna().all()
     }
     forms = [form for form in FORMS if all(form in set(frame["optimizer"]) for frame in chosen.values())]
     return {task: entrants(frame, forms) for task, frame in chosen.items()}
@@ -268,7 +267,8 @@ def figure(entries: Mapping[str, Mapping[str, pd.Series]], names: Sequence[str],
     for ax, measure in zip(axes, ("epochs", "seconds"), strict=True):
         for name in names:
             factors, shares = curve(ratios(entries, name, measure))
-            ax.step(factors, shares, where="post", label=name, color=pick_colour(name), linewidth=1.6)
+            style = {"color": pick_colour(name), "linestyle": pick_dashes(name, list(names))}
+            ax.step(factors, shares, where="post", label=name, linewidth=1.6, **style)
         ax.set_xlabel(f"{measure} to the target, over the fastest's")
         ax.set_xlim(1.0, MAX_FACTOR)
     axes[0].set_ylim(-0.02, 1.02)

@@ -76,11 +76,12 @@ def judge(results_dir: Path) -> pd.DataFrame:
 def judge_claims(results_dir: Path) -> pd.DataFrame:
     """Judge every claim of ``paper.toml`` by what is recorded.
 
-    A sentence about two optimizers is judged at the first of `SCALES` at which both have `MIN_SEEDS` seeds in common, or
-    else where they have most; one about seconds not at those that are `SHARED`. It is ``reproduced`` if the paired difference over seeds goes the paper's way with
-    p < `LEVEL`, its interval free of 0, and no smaller than the paper's ratio where it gives one; ``not reproduced``
-    if the difference is significant and goes the other way or falls short of that ratio, or if its interval shuts that
-    ratio out; else ``inconclusive``. A p value here belongs to one claim and is not corrected for their number.
+    A sentence about two optimizers is judged at the first of `SCALES` at which both have `MIN_SEEDS` seeds in common,
+    or else where they have most; one about seconds not at those that are `SHARED`. It is ``reproduced`` if the paired
+    difference over seeds goes the paper's way with p < `LEVEL`, its interval free of 0, and no smaller than the paper's
+    ratio where it gives one; ``not reproduced`` if the difference is significant and goes the other way or falls short
+    of that ratio, or if its interval shuts that ratio out; else ``inconclusive``. A p value here belongs to one claim
+    and is not corrected for their number.
 
     Args:
         results_dir: where the records are.
