@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -53,7 +54,6 @@ class Expression:
         place: of it among the call's outputs.
         sources: parameters that it carries a gradient to, by no handler's reading.
         changed: whether it was changed in place since.
-        is_loose: whether it may hold samples after all.
     """
 
     value: Tensor
@@ -61,7 +61,6 @@ class Expression:
     place: int
     sources: Sources
     changed: bool = False
-    is_loose: bool = False
 
 
 CONSTANTS = frozenset(
@@ -95,10 +94,12 @@ class Expressions(threading.local):
                 map(id, module._parameters.values()), map(id, map(find_owner, buffers)), map(id, buffers)
             )
         self.known: dict[int, Expression] = {}
+        self._loose: dict[int, weakref.ref[Tensor]] = {}  # weakly: `fully_shard` makes its buffers by ``torch.empty``
 
     def clear(self) -> None:
         """Forget the tensors."""
         self.known = {}
+        self._loose = {}
 
     def find(self, tensor: Tensor) -> Expression | None:
         """What is known of a tensor that is free of samples and no parameter."""
@@ -106,26 +107,28 @@ class Expressions(threading.local):
 
     def is_free(self, tensor: Tensor, owner: Tensor) -> bool:
         """Whether a tensor, or what it is a view of, is free of samples, and not loose."""
-        if id(owner) in self.static:
-            return True
-        return any(each is not None and not each.is_loose for each in self._find_both(tensor, owner))
+        return id(owner) in self.static or id(tensor) in self.known or id(owner) in self.known
 
     def is_loose(self, tensor: Tensor, owner: Tensor) -> bool:
         """Whether a tensor, or what it is a view of, may hold samples or be a constant."""
-        if id(tensor) in self._kept or id(owner) in self._kept:
-            return True
-        return any(each is not None and each.is_loose for each in self._find_both(tensor, owner))
+        return any(
+            id(each) in self._kept or ((found := self._loose.get(id(each))) is not None and found() is each)
+            for each in (tensor, owner)
+        )
 
-    def _find_both(self, tensor: Tensor, owner: Tensor) -> tuple[Expression | None, Expression | None]:
-        return self.known.get(id(tensor)), self.known.get(id(owner))
+    def follow_loose(self, call: FunctionCall) -> None:
+        """Note what a call returns whose arguments are all free of samples or loose, some of them loose."""
+        for value in find_outputs(call):
+            for each in (value, find_owner(value)):
+                self.known.pop(id(each), None)
+                self._loose[id(each)] = weakref.ref(each)
 
-    def follow(self, call: FunctionCall, sources: Sources, *, loose: bool = False) -> None:
+    def follow(self, call: FunctionCall, sources: Sources) -> None:
         """Note what a call returns whose arguments are all free of samples.
 
         Args:
             call: the call.
             sources: the parameters that it carries a gradient to, by no handler's reading.
-            loose: whether what it returns is.
         """
         arguments = {id(each) for each in call.tensors}
         in_place = changes_in_place(call)
@@ -134,19 +137,18 @@ class Expressions(threading.local):
                 for changed in {id(each): each for each in (value, find_owner(value))}.values() if in_place else ():
                     known = self.known.get(id(changed))
                     carried = {**(known.sources if known is not None else {}), **sources}
-                    self.known[id(changed)] = Expression(
-                        changed, None, 0, carried, changed=bool(carried), is_loose=loose
-                    )
+                    self.known[id(changed)] = Expression(changed, None, 0, carried, changed=bool(carried))
             elif sources and not (value.requires_grad or find_owner(value).requires_grad):
                 self.known[id(value)] = Expression(value, None, 0, {})
             else:
-                self.known[id(value)] = Expression(value, call if sources else None, place, sources, is_loose=loose)
+                self.known[id(value)] = Expression(value, call if sources else None, place, sources)
 
     def drop(self, call: FunctionCall) -> None:
         """Forget a tensor that a call with samples has changed in place."""
-        if self.known and changes_in_place(call):
+        if (self.known or self._loose) and changes_in_place(call):
             for changed in (call.args[0], find_owner(call.args[0])):
                 self.known.pop(id(changed), None)
+                self._loose.pop(id(changed), None)
 
 
 def _kept_tensors(module: nn.Module) -> Iterator[Tensor]:

@@ -253,7 +253,7 @@ class Recorder:
         if outermost.depth == 0:
             outermost.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             outermost.module = outermost.mode = None
-            self._model_calls.end(each.value for each in self._expressions.known.values() if not each.is_loose)
+            self._model_calls.end(each.value for each in self._expressions.known.values())
             self._forget_call()
 
     def trace(self, arguments: Iterable[Any]) -> None:
@@ -334,8 +334,10 @@ class Recorder:
             return
         for layer, reason in unread.reasons.items() if unread is not None else ():
             self._uses.refuse(layer, call, reason)
-        if free:
-            expressions.follow(call, {}, loose=loose)
+        if free and loose:
+            expressions.follow_loose(call)
+        elif free:
+            expressions.follow(call, {})
         else:
             expressions.drop(call)
 
@@ -366,11 +368,12 @@ class Recorder:
                     unread.add(Source(layer, layer.trained_bias))
         if transformed and unread is not None and unread.sources and torch.is_grad_enabled():
             self._record_function(call, unread)  # what it returns does not say that it carries a gradient
+        elif free and loose:
+            expressions.follow_loose(call)
         elif free or (unread is not None and unread.is_view):
-            expressions.follow(call, unread.sources if unread is not None else {}, loose=loose)
+            expressions.follow(call, unread.sources if unread is not None else {})
         else:
-            if expressions.known:
-                expressions.drop(call)
+            expressions.drop(call)
             if unread is not None and unread.sources:
                 self._record_function(call, unread)
         if self._sampling.samples == "batch" and (loose or not free) and call.time_major is None:
