@@ -86,20 +86,20 @@ class Expressions(threading.local):
 
     def __init__(self, modules: Iterable[nn.Module] = ()) -> None:
         self.static: set[int] = set()
-        self._kept: set[int] = set()
+        self._kept: dict[int, weakref.ref[Tensor]] = {}
         for module in modules:
-            self._kept.update(id(each) for each in _kept_tensors(module) if each.grad_fn is None)
+            self._kept.update((id(each), weakref.ref(each)) for each in _kept_tensors(module) if each.grad_fn is None)
             buffers = [each for each in module._buffers.values() if each is not None]  # which may be views themselves
             self.static.update(
                 map(id, module._parameters.values()), map(id, map(find_owner, buffers)), map(id, buffers)
             )
         self.known: dict[int, Expression] = {}
-        self._loose: dict[int, weakref.ref[Tensor]] = {}  # weakly: `fully_shard` makes its buffers by ``torch.empty``
+        self._loose = dict(self._kept)  # weakly: `fully_shard` makes its buffers by ``torch.empty``
 
     def clear(self) -> None:
         """Forget the tensors."""
         self.known = {}
-        self._loose = {}
+        self._loose = dict(self._kept)
 
     def find(self, tensor: Tensor) -> Expression | None:
         """What is known of a tensor that is free of samples and no parameter."""
@@ -111,25 +111,25 @@ class Expressions(threading.local):
 
     def is_loose(self, tensor: Tensor, owner: Tensor) -> bool:
         """Whether a tensor, or what it is a view of, may hold samples or be a constant."""
-        return any(
-            id(each) in self._kept or ((found := self._loose.get(id(each))) is not None and found() is each)
-            for each in (tensor, owner)
-        )
+        return any((found := self._loose.get(id(each))) is not None and found() is each for each in (tensor, owner))
 
-    def follow_loose(self, call: FunctionCall) -> None:
-        """Note what a call returns whose arguments are all free of samples or loose, some of them loose."""
+    def _follow_loose(self, call: FunctionCall) -> None:
         for value in find_outputs(call):
             for each in (value, find_owner(value)):
                 self.known.pop(id(each), None)
                 self._loose[id(each)] = weakref.ref(each)
 
-    def follow(self, call: FunctionCall, sources: Sources) -> None:
-        """Note what a call returns whose arguments are all free of samples.
+    def follow(self, call: FunctionCall, sources: Sources, *, loose: bool = False) -> None:
+        """Note what a call returns whose arguments are all free of samples, or loose.
 
         Args:
             call: the call.
             sources: the parameters that it carries a gradient to, by no handler's reading.
+            loose: whether what it returns is loose.
         """
+        if loose:
+            self._follow_loose(call)
+            return
         arguments = {id(each) for each in call.tensors}
         in_place = changes_in_place(call)
         for place, value in enumerate(find_outputs(call)):
@@ -291,6 +291,8 @@ def _writes(function: Any) -> bool:
     written = [
         [each.kwarg_only for each in schema.arguments if each.alias_info is not None and each.alias_info.is_write]
         for schema in schemas
+        if schema.arguments
+        and isinstance(schema.arguments[0].type, torch.TensorType)  # ``sort`` is also that of a list, in place
     ]
     return any(not all(kinds) for kinds in written)  # those by name alone are ``out``, which is no argument here
 

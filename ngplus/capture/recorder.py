@@ -334,10 +334,8 @@ class Recorder:
             return
         for layer, reason in unread.reasons.items() if unread is not None else ():
             self._uses.refuse(layer, call, reason)
-        if free and loose:
-            expressions.follow_loose(call)
-        elif free:
-            expressions.follow(call, {})
+        if free:
+            expressions.follow(call, {}, loose=loose)
         else:
             expressions.drop(call)
 
@@ -368,10 +366,8 @@ class Recorder:
                     unread.add(Source(layer, layer.trained_bias))
         if transformed and unread is not None and unread.sources and torch.is_grad_enabled():
             self._record_function(call, unread)  # what it returns does not say that it carries a gradient
-        elif free and loose:
-            expressions.follow_loose(call)
         elif free or (unread is not None and unread.is_view):
-            expressions.follow(call, unread.sources if unread is not None else {})
+            expressions.follow(call, unread.sources if unread is not None else {}, loose=free and loose)
         else:
             expressions.drop(call)
             if unread is not None and unread.sources:

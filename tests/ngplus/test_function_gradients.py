@@ -56,6 +56,7 @@ FUNCTIONS = {
     "relative positions": ((3, 2, 4), {"w": (2, 3)}, lambda m, x: x @ x.mT + m.w[:, [[0, 1], [2, 0]]].sum(0)),
     "decay": ((3, 4), {"w": (2, 5)}, lambda m, x: torch.exp(-m.w.exp()[None] * x.unsqueeze(1))),
     "cosines": ((3, 2, 4), {"w": (6, 5)}, lambda m, x: F.linear(x, F.normalize(m.w, dim=1))),
+    "sorted columns": ((3, 2, 4), {"w": (6, 5)}, lambda m, x: F.linear(x, m.w.sort(dim=0).values)),
     "a product of two": ((3, 2, 4), {"w": (5, 2), "v": (2, 6)}, lambda m, x: x @ (m.w @ m.v)),
     "both halves of a split": ((3, 4), {"w": (10, 5)}, lambda m, x: F.linear(x, m.w.exp().chunk(2)[1])),
     "distances": ((3, 2, 4), {"w": (6, 5)}, lambda m, x: torch.cdist(x, m.w)),
