@@ -1,4 +1,4 @@
-# Everything a person types. `make help` lists it. SCALE is tiny, small, small-wide (the second round) or paper.
+# Everything a person types. `make help` lists it. SCALE is tiny, small, small-wide (the second round), small-long or paper.
 
 SCALE ?= tiny
 VENV := .venv

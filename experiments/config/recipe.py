@@ -17,7 +17,8 @@ A recipe that differs from another scale of the task in some values names that s
 
     extends = { value = "small", source = "this repository: the same task" }
 
-If it names an optimizer in ``[sensitivity]``, it has the grids of that table alone.
+What it extends may extend another in turn. If it names an optimizer in ``[sensitivity]``, it has the grids of
+that table alone.
 """
 
 import tomllib
@@ -255,8 +256,8 @@ def _find_recipe(task: str, scale: str, folder: Path) -> Path:
     return path
 
 
-def _read_tables(path: Path) -> dict[str, Any]:
-    """A recipe's tables, on top of those of the recipe that it extends."""
+def _read_tables(path: Path, extending: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A recipe's tables, on top of those of the recipe that it extends; `extending` are those that extend this one."""
     table = _read_toml(path)
     if below := [name for name, item in table.items() if isinstance(item, dict) and EXTENDS in item]:
         raise SettingsError(f"{path}: {EXTENDS} is in the table [{below[0]}]: must stand above all tables")
@@ -266,14 +267,13 @@ def _read_tables(path: Path) -> dict[str, Any]:
     if not _is_sourced(extended):
         raise SettingsError(f"{path}: {EXTENDS} = {extended!r}: has no source; must be written with value and source")
     scale = extended["value"]
-    others = [name for name in list_scales(path.parent.name, path.parents[1]) if name != path.stem]
+    extending = (*extending, path.stem)
+    others = [name for name in list_scales(path.parent.name, path.parents[1]) if name not in extending]
+    if scale in extending:
+        raise SettingsError(f"{path}: {EXTENDS} = {scale!r}: that recipe extends this one; {list_allowed(others)}")
     if scale not in others:
         raise SettingsError(f"{path}: {EXTENDS} = {scale!r}: there is no such recipe here; {list_allowed(others)}")
-    below = _read_toml(path.with_name(f"{scale}.toml"))
-    if EXTENDS in below:
-        raise SettingsError(
-            f"{path}: {EXTENDS} = {scale!r}: must be a recipe that is whole, and {scale} extends another"
-        )
+    below = _read_tables(path.with_name(f"{scale}.toml"), extending)
     if "optimizer" in table.get("sensitivity", {}):  # the grids below are another's
         below.pop("sensitivity", None)
     return _merge(below, table)

@@ -182,6 +182,26 @@ lr = { value = 0.5, source = "untuned" }
     assert list_scales("toy", recipes) == ["tiny", "tiny-wide"]
 
 
+def test_what_a_recipe_extends_may_extend_another(recipes):
+    write_extending(
+        recipes,
+        """
+extends = { value = "tiny", source = "the same task" }
+
+[run]
+epochs = { value = 5, source = "longer" }
+
+[optimizers.adam]
+lr = { value = 0.5, source = "tuned" }
+""",
+    )
+    more = '\n[run]\nseeds = { value = [8, 9], source = "others" }\n'
+    (recipes / "toy" / "tiny-more.toml").write_text('extends = { value = "tiny-wide", source = "x" }\n' + more)
+    recipe, whole = load_recipe("toy", "tiny-more"), load_recipe("toy", "tiny")
+    assert (recipe.run.seeds, recipe.run.epochs, recipe.optimizers["adam"].settings.lr) == ((8, 9), 5, 0.5)
+    assert recipe.optimizers["sgd"] == whole.optimizers["sgd"]
+
+
 GRID = """
 [sensitivity]
 optimizer = {{ value = "{optimizer}", source = "made up" }}
@@ -208,19 +228,22 @@ def test_grids_of_another_optimizer_take_the_place_of_those_that_are_extended(re
         ('{ value = "small", source = "x" }', "extends = 'small': there is no such recipe here; must be one of tiny"),
         (
             '{ value = "tiny-wide", source = "x" }',
-            "extends = 'tiny-wide': there is no such recipe here; must be one of",
+            "tiny-wide.toml: extends = 'tiny-wide': that recipe extends this one; must be one of",
         ),
-        ('{ value = "tiny-more", source = "x" }', "must be a recipe that is whole, and tiny-more extends another"),
+        (
+            '{ value = "tiny-more", source = "x" }',
+            "tiny-more.toml: extends = 'tiny-wide': that recipe extends this one; must be one of tiny",
+        ),
         (
             '{ value = "tiny", source = "x" }\n[run]\nextends = "tiny"',
             "extends is in the table [run]: must stand above",
         ),
     ],
 )
-def test_what_a_recipe_extends_is_another_whole_recipe_of_the_task(recipes, extends, message):
+def test_what_a_recipe_extends_is_another_recipe_of_the_task(recipes, extends, message):
     write_extending(recipes, f"extends = {extends}\n")
     if "tiny-more" in extends:
-        (recipes / "toy" / "tiny-more.toml").write_text('extends = { value = "tiny", source = "x" }\n')
+        (recipes / "toy" / "tiny-more.toml").write_text('extends = { value = "tiny-wide", source = "x" }\n')
     with pytest.raises(SettingsError) as error:
         load_recipe("toy", "tiny-wide")
     assert message in str(error.value)
