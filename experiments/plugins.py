@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points, packages_distributions, version
 from pathlib import Path
 from types import ModuleType
@@ -94,7 +95,7 @@ def load_plugin(spec: str, *, group: str, where: str, folder: Path = Path()) -> 
         spec=spec,
         value=_get_attribute(module, name, spec, where),
         file=file,
-        versions={} if file else _distribution(place),
+        versions={} if file else dict(_find_versions(place.partition(".")[0])),
     )
 
 
@@ -119,6 +120,12 @@ def list_entry_points(group: str) -> dict[str, EntryPoint]:
     Returns:
         By name.
     """
+    return dict(_find_entry_points(group, tuple(sys.path)))
+
+
+@cache
+def _find_entry_points(group: str, _places: tuple[str, ...]) -> Mapping[str, EntryPoint]:
+    """Those of the packages that are installed in some places, which takes a tenth of a second to read."""
     return {each.name: each for each in entry_points(group=group)}
 
 
@@ -203,6 +210,8 @@ def _get_attribute(module: ModuleType, name: str, spec: str, where: str) -> Any:
     return value
 
 
-def _distribution(place: str) -> dict[str, str]:
-    names = packages_distributions().get(place.partition(".")[0], [])
+@cache
+def _find_versions(package: str) -> Mapping[str, str]:
+    """The distributions that a package is from; reading the lists of files of all that are there takes a second."""
+    names = packages_distributions().get(package, [])
     return {name.lower().replace("_", "-"): version(name) for name in sorted(set(names))}

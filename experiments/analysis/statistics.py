@@ -6,6 +6,7 @@ Times to a target are censored where a run was over before it got there (Kaplan 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from lifelines import KaplanMeierFitter
@@ -244,6 +245,12 @@ class TimesToTarget:
         return float(restricted_mean_survival_time(self._fit(), t=until)) if until > 0 else 0.0
 
     def _fit(self) -> KaplanMeierFitter:
-        reached = [math.isfinite(value) for value in self.values]
-        durations = [v if hit else w for v, w, hit in zip(self.values, self.follow_up, reached, strict=True)]
-        return KaplanMeierFitter().fit(durations, event_observed=reached)
+        reached = tuple(math.isfinite(value) for value in self.values)
+        durations = (v if hit else w for v, w, hit in zip(self.values, self.follow_up, reached, strict=True))
+        return _fit_curve(tuple(durations), reached)
+
+
+@lru_cache(maxsize=10_000)
+def _fit_curve(durations: tuple[float, ...], reached: tuple[bool, ...]) -> KaplanMeierFitter:
+    """The curve of some runs, which a table asks for several times: a fit takes ten milliseconds. To be read only."""
+    return KaplanMeierFitter().fit(durations, event_observed=reached)
