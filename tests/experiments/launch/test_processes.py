@@ -72,10 +72,10 @@ def test_two_processes_are_one_on_the_joint_batch(load, options, environment, tm
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # some fifteen processes start one after the other
+@pytest.mark.timeout(900)  # some twelve processes start one after the other
 def test_a_sweep_killed_at_random_moments_ends_with_the_same_numbers(load, options, environment, tmp_path):
     more = ("--set", "task.pause=0.1", "--checkpoint-every", "0", "--workers", "2")
-    more = (*more, "--optimizer", "sgd", "--optimizer", "ngplus", "--seed", "0", "--seed", "1")
+    more = (*more, "--optimizer", "sgd", "--optimizer", "ngplus", "--seed", "0")
     sweep = [sys.executable, *arguments(tmp_path / "swept", *more)]
     sweep[sweep.index("run")] = "sweep"
     chance = random.Random(7)
@@ -90,11 +90,10 @@ def test_a_sweep_killed_at_random_moments_ends_with_the_same_numbers(load, optio
         process.wait(timeout=60)
     subprocess.run(sweep, env=environment, check=True, timeout=240)
     for name in ("sgd", "ngplus"):
-        for seed in (0, 1):
-            found = read_run(runs / f"{name}-seed{seed}.jsonl")
-            assert found.end.reason == "finished"
-            assert found.manifest.threads == 1
-            assert toy.reproducible_values(found) == toy.reproducible_values(run(load(), name, seed, options))
+        found = read_run(runs / f"{name}-seed0.jsonl")
+        assert found.end.reason == "finished"
+        assert found.manifest.threads == 1
+        assert toy.reproducible_values(found) == toy.reproducible_values(run(load(), name, 0, options))
 
 
 def _lines(runs: Path):

@@ -84,8 +84,11 @@ def uninterrupted(case):
     return problem.model
 
 
-@pytest.mark.parametrize(("before", "after"), [*itertools.permutations((1, 2, 3), 2), (2, 2)])
-@pytest.mark.parametrize("case", CASES)
+EVERY = [*itertools.permutations((1, 2, 3), 2), (2, 2)]
+CHANGES = [("bare", *each) for each in EVERY] + [(case, *each) for case in CASES for each in ((1, 3), (3, 2), (2, 2))]
+
+
+@pytest.mark.parametrize(("case", "before", "after"), sorted(set(CHANGES)))
 def test_a_run_goes_on_with_more_or_fewer_processes(teams, tmp_path, case, before, after):
     form = list(FORMS)[(before + after) % 2]
     teams[before].run(save, case, form, str(tmp_path))
