@@ -40,7 +40,8 @@ def figure(table: pd.DataFrame, title: str, *, higher_is_better: bool) -> Figure
     maps = [heat_map(own) for _, own in table.groupby("grid", sort=False)]
     made = Figure(figsize=(max(4.5, 3.4 * len(maps)), 3.4), layout="constrained")
     FigureCanvasAgg(made)
-    made.suptitle(textwrap.fill(title, round(_CHARACTERS_PER_INCH * made.get_figwidth())), fontsize=11)
+    width = round(_CHARACTERS_PER_INCH * made.get_figwidth())
+    made.suptitle(textwrap.fill(title, width, break_on_hyphens=False), fontsize=11)
     axes = made.subplots(1, len(maps), squeeze=False)[0]
     values = np.concatenate([each.best.ravel() for each in maps])
     colours = Normalize(*colour_range(values))
