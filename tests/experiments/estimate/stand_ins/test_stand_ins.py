@@ -63,6 +63,14 @@ def test_its_batches_go_through_the_model_and_back(stand_in, name, overrides):
     loss.backward()
 
 
+def test_processes_share_a_batch_of_random_tokens(stand_in):
+    task = stand_in("gpt-text", "task.batch_size=4", "task.context=16")
+    whole = next(task.train_batches(1, 0))[0]
+    parts = [next(task.train_batches(1, 0, rank=rank, world_size=2))[0] for rank in (0, 1)]
+    assert torch.equal(torch.cat(parts), whole)
+    assert not torch.equal(whole, next(task.train_batches(0, 0))[0])
+
+
 def test_there_is_one_for_whatever_the_paper_scale_asks_for():
     for name in TASKS:
         assert (name, load_recipe(name, "paper").task_settings["data"]) in STAND_INS
