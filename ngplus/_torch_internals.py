@@ -16,6 +16,7 @@ from torch._C._dynamo import eval_frame
 from torch._compile import _disable_dynamo as run_outside_of_graphs
 from torch.autograd.graph import Node
 from torch.distributed.distributed_c10d import _get_default_store
+from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 # A backward pass ---------------------------------------------------------------------------------------------------
@@ -93,6 +94,14 @@ def is_transformed() -> bool:
 def is_dual() -> bool:
     """Whether what is called now may be differentiated forward, which functions with a backward pass alone refuse."""
     return torch.autograd.forward_ad._current_level >= 0
+
+
+def keeps_parametrized() -> bool:
+    """Whether `torch.nn.utils.parametrize.cached` is on, so that the next call may use a weight that this one made.
+
+    Nothing public says so.
+    """
+    return parametrize._cache_enabled > 0
 
 
 def is_watched() -> bool:

@@ -29,6 +29,7 @@ from ngplus._torch_internals import (
     is_dual,
     is_transformed,
     is_watched,
+    keeps_parametrized,
     unwrap_transformed,
 )
 from ngplus.capture.accumulator import Accumulator, Sampling, Statistic
@@ -204,16 +205,18 @@ class Recorder:
         self._unsupported = {}
         self._input_shapes = {}
         self._model_calls.clear()
-        self._forget_call()
+        self._expressions.clear()
+        self._origins.clear()
         outermost = self._outermost
         if outermost.mode is not None and is_current_mode(outermost.mode):
             outermost.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         outermost.module = outermost.mode = None
 
     def _forget_call(self) -> None:
-        """Forget what is known of tensors that the model's call has made."""
-        self._expressions.clear()
+        """Forget what is known of tensors that the model's call has made, but for weights that the next one may use."""
         self._origins.clear()
+        if not keeps_parametrized():
+            self._expressions.clear()
 
     # Forward: calls of the model, and function calls in them ------------------------------------------------------
 
@@ -240,6 +243,8 @@ class Recorder:
         elif is_outermost:
             mode = CaptureMode(weakref.ref(self))
             outermost.module, outermost.depth, outermost.mode = module, 1, mode
+            if self._expressions.known and not keeps_parametrized():  # as it was in the call before
+                self._expressions.clear()
             self._model_calls.begin(args)
             self.trace(args)
             self._origins.counts = find_counts(args)
