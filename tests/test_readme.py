@@ -53,19 +53,24 @@ def test_the_leaders_are_those_of_the_records():
         assert block(page, name) == table(found, "markdown")
 
 
-def test_the_tables_of_the_second_round_are_those_of_the_records():
-    results = REPOSITORY / "results"
-    tasks = listing.tasks_with_runs(results, "small-wide")
-    names = {
+TABLES = {
+    "small-wide": {
         "dlrm-criteo": "second round on flights",
         "schnet-matproj": "second round on crystals",
         "schnet-qm9": "second round on molecules",
         "transformer-iwslt14": "second round on sentences",
         "gpt-text": "second round on text",
-    }
-    assert tasks == list(names)
+    },
+    "small-long": {"gpt-text": "long runs on text"},
+}
+
+
+@pytest.mark.parametrize("scale", TABLES)
+def test_the_tables_of_a_scale_are_those_of_the_records(scale):
+    results, names = REPOSITORY / "results", TABLES[scale]
+    assert listing.tasks_with_runs(results, scale) == list(names)
     for task, name in names.items():
-        comparison = summarise(load_comparable(results, task, "small-wide"))
+        comparison = summarise(load_comparable(results, task, scale))
         assert block(RESULTS, name) == comparison_table.render(comparison, "markdown")
 
 
