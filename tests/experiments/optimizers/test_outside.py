@@ -109,7 +109,9 @@ def test_torchs_own_and_installed_ones_are_found_with_their_versions():
 
 def test_an_entry_point_is_found_by_its_name(monkeypatch):
     entry = EntryPoint(name="mine", value="torch.optim:SGD", group="ngplus.optimizers")
-    monkeypatch.setattr(plugins, "entry_points", lambda group: [entry] if group == "ngplus.optimizers" else [])
+    monkeypatch.setattr(
+        plugins, "_find_entry_points", lambda group, places: {"mine": entry} if group == "ngplus.optimizers" else {}
+    )
     assert load_outside("mine").plugin.value is torch.optim.SGD
     with pytest.raises(PluginError, match=r"no installed package has an entry point .*; there are mine; else"):
         load_outside("yours")
